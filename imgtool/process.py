@@ -1,0 +1,164 @@
+"""The one place that starts programs: `run()` to the end, `spawn()` for a server.
+
+Programs get an argument list (never a shell string), a scrubbed environment with the C locale, no
+standard input unless given, and die with imgtool. Limits on memory, CPU time and wall time make
+sure that a hostile image cannot make a program eat the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import resource
+import shlex
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from imgtool.errors import HostError
+
+log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+# What programs are allowed to inherit. PATH decides which QEMU is used; the rest is where
+# temporary files and caches go.
+_KEPT = ("PATH", "HOME", "TMPDIR", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "USER", "LOGNAME")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits for one program: address space in bytes, CPU and wall time in seconds."""
+
+    memory: int | None = None
+    cpu: int | None = None
+    wall: float | None = None
+
+
+class TimedOut(HostError):
+    """The program did not finish within its wall time; it was killed."""
+
+
+class ProgramFailed(HostError):
+    """The program ended with a status that the caller did not expect.
+
+    `returncode` is negative for a signal; `stderr` is what the program said, decoded.
+    """
+
+    def __init__(self, argv: Sequence[str], returncode: int, stderr: str) -> None:
+        said = stderr.strip().splitlines()
+        super().__init__(
+            f"{argv[0]} failed with status {returncode}: {said[-1] if said else 'no message'}"
+        )
+        self.returncode = returncode
+        self.stderr = stderr
+
+
+def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
+    """The environment that programs get: what is kept, the C locale, and `extra`."""
+    kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
+    return {**kept, "LC_ALL": "C.UTF-8", **(extra or {})}
+
+
+def _prepare_child(limits: Limits, parent: int) -> Callable[[], None]:
+    def prepare() -> None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # the parent went between fork and prctl
+            os._exit(127)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if limits.memory is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (limits.memory, limits.memory))
+        if limits.cpu is not None:
+            resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu, limits.cpu + 1))
+
+    return prepare
+
+
+def _missing(program: str) -> HostError:
+    return HostError(
+        "program not found", subject=program, hint="'imgtool doctor' says which package has it"
+    )
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    limits: Limits | None = None,
+    input: bytes | None = None,
+    ok: Sequence[int] = (0,),
+    pass_fds: Sequence[int] = (),
+    env: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a program to its end and return what it wrote.
+
+    Raises `HostError` if there is no such program, `TimedOut` past `limits.wall`, and
+    `ProgramFailed` for a status that is not in `ok`.
+    """
+    limits = limits or Limits()
+    words = [str(word) for word in argv]
+    log.debug("run: %s", shlex.join(words))
+    try:
+        done = subprocess.run(
+            words,
+            input=input,
+            stdin=None if input is not None else subprocess.DEVNULL,
+            capture_output=True,
+            timeout=limits.wall,
+            env=environment(env),
+            pass_fds=pass_fds,
+            preexec_fn=_prepare_child(limits, os.getpid()),
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise _missing(words[0]) from error
+    except subprocess.TimeoutExpired as error:
+        raise TimedOut(f"{words[0]} took longer than {limits.wall} s and was stopped") from error
+    if done.returncode not in ok:
+        raise ProgramFailed(words, done.returncode, done.stderr.decode(errors="replace"))
+    return done
+
+
+@contextlib.contextmanager
+def spawn(
+    argv: Sequence[str | Path],
+    *,
+    limits: Limits | None = None,
+    pass_fds: Sequence[int] = (),
+    stdin: int = subprocess.DEVNULL,
+    stdout: int = subprocess.DEVNULL,
+    stderr: int = subprocess.PIPE,
+    env: dict[str, str] | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a program that lives as long as the `with` block; it is gone when the block ends."""
+    limits = limits or Limits()
+    words = [str(word) for word in argv]
+    log.debug("spawn: %s", shlex.join(words))
+    try:
+        process = subprocess.Popen(
+            words,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env=environment(env),
+            pass_fds=pass_fds,
+            preexec_fn=_prepare_child(limits, os.getpid()),
+        )
+    except FileNotFoundError as error:
+        raise _missing(words[0]) from error
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
