@@ -1,0 +1,1 @@
+"""The libguestfs engine: the guest is read and written inside libguestfs's appliance."""

@@ -1,0 +1,254 @@
+"""libguestfs calls that take or give names, exact to the byte.
+
+The Python binding passes strings as UTF-8 and cannot pass, or mangles, names that are not. These
+calls use the same handle through the C library, with `bytes`. Functions, structures and option
+bits are those of guestfs(3); the layout of `guestfs_statns` is 22 signed 64-bit integers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+from collections.abc import Sequence
+from ctypes import POINTER, c_char_p, c_int, c_int64, c_uint32, c_uint64, c_void_p
+from typing import Any
+
+from imgtool.errors import EngineError, HostError
+from imgtool.guest.model import Entry
+
+_ENOENT = 2
+
+
+class _Statns(ctypes.Structure):
+    _fields_ = [  # noqa: RUF012 - the form that ctypes asks for
+        (name, c_int64)
+        for name in (
+            "dev ino mode nlink uid gid rdev size blksize blocks atime_sec atime_nsec mtime_sec "
+            "mtime_nsec ctime_sec ctime_nsec spare1 spare2 spare3 spare4 spare5 spare6"
+        ).split()
+    ]
+
+
+class _StatnsList(ctypes.Structure):
+    _fields_ = [("len", c_uint32), ("val", POINTER(_Statns))]  # noqa: RUF012
+
+
+class _TarOut(ctypes.Structure):
+    _fields_ = [  # noqa: RUF012
+        ("bitmask", c_uint64),
+        ("compress", c_char_p),
+        ("numericowner", c_int),
+        ("excludes", POINTER(c_char_p)),
+        ("xattrs", c_int),
+        ("selinux", c_int),
+        ("acls", c_int),
+    ]
+
+
+_NUMERICOWNER = 1 << 1
+_EXCLUDES = 1 << 2
+
+
+def _load() -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL("libguestfs.so.0")
+    except OSError as error:
+        raise HostError(
+            "libguestfs is not installed",
+            subject="libguestfs.so.0",
+            hint="install libguestfs; 'imgtool doctor' lists what is missing",
+        ) from error
+    strings = POINTER(c_char_p)
+    for name, result, arguments in (
+        ("last_error", c_char_p, []),
+        ("last_errno", c_int, []),
+        ("realpath", c_void_p, [c_char_p]),
+        ("case_sensitive_path", c_void_p, [c_char_p]),
+        ("checksum", c_void_p, [c_char_p, c_char_p]),
+        ("getxattr", c_void_p, [c_char_p, c_char_p, POINTER(ctypes.c_size_t)]),
+        ("lstatns", POINTER(_Statns), [c_char_p]),
+        ("lstatnslist", POINTER(_StatnsList), [c_char_p, strings]),
+        ("readlinklist", POINTER(c_void_p), [c_char_p, strings]),
+        ("find0", c_int, [c_char_p, c_char_p]),
+        ("ls0", c_int, [c_char_p, c_char_p]),
+        ("download", c_int, [c_char_p, c_char_p]),
+        ("download_offset", c_int, [c_char_p, c_char_p, c_int64, c_int64]),
+        ("checksums_out", c_int, [c_char_p, c_char_p, c_char_p]),
+        ("tar_out_opts_argv", c_int, [c_char_p, c_char_p, POINTER(_TarOut)]),
+        ("debug", c_void_p, [c_char_p, strings]),
+    ):
+        function = getattr(library, f"guestfs_{name}")
+        function.restype = result
+        function.argtypes = [c_void_p, *arguments]
+    library.guestfs_free_statns.argtypes = [c_void_p]
+    library.guestfs_free_statns_list.argtypes = [c_void_p]
+    return library
+
+
+def _strings(values: Sequence[bytes]) -> ctypes.Array[c_char_p]:
+    return (c_char_p * (len(values) + 1))(*values, None)
+
+
+def _entry(path: bytes, stat: _Statns, target: bytes | None = None) -> Entry:
+    return Entry(
+        path=path,
+        mode=stat.mode,
+        uid=stat.uid,
+        gid=stat.gid,
+        size=stat.size,
+        mtime_ns=stat.mtime_sec * 1_000_000_000 + stat.mtime_nsec,
+        blocks=stat.blocks,
+        nlink=stat.nlink,
+        inode=stat.ino,
+        device=stat.dev,
+        rdev=stat.rdev,
+        target=target,
+    )
+
+
+class CallFailed(EngineError):
+    """A libguestfs call failed; `errno` is the appliance's, 0 where it gave none."""
+
+    def __init__(self, message: str, errno: int, path: bytes) -> None:
+        super().__init__(message, subject=printable(path))
+        self.errno = errno
+
+
+def printable(path: bytes) -> str:
+    """A guest path in a form that can be shown: undecodable and control bytes are escaped."""
+    text = path.decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class Calls:
+    """The byte-exact calls of one launched handle."""
+
+    def __init__(self, handle: Any) -> None:
+        self._library = _load()
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype = c_void_p
+        pointer.argtypes = [ctypes.py_object, c_char_p]
+        self._handle = pointer(handle._o, b"guestfs_h")
+        self._free = ctypes.CDLL(None).free
+        self._free.argtypes = [c_void_p]
+
+    def _call(self, name: str, path: bytes, *arguments: Any) -> Any:
+        result = getattr(self._library, f"guestfs_{name}")(self._handle, *arguments)
+        failed = result == -1 if isinstance(result, int) else not result
+        if failed or result is None:
+            said = self._library.guestfs_last_error(self._handle) or b"unknown error"
+            errno = self._library.guestfs_last_errno(self._handle)
+            # The library repeats the call and the path; the reason stands behind the last colon.
+            raise CallFailed(said.decode("utf-8", "replace").rsplit(": ", 1)[-1], errno, path)
+        return result
+
+    def _taken(self, pointer: int) -> bytes:
+        try:
+            return ctypes.string_at(pointer)
+        finally:
+            self._free(pointer)
+
+    def realpath(self, path: bytes) -> bytes:
+        """The path with every symbolic link resolved inside the guest."""
+        return self._taken(self._call("realpath", path, path))
+
+    def case_sensitive_path(self, path: bytes) -> bytes:
+        """The path as a case-insensitive filesystem really spells it."""
+        return self._taken(self._call("case_sensitive_path", path, path))
+
+    def checksum(self, kind: str, path: bytes) -> str:
+        """The file's checksum, in hexadecimal."""
+        return self._taken(self._call("checksum", path, kind.encode(), path)).decode("ascii")
+
+    def getxattr(self, path: bytes, name: bytes) -> bytes:
+        """One extended attribute; symbolic links are followed."""
+        size = ctypes.c_size_t()
+        pointer = self._call("getxattr", path, path, name, ctypes.byref(size))
+        try:
+            return ctypes.string_at(pointer, size.value)
+        finally:
+            self._free(pointer)
+
+    def lstat(self, path: bytes) -> Entry:
+        """What `lstat` says of one path, with the target of a symbolic link."""
+        stat = self._call("lstatns", path, path)
+        try:
+            entry = _entry(path, stat.contents)
+        finally:
+            self._library.guestfs_free_statns(stat)
+        if entry.type == "symlink":
+            return _with_target(entry, self.readlinks([path])[0])
+        return entry
+
+    def lstats(self, paths: Sequence[bytes]) -> list[Entry | None]:
+        """`lstat` of many absolute paths in one call; None where it failed."""
+        if not paths:
+            return []
+        relative = [path.lstrip(b"/") or b"." for path in paths]
+        answer = self._call("lstatnslist", paths[0], b"/", _strings(relative))
+        try:
+            stats = answer.contents
+            # A failed lstat is an entry whose st_ino is -1.
+            entries = [
+                None if stats.val[i].ino == -1 else _entry(path, stats.val[i])
+                for i, path in enumerate(paths[: stats.len])
+            ]
+        finally:
+            self._library.guestfs_free_statns_list(answer)
+        links = [i for i, entry in enumerate(entries) if entry and entry.type == "symlink"]
+        for i, target in zip(links, self.readlinks([paths[i] for i in links]), strict=True):
+            entry = entries[i]
+            assert entry is not None
+            entries[i] = _with_target(entry, target)
+        return entries
+
+    def readlinks(self, paths: Sequence[bytes]) -> list[bytes]:
+        """The targets of symbolic links, by absolute path; empty where there is none."""
+        if not paths:
+            return []
+        relative = [path.lstrip(b"/") for path in paths]
+        answer = self._call("readlinklist", paths[0], b"/", _strings(relative))
+        targets = [self._taken(answer[i]) for i in range(len(paths))]
+        self._free(ctypes.cast(answer, c_void_p))
+        return targets
+
+    def find0(self, directory: bytes, output: str) -> None:
+        """Write every name below `directory`, relative to it and NUL-terminated, to `output`."""
+        self._call("find0", directory, directory, output.encode())
+
+    def ls0(self, directory: bytes, output: str) -> None:
+        """Write the names in `directory`, NUL-terminated, to `output`."""
+        self._call("ls0", directory, directory, output.encode())
+
+    def download(self, path: bytes, output: str) -> None:
+        """Write a file's bytes to `output`."""
+        self._call("download", path, path, output.encode())
+
+    def download_range(self, path: bytes, output: str, offset: int, size: int) -> None:
+        """Write `size` bytes of a file from `offset` to `output`."""
+        self._call("download_offset", path, path, output.encode(), offset, size)
+
+    def tar_out(self, directory: bytes, output: str, excludes: Sequence[bytes] = ()) -> None:
+        """Write a tar of `directory`'s content, with numeric owners, to `output`.
+
+        `excludes` are patterns of tar(1), relative to `directory` (`./name`).
+        """
+        options = _TarOut(bitmask=_NUMERICOWNER, numericowner=1)
+        if excludes:
+            options.bitmask |= _EXCLUDES
+            options.excludes = ctypes.cast(_strings(excludes), POINTER(c_char_p))
+        self._call(
+            "tar_out_opts_argv", directory, directory, output.encode(), ctypes.byref(options)
+        )
+
+    def shell(self, path: bytes, words: Sequence[bytes]) -> bytes:
+        """Run a command in the appliance (never a program of the guest) and return its output.
+
+        The appliance joins the words with spaces for its shell: quote what comes from a guest.
+        """
+        return self._taken(self._call("debug", path, b"sh", _strings(words)))
+
+
+def _with_target(entry: Entry, target: bytes) -> Entry:
+    values = {name: getattr(entry, name) for name in Entry.__slots__}
+    return Entry(**{**values, "target": target})

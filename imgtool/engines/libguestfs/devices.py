@@ -1,0 +1,101 @@
+"""Filesystems and what they stand on, through the appliance."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from imgtool.engines.libguestfs.volumes import is_subvolume
+from imgtool.errors import ImgtoolError
+from imgtool.guest.layout import btrfs_device
+from imgtool.guest.model import Device
+
+if TYPE_CHECKING:
+    from imgtool.engines.libguestfs.guest import LibguestfsGuest
+
+
+def _mountpoints(guest: LibguestfsGuest) -> dict[str, str]:
+    try:
+        return {mount.source: mount.mountpoint for mount in guest.layout.mounts}
+    except ImgtoolError:
+        return {}
+
+
+def _filesystems(guest: LibguestfsGuest) -> list[Device]:
+    handle = guest.handle
+    listed = guest.volumes.filesystems()
+    mountpoints = _mountpoints(guest)
+    rows = []
+    for filesystem in listed:
+        device = filesystem.device
+        owner = btrfs_device(device, listed) or device
+        known: dict[str, str] = {}
+        with contextlib.suppress(RuntimeError):  # blkid finds nothing where nothing is known
+            known = handle.blkid(owner)
+        rows.append(
+            Device(
+                kind="filesystem",
+                device=device,
+                type=filesystem.type,
+                label=known.get("LABEL") or None,
+                uuid=known.get("UUID") or None,
+                size=handle.blockdev_getsize64(owner),
+                mountpoint=mountpoints.get(device),
+                parents=(owner,) if is_subvolume(device) else (),
+            )
+        )
+    return rows
+
+
+def _plain_uuid(uuid: str) -> str:
+    """LVM's UUIDs come without their dashes; they are written 6-4-4-4-4-4-6."""
+    if "-" in uuid or len(uuid) != 32:
+        return uuid
+    cuts = (0, 6, 10, 14, 18, 22, 26, 32)
+    return "-".join(uuid[a:b] for a, b in zip(cuts, cuts[1:], strict=False))
+
+
+def devices(guest: LibguestfsGuest, *, everything: bool) -> tuple[Device, ...]:
+    """The filesystems; with `everything` also partitions, LVs, VGs, PVs and devices."""
+    rows = _filesystems(guest)
+    if not everything:
+        return tuple(rows)
+    handle = guest.handle
+    groups = handle.vgs_full()
+    members = {
+        group["vg_name"]: tuple(
+            str(handle.canonical_device_name(pv["pv_name"]))
+            for pv in handle.pvs_full()
+            if _plain_uuid(pv["pv_uuid"]) in map(_plain_uuid, handle.vgpvuuids(group["vg_name"]))
+        )
+        for group in groups
+    }
+    for path in handle.lvs():
+        group = path.split("/")[2]
+        size = handle.blockdev_getsize64(path)
+        uuid = _plain_uuid(handle.lvuuid(path))
+        rows.append(Device("lv", path, uuid=uuid, size=size, parents=(f"/dev/{group}",)))
+    for row in groups:
+        name = row["vg_name"]
+        rows.append(
+            Device(
+                "vg",
+                f"/dev/{name}",
+                uuid=_plain_uuid(row["vg_uuid"]),
+                size=row["vg_size"],
+                parents=members[name],
+            )
+        )
+    for row in handle.pvs_full():
+        name = str(handle.canonical_device_name(row["pv_name"]))
+        rows.append(
+            Device("pv", name, uuid=_plain_uuid(row["pv_uuid"]), size=row["pv_size"], parents=(name,))
+        )
+    for partition in handle.list_partitions():
+        size = handle.blockdev_getsize64(partition)
+        rows.append(
+            Device("partition", partition, size=size, parents=(handle.part_to_dev(partition),))
+        )
+    for disk in handle.list_devices():
+        rows.append(Device("device", disk, size=handle.blockdev_getsize64(disk)))
+    return tuple(rows)

@@ -1,0 +1,294 @@
+"""The guest as the appliance sees it: reading."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, BinaryIO
+
+from imgtool import interrupt
+from imgtool.engines.libguestfs import devices, inspection, usage, walk
+from imgtool.engines.libguestfs.calls import CallFailed, Calls, printable
+from imgtool.engines.libguestfs.launch import kill
+from imgtool.engines.libguestfs.stream import streamed
+from imgtool.engines.libguestfs.volumes import ApplianceVolumes, reason
+from imgtool.errors import EngineError, NotInGuestError, UsageError
+from imgtool.guest.guest import CHECKSUMS, Guest, OnProblem
+from imgtool.guest.keys import Key
+from imgtool.guest.layout import discover
+from imgtool.guest.model import (
+    Device,
+    Entry,
+    Layout,
+    Mount,
+    OperatingSystem,
+    SpaceUsage,
+)
+
+_EXTENT = re.compile(
+    rb"^\s*\d+:\s*(\d+)\.\.\s*(\d+):\s*\d+\.\.\s*\d+:\s*(\d+):(.*)$", re.MULTILINE
+)
+# After Ctrl-C a call that is no transfer gets this long before the appliance is stopped.
+GRACE = 5.0
+
+
+class LibguestfsGuest(Guest):
+    """A guest in a launched appliance."""
+
+    engine = "libguestfs"
+
+    def __init__(
+        self,
+        handle: Any,
+        *,
+        image: str,
+        mounts: Sequence[Mount] = (),
+        root: str | None = None,
+        keys: Sequence[Key] = (),
+        write: bool = False,
+        notice: Callable[[str], None],
+    ) -> None:
+        super().__init__()
+        self.handle = handle
+        self.calls = Calls(handle)
+        self.image = image
+        self.write = write
+        self._given = tuple(mounts)
+        self._root = root
+        self._notice = notice
+        self.volumes = ApplianceVolumes(handle, self.calls, keys)
+        self._layout: Layout | None = None
+        self._mounted = False
+
+    @contextlib.contextmanager
+    def cancellable(self) -> Iterator[None]:
+        """While the block runs Ctrl-C cancels the transfer, or stops the appliance."""
+        timers: list[threading.Timer] = []
+
+        def cancel() -> None:
+            self.handle.user_cancel()
+            timer = threading.Timer(GRACE, kill, (self.handle,))
+            timer.daemon = True
+            timer.start()
+            timers.append(timer)
+
+        try:
+            with interrupt.on_interrupt(cancel):
+                yield
+        finally:
+            for timer in timers:
+                timer.cancel()
+
+    # The layout
+
+    @property
+    def layout(self) -> Layout:
+        """Which filesystem is mounted where; discovered at the first use."""
+        if self._layout is None:
+            if self._given:
+                self._layout = self._given_layout()
+            else:
+                self._layout = discover(self.volumes, root=self._root)
+                for problem in self._layout.problems:
+                    self._notice(problem)
+        return self._layout
+
+    def _given_layout(self) -> Layout:
+        known = {filesystem.device for filesystem in self.volumes.filesystems()}
+        for mount in self._given:
+            if mount.source not in known:
+                raise NotInGuestError(
+                    "the image has no such filesystem",
+                    subject=mount.source,
+                    hint="it has: " + ", ".join(sorted(known)),
+                )
+        self._mount(self._given[0])
+        os_type = "windows" if self._has_windows() else None
+        self.handle.umount_all()
+        return Layout(self._given, os_type=os_type)
+
+    def _has_windows(self) -> bool:
+        try:
+            found = self.calls.case_sensitive_path(b"/Windows/System32")
+            return self.calls.lstat(found).type == "directory"
+        except CallFailed:
+            return False
+
+    def _mount(self, mount: Mount) -> None:
+        options = [mount.options] if mount.options else []
+        if not self.write:
+            options.insert(0, "ro")
+        try:
+            if mount.fstype:
+                self.handle.mount_vfs(
+                    ",".join(options), mount.fstype, mount.source, mount.mountpoint
+                )
+            else:
+                self.handle.mount_options(",".join(options), mount.source, mount.mountpoint)
+        except RuntimeError as error:
+            raise EngineError(
+                f"the filesystem cannot be mounted: {reason(error)}", subject=mount.source
+            ) from error
+
+    def mount_layout(self) -> None:
+        """Mount everything where the layout says. What is not the root may fail, with a line."""
+        if self._mounted:
+            return
+        for mount in self.layout.mounts:
+            try:
+                self._mount(mount)
+            except EngineError as error:
+                if mount.mountpoint == "/" or self._given:
+                    raise
+                self._notice(f"{mount.mountpoint} is not shown: {error}")
+        self._mounted = True
+
+    def unmount_layout(self) -> None:
+        """Unmount everything; the next use of a path mounts it again."""
+        self.handle.umount_all()
+        self._mounted = False
+
+    # Reading
+
+    def at(self, typed: str | bytes) -> bytes:
+        """The guest path that is meant, in the spelling of the guest, with the layout mounted."""
+        path = self.path(typed)
+        self.mount_layout()
+        if self.windows:
+            with contextlib.suppress(CallFailed):  # the path itself may not exist yet
+                path = self.calls.case_sensitive_path(path)
+        return path
+
+    def _missing(self, error: CallFailed, path: bytes) -> EngineError | NotInGuestError:
+        # libguestfs gives the errno of most calls; of some only the words.
+        if error.errno in (2, 20) or "No such file" in error.message:
+            return NotInGuestError("no such file or directory in the guest", subject=printable(path))
+        return error
+
+    def resolve(self, path: str | bytes) -> bytes:
+        """The path without symbolic links; `NotInGuestError` if it leads nowhere."""
+        found = self.at(path)
+        try:
+            return self.calls.realpath(found)
+        except CallFailed as error:
+            raise self._missing(error, found) from error
+
+    def lstat(self, path: str | bytes) -> Entry:
+        """One path as it is; a symbolic link is not followed."""
+        found = self.at(path)
+        try:
+            return self.calls.lstat(found)
+        except CallFailed as error:
+            raise self._missing(error, found) from error
+
+    def entries(
+        self, path: str | bytes, *, on_problem: OnProblem | None = None
+    ) -> Iterator[Entry]:
+        """What is in a directory, sorted by name as bytes."""
+        found = self.at(path)
+        with self.cancellable():
+            yield from walk.children(self.calls, found, on_problem)
+
+    def walk(
+        self,
+        path: str | bytes = "/",
+        *,
+        checksum: str | None = None,
+        on_problem: OnProblem | None = None,
+    ) -> Iterator[Entry]:
+        """Everything below a directory: parents first, siblings sorted by name as bytes."""
+        found = self.at(path)
+        with self.cancellable():
+            for entry in walk.walk(self.calls, found, on_problem):
+                if checksum is None or entry.type != "file":
+                    yield entry
+                    continue
+                yield self.summed(entry, checksum, on_problem)
+
+    def summed(self, entry: Entry, kind: str, on_problem: OnProblem | None) -> Entry:
+        """The entry of a regular file with its checksum."""
+        try:
+            value = self.calls.checksum(kind, entry.path)
+        except CallFailed as error:
+            if on_problem is None:
+                raise
+            on_problem(entry.path, error.message)
+            return entry
+        values = {name: getattr(entry, name) for name in Entry.__slots__}
+        return Entry(**{**values, "checksum": value})
+
+    def checksum(self, kind: str, path: str | bytes) -> str:
+        """The md5, sha1 or sha256 of a regular file, in hexadecimal."""
+        if kind not in CHECKSUMS:
+            raise UsageError(f"no such checksum; choose from {', '.join(CHECKSUMS)}", subject=kind)
+        return self.calls.checksum(kind, self._regular(path))
+
+    def _regular(self, path: str | bytes) -> bytes:
+        found = self.resolve(path)
+        kind = self.calls.lstat(found).type
+        if kind != "file":
+            raise EngineError(f"not a regular file but a {kind}", subject=printable(found))
+        return found
+
+    def _streamed(self, call: Callable[[str], None]) -> AbstractContextManager[BinaryIO]:
+        @contextlib.contextmanager
+        def stream() -> Iterator[BinaryIO]:
+            with self.cancellable(), streamed(call, self.handle.user_cancel) as reading:
+                yield reading
+
+        return stream()
+
+    def open(self, path: str | bytes) -> AbstractContextManager[BinaryIO]:
+        """A regular file's bytes as a stream; links are followed inside the guest."""
+        found = self._regular(path)
+        return self._streamed(lambda name: self.calls.download(found, name))
+
+    def open_range(
+        self, path: str | bytes, offset: int, length: int
+    ) -> AbstractContextManager[BinaryIO]:
+        """A part of a regular file as a stream."""
+        found = self._regular(path)
+        return self._streamed(lambda name: self.calls.download_range(found, name, offset, length))
+
+    def tar(
+        self, path: str | bytes, excludes: Sequence[bytes] = ()
+    ) -> AbstractContextManager[BinaryIO]:
+        """A directory's content (names relative to it) as a stream in tar format."""
+        found = self.resolve(path)
+        return self._streamed(lambda name: self.calls.tar_out(found, name, excludes))
+
+    def data_ranges(self, path: str | bytes) -> Sequence[tuple[int, int]]:
+        """Where a sparse file has data, from the kernel's own map of it (FIEMAP)."""
+        found = self._regular(path)
+        size = self.calls.lstat(found).size
+        quoted = shlex.quote(os.fsdecode(b"/sysroot" + found))
+        try:
+            said = self.calls.shell(found, [b"filefrag", b"-e", b"-b1", os.fsencode(quoted)])
+        except CallFailed:
+            return [(0, size)]
+        ranges = []
+        for match in _EXTENT.finditer(said):
+            start, length = int(match[1]), int(match[3])
+            if b"unwritten" not in match[4] and start < size:
+                ranges.append((start, min(length, size - start)))
+        return ranges
+
+    # Whole guests
+
+    def devices(self, *, everything: bool = False) -> tuple[Device, ...]:
+        """The filesystems; with `everything` also partitions, LVs, VGs, PVs and devices."""
+        return devices.devices(self, everything=everything)
+
+    def usage(self) -> tuple[SpaceUsage, ...]:
+        """The space of every filesystem, with an `error` where one cannot be mounted."""
+        return usage.usage(self)
+
+    def operating_systems(self, *, packages: bool = False) -> tuple[OperatingSystem, ...]:
+        """What is installed in the guest, by libguestfs's own inspection."""
+        self.unmount_layout()
+        return inspection.operating_systems(self.handle, packages=packages)

@@ -1,0 +1,87 @@
+"""Operating systems, hostname, packages: libguestfs's own inspection."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from imgtool.engines.libguestfs.volumes import reason
+from imgtool.errors import EngineError
+from imgtool.guest.model import Application, OperatingSystem
+
+
+def _known(call: Callable[[str], str], root: str) -> str | None:
+    try:
+        value = call(root)
+    except RuntimeError:
+        return None
+    return None if value in ("", "unknown") else value
+
+
+def _version(handle: Any, root: str) -> str | None:
+    major = handle.inspect_get_major_version(root)
+    minor = handle.inspect_get_minor_version(root)
+    return f"{major}.{minor}" if major > 0 or minor > 0 else None
+
+
+def _mounted(handle: Any, mountpoints: dict[str, str]) -> None:
+    for mountpoint in sorted(mountpoints, key=len):
+        with contextlib.suppress(RuntimeError):  # an fstab that lies
+            handle.mount_ro(mountpoints[mountpoint], mountpoint)
+
+
+def _kernels(handle: Any) -> tuple[str, ...]:
+    with contextlib.suppress(RuntimeError):
+        if handle.is_dir("/lib/modules", followsymlinks=True):
+            return tuple(sorted(handle.ls("/lib/modules")))
+    return ()
+
+
+def _applications(handle: Any, root: str) -> tuple[Application, ...]:
+    try:
+        rows = handle.inspect_list_applications2(root)
+    except RuntimeError as error:
+        raise EngineError(f"the packages cannot be listed: {reason(error)}", subject=root) from error
+    return tuple(
+        Application(
+            name=row["app2_name"],
+            version=row["app2_version"],
+            release=row["app2_release"],
+            epoch=row["app2_epoch"],
+            arch=row["app2_arch"],
+        )
+        for row in rows
+    )
+
+
+def operating_systems(handle: Any, *, packages: bool) -> tuple[OperatingSystem, ...]:
+    """Each operating system that `inspect_os` finds."""
+    try:
+        roots = handle.inspect_os()
+    except RuntimeError as error:
+        raise EngineError(f"inspection failed: {reason(error)}") from error
+    found = []
+    for root in roots:
+        mountpoints = dict(handle.inspect_get_mountpoints(root))
+        _mounted(handle, mountpoints)
+        try:
+            found.append(
+                OperatingSystem(
+                    root=root,
+                    type=handle.inspect_get_type(root),
+                    distribution=_known(handle.inspect_get_distro, root),
+                    version=_version(handle, root),
+                    product_name=_known(handle.inspect_get_product_name, root),
+                    architecture=_known(handle.inspect_get_arch, root),
+                    hostname=_known(handle.inspect_get_hostname, root),
+                    package_format=_known(handle.inspect_get_package_format, root),
+                    package_management=_known(handle.inspect_get_package_management, root),
+                    mountpoints=mountpoints,
+                    kernels=_kernels(handle),
+                    applications=_applications(handle, root) if packages else None,
+                )
+            )
+        finally:
+            handle.umount_all()
+    return tuple(found)

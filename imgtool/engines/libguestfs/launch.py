@@ -1,0 +1,192 @@
+"""Starting the appliance: KVM where it works, emulation where it does not.
+
+/dev/kvm can be there and yet unusable (nested virtualisation, containers): QEMU then aborts after
+seconds or hangs for ever. So the first launch tries KVM under a time limit and falls back to
+emulation (TCG), says so once, and remembers it for this boot, QEMU and kernel, so that the next
+command does not pay again. `LIBGUESTFS_BACKEND` and `LIBGUESTFS_BACKEND_SETTINGS` win.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from imgtool import interrupt
+from imgtool.errors import HostError, Interrupted
+
+log = logging.getLogger(__name__)
+
+# A launch with working KVM takes 2 to 10 s; one without, on a busy machine, 10 to 60 s.
+KVM_LIMIT = 45.0
+EMULATION_LIMIT = 600.0
+
+_DOCTOR = "run 'imgtool doctor --launch' to see what is missing"
+
+
+def cache_dir() -> Path:
+    """Where imgtool remembers what it found out about this machine."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "imgtool"
+
+
+def _machine() -> dict[str, str]:
+    """What decides whether KVM works: this boot, this QEMU, this kernel."""
+    qemu = shutil.which(f"qemu-system-{platform.machine()}") or ""
+    changed = str(Path(qemu).stat().st_mtime_ns) if qemu else ""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return {"boot": boot, "qemu": qemu, "changed": changed, "kernel": platform.release()}
+
+
+def remembered() -> str | None:
+    """`kvm` or `tcg`: what the last launch on this machine, as it is now, ended with."""
+    try:
+        note = json.loads((cache_dir() / "acceleration.json").read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(note, dict) or note.get("machine") != _machine():
+        return None
+    outcome = note.get("outcome")
+    return outcome if outcome in ("kvm", "tcg") else None
+
+
+def _remember(outcome: str) -> None:
+    folder = cache_dir()
+    note = folder / "acceleration.json"
+    # A cache that cannot be written costs time, not correctness.
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = note.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps({"machine": _machine(), "outcome": outcome}))
+        draft.replace(note)
+
+
+def _bindings() -> Any:
+    try:
+        import guestfs
+    except ImportError as error:
+        raise HostError(
+            "the libguestfs Python bindings are not available to this Python",
+            subject=os.sys.executable,  # type: ignore[attr-defined]
+            hint="scripts/setup.sh makes a virtual environment that has them; "
+            "on Debian the package is python3-guestfs",
+        ) from error
+    return guestfs
+
+
+def new_handle(*, debug: bool = False) -> Any:
+    """A libguestfs handle that is not launched yet."""
+    handle = _bindings().GuestFS(python_return_dict=True, close_on_exit=False)
+    # Ctrl-C goes to imgtool alone, which decides what happens to the appliance.
+    handle.set_pgroup(True)
+    handle.set_smp(min(2, os.cpu_count() or 1))
+    if debug:
+        handle.set_trace(True)
+        handle.set_verbose(True)
+    return handle
+
+
+def kill(handle: Any) -> None:
+    with contextlib.suppress(RuntimeError, ProcessLookupError):
+        os.kill(handle.get_pid(), signal.SIGKILL)
+
+
+def _try(handle: Any, limit: float) -> None:
+    timer = threading.Timer(limit, _kill, (handle,))
+    timer.daemon = True
+    with interrupt.on_interrupt(lambda: kill(handle)):
+        timer.start()
+        try:
+            handle.launch()
+        finally:
+            timer.cancel()
+        if interrupt.pending():
+            raise Interrupted("interrupted")
+
+
+def _explain(error: RuntimeError) -> HostError:
+    said = str(error)
+    readable = [k for k in Path("/boot").glob("vmlinu*") if os.access(k, os.R_OK)]
+    if "supermin" in said and not readable:
+        present = sorted(Path("/boot").glob("vmlinu*"))
+        if present:
+            return HostError(
+                "the appliance's kernel cannot be read",
+                subject=present[0],
+                hint=f"sudo chmod 0644 {present[0]}, or run as root",
+            )
+        return HostError(
+            "no kernel for the appliance is installed",
+            subject="/boot",
+            hint="install one, on Debian: apt-get install linux-image-cloud-amd64",
+        )
+    if "qemu" in said and "not found" in said:
+        return HostError("QEMU is not installed", hint="apt-get install qemu-system-x86")
+    return HostError(f"the appliance does not start: {said.splitlines()[0]}", hint=_DOCTOR)
+
+
+def _kvm_there() -> bool:
+    return os.access("/dev/kvm", os.R_OK | os.W_OK)
+
+
+@contextlib.contextmanager
+def launched(
+    add_drives: Callable[[Any], None],
+    *,
+    notice: Callable[[str], None],
+    debug: bool = False,
+) -> Iterator[Any]:
+    """A launched handle with the drives that `add_drives` gives it; closed with the block.
+
+    `notice` gets a line for the user when KVM turns out not to work. Raises `HostError` when no
+    appliance starts, with what to install.
+    """
+    chosen = "LIBGUESTFS_BACKEND" in os.environ or "LIBGUESTFS_BACKEND_SETTINGS" in os.environ
+    if chosen:
+        attempts = [("as set by LIBGUESTFS_BACKEND*", False, EMULATION_LIMIT)]
+    elif not _kvm_there() or remembered() == "tcg":
+        attempts = [("tcg", True, EMULATION_LIMIT)]
+    else:
+        attempts = [("kvm", False, KVM_LIMIT), ("tcg", True, EMULATION_LIMIT)]
+
+    handle: Any = None
+    for number, (name, force_tcg, limit) in enumerate(attempts):
+        last = number == len(attempts) - 1
+        handle = new_handle(debug=debug)
+        try:
+            if force_tcg:
+                handle.set_backend_settings(["force_tcg"])
+            add_drives(handle)
+            started = time.monotonic()
+            _try(handle, limit)
+        except RuntimeError as error:
+            handle.close()
+            if interrupt.pending():
+                raise Interrupted("interrupted") from error
+            if last:
+                raise _explain(error) from error
+            notice(
+                "KVM does not work on this machine; using emulation, which is slower "
+                "(remembered until the next boot)"
+            )
+            continue
+        except BaseException:
+            handle.close()
+            raise
+        log.info("appliance: launched with %s in %.1f s", name, time.monotonic() - started)
+        if len(attempts) > 1:
+            _remember(name)
+        break
+    try:
+        yield handle
+    finally:
+        handle.close()

@@ -1,0 +1,74 @@
+"""Space per filesystem, through the appliance."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from imgtool.engines.libguestfs.volumes import is_subvolume, reason
+from imgtool.errors import ImgtoolError
+from imgtool.guest.layout import CONTAINERS
+from imgtool.guest.model import SpaceUsage
+
+if TYPE_CHECKING:
+    from imgtool.engines.libguestfs.guest import LibguestfsGuest
+
+# GPT types of partitions that hold no filesystem by design: BIOS boot, Microsoft reserved.
+_NO_FILESYSTEM = frozenset(
+    ("21686148-6449-6E6F-744E-656564454649", "E3C9E316-0B5C-4DB8-817D-F92DF00215AE")
+)
+
+
+def _holds_none(guest: LibguestfsGuest, device: str) -> bool:
+    handle = guest.handle
+    try:
+        kind = handle.part_get_gpt_type(handle.part_to_dev(device), handle.part_to_partnum(device))
+    except RuntimeError:
+        return False
+    return kind.upper() in _NO_FILESYSTEM
+
+
+def _mountpoints(guest: LibguestfsGuest) -> dict[str, str]:
+    try:
+        return {mount.source: mount.mountpoint for mount in guest.layout.mounts}
+    except ImgtoolError:
+        return {}  # no operating system, or several: the devices are listed all the same
+
+
+def usage(guest: LibguestfsGuest) -> tuple[SpaceUsage, ...]:
+    """One row for every filesystem but swap and containers."""
+    rows: list[SpaceUsage] = []
+    mountpoints = _mountpoints(guest)
+    guest.unmount_layout()
+    for filesystem in guest.volumes.filesystems():
+        device, kind = filesystem.device, filesystem.type
+        if kind in CONTAINERS or is_subvolume(device):
+            continue
+        mountpoint = mountpoints.get(device)
+        try:
+            guest.handle.mount_ro(device, "/")
+        except RuntimeError as error:
+            if kind is None and _holds_none(guest, device):
+                continue
+            said = reason(error) if kind else "no known filesystem"
+            rows.append(SpaceUsage(guest.image, device, mountpoint, kind, error=said))
+            continue
+        try:
+            numbers = guest.handle.statvfs("/")
+        finally:
+            guest.handle.umount_all()
+        unit = numbers["frsize"] or numbers["bsize"]
+        files = numbers["files"]
+        rows.append(
+            SpaceUsage(
+                image=guest.image,
+                device=device,
+                mountpoint=mountpoint,
+                type=kind,
+                size=numbers["blocks"] * unit,
+                used=(numbers["blocks"] - numbers["bfree"]) * unit,
+                available=numbers["bavail"] * unit,
+                inodes=files,
+                inodes_used=files - numbers["ffree"],
+            )
+        )
+    return tuple(rows)

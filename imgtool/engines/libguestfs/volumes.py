@@ -1,0 +1,162 @@
+"""The appliance's answers to layout discovery, encrypted devices opened on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from imgtool.engines.libguestfs.calls import Calls
+from imgtool.errors import EngineError, HostError
+from imgtool.guest.keys import Key
+from imgtool.guest.layout import BTRFS_VOLUME, SMALL_FILE
+from imgtool.guest.model import Device
+
+log = logging.getLogger(__name__)
+
+
+def reason(error: RuntimeError) -> str:
+    """What a failed call says, in one line and without the call's own name."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else "unknown error"
+    parts = text.split(": ")
+    return ": ".join(parts[1:]) if len(parts) > 1 else text
+
+
+class ApplianceVolume:
+    """The filesystem that is mounted at `/` at this moment."""
+
+    def __init__(self, handle: Any, calls: Calls) -> None:
+        self._handle = handle
+        self._calls = calls
+
+    def read(self, path: str, limit: int = SMALL_FILE) -> bytes | None:
+        """The first `limit` bytes of a regular file; None if there is none."""
+        try:
+            if not self._handle.is_file(path, followsymlinks=True):
+                return None
+            return bytes(self._handle.pread(path, limit, 0))
+        except RuntimeError as error:
+            log.debug("reading %s: %s", path, reason(error))
+            return None
+
+    def is_dir(self, path: str) -> bool:
+        """Whether the path is a directory; any case where the filesystem ignores it."""
+        try:
+            if self._handle.is_dir(path, followsymlinks=True):
+                return True
+            if "Windows" not in path:
+                return False
+            found = self._calls.case_sensitive_path(path.encode())
+            return bool(self._handle.is_dir(found.decode("utf-8", "replace")))
+        except (RuntimeError, EngineError):
+            return False
+
+
+class ApplianceVolumes:
+    """The guest's filesystems as the appliance lists them."""
+
+    def __init__(self, handle: Any, calls: Calls, keys: Sequence[Key]) -> None:
+        self._handle = handle
+        self._calls = calls
+        self._keys = keys
+        self._opened: set[str] = set()
+        self._filesystems: tuple[Device, ...] | None = None
+
+    def disks(self) -> Sequence[str]:
+        """The guest's disks in their order."""
+        return list(self._handle.list_devices())
+
+    def _unlock(self, device: str) -> bool:
+        handle = self._handle
+        try:
+            uuid = handle.luks_uuid(device)
+        except RuntimeError:
+            uuid = ""
+        for key in self._keys:
+            if not key.fits(device, uuid):
+                continue
+            name = f"imgtool-luks{len(self._opened)}"
+            try:
+                handle.cryptsetup_open(device, key.passphrase, name)
+            except RuntimeError as error:
+                log.info("%s: the key %r does not open it: %s", device, key.selector, error)
+                continue
+            self._opened.add(device)
+            return True
+        return False
+
+    def filesystems(self) -> Sequence[Device]:
+        """The filesystems; LUKS devices that a key opens are replaced by what is in them."""
+        if self._filesystems is None:
+            found = self._listed()
+            while self._keys:
+                closed = [d for d, t in found.items() if t == "crypto_LUKS"]
+                # All of them are tried: `any` over a list, not a generator.
+                if not any([self._unlock(d) for d in closed if d not in self._opened]):
+                    break
+                self._handle.lvm_scan(True)
+                found = self._listed()
+            self._filesystems = tuple(
+                Device("filesystem", name, None if kind == "unknown" else kind)
+                for name, kind in found.items()
+                if name not in self._opened
+            )
+        return self._filesystems
+
+    def _listed(self) -> dict[str, str]:
+        try:
+            return dict(self._handle.list_filesystems())
+        except RuntimeError as error:
+            raise EngineError(f"the filesystems cannot be listed: {reason(error)}") from error
+
+    @contextlib.contextmanager
+    def look_into(self, source: str) -> Iterator[ApplianceVolume]:
+        """Mount one filesystem, read-only, for as long as the block runs."""
+        try:
+            self._handle.mount_ro(source, "/")
+        except RuntimeError as error:
+            raise EngineError(reason(error), subject=source) from error
+        try:
+            yield ApplianceVolume(self._handle, self._calls)
+        finally:
+            self._handle.umount_all()
+
+    def device_with(self, kind: str, value: str) -> str | None:
+        """The device with this filesystem `uuid` or `label`, GPT `partuuid` or `partlabel`."""
+        handle = self._handle
+        try:
+            if kind == "uuid":
+                return str(handle.findfs_uuid(value))
+            if kind == "label":
+                return str(handle.findfs_label(value))
+        except RuntimeError:
+            return None
+        for partition in handle.list_partitions():
+            with contextlib.suppress(RuntimeError):  # not GPT, or no number
+                disk = handle.part_to_dev(partition)
+                number = handle.part_to_partnum(partition)
+                if kind == "partuuid":
+                    found = handle.part_get_gpt_guid(disk, number)
+                else:
+                    found = handle.part_get_name(disk, number)
+                if found.lower() == value.lower():
+                    return str(partition)
+        return None
+
+    def subvolume_by_id(self, device: str, number: int) -> str | None:
+        """The path of the btrfs subvolume with this id."""
+        try:
+            listed = self._handle.btrfs_subvolume_list(device)
+        except RuntimeError as error:
+            raise HostError(f"the subvolumes cannot be listed: {reason(error)}") from error
+        for row in listed:
+            if row["btrfssubvolume_id"] == number:
+                return str(row["btrfssubvolume_path"])
+        return None
+
+
+def is_subvolume(source: str) -> bool:
+    """Whether a source names a btrfs subvolume rather than a device."""
+    return source.startswith(BTRFS_VOLUME)

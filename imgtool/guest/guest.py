@@ -1,0 +1,144 @@
+"""The Guest interface: what every engine can say of a guest, and the same whichever engine it is.
+
+Paths are absolute, as `bytes` or `str` (`os.fsencode` turns the one into the other). Errors are
+those of `imgtool.errors`: `NotInGuestError` for what is not there, `EngineError` for what cannot be
+read.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from imgtool.errors import EngineError, NotInGuestError
+from imgtool.guest.model import Device, Entry, Layout, OperatingSystem, SpaceUsage
+from imgtool.guest.paths import guest_path
+
+# Called with a path and one line about what is wrong with it.
+OnProblem = Callable[[bytes, str], None]
+# Called with bytes done and bytes in all (0 where it is not known).
+OnProgress = Callable[[int, int], None]
+
+CHECKSUMS = ("md5", "sha1", "sha256")
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Names of users and groups in the guest's own passwd and group."""
+
+    users: dict[int, str]
+    groups: dict[int, str]
+
+
+def _names(content: bytes | None) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for line in (content or b"").decode("utf-8", "replace").splitlines():
+        fields = line.split(":")
+        if len(fields) > 2 and fields[2].isdigit():
+            names.setdefault(int(fields[2]), fields[0])
+    return names
+
+
+class Guest(ABC):
+    """An open guest. Use `imgtool.open_guest()` to get one."""
+
+    engine: str
+
+    def __init__(self) -> None:
+        self._owners: Owners | None = None
+
+    @property
+    @abstractmethod
+    def layout(self) -> Layout:
+        """Which filesystem is mounted where; discovered at the first use."""
+
+    @abstractmethod
+    def resolve(self, path: bytes) -> bytes:
+        """The path without symbolic links; `NotInGuestError` if it leads nowhere."""
+
+    @abstractmethod
+    def lstat(self, path: str | bytes) -> Entry:
+        """One path as it is; a symbolic link is not followed."""
+
+    @abstractmethod
+    def entries(self, path: str | bytes) -> Iterator[Entry]:
+        """What is in a directory, sorted by name as bytes; the links are not followed."""
+
+    @abstractmethod
+    def walk(
+        self,
+        path: str | bytes = "/",
+        *,
+        checksum: str | None = None,
+        on_problem: OnProblem | None = None,
+    ) -> Iterator[Entry]:
+        """Everything below a directory: parents first, siblings sorted by name as bytes.
+
+        Without `on_problem` the first unreadable entry raises; with it the walk goes on.
+        """
+
+    @abstractmethod
+    def checksum(self, kind: str, path: str | bytes) -> str:
+        """The md5, sha1 or sha256 of a regular file, in hexadecimal."""
+
+    @abstractmethod
+    def open(self, path: str | bytes) -> AbstractContextManager[BinaryIO]:
+        """A regular file's bytes as a stream; links are followed inside the guest."""
+
+    @abstractmethod
+    def tar(self, path: str | bytes) -> AbstractContextManager[BinaryIO]:
+        """A directory's content (names relative to it) as a stream in tar format."""
+
+    @abstractmethod
+    def data_ranges(self, path: str | bytes) -> Sequence[tuple[int, int]]:
+        """Where a sparse file has data: (offset, length) in bytes, ascending."""
+
+    @abstractmethod
+    def open_range(
+        self, path: str | bytes, offset: int, length: int
+    ) -> AbstractContextManager[BinaryIO]:
+        """A part of a regular file as a stream."""
+
+    @abstractmethod
+    def devices(self, *, everything: bool = False) -> tuple[Device, ...]:
+        """The filesystems; with `everything` also partitions, LVs, VGs, PVs and devices."""
+
+    @abstractmethod
+    def usage(self) -> tuple[SpaceUsage, ...]:
+        """The space of every filesystem, with an `error` where one cannot be mounted."""
+
+    @abstractmethod
+    def operating_systems(self, *, packages: bool = False) -> tuple[OperatingSystem, ...]:
+        """What is installed in the guest."""
+
+    @property
+    def windows(self) -> bool:
+        """Whether paths of the guest are Windows paths."""
+        return self.layout.os_type == "windows"
+
+    def path(self, typed: str | bytes) -> bytes:
+        """The absolute guest path that was typed; `C:\\...` where the guest is Windows."""
+        return guest_path(typed, windows=self.windows)
+
+    def read_bytes(self, path: str | bytes, limit: int | None = None) -> bytes:
+        """A whole small file; `EngineError` if it is longer than `limit`."""
+        with self.open(path) as stream:
+            content = stream.read() if limit is None else stream.read(limit + 1)
+        if limit is not None and len(content) > limit:
+            raise EngineError(f"the file is longer than {limit} bytes", subject=path)
+        return content
+
+    def owners(self) -> Owners:
+        """The names of the guest's users and groups; empty where it has none."""
+        if self._owners is None:
+            contents = []
+            for name in (b"/etc/passwd", b"/etc/group"):
+                try:
+                    contents.append(self.read_bytes(name, 4 << 20))
+                except (NotInGuestError, EngineError):
+                    contents.append(None)
+            self._owners = Owners(_names(contents[0]), _names(contents[1]))
+        return self._owners

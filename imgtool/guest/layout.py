@@ -1,0 +1,256 @@
+"""Layout discovery: which filesystem of the guest is mounted where.
+
+A pure function over "list the filesystems, look into one": the same for every engine. It looks for
+operating systems (os-release, fstab, Windows/System32) and follows the root's fstab. What it does
+not decide by itself it says: several operating systems, or several filesystems and none of them an
+operating system, are errors that list the choices as the user would type them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from imgtool.errors import EngineError, NotInGuestError
+from imgtool.guest.fstab import FstabEntry, parse_fstab, resolve_spec
+from imgtool.guest.model import Device, Layout, Mount
+
+SMALL_FILE = 256 * 1024
+
+# What holds other things rather than files.
+CONTAINERS = frozenset(
+    ("swap", "LVM2_member", "linux_raid_member", "crypto_LUKS", "BitLocker", "ldm", "unknown")
+)
+BTRFS_VOLUME = "btrfsvol:"
+
+
+class Volume(Protocol):
+    """One filesystem, opened to be looked into."""
+
+    def read(self, path: str, limit: int = SMALL_FILE) -> bytes | None:
+        """The first `limit` bytes of a regular file, links followed inside; None if there is none."""
+
+    def is_dir(self, path: str) -> bool:
+        """Whether the path is a directory, spelled in any case on a case-insensitive filesystem."""
+
+
+class Volumes(Protocol):
+    """What layout discovery needs to know of a guest."""
+
+    def filesystems(self) -> Sequence[Device]:
+        """The filesystems, with btrfs subvolumes as `btrfsvol:DEVICE/PATH`."""
+
+    def disks(self) -> Sequence[str]:
+        """The guest's disks in their order."""
+
+    def look_into(self, source: str) -> AbstractContextManager[Volume]:
+        """Open one filesystem; `EngineError` if it cannot be mounted."""
+
+    def device_with(self, kind: str, value: str) -> str | None:
+        """The device with this filesystem `uuid` or `label`, GPT `partuuid` or `partlabel`."""
+
+    def subvolume_by_id(self, device: str, number: int) -> str | None:
+        """The path of the btrfs subvolume with this id."""
+
+
+@dataclass(frozen=True)
+class Root:
+    """A filesystem that is an operating system's root."""
+
+    source: str
+    os_type: str
+    title: str
+    fstab: bytes
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a look into every filesystem found: roots, and why some could not be mounted."""
+
+    filesystems: tuple[Device, ...]
+    roots: tuple[Root, ...]
+    failures: dict[str, str]
+
+
+def _os_title(os_release: bytes) -> str:
+    for line in os_release.decode("utf-8", "replace").splitlines():
+        if line.startswith("PRETTY_NAME="):
+            return line.partition("=")[2].strip("\"'")
+    return "Linux"
+
+
+def _look(source: str, volume: Volume) -> Root | None:
+    if volume.is_dir("/Windows/System32"):
+        return Root(source, "windows", "Windows", b"")
+    if not volume.is_dir("/etc"):
+        return None
+    os_release = volume.read("/etc/os-release") or volume.read("/usr/lib/os-release")
+    fstab = volume.read("/etc/fstab")
+    if os_release is None and (fstab is None or volume.read("/etc/passwd") is None):
+        return None
+    return Root(source, "linux", _os_title(os_release or b""), fstab or b"")
+
+
+def btrfs_device(source: str, devices: Sequence[Device]) -> str | None:
+    """The device of `btrfsvol:DEVICE/SUBVOLUME`; None for anything else."""
+    if not source.startswith(BTRFS_VOLUME):
+        return None
+    rest = source.removeprefix(BTRFS_VOLUME)
+    owners = [d.device for d in devices if rest.startswith(d.device + "/")]
+    return max(owners, key=len, default=None)
+
+
+def _subvolume(source: str, device: str) -> str:
+    return source.removeprefix(f"{BTRFS_VOLUME}{device}/")
+
+
+def _names_itself(root: Root, device: str) -> bool:
+    entries, _ = parse_fstab(root.fstab)
+    own = _subvolume(root.source, device)
+    return any(
+        entry.mountpoint == "/" and (entry.option("subvol") or "").strip("/") == own
+        for entry in entries
+    )
+
+
+def _without_snapshots(roots: list[Root], devices: Sequence[Device]) -> list[Root]:
+    """Of several roots on one btrfs, the one that its own fstab names: the rest are snapshots."""
+    kept: list[Root] = []
+    by_device: dict[str, list[Root]] = {}
+    for root in roots:
+        by_device.setdefault(btrfs_device(root.source, devices) or root.source, []).append(root)
+    for device, group in by_device.items():
+        if len(group) > 1:
+            named = [r for r in group if r.source != device and _names_itself(r, device)]
+            default = [r for r in group if r.source == device]
+            group = named or default or group
+        kept.extend(group)
+    return kept
+
+
+def survey(volumes: Volumes) -> Findings:
+    """Look into every filesystem once, for operating systems."""
+    filesystems = tuple(volumes.filesystems())
+    roots: list[Root] = []
+    failures: dict[str, str] = {}
+    for filesystem in filesystems:
+        if filesystem.type in CONTAINERS:
+            continue
+        try:
+            with volumes.look_into(filesystem.device) as volume:
+                root = _look(filesystem.device, volume)
+        except EngineError as error:
+            failures[filesystem.device] = error.message
+            continue
+        if root is not None:
+            roots.append(root)
+    return Findings(filesystems, tuple(_without_snapshots(roots, filesystems)), failures)
+
+
+def _described(findings: Findings) -> str:
+    words = []
+    for filesystem in findings.filesystems:
+        note = findings.failures.get(filesystem.device)
+        words.append(
+            f"{filesystem.device} ({filesystem.type or 'unknown'}"
+            + (f", cannot be mounted: {note})" if note else ")")
+        )
+    return ", ".join(words)
+
+
+def _choose_root(findings: Findings, wanted: str | None) -> Root | None:
+    roots = findings.roots
+    if wanted is not None:
+        for root in roots:
+            if root.source == wanted:
+                return root
+        choices = ", ".join(r.source for r in roots) or "none was found"
+        raise NotInGuestError(
+            "no operating system has this root filesystem",
+            subject=wanted,
+            hint=f"operating systems in the image: {choices}",
+        )
+    if len(roots) > 1:
+        choices = "  or  ".join(f"--root {root.source}  ({root.title})" for root in roots)
+        raise NotInGuestError("the image has several operating systems", hint=f"add {choices}")
+    return roots[0] if roots else None
+
+
+def _data_layout(findings: Findings) -> Layout:
+    usable = [
+        f
+        for f in findings.filesystems
+        if f.type not in CONTAINERS and f.device not in findings.failures
+    ]
+    devices = [f for f in usable if not f.device.startswith(BTRFS_VOLUME)]
+    if len(devices) == 1:
+        return Layout((Mount(devices[0].device, "/"),))
+    if not usable:
+        locked = [f.device for f in findings.filesystems if f.type == "crypto_LUKS"]
+        if locked:
+            raise NotInGuestError(
+                "the filesystems are encrypted and no key fits",
+                subject=", ".join(locked),
+                hint=f"give the key: --key {locked[0]}:file:FILE, or --key all:key:PASSPHRASE",
+            )
+        if findings.failures:
+            raise NotInGuestError(
+                "no filesystem can be mounted: " + _described(findings),
+                hint="'imgtool filesystems --all' shows what the image holds",
+            )
+        raise NotInGuestError(
+            "the image holds no filesystem",
+            hint="'imgtool partitions' and 'imgtool info' show what it is",
+        )
+    raise NotInGuestError(
+        "no operating system was found; filesystems: " + _described(findings),
+        hint="say which one to use: " + "  or  ".join(f"-m {f.device}" for f in usable),
+    )
+
+
+def _btrfs_source(volumes: Volumes, device: str, entry: FstabEntry) -> str | None:
+    path = entry.option("subvol")
+    if path is None and (number := entry.option("subvolid")) and number.isdigit():
+        path = volumes.subvolume_by_id(device, int(number))
+        if path is None and number != "5":
+            return None
+    path = (path or "").strip("/")
+    return f"{BTRFS_VOLUME}{device}/{path}" if path else device
+
+
+def _from_fstab(volumes: Volumes, root: Root, filesystems: Sequence[Device]) -> Layout:
+    entries, problems = parse_fstab(root.fstab)
+    found = [Mount(root.source, "/")]
+    lines = list(problems)
+    taken = {"/"}
+    for entry in entries:
+        if entry.mountpoint == "/":
+            continue
+        mountpoint = "/" + "/".join(part for part in entry.mountpoint.split("/") if part)
+        device = resolve_spec(entry.spec, filesystems, volumes.disks(), volumes.device_with)
+        if device is not None and entry.fstype == "btrfs":
+            device = _btrfs_source(volumes, device, entry)
+        if device is None:
+            lines.append(f"{mountpoint} is not shown: {entry.spec} is on none of the disks given")
+        elif mountpoint in taken:
+            lines.append(f"fstab mounts two filesystems at {mountpoint}; the first is shown")
+        else:
+            taken.add(mountpoint)
+            found.append(Mount(device, mountpoint))
+    found.sort(key=lambda mount: (mount.mountpoint.count("/"), mount.mountpoint != "/"))
+    return Layout(tuple(found), root.source, root.os_type, tuple(lines))
+
+
+def discover(volumes: Volumes, *, root: str | None = None) -> Layout:
+    """The guest's layout, with the operating system on `root` where there are several.
+
+    A data disk with one filesystem is mounted at `/`. Raises `NotInGuestError` where there is
+    nothing to mount or a choice is left, naming the choices.
+    """
+    findings = survey(volumes)
+    chosen = _choose_root(findings, root)
+    if chosen is None:
+        return _data_layout(findings)
+    return _from_fstab(volumes, chosen, findings.filesystems)

@@ -1,0 +1,78 @@
+"""Ctrl-C while a library call is under way.
+
+Python runs signal handlers between its own instructions, so a call into libguestfs that takes a
+minute would not notice Ctrl-C for a minute. `watch()` makes a thread hear of the signal at once
+and run the callbacks that are registered at that moment (cancel this transfer, kill that launch);
+the call then returns with an error, and `pending()` tells why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+_callbacks: list[Callable[[], None]] = []
+_lock = threading.Lock()
+_seen = threading.Event()
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def pending() -> bool:
+    """Whether the user, or the system, asked imgtool to stop."""
+    return _seen.is_set()
+
+
+@contextlib.contextmanager
+def on_interrupt(callback: Callable[[], None]) -> Iterator[None]:
+    """Run `callback`, in another thread, if an interrupt comes while the block runs."""
+    with _lock:
+        _callbacks.append(callback)
+    try:
+        if pending():
+            callback()
+        yield
+    finally:
+        with _lock:
+            _callbacks.remove(callback)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _listen(reading: socket.socket) -> None:
+    while received := reading.recv(1):
+        if received[0] in SIGNALS:
+            _seen.set()
+            with _lock:
+                current = list(_callbacks)
+            for callback in current:
+                callback()
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[None]:
+    """Hear SIGINT, SIGTERM and SIGHUP while the block runs; each raises KeyboardInterrupt."""
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    previous = {number: signal.signal(number, _stop) for number in SIGNALS}
+    before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=_listen, args=(reading,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        with contextlib.suppress(OSError):
+            os.write(writing.fileno(), b"\0")
+        writing.close()
+        thread.join(1)
+        reading.close()
