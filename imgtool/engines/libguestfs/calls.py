@@ -8,7 +8,7 @@ bits are those of guestfs(3); the layout of `guestfs_statns` is 22 signed 64-bit
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
+import dataclasses
 from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_uint32, c_uint64, c_void_p
 from typing import Any
@@ -177,38 +177,49 @@ class Calls:
         finally:
             self._library.guestfs_free_statns(stat)
         if entry.type == "symlink":
-            return _with_target(entry, self.readlinks([path])[0])
+            directory, _, name = path.rpartition(b"/")
+            target = self._readlinks_in(directory or b"/", [name])[0]
+            return dataclasses.replace(entry, target=target)
         return entry
 
     def lstats(self, paths: Sequence[bytes]) -> list[Entry | None]:
-        """`lstat` of many absolute paths in one call; None where it failed."""
-        if not paths:
-            return []
-        relative = [path.lstrip(b"/") or b"." for path in paths]
-        answer = self._call("lstatnslist", paths[0], b"/", _strings(relative))
+        """`lstat` of many absolute paths, with one call a directory; None where it failed."""
+        found: dict[bytes, Entry | None] = {}
+        by_directory: dict[bytes, list[bytes]] = {}
+        for path in paths:
+            directory, _, name = path.rpartition(b"/")
+            by_directory.setdefault(directory or b"/", []).append(name)
+        for directory, names in by_directory.items():
+            prefix = directory.rstrip(b"/") + b"/"
+            for name, entry in zip(names, self._lstats_in(directory, names), strict=True):
+                found[prefix + name] = entry
+        return [found[path] for path in paths]
+
+    def _lstats_in(self, directory: bytes, names: Sequence[bytes]) -> list[Entry | None]:
+        prefix = directory.rstrip(b"/") + b"/"
+        answer = self._call("lstatnslist", directory, directory, _strings(names))
         try:
             stats = answer.contents
             # A failed lstat is an entry whose st_ino is -1.
             entries = [
-                None if stats.val[i].ino == -1 else _entry(path, stats.val[i])
-                for i, path in enumerate(paths[: stats.len])
+                None if stats.val[i].ino == -1 else _entry(prefix + name, stats.val[i])
+                for i, name in enumerate(names[: stats.len])
             ]
         finally:
             self._library.guestfs_free_statns_list(answer)
         links = [i for i, entry in enumerate(entries) if entry and entry.type == "symlink"]
-        for i, target in zip(links, self.readlinks([paths[i] for i in links]), strict=True):
+        targets = self._readlinks_in(directory, [names[i] for i in links])
+        for i, target in zip(links, targets, strict=True):
             entry = entries[i]
             assert entry is not None
-            entries[i] = _with_target(entry, target)
+            entries[i] = dataclasses.replace(entry, target=target)
         return entries
 
-    def readlinks(self, paths: Sequence[bytes]) -> list[bytes]:
-        """The targets of symbolic links, by absolute path; empty where there is none."""
-        if not paths:
+    def _readlinks_in(self, directory: bytes, names: Sequence[bytes]) -> list[bytes]:
+        if not names:
             return []
-        relative = [path.lstrip(b"/") for path in paths]
-        answer = self._call("readlinklist", paths[0], b"/", _strings(relative))
-        targets = [self._taken(answer[i]) for i in range(len(paths))]
+        answer = self._call("readlinklist", directory, directory, _strings(names))
+        targets = [self._taken(answer[i]) for i in range(len(names))]
         self._free(ctypes.cast(answer, c_void_p))
         return targets
 
@@ -247,8 +258,3 @@ class Calls:
         The appliance joins the words with spaces for its shell: quote what comes from a guest.
         """
         return self._taken(self._call("debug", path, b"sh", _strings(words)))
-
-
-def _with_target(entry: Entry, target: bytes) -> Entry:
-    values = {name: getattr(entry, name) for name in Entry.__slots__}
-    return Entry(**{**values, "target": target})

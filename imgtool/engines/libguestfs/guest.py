@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import shlex
@@ -219,8 +220,7 @@ class LibguestfsGuest(Guest):
                 raise
             on_problem(entry.path, error.message)
             return entry
-        values = {name: getattr(entry, name) for name in Entry.__slots__}
-        return Entry(**{**values, "checksum": value})
+        return dataclasses.replace(entry, checksum=value)
 
     def checksum(self, kind: str, path: str | bytes) -> str:
         """The md5, sha1 or sha256 of a regular file, in hexadecimal."""

@@ -96,12 +96,13 @@ def new_handle(*, debug: bool = False) -> Any:
 
 
 def kill(handle: Any) -> None:
+    """Stop the appliance at once, from any thread; the call under way then fails."""
     with contextlib.suppress(RuntimeError, ProcessLookupError):
         os.kill(handle.get_pid(), signal.SIGKILL)
 
 
 def _try(handle: Any, limit: float) -> None:
-    timer = threading.Timer(limit, _kill, (handle,))
+    timer = threading.Timer(limit, kill, (handle,))
     timer.daemon = True
     with interrupt.on_interrupt(lambda: kill(handle)):
         timer.start()
@@ -190,3 +191,15 @@ def launched(
         yield handle
     finally:
         handle.close()
+
+
+def time_launch(*, debug: bool = False) -> float:
+    """Start the appliance on a scratch disk and stop it; the seconds that it took to be ready."""
+    lines: list[str] = []
+
+    def scratch(handle: Any) -> None:
+        handle.add_drive_scratch(1 << 20)
+
+    started = time.monotonic()
+    with launched(scratch, notice=lines.append, debug=debug):
+        return time.monotonic() - started

@@ -14,7 +14,8 @@ from imgtool.errors import EngineError
 from imgtool.guest.guest import OnProblem
 from imgtool.guest.model import Entry
 
-BATCH = 1000
+# Entries whose directories are asked together: a call a directory and batch.
+BATCH = 5000
 CHUNK = 50_000
 
 

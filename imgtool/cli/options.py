@@ -1,0 +1,87 @@
+"""The options that mean the same wherever they appear."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Output(StrEnum):
+    """How a command that lists writes its rows."""
+
+    table = "table"
+    json = "json"
+    jsonl = "jsonl"
+    csv = "csv"
+
+
+class Engine(StrEnum):
+    """What reads the guest."""
+
+    auto = "auto"
+    direct = "direct"
+    libguestfs = "libguestfs"
+
+
+class Checksum(StrEnum):
+    """Checksums of file contents."""
+
+    md5 = "md5"
+    sha1 = "sha1"
+    sha256 = "sha256"
+
+
+Image = Annotated[Path, typer.Argument(metavar="IMAGE", help="The disk image.")]
+Add = Annotated[
+    list[Path] | None,
+    typer.Option("-a", "--add", metavar="IMAGE", help="A further disk of the same guest."),
+]
+Format = Annotated[
+    str | None,
+    typer.Option("--format", metavar="FMT", help="Take the image as this format; do not probe."),
+]
+Snapshot = Annotated[
+    str | None,
+    typer.Option("--snapshot", metavar="NAME", help="Read the image as at this snapshot."),
+]
+Mounts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-m",
+        metavar="DEV[:MOUNTPOINT[:OPTIONS[:FSTYPE]]]",
+        help="Use this layout, do not look for one.",
+    ),
+]
+Root = Annotated[
+    str | None,
+    typer.Option("--root", metavar="DEV", help="Which operating system, if there are several."),
+]
+Keys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--key",
+        metavar="SELECTOR",
+        help="Key of an encrypted device: DEV:file:FILE, UUID:key:PASSPHRASE, all:...",
+    ),
+]
+EngineOption = Annotated[Engine, typer.Option("--engine", help="What reads the guest.")]
+BackingDirs = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--backing-dir",
+        metavar="DIR",
+        help="A further folder that backing files may be in (IMGTOOL_BACKING_DIRS).",
+    ),
+]
+OutputOption = Annotated[Output, typer.Option("-o", "--output", help="Form of the rows.")]
+Human = Annotated[bool, typer.Option("-h", "--human", help="Sizes such as 1.5G in tables.")]
+Parallel = Annotated[
+    int, typer.Option("-P", "--parallel", metavar="N", min=1, max=64, help="Images at a time.")
+]
+Verbose = Annotated[
+    bool, typer.Option("-v", "--verbose", help="Say which engine, why, and how long it took.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks and the engine's own log.")]

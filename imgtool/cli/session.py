@@ -1,0 +1,148 @@
+"""What every command shares: opening the guest from the options, and reporting what went wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imgtool.cli import render
+from imgtool.errors import ExitStatus, ImgtoolError, UsageError
+from imgtool.guest.model import Mount
+
+if TYPE_CHECKING:
+    from imgtool.engines.libguestfs.guest import LibguestfsGuest
+
+
+def set_up_logging(*, verbose: bool, debug: bool) -> None:
+    """`-v` shows what the library says of its steps, `--debug` everything."""
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.INFO if verbose else logging.ERROR,
+        format="imgtool: %(message)s",
+        stream=sys.stderr,
+    )
+
+
+def warning(line: str) -> None:
+    """A line for the user that does not change the exit status."""
+    render.message("warning", line)
+
+
+@dataclass
+class Failures:
+    """What failed in a command that goes on: the exit status is the first failure's own.
+
+    Different failures in one command are status 1, done in part.
+    """
+
+    debug: bool = False
+    statuses: list[ExitStatus] = field(default_factory=list)
+
+    def add(self, error: ImgtoolError) -> None:
+        """Say what failed and remember it."""
+        render.message("error", str(error))
+        if error.hint:
+            render.hint(error.hint)
+        if self.debug:
+            traceback.print_exception(error)
+        self.statuses.append(error.status)
+
+    def problem(self, path: bytes, line: str) -> None:
+        """A path of the guest that could not be served."""
+        render.message("error", f"{line} ({render.escaped(path)})")
+        self.statuses.append(ExitStatus.FAILED)
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Go on after an error in the block."""
+        try:
+            yield
+        except ImgtoolError as error:
+            if error.status is ExitStatus.INTERRUPTED:
+                raise
+            self.add(error)
+
+    def finish(self) -> None:
+        """End the command with the status that the failures ask for."""
+        if self.statuses:
+            first = self.statuses[0]
+            same = all(status == first for status in self.statuses)
+            raise SystemExit(int(first if same else ExitStatus.FAILED))
+
+
+def parse_mount(text: str) -> Mount:
+    """`DEV[:MOUNTPOINT[:OPTIONS[:FSTYPE]]]`, as in the virt tools."""
+    prefix = ""
+    if text.startswith("btrfsvol:"):
+        prefix, text = "btrfsvol:", text.removeprefix("btrfsvol:")
+    parts = text.split(":", 3)
+    device, mountpoint, options, fstype = (*parts, "", "", "", "")[:4]
+    if not device.startswith("/dev/"):
+        raise UsageError("not a device of the guest", subject=device, hint="such as -m /dev/sda1")
+    if mountpoint and not mountpoint.startswith("/"):
+        raise UsageError("the mount point is not absolute", subject=mountpoint)
+    return Mount(prefix + device, mountpoint or "/", options, fstype or None)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The common options, as one command got them."""
+
+    image: Path
+    add: Sequence[Path] = ()
+    format: str | None = None
+    snapshot: str | None = None
+    mounts: Sequence[str] = ()
+    root: str | None = None
+    keys: Sequence[str] = ()
+    engine: str = "auto"
+    backing_dirs: Sequence[Path] = ()
+    debug: bool = False
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Request:
+        """The request that a command's own parameters, by their names, make; sets up logging."""
+        set_up_logging(verbose=given["verbose"], debug=given["debug"])
+        return cls(
+            image=given["image"],
+            add=given.get("add") or (),
+            format=given.get("format"),
+            snapshot=given.get("snapshot"),
+            mounts=given.get("mounts") or (),
+            root=given.get("root"),
+            keys=given.get("key") or (),
+            engine=given["engine"].value if "engine" in given else "auto",
+            backing_dirs=given.get("backing_dir") or (),
+            debug=given["debug"],
+        )
+
+    @contextlib.contextmanager
+    def opened(self, *, write: bool = False) -> Iterator[LibguestfsGuest]:
+        """The guest, open; with `-v` it says which engine it is and how long that took."""
+        from imgtool.opening import open_guest
+
+        started = time.monotonic()
+        with open_guest(
+            self.image,
+            add=self.add,
+            format=self.format,
+            snapshot=self.snapshot,
+            mounts=[parse_mount(text) for text in self.mounts],
+            root=self.root,
+            keys=self.keys,
+            engine=self.engine,
+            backing_dirs=self.backing_dirs,
+            write=write,
+            notice=warning,
+            debug=self.debug,
+        ) as guest:
+            logging.getLogger(__name__).info(
+                "engine: %s, open after %.1f s", guest.engine, time.monotonic() - started
+            )
+            yield guest

@@ -1,0 +1,385 @@
+"""What imgtool needs of the machine, and whether it is there: `examine()`.
+
+Every check is one line for the user, with the fix where something can be done. Nothing here changes
+the machine, and nothing but `launch=True` takes longer than a moment.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from imgtool.errors import HostError, UsageError
+from imgtool.process import Limits, run
+
+CACHE_NEEDS = 1_000_000_000  # bytes, while supermin builds the appliance
+MEMORY_NEEDS = 1_500_000_000  # bytes: the appliance's 1280 MiB and QEMU's own
+_MOMENT = Limits(wall=10)
+
+# linux/kvm.h
+_KVM_GET_API_VERSION = 0xAE00
+_KVM_CREATE_VM = 0xAE01
+_KVM_CREATE_VCPU = 0xAE41
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    `ok` is True if it is there and works, False if it is not and something of the main job suffers,
+    None if it is not there and does not matter for the main job. The main job cannot run if a
+    `required` check is not ok. `found` is what was seen; `fix` is what can be done.
+    """
+
+    name: str
+    ok: bool | None
+    required: bool
+    found: str
+    fix: str | None = None
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where the machine's parts are looked for. Tests point this at a machine of their own."""
+
+    boot: Path = Path("/boot")
+    dev: Path = Path("/dev")
+    modules: Path = Path("/lib/modules")
+    proc: Path = Path("/proc")
+    sys: Path = Path("/sys")
+    libraries: Path = Path("/usr/lib")
+    release: str = platform.release()
+    machine: str = platform.machine()
+    system_prefix: Path = Path("/usr")
+
+
+def examine(
+    *,
+    launch: bool = False,
+    launcher: Callable[[], float] | None = None,
+    host: Host | None = None,
+) -> tuple[Check, ...]:
+    """Look at everything that imgtool needs, most basic things first.
+
+    With `launch`, also starts the appliance through `launcher`, which returns the seconds that it
+    took or raises `HostError`.
+    """
+    if launch and launcher is None:
+        raise UsageError("examine(launch=True) needs a launcher")
+    host = host or Host()
+    checks = [
+        *_bindings(host),
+        *_qemu(host),
+        *_appliance(host),
+        _kvm(host),
+        _cache_space(),
+        _memory(host),
+        _sandbox(host),
+        _fuse(host),
+        _device(host, "loop devices", "loop", "loop-control", "loop-control"),
+        _nbd(host),
+        _device(host, "device-mapper", "dm_mod", "mapper/control", "device-mapper"),
+    ]
+    if launch and launcher is not None:
+        checks.append(_launch(launcher))
+    return tuple(checks)
+
+
+def _install(package: str) -> str:
+    return f"sudo apt-get install {package}"
+
+
+def _accessible(path: Path, mode: int) -> bool:
+    # The effective user is the one that open() asks about.
+    return os.access(path, mode, effective_ids=True)
+
+
+def _bindings(host: Host) -> Iterator[Check]:
+    for module, package in (("guestfs", "python3-guestfs"), ("nbd", "python3-libnbd")):
+        name = f"Python binding {module}"
+        required = module == "guestfs"
+        try:
+            found = importlib.import_module(module)
+        except ImportError as error:
+            ok = False if required else None
+            fix = _binding_fix(host, package)
+            yield Check(name, ok, required, f"{error} ({sys.executable})", fix)
+        else:
+            yield Check(name, True, required, str(found.__file__))
+    # Looked for, not imported: its licence keeps libparted out of all but imgtool.mount.
+    if importlib.util.find_spec("parted") is None:
+        fix = _binding_fix(host, "python3-parted")
+        yield Check("Python binding parted", None, False, f"not found by {sys.executable}", fix)
+    else:
+        yield Check("Python binding parted", True, False, "found")
+
+
+def _binding_fix(host: Host, package: str) -> str:
+    if Path(sys.base_prefix) != host.system_prefix:
+        return (
+            "Debian's bindings are for /usr/bin/python3 only: scripts/setup.sh makes a .venv of it"
+        )
+    if not any(folder.endswith("dist-packages") for folder in sys.path):
+        return "the virtual environment needs --system-site-packages: run scripts/setup.sh"
+    return _install(package)
+
+
+def _qemu(host: Host) -> Iterator[Check]:
+    system = f"qemu-system-{host.machine}"
+    package = "qemu-system-x86" if host.machine == "x86_64" else "qemu-system-arm"
+    yield _program("qemu-img", "qemu-utils", required=True)
+    yield _program(os.environ.get("LIBGUESTFS_HV") or system, package, required=True)
+    yield _program("qemu-nbd", "qemu-utils", required=False)
+    yield _program("qemu-storage-daemon", "qemu-system-common", required=False)
+
+
+def _program(program: str, package: str, *, required: bool) -> Check:
+    missing = False if required else None
+    if shutil.which(program) is None:
+        return Check(program, missing, required, "not found on PATH", _install(package))
+    try:
+        said = run([program, "--version"], limits=_MOMENT).stdout.decode(errors="replace")
+    except HostError as error:
+        fix = f"sudo apt-get install --reinstall {package}"
+        return Check(program, missing, required, error.message, fix)
+    version = re.search(r"\d+\.\d[\w.]*", said)
+    return Check(program, True, required, version[0] if version else "version unknown")
+
+
+def _appliance(host: Host) -> Iterator[Check]:
+    """supermin, its parts, the kernel and the extras; or none of them for a fixed appliance."""
+    path = os.environ.get("LIBGUESTFS_PATH")
+    # libguestfs takes the first folder with supermin's parts, and only then looks for a fixed one.
+    folders = (
+        [Path(p) for p in path.split(":")] if path else sorted(host.libraries.glob("*/guestfs"))
+    )
+    parts = next((f / "supermin.d" for f in folders if (f / "supermin.d").is_dir()), None)
+    fixed = next(
+        (f for f in folders if all((f / n).is_file() for n in ("kernel", "initrd", "root"))), None
+    )
+    if parts is None and fixed is not None:
+        yield Check("appliance", True, True, f"fixed appliance in {fixed}")
+        for name in ("supermin", "appliance kernel", "appliance extras"):
+            yield Check(name, None, False, "not needed: the appliance is a fixed one")
+        return
+    yield _program("supermin", "supermin", required=True)
+    if parts is None:
+        where = path or host.libraries
+        fix = "unset LIBGUESTFS_PATH, or correct it" if path else _install("python3-guestfs")
+        yield Check("appliance", False, True, f"neither supermin.d nor a fixed one in {where}", fix)
+    elif not (parts / "daemon.tar.gz").is_file():
+        fix = "sudo apt-get install --reinstall libguestfs0"
+        yield Check("appliance", False, True, f"{parts} is incomplete", fix)
+    else:
+        yield Check("appliance", True, True, str(parts))
+    yield _kernel(host)
+    if parts is not None:
+        yield _extras(parts)
+
+
+def _by_version(kernel: Path) -> list[tuple[int, str]]:
+    pieces = re.findall(r"\d+|\D+", kernel.name)
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in pieces]
+
+
+def _kernel(host: Host) -> Check:
+    """The kernel that supermin will take: the newest in /boot that has its modules."""
+    name = "appliance kernel"
+    package = {"x86_64": "linux-image-cloud-amd64", "aarch64": "linux-image-cloud-arm64"}
+    fix = f"{_install(package.get(host.machine, 'linux-image'))} (Ubuntu: linux-image-virtual)"
+    if chosen := os.environ.get("SUPERMIN_KERNEL"):
+        kernel = Path(chosen)
+    else:
+        kernels = sorted(host.boot.glob("vmlinu?-*"), key=_by_version)
+        if not kernels:
+            return Check(name, False, True, f"no kernel in {host.boot}", fix)
+        complete = [
+            k
+            for k in kernels
+            if (host.modules / k.name.partition("-")[2] / "modules.dep").is_file()
+        ]
+        if not complete:
+            found = f"{kernels[-1]} has no modules in {host.modules}"
+            return Check(name, False, True, found, fix)
+        kernel = complete[-1]
+    if not kernel.exists():
+        found = f"{kernel}, named by SUPERMIN_KERNEL, does not exist"
+        return Check(name, False, True, found, "unset SUPERMIN_KERNEL, or correct it")
+    if not _accessible(kernel, os.R_OK):
+        # Ubuntu installs its kernels for root's eyes only.
+        return Check(
+            name,
+            False,
+            True,
+            f"{kernel} cannot be read by this user",
+            f"sudo chmod 0644 {kernel}; to keep it so: "
+            f"sudo dpkg-statoverride --update --add root root 0644 {kernel}",
+        )
+    return Check(name, True, True, str(kernel))
+
+
+# What the appliance lacks unless asked for: what for, the package in supermin's lists, a program
+# of it (supermin leaves out what is listed but not installed), and what puts it there.
+_EXTRAS = (
+    ("XFS", "xfsprogs", "mkfs.xfs", "libguestfs-xfs"),
+    ("HFS+", "hfsplus", "hpmount", "libguestfs-hfsplus"),
+    ("rsync", "rsync", "rsync", "libguestfs-rsync"),
+    ("SELinux labels", "policycoreutils", "setfiles", None),
+)
+
+
+def _extras(parts: Path) -> Check:
+    name = "appliance extras"
+    listed = {word for file in parts.glob("*packages*") for word in file.read_text().split()}
+    # Debian gives ordinary users a PATH without the sbin folders.
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+    missing = [
+        (purpose, package)
+        for purpose, word, program, package in _EXTRAS
+        if word not in listed or shutil.which(program, path=path) is None
+    ]
+    if not missing:
+        return Check(name, True, False, ", ".join(extra[0] for extra in _EXTRAS))
+    packages = " ".join(package for _, package in missing if package)
+    fixes = [_install(packages)] if packages else []
+    if any(package is None for _, package in missing):
+        fixes.append("scripts/setup.sh adds setfiles")
+    found = f"without {', '.join(purpose for purpose, _ in missing)}"
+    return Check(name, False, False, found, "; ".join(fixes))
+
+
+def _kvm(host: Host) -> Check:
+    """Whether a virtual machine can be made. That it also runs, only a launch can tell."""
+    node = host.dev / "kvm"
+    slow = "emulation is used, which is slower"
+    if not node.exists():
+        fix = "enable virtualisation in the firmware or, in a guest, nested virtualisation"
+        return Check("KVM", None, False, f"no {node}: {slow}", fix)
+    if not _accessible(node, os.R_OK | os.W_OK):
+        fix = "sudo usermod -aG kvm $USER, and log in again"
+        return Check("KVM", None, False, f"no permission for {node}: {slow}", fix)
+    opened: list[int] = []
+    try:
+        opened.append(os.open(node, os.O_RDWR | os.O_CLOEXEC))
+        version = fcntl.ioctl(opened[0], _KVM_GET_API_VERSION, 0)
+        opened.append(fcntl.ioctl(opened[0], _KVM_CREATE_VM, 0))
+        opened.append(fcntl.ioctl(opened[1], _KVM_CREATE_VCPU, 0))
+    except OSError as error:
+        steps = ("be opened", "make a virtual machine", "make a virtual processor")
+        found = f"{node} cannot {steps[len(opened)]}: {error.strerror}; {slow}"
+        return Check("KVM", None, False, found, "nested virtualisation may be off, or KVM in use")
+    finally:
+        for descriptor in reversed(opened):
+            os.close(descriptor)
+    return Check("KVM", True, False, f"{node} makes virtual machines (API {version})")
+
+
+def _cache_space() -> Check:
+    """Room where libguestfs keeps the appliance that supermin builds."""
+    name = "space for the appliance"
+    set_by = next((v for v in ("LIBGUESTFS_CACHEDIR", "TMPDIR") if os.environ.get(v)), None)
+    folder = Path(os.environ[set_by] if set_by else "/var/tmp")
+    other = "set LIBGUESTFS_CACHEDIR to another folder"
+    if not folder.is_dir() or not _accessible(folder, os.W_OK | os.X_OK):
+        return Check(name, False, True, f"{folder} is not a folder that can be written to", other)
+    numbers = os.statvfs(folder)
+    free = numbers.f_bavail * numbers.f_frsize
+    built = (folder / f".guestfs-{os.geteuid()}" / "appliance.d" / "root").exists()
+    found = f"{free / 1e9:.1f} GB free in {folder}{', and one is built' if built else ''}"
+    if free < CACHE_NEEDS and not built:
+        return Check(name, False, True, found, f"free {CACHE_NEEDS / 1e9:.0f} GB, or {other}")
+    return Check(name, True, True, found)
+
+
+def _memory(host: Host) -> Check:
+    said = re.search(
+        r"^MemAvailable:\s*(\d+) kB", (host.proc / "meminfo").read_text(), re.MULTILINE
+    )
+    if said is None:
+        return Check("memory", None, False, f"not told by {host.proc / 'meminfo'}")
+    available = int(said[1]) * 1024
+    limit = host.sys / "fs/cgroup/memory.max"  # a container's own
+    if limit.is_file() and (allowed := limit.read_text().strip()).isdigit():
+        available = min(available, int(allowed))
+    found = f"{available / 1e9:.1f} GB available"
+    if available < MEMORY_NEEDS:
+        fix = f"the appliance needs {MEMORY_NEEDS / 1e9:.1f} GB: stop something, or add swap or memory"
+        return Check("memory", False, True, found, fix)
+    return Check("memory", True, True, found)
+
+
+def _sandbox(host: Host) -> Check:
+    name = "sandbox (bwrap, user namespaces)"
+    if shutil.which("bwrap") is None:
+        return Check(name, None, False, "bwrap not found on PATH", _install("bubblewrap"))
+    try:
+        run(["bwrap", "--unshare-all", "--ro-bind", "/", "/", "/bin/true"], limits=_MOMENT)
+    except HostError as error:
+        switches = {"unprivileged_userns_clone": "1", "apparmor_restrict_unprivileged_userns": "0"}
+        for switch, wanted in switches.items():
+            file = host.proc / "sys/kernel" / switch
+            if file.is_file() and file.read_text().strip() != wanted:
+                fix = f"sudo sysctl kernel.{switch}={wanted}"
+                return Check(name, None, False, error.message, fix)
+        fix = "allow user namespaces (in a container: a seccomp profile that permits them)"
+        return Check(name, None, False, error.message, fix)
+    return Check(name, True, False, "works")
+
+
+def _fuse(host: Host) -> Check:
+    found = _device(host, "FUSE", "fuse", "fuse", "fuse")
+    program = shutil.which("fusermount3") or shutil.which("fusermount")
+    if found.ok and program is None and os.geteuid() != 0:  # root mounts without it
+        return Check("FUSE", None, False, "fusermount3 not found on PATH", _install("fuse3"))
+    return found
+
+
+def _device(host: Host, name: str, module: str, node_name: str, misc: str) -> Check:
+    """A control device in /dev: it counts only with the driver behind it."""
+    node = host.dev / node_name
+    if not (host.sys / "class/misc" / misc).exists():
+        return _module_to_load(host, name, module)
+    if not node.exists():
+        return Check(
+            name, None, False, f"no {node}", f"in a container: run it with --device {node}"
+        )
+    if not _accessible(node, os.R_OK | os.W_OK):
+        return Check(name, None, False, f"no permission for {node}", "run as root")
+    return Check(name, True, False, str(node))
+
+
+def _module_to_load(host: Host, name: str, module: str, options: str = "") -> Check:
+    index = host.modules / host.release / "modules.dep"
+    there = index.read_text().splitlines() if index.is_file() else []
+    names = {Path(line.partition(":")[0]).name.partition(".ko")[0] for line in there}
+    if module in {name.replace("-", "_") for name in names}:
+        fix = f"sudo modprobe {module}{options}"
+        return Check(name, None, False, "its module is not loaded", fix)
+    return Check(name, None, False, f"this kernel ({host.release}) does not have it")
+
+
+def _nbd(host: Host) -> Check:
+    if not (host.sys / "block/nbd0").exists():
+        return _module_to_load(host, "nbd devices", "nbd", " max_part=16")
+    most = host.sys / "module/nbd/parameters/max_part"
+    if most.is_file() and most.read_text().strip() == "0":
+        fix = "sudo modprobe -r nbd; sudo modprobe nbd max_part=16"
+        return Check("nbd devices", None, False, "loaded without partitions (max_part=0)", fix)
+    return Check("nbd devices", True, False, "loaded")
+
+
+def _launch(launcher: Callable[[], float]) -> Check:
+    try:
+        seconds = launcher()
+    except HostError as error:
+        return Check("launch", False, True, str(error), error.hint)
+    return Check("launch", True, True, f"the appliance was ready in {seconds:.1f} s")

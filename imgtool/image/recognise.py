@@ -1,0 +1,33 @@
+"""Telling a disk from noise: a raw image with nothing known on it is refused before any launch."""
+
+from __future__ import annotations
+
+from imgtool.errors import ImageError
+from imgtool.image.chain import Chain
+from imgtool.process import Limits, ProgramFailed, run
+
+_NOTHING_FOUND = 2
+_AMBIGUOUS = 8
+
+
+def refuse_noise(chain: Chain) -> None:
+    """Raise `ImageError` if the chain is one raw file without partition table or known content.
+
+    The signatures are those of libblkid, read by blkid(8) in low-level probing mode.
+    """
+    link = chain.links[0]
+    if link.format != "raw" or len(chain.links) > 1:
+        return
+    argv = ["blkid", "--probe", "--output", "export", link.path.absolute()]
+    try:
+        found = run(argv, limits=Limits(memory=1 << 30, wall=10), ok=(0, _AMBIGUOUS))
+    except ProgramFailed as error:
+        if error.returncode == _NOTHING_FOUND:
+            raise ImageError(
+                "not a disk image: no format, partition table or filesystem is known in it",
+                subject=link.path,
+                hint="if it is one all the same, say so with --format raw",
+            ) from error
+        raise ImageError(f"cannot be probed: {error.message}", subject=link.path) from error
+    if found.returncode == 0 and not found.stdout.strip():
+        raise ImageError("not a disk image: nothing known is in it", subject=link.path)
