@@ -13,9 +13,19 @@ from imgtool.cli.session import Request, set_up_logging
 from imgtool.errors import ExitStatus, NotInGuestError
 from imgtool.guest.model import OperatingSystem
 
-FIELDS = tuple(
-    "root type distribution version product_name architecture hostname package_format "
-    "package_management mountpoints kernels applications".split()
+FIELDS = (
+    "root",
+    "type",
+    "distribution",
+    "version",
+    "product_name",
+    "architecture",
+    "hostname",
+    "package_format",
+    "package_management",
+    "mountpoints",
+    "kernels",
+    "applications",
 )
 APPLICATION_FIELDS = ("root", "name", "epoch", "version", "release", "arch")
 DOCTOR_FIELDS = ("name", "ok", "required", "found", "fix")
@@ -102,10 +112,7 @@ def doctor(
 
     set_up_logging(verbose=verbose, debug=debug)
     checks = examine(launch=launch, launcher=lambda: time_launch(debug=debug))
-    rows = [
-        {name: getattr(check, name) for name in DOCTOR_FIELDS}
-        for check in checks
-    ]
+    rows = [{name: getattr(check, name) for name in DOCTOR_FIELDS} for check in checks]
     words = {True: "ok", False: "MISSING", None: "-"}
     shown = [
         {**row, "ok": words[row["ok"]], "fix": None if row["ok"] else row["fix"]} for row in rows

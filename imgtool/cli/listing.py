@@ -19,7 +19,19 @@ if TYPE_CHECKING:
     from imgtool.guest.guest import Owners
     from imgtool.guest.model import Entry
 
-FIELDS = tuple("path type mode uid gid user group size mtime target checksum".split())
+FIELDS = (
+    "path",
+    "type",
+    "mode",
+    "uid",
+    "gid",
+    "user",
+    "group",
+    "size",
+    "mtime",
+    "target",
+    "checksum",
+)
 
 
 def row(entry: Entry, owners: Owners) -> dict[str, Any]:

@@ -15,13 +15,33 @@ from imgtool.cli.session import Failures, Request
 from imgtool.errors import ImgtoolError, UsageError
 from imgtool.guest.model import SpaceUsage
 
-DF_FIELDS = tuple(
-    "image device mountpoint type size used available use_percent inodes inodes_used error".split()
+DF_FIELDS = (
+    "image",
+    "device",
+    "mountpoint",
+    "type",
+    "size",
+    "used",
+    "available",
+    "use_percent",
+    "inodes",
+    "inodes_used",
+    "error",
 )
-FILESYSTEM_FIELDS = tuple("kind device type label uuid size mountpoint parents".split())
-PARTITION_FIELDS = tuple(
-    "device number start size end start_sector sector_size type type_name name bootable table"
-    .split()
+FILESYSTEM_FIELDS = ("kind", "device", "type", "label", "uuid", "size", "mountpoint", "parents")
+PARTITION_FIELDS = (
+    "device",
+    "number",
+    "start",
+    "size",
+    "end",
+    "start_sector",
+    "sector_size",
+    "type",
+    "type_name",
+    "name",
+    "bootable",
+    "table",
 )
 
 
@@ -157,7 +177,7 @@ def partitions(
     debug: options.Debug = False,
 ) -> None:
     """Show the partition table: start, size and offset of each partition, in bytes."""
-    from imgtool.image.partitions import partitions_of
+    from imgtool.guest.partitions import partitions_of
     from imgtool.opening import open_images
 
     request = Request.of(locals())
@@ -173,8 +193,6 @@ def partitions(
     for problem in problems:
         render.message("warning", problem)
     rows = [dataclasses.asdict(partition) for partition in found]
-    shown = [
-        {**row, "size": render.human(row["size"]) if human else row["size"]} for row in rows
-    ]
+    shown = [{**row, "size": render.human(row["size"]) if human else row["size"]} for row in rows]
     columns = ["device", "start", "size", "end", "type_name", "name", "bootable", "table"]
     render.emit(rows, PARTITION_FIELDS, output, columns=columns, shown=shown)

@@ -134,7 +134,7 @@ class Guest(ABC):
     def owners(self) -> Owners:
         """The names of the guest's users and groups; empty where it has none."""
         if self._owners is None:
-            contents = []
+            contents: list[bytes | None] = []
             for name in (b"/etc/passwd", b"/etc/group"):
                 try:
                     contents.append(self.read_bytes(name, 4 << 20))

@@ -30,7 +30,7 @@ class Volume(Protocol):
     """One filesystem, opened to be looked into."""
 
     def read(self, path: str, limit: int = SMALL_FILE) -> bytes | None:
-        """The first `limit` bytes of a regular file, links followed inside; None if there is none."""
+        """The first `limit` bytes of a regular file, links followed; None if there is none."""
 
     def is_dir(self, path: str) -> bool:
         """Whether the path is a directory, spelled in any case on a case-insensitive filesystem."""

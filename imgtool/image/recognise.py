@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from imgtool.errors import ImageError
 from imgtool.image.chain import Chain
 from imgtool.process import Limits, ProgramFailed, run
@@ -18,7 +20,7 @@ def refuse_noise(chain: Chain) -> None:
     link = chain.links[0]
     if link.format != "raw" or len(chain.links) > 1:
         return
-    argv = ["blkid", "--probe", "--output", "export", link.path.absolute()]
+    argv: list[str | Path] = ["blkid", "--probe", "--output", "export", link.path.absolute()]
     try:
         found = run(argv, limits=Limits(memory=1 << 30, wall=10), ok=(0, _AMBIGUOUS))
     except ProgramFailed as error:

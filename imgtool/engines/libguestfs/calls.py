@@ -20,21 +20,41 @@ _ENOENT = 2
 
 
 class _Statns(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012 - the form that ctypes asks for
+    _fields_ = [
         (name, c_int64)
-        for name in (
-            "dev ino mode nlink uid gid rdev size blksize blocks atime_sec atime_nsec mtime_sec "
-            "mtime_nsec ctime_sec ctime_nsec spare1 spare2 spare3 spare4 spare5 spare6"
-        ).split()
+        for name in [
+            "dev",
+            "ino",
+            "mode",
+            "nlink",
+            "uid",
+            "gid",
+            "rdev",
+            "size",
+            "blksize",
+            "blocks",
+            "atime_sec",
+            "atime_nsec",
+            "mtime_sec",
+            "mtime_nsec",
+            "ctime_sec",
+            "ctime_nsec",
+            "spare1",
+            "spare2",
+            "spare3",
+            "spare4",
+            "spare5",
+            "spare6",
+        ]
     ]
 
 
 class _StatnsList(ctypes.Structure):
-    _fields_ = [("len", c_uint32), ("val", POINTER(_Statns))]  # noqa: RUF012
+    _fields_ = [("len", c_uint32), ("val", POINTER(_Statns))]
 
 
 class _TarOut(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("bitmask", c_uint64),
         ("compress", c_char_p),
         ("numericowner", c_int),
@@ -45,6 +65,27 @@ class _TarOut(ctypes.Structure):
     ]
 
 
+class _TarIn(ctypes.Structure):
+    _fields_ = [
+        ("bitmask", c_uint64),
+        ("compress", c_char_p),
+        ("xattrs", c_int),
+        ("selinux", c_int),
+        ("acls", c_int),
+    ]
+
+
+class _CopyAttributes(ctypes.Structure):
+    _fields_ = [
+        ("bitmask", c_uint64),
+        ("all", c_int),
+        ("mode", c_int),
+        ("xattributes", c_int),
+        ("ownership", c_int),
+    ]
+
+
+_XATTRIBUTES = 1 << 2
 _NUMERICOWNER = 1 << 1
 _EXCLUDES = 1 << 2
 
@@ -75,6 +116,11 @@ def _load() -> ctypes.CDLL:
         ("download_offset", c_int, [c_char_p, c_char_p, c_int64, c_int64]),
         ("checksums_out", c_int, [c_char_p, c_char_p, c_char_p]),
         ("tar_out_opts_argv", c_int, [c_char_p, c_char_p, POINTER(_TarOut)]),
+        ("tar_in_opts_argv", c_int, [c_char_p, c_char_p, POINTER(_TarIn)]),
+        ("copy_attributes_argv", c_int, [c_char_p, c_char_p, POINTER(_CopyAttributes)]),
+        ("rename", c_int, [c_char_p, c_char_p]),
+        ("mkdir_mode", c_int, [c_char_p, c_int]),
+        ("rm_rf", c_int, [c_char_p]),
         ("debug", c_void_p, [c_char_p, strings]),
     ):
         function = getattr(library, f"guestfs_{name}")
@@ -251,6 +297,29 @@ class Calls:
         self._call(
             "tar_out_opts_argv", directory, directory, output.encode(), ctypes.byref(options)
         )
+
+    def tar_in(self, source: str, directory: bytes) -> None:
+        """Unpack the tar file `source` of the host into a directory of the guest."""
+        self._call(
+            "tar_in_opts_argv", directory, source.encode(), directory, ctypes.byref(_TarIn())
+        )
+
+    def copy_xattrs(self, source: bytes, target: bytes) -> None:
+        """Give a file the extended attributes of another one."""
+        options = _CopyAttributes(bitmask=_XATTRIBUTES, xattributes=1)
+        self._call("copy_attributes_argv", target, source, target, ctypes.byref(options))
+
+    def rename(self, source: bytes, target: bytes) -> None:
+        """Rename within one filesystem, replacing what is there."""
+        self._call("rename", target, source, target)
+
+    def mkdir(self, path: bytes, mode: int) -> None:
+        """Make a directory."""
+        self._call("mkdir_mode", path, path, mode)
+
+    def rm_rf(self, path: bytes) -> None:
+        """Remove a file, or a directory with everything in it."""
+        self._call("rm_rf", path, path)
 
     def shell(self, path: bytes, words: Sequence[bytes]) -> bytes:
         """Run a command in the appliance (never a program of the guest) and return its output.

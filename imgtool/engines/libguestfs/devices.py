@@ -89,7 +89,9 @@ def devices(guest: LibguestfsGuest, *, everything: bool) -> tuple[Device, ...]:
     for row in handle.pvs_full():
         name = str(handle.canonical_device_name(row["pv_name"]))
         rows.append(
-            Device("pv", name, uuid=_plain_uuid(row["pv_uuid"]), size=row["pv_size"], parents=(name,))
+            Device(
+                "pv", name, uuid=_plain_uuid(row["pv_uuid"]), size=row["pv_size"], parents=(name,)
+            )
         )
     for partition in handle.list_partitions():
         size = handle.blockdev_getsize64(partition)

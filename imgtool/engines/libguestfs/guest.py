@@ -31,9 +31,7 @@ from imgtool.guest.model import (
     SpaceUsage,
 )
 
-_EXTENT = re.compile(
-    rb"^\s*\d+:\s*(\d+)\.\.\s*(\d+):\s*\d+\.\.\s*\d+:\s*(\d+):(.*)$", re.MULTILINE
-)
+_EXTENT = re.compile(rb"^\s*\d+:\s*(\d+)\.\.\s*(\d+):\s*\d+\.\.\s*\d+:\s*(\d+):(.*)$", re.MULTILINE)
 # After Ctrl-C a call that is no transfer gets this long before the appliance is stopped.
 GRACE = 5.0
 
@@ -84,6 +82,20 @@ class LibguestfsGuest(Guest):
         finally:
             for timer in timers:
                 timer.cancel()
+
+    def interrupted(self) -> bool:
+        """Whether the user asked to stop."""
+        return interrupt.pending()
+
+    def finish(self) -> None:
+        """Unmount everything and wait until the appliance has written all of it to the image."""
+        try:
+            self.handle.umount_all()
+            self.handle.shutdown()
+        except RuntimeError as error:
+            raise EngineError(
+                f"the changes could not be written: {reason(error)}", subject=self.image
+            ) from error
 
     # The layout
 
@@ -168,7 +180,9 @@ class LibguestfsGuest(Guest):
     def _missing(self, error: CallFailed, path: bytes) -> EngineError | NotInGuestError:
         # libguestfs gives the errno of most calls; of some only the words.
         if error.errno in (2, 20) or "No such file" in error.message:
-            return NotInGuestError("no such file or directory in the guest", subject=printable(path))
+            return NotInGuestError(
+                "no such file or directory in the guest", subject=printable(path)
+            )
         return error
 
     def resolve(self, path: str | bytes) -> bytes:
@@ -187,9 +201,7 @@ class LibguestfsGuest(Guest):
         except CallFailed as error:
             raise self._missing(error, found) from error
 
-    def entries(
-        self, path: str | bytes, *, on_problem: OnProblem | None = None
-    ) -> Iterator[Entry]:
+    def entries(self, path: str | bytes, *, on_problem: OnProblem | None = None) -> Iterator[Entry]:
         """What is in a directory, sorted by name as bytes."""
         found = self.at(path)
         with self.cancellable():

@@ -42,7 +42,9 @@ def _applications(handle: Any, root: str) -> tuple[Application, ...]:
     try:
         rows = handle.inspect_list_applications2(root)
     except RuntimeError as error:
-        raise EngineError(f"the packages cannot be listed: {reason(error)}", subject=root) from error
+        raise EngineError(
+            f"the packages cannot be listed: {reason(error)}", subject=root
+        ) from error
     return tuple(
         Application(
             name=row["app2_name"],

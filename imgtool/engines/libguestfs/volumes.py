@@ -93,8 +93,8 @@ class ApplianceVolumes:
             found = self._listed()
             while self._keys:
                 closed = [d for d, t in found.items() if t == "crypto_LUKS"]
-                # All of them are tried: `any` over a list, not a generator.
-                if not any([self._unlock(d) for d in closed if d not in self._opened]):
+                unlocked = [d for d in closed if d not in self._opened and self._unlock(d)]
+                if not unlocked:
                     break
                 self._handle.lvm_scan(True)
                 found = self._listed()

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from imgtool.engines.libguestfs.calls import CallFailed, Calls
 from imgtool.errors import EngineError
@@ -54,7 +54,7 @@ def listing(call: Callable[[bytes, str], None], directory: bytes, stack: ExitSta
     call(directory, spool.name)
     # libguestfs truncates and writes the file by its name: the same file, from its start.
     spool.seek(0)
-    return spool
+    return cast(BinaryIO, spool)
 
 
 def join(directory: bytes, name: bytes) -> bytes:

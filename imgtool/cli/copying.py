@@ -1,0 +1,148 @@
+"""`copy-out` and `copy-in`."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from imgtool.cli import options, render
+from imgtool.cli.progress import progress
+from imgtool.cli.session import Failures, Request
+from imgtool.errors import UsageError
+
+_SOURCES = typer.Argument(metavar="SRC... DEST", help="What to copy, and where to.")
+
+
+def _split(paths: list[str]) -> tuple[list[str], str]:
+    if len(paths) < 2:
+        raise UsageError("a source and a destination are needed", hint="IMAGE SRC... DEST")
+    return paths[:-1], paths[-1]
+
+
+def copy_out(
+    image: options.Image,
+    paths: Annotated[list[str], _SOURCES],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that exist; merge directories.")
+    ] = False,
+    keep_partial: Annotated[
+        bool,
+        typer.Option("--keep-partial", help="Keep what could be read of a damaged file."),
+    ] = False,
+    add: options.Add = None,
+    format: options.Format = None,
+    snapshot: options.Snapshot = None,
+    mounts: options.Mounts = None,
+    root: options.Root = None,
+    key: options.Keys = None,
+    engine: options.EngineOption = options.Engine.auto,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Copy files and directories out of a guest; DEST `-` writes SRC to stdout as tar."""
+    from imgtool.transfer.copy_out import check_destination, copy_out, tar_out
+
+    request = Request.of(locals())
+    sources, dest = _split(paths)
+    failures = Failures(debug)
+    if dest == "-":
+        if len(sources) != 1:
+            raise UsageError("a tar stream has one source")
+        if sys.stdout.isatty():
+            raise UsageError("a tar stream is not written to a terminal")
+        with request.opened() as guest:
+            tar_out(guest, sources[0], sys.stdout.buffer)
+        return
+    check_destination(sources, Path(dest), overwrite=overwrite)
+    with request.opened() as guest, progress("copy-out") as bar:
+        for source in sources:
+            with failures.caught():
+                copy_out(
+                    guest,
+                    source,
+                    Path(dest),
+                    overwrite=overwrite,
+                    keep_partial=keep_partial,
+                    on_problem=failures.problem,
+                    on_skipped=lambda path, line: render.message(
+                        "warning", f"{line} ({render.escaped(path)})"
+                    ),
+                    on_progress=bar,
+                )
+    failures.finish()
+
+
+def _owner(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if not found or int(found[1]) > 0xFFFFFFFE or int(found[2]) > 0xFFFFFFFE:
+        raise UsageError("--owner takes two numbers, UID:GID", subject=text)
+    return int(found[1]), int(found[2])
+
+
+def _mode(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-7]{1,4}", text):
+        raise UsageError("--mode takes octal digits, such as 0644", subject=text)
+    return int(text, 8)
+
+
+def copy_in(
+    image: options.Image,
+    paths: Annotated[list[str], _SOURCES],
+    owner: Annotated[
+        str | None,
+        typer.Option("--owner", metavar="UID:GID", help="Owner of what is copied. [0:0]"),
+    ] = None,
+    preserve_owner: Annotated[
+        bool, typer.Option("--preserve-owner", help="Keep the host's numeric owners.")
+    ] = False,
+    mode: Annotated[
+        str | None, typer.Option("--mode", metavar="MODE", help="Mode of the files, octal.")
+    ] = None,
+    add: options.Add = None,
+    format: options.Format = None,
+    mounts: options.Mounts = None,
+    root: options.Root = None,
+    key: options.Keys = None,
+    engine: options.EngineOption = options.Engine.auto,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Copy host files and directories into a guest; SRC `-` unpacks a tar stream from stdin."""
+    from imgtool.transfer.copy_in import copy_in, plan_sources, tar_in
+
+    request = Request.of(locals())
+    sources, dest = _split(paths)
+    if owner is not None and preserve_owner:
+        raise UsageError("--owner and --preserve-owner exclude each other")
+    numbers = None if preserve_owner else _owner(owner) or (0, 0)
+    bits = _mode(mode)
+    if "-" in sources:
+        if len(sources) != 1:
+            raise UsageError("a tar stream is the only source")
+        with request.opened(write=True) as guest:
+            tar_in(guest, sys.stdin.buffer, dest, owner=numbers, mode=bits)
+        return
+    plan = plan_sources([Path(os.fsdecode(source)) for source in sources])
+    with request.opened(write=True) as guest, progress("copy-in") as bar:
+        copy_in(
+            guest,
+            plan,
+            dest,
+            owner=numbers,
+            mode=bits,
+            on_skipped=lambda path, line: render.message(
+                "warning", f"{line} ({render.escaped(path)})"
+            ),
+            on_progress=bar,
+        )

@@ -1,0 +1,148 @@
+"""A chain: the active image and what it stands on, followed link by link by imgtool itself.
+
+QEMU would follow a chain by guessing formats and opening whatever a header names. Here every link
+is looked at alone, the next one only after its place was checked, and QEMU is then given the whole
+chain with a driver written at every level, so that nothing is left for it to guess or to open.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from imgtool.errors import ImageError, NotInGuestError, RefusedError
+from imgtool.image.info import ImageInfo, Snapshot, file_node, node_driver, probe
+from imgtool.image.places import Places, printable
+
+MAX_LINKS = 200
+
+# The formats that can name a backing file: for these QEMU must be told that there is none.
+_WITH_BACKING = ("qcow2", "qcow", "qed", "vmdk")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The links of a chain, active image first, base last; `problems` are lines for the user."""
+
+    links: tuple[ImageInfo, ...]
+    problems: tuple[str, ...] = field(default=())
+
+    @property
+    def active(self) -> ImageInfo:
+        """The image that was asked for."""
+        return self.links[0]
+
+    @property
+    def base(self) -> ImageInfo:
+        """The image that stands on no other; the active one itself if there is no overlay."""
+        return self.links[-1]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file of the chain, those of the active image first."""
+        return tuple(path for link in self.links for path in link.files)
+
+    def snapshot(self, name: str) -> Snapshot:
+        """The internal snapshot of the active image with this name, or else with this id.
+
+        Raises `NotInGuestError`, listing those that there are.
+        """
+        there = self.active.snapshots
+        for known in ([s for s in there if s.name == name], [s for s in there if s.id == name]):
+            if known:
+                return known[0]
+        names = ", ".join(printable(snapshot.name) for snapshot in there[:20])
+        raise NotInGuestError(
+            f"no internal snapshot '{printable(name)}'",
+            subject=printable(self.active.path),
+            hint=f"it has: {names}" if there else "it has no internal snapshots",
+        )
+
+    def blockdev(self, *, read_only: bool = True, force_share: bool = False) -> dict[str, Any]:
+        """The chain as QEMU's `-blockdev` takes it: a driver and absolute names at every level.
+
+        `force_share` reads past the locks of a running QEMU and is for readers only.
+        """
+        node: dict[str, Any] | None = None
+        for link in reversed(self.links):
+            above: dict[str, Any] = {
+                "driver": link.format,
+                "file": file_node(link.path, link.driver),
+            }
+            if link.data_path is not None:
+                above["data-file"] = file_node(link.data_path, node_driver(link.data_path))
+            if link.format in _WITH_BACKING:
+                above["backing"] = node
+            node = above
+        if node is None:
+            raise ValueError("a chain has at least one link")
+        if read_only:
+            node["read-only"] = True
+        if force_share:
+            node["force-share"] = True
+        return node
+
+    def filename(self, *, read_only: bool = True, force_share: bool = False) -> str:
+        """`blockdev()` as a file name that qemu-img, qemu-nbd and qemu-io take."""
+        node = self.blockdev(read_only=read_only, force_share=force_share)
+        return "json:" + json.dumps(node, ensure_ascii=False)
+
+
+def _next_path(link: ImageInfo, places: Places) -> Path:
+    path = places.follow(str(link.backing), of=link.path, role="backing file")
+    if not path.exists():
+        raise ImageError(
+            f"its backing file '{printable(str(link.backing))}' is missing",
+            subject=printable(link.path),
+            hint=f"it should be at {printable(path)}",
+        )
+    return path
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def open_chain(
+    path: str | Path, *, format: str | None = None, backing_dirs: Sequence[str | Path] = ()
+) -> Chain:
+    """Follow the chain that starts at `path`, the active image, which has `format` if given.
+
+    Raises `ImageError` for a link that is missing, damaged or met twice, and `RefusedError` for
+    one that is outside the folders a chain may use (`Places.around`) or not a local file.
+    """
+    path = Path(path).absolute()
+    places = Places.around(path, backing_dirs)
+    link = probe(path, format=format, places=places)
+    if link.probed and link.format != "raw" and link.backing and path.suffix == ".raw":
+        # A guest can write any header to its raw disk; the name says which of the two to believe.
+        raise RefusedError(
+            f"it is named .raw, but holds a {link.format} header with a backing file",
+            subject=printable(path),
+            hint=f"say which it is: --format raw or --format {link.format}",
+        )
+    links, problems = [link], list(link.problems)
+    seen = {_identity(path)}
+    while link.backing is not None:
+        if len(links) == MAX_LINKS:
+            raise RefusedError(f"a chain of more than {MAX_LINKS} links", subject=printable(path))
+        below = _next_path(link, places)
+        if _identity(below) in seen:
+            raise ImageError(
+                f"its backing file '{printable(link.backing)}' leads back into the chain: a loop",
+                subject=printable(link.path),
+            )
+        seen.add(_identity(below))
+        above, link = link, probe(below, format=link.backing_format, places=places)
+        if link.probed and link.format != "raw":
+            problems.append(
+                f"{printable(above.path)} names no format for its backing file;"
+                f" it was taken as {link.format} from its content"
+            )
+        links.append(link)
+        problems += link.problems
+    return Chain(tuple(links), tuple(problems))

@@ -1,0 +1,283 @@
+"""What one image file is, without opening any file that it names.
+
+`qemu-img info` answers, under limits, after the header was searched for names of files that QEMU
+would open as well. The format is probed here, once; everything later passes it on.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from imgtool.errors import ImageError, RefusedError
+from imgtool.image import qcow2, vmdk
+from imgtool.image.locks import in_use_for_writing
+from imgtool.image.places import Places, printable
+from imgtool.process import Limits, ProgramFailed, TimedOut, run
+
+FORMATS = ("raw", "qcow2", "qcow", "qed", "vmdk", "vdi", "vpc", "vhdx")
+PROBE_LIMITS = Limits(memory=1 << 30, cpu=10, wall=10)
+
+# What QEMU itself looks at to tell formats apart.
+_PROBED_BYTES = 2048
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """An internal snapshot. `time` and `vm_clock` in nanoseconds (since 1970 UTC; of run time),
+    `vm_state_size` in bytes: 0 for a snapshot of the disk alone."""
+
+    id: str
+    name: str
+    time: int
+    vm_state_size: int
+    vm_clock: int
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """One file of a chain; sizes in bytes.
+
+    `path` is absolute, as it was named. `driver` is QEMU's for the file below the format: file or
+    host_device. `probed` says that the format was guessed from the content. `backing` and
+    `data_file` are the names as written in the header; `data_path` is where the latter is.
+    `problems` are lines for the user.
+    """
+
+    path: Path
+    format: str
+    virtual_size: int
+    actual_size: int
+    driver: str = "file"
+    probed: bool = False
+    cluster_size: int | None = None
+    compat: str | None = None
+    encrypted: bool = False
+    dirty: bool = False
+    corrupt: bool = False
+    backing: str | None = None
+    backing_format: str | None = None
+    data_file: str | None = None
+    data_path: Path | None = None
+    extents: tuple[Path, ...] = ()
+    snapshots: tuple[Snapshot, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The file itself and those that hold its data; backing files are links of their own."""
+        return (self.path, *([self.data_path] if self.data_path else []), *self.extents)
+
+
+def file_node(path: Path, driver: str) -> dict[str, Any]:
+    """The lowest level of a description for QEMU: this very file and nothing else."""
+    real = str(path.resolve())
+    try:
+        real.encode()
+    except UnicodeEncodeError as error:
+        raise ImageError(
+            "QEMU cannot be given a path that is not UTF-8",
+            subject=printable(path),
+            hint="rename it, or make a symlink to it with a plain name and folder",
+        ) from error
+    return {"driver": driver, "filename": real}
+
+
+def open_host_file(path: Path) -> BinaryIO:
+    """Open an image for reading, if it is a file or a block device; raise `ImageError` if not."""
+    shown = printable(path)
+    try:
+        # Looked at before it is opened: a fifo would block, a tape would rewind.
+        kind = path.stat().st_mode
+        if stat.S_ISDIR(kind):
+            raise ImageError("a directory, not an image", subject=shown)
+        if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+            raise ImageError("neither a file nor a block device", subject=shown)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ImageError:
+        raise
+    except ValueError as error:
+        raise ImageError("not a path", subject=shown) from error
+    except OSError as error:
+        hints = {errno.EACCES: "run imgtool as a user who may read it"}
+        raise ImageError(
+            (error.strerror or "cannot be opened").lower(),
+            subject=shown,
+            hint=hints.get(error.errno or 0),
+        ) from error
+    return os.fdopen(descriptor, "rb")
+
+
+def _vmdk_extents(file: BinaryIO, path: Path, places: Places) -> tuple[Path, ...]:
+    extents = []
+    for name in vmdk.extent_names(file):
+        extent = places.follow(os.fsdecode(name), of=path, role="extent")
+        with open_host_file(extent) as part:
+            if vmdk.has_descriptor_inside(part):
+                raise RefusedError(
+                    f"its extent '{printable(os.fsdecode(name))}' names further files",
+                    subject=printable(path),
+                )
+        extents.append(extent)
+    return tuple(extents)
+
+
+def _ask_qemu(path: Path, description: str, format: str | None) -> dict[str, Any]:
+    argv = ["qemu-img", "info", "--force-share", "--output=json"]
+    if format is not None:
+        argv += ["-f", format]
+    try:
+        done = run([*argv, description], limits=PROBE_LIMITS)
+    except TimedOut as error:
+        raise ImageError(
+            f"QEMU could not make sense of its header in {PROBE_LIMITS.wall:g} s",
+            subject=printable(path),
+        ) from error
+    except ProgramFailed as error:
+        if error.returncode < 0:
+            reason = f"QEMU died of its header (signal {-error.returncode})"
+        else:
+            said = error.stderr.strip().splitlines() or ["no reason given"]
+            reason = said[-1].removeprefix("qemu-img: ")
+        raise ImageError(printable(reason), subject=printable(path)) from error
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def _snapshots(answer: dict[str, Any]) -> tuple[Snapshot, ...]:
+    return tuple(
+        Snapshot(
+            id=row["id"],
+            name=row["name"],
+            time=row["date-sec"] * 10**9 + row["date-nsec"],
+            vm_state_size=row["vm-state-size"],
+            vm_clock=row["vm-clock-sec"] * 10**9 + row["vm-clock-nsec"],
+        )
+        for row in answer.get("snapshots", ())
+    )
+
+
+def _check_complete(file: BinaryIO, path: Path, header: qcow2.Qcow2Header) -> tuple[str, ...]:
+    length = file.seek(0, os.SEEK_END)
+    needed = qcow2.size_needed(file, header)
+    if needed <= length:
+        return ()
+    # A running QEMU counts a cluster as used before the file has grown to hold it.
+    if in_use_for_writing(path) is not None:
+        return (f"the file is {length} bytes long but uses {needed}; it is being written",)
+    whole = -(-needed // header.cluster_size) * header.cluster_size
+    raise ImageError(
+        f"truncated: the file is {length} bytes long, what it holds reaches to {whole}",
+        subject=printable(path),
+        hint=f"to read what is left, lengthen a copy: truncate -s {whole} COPY",
+    )
+
+
+def _problems(path: Path, answer: dict[str, Any], corrupt: bool) -> tuple[str, ...]:
+    problems = []
+    if corrupt:
+        problems.append("marked corrupt by QEMU")
+    if answer.get("dirty-flag"):
+        problems.append("not closed properly: in use, or its QEMU crashed")
+    return tuple(f"{printable(path)}: {problem}" for problem in problems)
+
+
+def probe(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    places: Places | None = None,
+    backing_dirs: Sequence[str | Path] = (),
+) -> ImageInfo:
+    """What the file at `path` is; `format` given means that the content is not asked.
+
+    Neither backing files nor, before they are known to lie in `places` (by default those around
+    the image and `backing_dirs`), data files and extents are opened. Raises `ImageError` for what
+    is no image that can be read, `RefusedError` for a header that points elsewhere.
+    """
+    path = Path(path).absolute()
+    if format is not None and format not in FORMATS:
+        raise ImageError(
+            f"format '{printable(format)}' is not supported",
+            subject=printable(path),
+            hint=f"supported are {', '.join(FORMATS)}",
+        )
+    with open_host_file(path) as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            raise ImageError("empty file", subject=printable(path))
+        places = places or Places.around(path, backing_dirs)
+        return _probe_open_file(file, path, format, places)
+
+
+def _probe_open_file(file: BinaryIO, path: Path, format: str | None, places: Places) -> ImageInfo:
+    file.seek(0)
+    start = file.read(_PROBED_BYTES)
+    driver = "host_device" if stat.S_ISBLK(os.fstat(file.fileno()).st_mode) else "file"
+    description, probed_as = str(path), format
+    header, data_file, data_path = None, None, None
+    extents: tuple[Path, ...] = ()
+    if format in (None, "qcow2"):
+        header = qcow2.read_header(file)
+    if header is not None and header.data_file is not None:
+        data_file = os.fsdecode(header.data_file)
+        data_path = places.follow(data_file, of=path, role="data file")
+        open_host_file(data_path).close()
+        node = {
+            "driver": "qcow2",
+            "file": file_node(path, driver),
+            "data-file": file_node(data_path, node_driver(data_path)),
+        }
+        # Given as a node, because QEMU takes a relative data file from the current folder.
+        description, probed_as = "json:" + json.dumps(node), None
+    if format == "vmdk" or (
+        format is None
+        and (start.startswith(vmdk.SPARSE_MAGIC) or vmdk.looks_like_descriptor(start))
+    ):
+        extents = _vmdk_extents(file, path, places)
+
+    answer = _ask_qemu(path, description, probed_as)
+    found = answer["format"]
+    if found not in FORMATS:
+        raise ImageError(
+            f"format '{printable(found)}' is not supported",
+            subject=printable(path),
+            hint="convert it with 'qemu-img convert -O qcow2', or use --format raw",
+        )
+    if answer["virtual-size"] <= 0:
+        raise ImageError("an image of a disk of no size", subject=printable(path))
+    specific: dict[str, Any] = answer.get("format-specific", {}).get("data", {})
+    corrupt = bool(specific.get("corrupt", False))
+    problems = _problems(path, answer, corrupt)
+    if found == "qcow2" and header is not None:
+        problems += _check_complete(file, path, header)
+    return ImageInfo(
+        path=path,
+        format=found,
+        virtual_size=answer["virtual-size"],
+        actual_size=answer.get("actual-size", 0),
+        driver=driver,
+        probed=format is None,
+        cluster_size=answer.get("cluster-size"),
+        compat=specific.get("compat"),
+        encrypted=bool(answer.get("encrypted", False)),
+        dirty=bool(answer.get("dirty-flag", False)),
+        corrupt=corrupt,
+        backing=answer.get("backing-filename"),
+        backing_format=answer.get("backing-filename-format"),
+        data_file=data_file,
+        data_path=data_path,
+        extents=extents if found == "vmdk" else (),
+        snapshots=_snapshots(answer),
+        problems=problems,
+    )
+
+
+def node_driver(path: Path) -> str:
+    """QEMU's driver for the file at `path` below any format: file or host_device."""
+    return "host_device" if path.is_block_device() else "file"

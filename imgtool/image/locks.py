@@ -1,0 +1,158 @@
+"""Who has an image open: the locks that QEMU takes on bytes of every image file.
+
+QEMU shares permissions over a file by locking single bytes, never ranges that hold data: byte
+100 + N is locked by whoever has permission N, byte 200 + N by whoever does not let others have it
+(block/file-posix.c). The kernel reports no process for such locks (they belong to the open file),
+but /proc/PID/fdinfo lists them with each open file that holds them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from imgtool.errors import RefusedError
+
+if TYPE_CHECKING:
+    from imgtool.image.chain import Chain
+
+_HELD, _NOT_SHARED = 100, 200
+_WRITE, _RESIZE = 1, 3
+_LAST_PERMISSION = 63
+_FLOCK = struct.Struct("hhqqi0q")  # struct flock of 64-bit Linux
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that has the image open through QEMU's block layer.
+
+    `pid` and `program` are None where the locks are there but their process is out of sight (of
+    another user, or of another container). `exclusive`: it does not let others write.
+    """
+
+    pid: int | None
+    program: str | None
+    writes: bool
+    exclusive: bool
+
+    def __str__(self) -> str:
+        if self.pid is None:
+            return "a process that cannot be seen from here"
+        return f"{self.program or 'a process'}, process {self.pid}"
+
+
+def _holder(pid: int | None, program: str | None, locked: set[int]) -> Holder:
+    return Holder(
+        pid=pid,
+        program=program,
+        writes=bool(locked & {_HELD + _WRITE, _HELD + _RESIZE}),
+        exclusive=bool(locked & {_NOT_SHARED + _WRITE, _NOT_SHARED + _RESIZE}),
+    )
+
+
+def _locked_bytes(path: Path) -> set[int] | None:
+    """QEMU's bytes that are locked on the file, by anyone; None where the file has no locks."""
+    locked: set[int] = set()
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        for base in (_HELD, _NOT_SHARED):
+            for byte in range(base, base + _RESIZE + 1):
+                asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+                answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked)
+                if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
+                    locked.add(byte)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return locked
+
+
+def _lock_lines(fdinfo: str) -> set[int]:
+    """The locked bytes in lines like `lock: 1: OFDLCK ADVISORY READ -1 00:1f:1234 100 101`."""
+    locked: set[int] = set()
+    for line in fdinfo.splitlines():
+        words = line.split()
+        if words[:1] != ["lock:"] or "OFDLCK" not in words or not words[-2].isdigit():
+            continue
+        first = int(words[-2])
+        last = int(words[-1]) if words[-1].isdigit() else first
+        locked.update(range(first, min(last, _NOT_SHARED + _LAST_PERMISSION) + 1))
+    return {byte for byte in locked if byte >= _HELD}
+
+
+def _locks_of_process(process: Path, identity: tuple[int, int]) -> set[int]:
+    locked: set[int] = set()
+    for link in (process / "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            found = link.stat()
+            if (found.st_dev, found.st_ino) == identity:
+                locked |= _lock_lines((process / "fdinfo" / link.name).read_text())
+    return locked
+
+
+def holders(path: str | Path) -> tuple[Holder, ...]:
+    """The processes that hold QEMU's locks on the file at `path`.
+
+    Locks whose process cannot be seen give one holder without a process id. The empty tuple also
+    stands for a file system that knows no locks: see `in_use_for_writing`.
+    """
+    path = Path(path)
+    locked = _locked_bytes(path)
+    if not locked:
+        return ()
+    status = path.stat()
+    found = []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit() or int(process.name) == os.getpid():
+            continue
+        with contextlib.suppress(FileNotFoundError, PermissionError, ProcessLookupError):
+            held = _locks_of_process(process, (status.st_dev, status.st_ino))
+            if held:
+                program = (process / "exe").readlink().name.removesuffix(" (deleted)")
+                found.append(_holder(int(process.name), program, held))
+    explained = any(holder.writes for holder in found) or not _holder(None, None, locked).writes
+    if not found or not explained:
+        found.append(_holder(None, None, locked))
+    return tuple(sorted(found, key=lambda holder: (not holder.writes, holder.pid or 0)))
+
+
+def in_use_for_writing(path: str | Path) -> Holder | Literal["unknown"] | None:
+    """Who may write to the file right now; "unknown" where the file system knows no locks."""
+    locked = _locked_bytes(Path(path))
+    if locked is None:
+        return "unknown"
+    if not _holder(None, None, locked).writes:
+        return None
+    return next((holder for holder in holders(path) if holder.writes), None)
+
+
+def refuse_if_in_use(chain: Chain) -> None:
+    """Raise `RefusedError` if writing to the active image would meet another process.
+
+    On the active image that is one that writes, or one that relies on nobody writing; on the files
+    below it, one that writes.
+    """
+    active = chain.active.files
+    for path in chain.files:
+        for holder in holders(path):
+            if holder.writes or (holder.exclusive and path in active):
+                raise RefusedError(
+                    f"the image is in use by {holder}",
+                    subject=path,
+                    hint="shut the guest down, or end that process, then try again",
+                )
+
+
+def warn_if_written(chain: Chain) -> str | None:
+    """A line for a reader whose image is being written by somebody, or None."""
+    for path in chain.files:
+        holder = in_use_for_writing(path)
+        if isinstance(holder, Holder):
+            return f"{path} is being written by {holder}: what is read may be inconsistent"
+    return None

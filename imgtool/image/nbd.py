@@ -1,0 +1,125 @@
+"""The bytes of a guest's disk: QEMU reads the chain, a private socket hands them over."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from imgtool.errors import HostError, ImageError
+from imgtool.image.chain import Chain
+from imgtool.image.locks import in_use_for_writing
+from imgtool.image.places import printable
+from imgtool.process import Limits, spawn
+
+# 200 links with QEMU's caches stay far below this; a hostile table that asks for more dies alone.
+_LIMITS = Limits(memory=4 << 30)
+_START_LIMIT = 30.0
+_CLIENTS = 8
+_LARGEST_READ = 32 << 20
+
+
+def _binding() -> Any:
+    try:
+        import nbd
+    except ImportError as error:
+        raise HostError(
+            "the Python binding of libnbd is missing",
+            hint="apt install python3-libnbd, and run imgtool with the system's own Python",
+        ) from error
+    return nbd
+
+
+class NbdServer:
+    """A read-only server of one chain, for as long as the `with` block of `serve` lasts."""
+
+    def __init__(self, socket: Path, image: Path) -> None:
+        self.socket = socket
+        self._image = image
+        self._handle: Any = None
+
+    @property
+    def uri(self) -> str:
+        """The address, for programs that take NBD URIs."""
+        return f"nbd+unix:///?socket={self.socket}"
+
+    def _connected(self) -> Any:
+        if self._handle is None:
+            nbd = _binding()
+            handle = nbd.NBD()
+            try:
+                handle.connect_unix(str(self.socket))
+            except nbd.Error as error:
+                raise self._failed(error) from error
+            self._handle = handle
+        return self._handle
+
+    def _failed(self, error: Exception) -> ImageError:
+        return ImageError(f"cannot be read: {error}", subject=printable(self._image))
+
+    @property
+    def size(self) -> int:
+        """The size of the disk in bytes, at the snapshot if there is one."""
+        return int(self._connected().get_size())
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes at `offset`, fewer past the end. Raises `ImageError` if QEMU cannot."""
+        handle = self._connected()
+        length = max(min(length, self.size - offset), 0)
+        parts = []
+        while length:
+            wanted = min(length, _LARGEST_READ)
+            try:
+                parts.append(bytes(handle.pread(wanted, offset)))
+            except _binding().Error as error:
+                raise self._failed(error) from error
+            offset += wanted
+            length -= wanted
+        return b"".join(parts)
+
+    def close(self) -> None:
+        """Let go of the connection; the server itself ends with the `with` block."""
+        if self._handle is not None:
+            handle, self._handle = self._handle, None
+            with contextlib.suppress(_binding().Error):
+                handle.shutdown()
+
+
+@contextlib.contextmanager
+def serve(chain: Chain, *, snapshot: str | None = None) -> Iterator[NbdServer]:
+    """Serve the chain, as it was at the internal `snapshot` if given, read-only.
+
+    Raises `NotInGuestError` for a snapshot that is not there and `ImageError` if QEMU cannot open
+    the chain. When the block ends the server and its socket are gone.
+    """
+    image = chain.active.path
+    if any(link.encrypted for link in chain.links):
+        raise ImageError("encrypted by QEMU, which is not supported", subject=printable(image))
+    # Locks are passed by only where somebody writes: elsewhere they keep a writer from starting.
+    shared = any(in_use_for_writing(path) is not None for path in chain.files)
+    argv = ["qemu-nbd", "--read-only", "--persistent", f"--shared={_CLIENTS}"]
+    if snapshot is not None:
+        # By id, since a name can hold what a command line cannot.
+        argv.append("--load-snapshot=snapshot.id=" + chain.snapshot(snapshot).id.replace(",", ",,"))
+    with tempfile.TemporaryDirectory(prefix="imgtool-nbd-") as folder, contextlib.ExitStack() as up:
+        socket, ready, said = (Path(folder) / name for name in ("socket", "pid", "log"))
+        argv += [f"--socket={socket}", f"--pid-file={ready}"]
+        argv += [chain.filename(force_share=shared)]
+        log = up.enter_context(said.open("wb"))
+        process = up.enter_context(spawn(argv, limits=_LIMITS, stderr=log.fileno()))
+        deadline = time.monotonic() + _START_LIMIT
+        # QEMU writes its process id once it listens.
+        while not ready.exists():
+            if process.poll() is not None:
+                lines = said.read_text(errors="replace").strip().splitlines() or ["no reason given"]
+                reason = lines[-1].removeprefix("qemu-nbd: ")
+                raise ImageError(f"QEMU cannot read it: {printable(reason)}", subject=image)
+            if time.monotonic() > deadline:
+                raise ImageError(f"QEMU did not open it in {_START_LIMIT:g} s", subject=image)
+            time.sleep(0.002)
+        server = NbdServer(socket, image)
+        up.callback(server.close)
+        yield server

@@ -1,0 +1,122 @@
+"""The few things in a qcow2 header that must be known before, or that are not checked by, QEMU.
+
+Layout: docs/interop/qcow2.txt in QEMU's sources.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from typing import BinaryIO
+
+MAGIC = b"QFI\xfb"
+_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
+_V3_FIELDS = struct.Struct(">QQQII")
+_V2_LENGTH, _V3_LENGTH = 72, 104
+_DATA_FILE_BIT = 1 << 2
+_EXTENSION_DATA_FILE = 0x44415441
+_EXTENSION_END = 0
+_OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
+
+# A table of 64 empty refcount blocks describes nothing; then the image is taken as complete.
+_BLOCKS_LOOKED_AT = 64
+_MAX_TABLE = 32 << 20
+
+
+@dataclass(frozen=True)
+class Qcow2Header:
+    """What is read of the header; sizes and offsets in bytes."""
+
+    version: int
+    cluster_size: int
+    l1_offset: int
+    l1_size: int
+    refcount_table_offset: int
+    refcount_table_size: int
+    refcount_bits: int
+    data_file: bytes | None
+
+
+def _data_file(area: bytes) -> bytes | None:
+    name = None
+    at = 0
+    while at + 8 <= len(area):
+        kind, length = struct.unpack_from(">II", area, at)
+        if kind == _EXTENSION_END:
+            break
+        if kind == _EXTENSION_DATA_FILE:
+            name = area[at + 8 : at + 8 + length]  # the last one wins, as in QEMU
+        at += 8 + (length + 7) // 8 * 8
+    return name
+
+
+def read_header(file: BinaryIO) -> Qcow2Header | None:
+    """The header, or None where this is no qcow2 of a version and cluster size that QEMU opens."""
+    file.seek(0)
+    first = file.read(_V3_LENGTH)
+    if len(first) < _HEADER.size or not first.startswith(MAGIC):
+        return None
+    fields = _HEADER.unpack_from(first)
+    version, backing_offset, cluster_bits = fields[1], fields[2], fields[4]
+    l1_entries, l1_offset, table_offset, table_clusters = fields[7:11]
+    if version not in (2, 3) or not 9 <= cluster_bits <= 21:
+        return None
+    cluster_size = 1 << cluster_bits
+    features, refcount_order, length = 0, 4, _V2_LENGTH
+    if version == 3:
+        if len(first) < _V3_LENGTH:
+            return None
+        features, _, _, refcount_order, length = _V3_FIELDS.unpack_from(first, _V2_LENGTH)
+    if refcount_order > 6:
+        return None
+    data_file = None
+    if features & _DATA_FILE_BIT and length < cluster_size:
+        end = min(backing_offset or cluster_size, cluster_size)
+        file.seek(length)
+        data_file = _data_file(file.read(max(end - length, 0)))
+    return Qcow2Header(
+        version=version,
+        cluster_size=cluster_size,
+        l1_offset=l1_offset,
+        l1_size=l1_entries * 8,
+        refcount_table_offset=table_offset,
+        refcount_table_size=table_clusters * cluster_size,
+        refcount_bits=1 << refcount_order,
+        data_file=data_file,
+    )
+
+
+def size_needed(file: BinaryIO, header: Qcow2Header) -> int:
+    """How long the file has to be, in bytes, to hold its tables and its last used cluster.
+
+    QEMU opens a truncated image without a word and reads zeros past its end. Which cluster is the
+    last used one is found from the end of the refcounts, so this reads little of a large image.
+    """
+    needed = max(
+        header.l1_offset + header.l1_size,
+        header.refcount_table_offset + header.refcount_table_size,
+    )
+    length = file.seek(0, os.SEEK_END)
+    if needed > length:
+        return needed
+    file.seek(header.refcount_table_offset)
+    table = file.read(min(header.refcount_table_size, _MAX_TABLE))
+    looked_at = 0
+    for at in range(len(table) - 8, -8, -8):
+        block = int.from_bytes(table[at : at + 8], "big") & _OFFSET_MASK
+        if block == 0:
+            continue
+        if block + header.cluster_size > length:
+            return max(needed, block + header.cluster_size)
+        file.seek(block)
+        used = len(file.read(header.cluster_size).rstrip(b"\0"))
+        if used:
+            per_block = header.cluster_size * 8 // header.refcount_bits
+            last = at // 8 * per_block + (used - 1) * 8 // header.refcount_bits
+            # The last cluster itself may be cut short: a table ends where its last entry does.
+            return max(needed, last * header.cluster_size + 1)
+        looked_at += 1
+        if looked_at == _BLOCKS_LOOKED_AT:
+            break
+    return needed

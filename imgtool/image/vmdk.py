@@ -1,0 +1,48 @@
+"""Which further files a VMDK makes QEMU open: its extents.
+
+Layout: "Virtual Disk Format 5.0" by VMware; which lines count is QEMU's block/vmdk.c. Where QEMU
+reads a line loosely, this reads it more loosely: naming a file too many is harmless here.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from typing import BinaryIO
+
+SPARSE_MAGIC = b"KDMV"
+_DESCRIPTOR_LIMIT = 1 << 20
+_EXTENT = re.compile(rb'(?:FLAT|SPARSE|VMFS|ZERO)\s*"([^\n\r"]+)')
+
+
+def _embedded_descriptor(start: bytes) -> int | None:
+    """Where a sparse extent without a capacity of its own keeps the descriptor used instead."""
+    if not start.startswith(SPARSE_MAGIC) or len(start) < 36:
+        return None
+    capacity, _, descriptor_sector = struct.unpack_from("<QQQ", start, 12)
+    return descriptor_sector * 512 if capacity == 0 and descriptor_sector else None
+
+
+def looks_like_descriptor(start: bytes) -> bool:
+    """Whether QEMU may take a file with these first bytes as a VMDK descriptor."""
+    return start[:1] in (b"#", b" ", b"v") and b"version=" in start
+
+
+def has_descriptor_inside(file: BinaryIO) -> bool:
+    """Whether an extent would make QEMU read a further descriptor out of it."""
+    file.seek(0)
+    return _embedded_descriptor(file.read(512)) is not None
+
+
+def extent_names(file: BinaryIO) -> tuple[bytes, ...]:
+    """The names, as written, of the files that hold the data; none if this file holds it itself."""
+    file.seek(0)
+    start = file.read(512)
+    at = 0
+    if start.startswith((SPARSE_MAGIC, b"COWD")):
+        embedded = _embedded_descriptor(start)
+        if embedded is None or embedded >= 1 << 63:
+            return ()
+        at = embedded
+    file.seek(at)
+    return tuple(dict.fromkeys(_EXTENT.findall(file.read(_DESCRIPTOR_LIMIT))))
