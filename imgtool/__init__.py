@@ -1,10 +1,10 @@
 """imgtool: look into, copy out of, and safely change the disks of guests that are not running.
 
-    from imgtool import open_guest
-    with open_guest("disk.qcow2") as guest:
-        for entry in guest.walk("/etc"):
-            print(entry.path, entry.size)
-        data = guest.read_bytes("/etc/hostname")
+from imgtool import open_guest
+with open_guest("disk.qcow2") as guest:
+    for entry in guest.walk("/etc"):
+        print(entry.path, entry.size)
+    data = guest.read_bytes("/etc/hostname")
 """
 
 from __future__ import annotations

@@ -103,6 +103,19 @@ def _accessible(path: Path, mode: int) -> bool:
     return os.access(path, mode, effective_ids=True)
 
 
+def _exists(path: Path) -> bool:
+    # Unlike Path.exists() no error for what is in a folder that this user cannot enter.
+    return _accessible(path, os.F_OK)
+
+
+def _text(path: Path) -> str:
+    """What is in a file, stripped; nothing if there is none that this user can read."""
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
 def _bindings(host: Host) -> Iterator[Check]:
     for module, package in (("guestfs", "python3-guestfs"), ("nbd", "python3-libnbd")):
         name = f"Python binding {module}"
@@ -116,11 +129,12 @@ def _bindings(host: Host) -> Iterator[Check]:
         else:
             yield Check(name, True, required, str(found.__file__))
     # Looked for, not imported: its licence keeps libparted out of all but imgtool.mount.
-    if importlib.util.find_spec("parted") is None:
+    parted = importlib.util.find_spec("parted")
+    if parted is None:
         fix = _binding_fix(host, "python3-parted")
         yield Check("Python binding parted", None, False, f"not found by {sys.executable}", fix)
     else:
-        yield Check("Python binding parted", True, False, "found")
+        yield Check("Python binding parted", True, False, str(parted.origin))
 
 
 def _binding_fix(host: Host, package: str) -> str:
@@ -162,9 +176,9 @@ def _appliance(host: Host) -> Iterator[Check]:
     folders = (
         [Path(p) for p in path.split(":")] if path else sorted(host.libraries.glob("*/guestfs"))
     )
-    parts = next((f / "supermin.d" for f in folders if (f / "supermin.d").is_dir()), None)
+    parts = next((f / "supermin.d" for f in folders if _exists(f / "supermin.d")), None)
     fixed = next(
-        (f for f in folders if all((f / n).is_file() for n in ("kernel", "initrd", "root"))), None
+        (f for f in folders if all(_exists(f / n) for n in ("kernel", "initrd", "root"))), None
     )
     if parts is None and fixed is not None:
         yield Check("appliance", True, True, f"fixed appliance in {fixed}")
@@ -176,7 +190,7 @@ def _appliance(host: Host) -> Iterator[Check]:
         where = path or host.libraries
         fix = "unset LIBGUESTFS_PATH, or correct it" if path else _install("python3-guestfs")
         yield Check("appliance", False, True, f"neither supermin.d nor a fixed one in {where}", fix)
-    elif not (parts / "daemon.tar.gz").is_file():
+    elif not _exists(parts / "daemon.tar.gz"):
         fix = "sudo apt-get install --reinstall libguestfs0"
         yield Check("appliance", False, True, f"{parts} is incomplete", fix)
     else:
@@ -203,15 +217,13 @@ def _kernel(host: Host) -> Check:
         if not kernels:
             return Check(name, False, True, f"no kernel in {host.boot}", fix)
         complete = [
-            k
-            for k in kernels
-            if (host.modules / k.name.partition("-")[2] / "modules.dep").is_file()
+            k for k in kernels if _exists(host.modules / k.name.partition("-")[2] / "modules.dep")
         ]
         if not complete:
             found = f"{kernels[-1]} has no modules in {host.modules}"
             return Check(name, False, True, found, fix)
         kernel = complete[-1]
-    if not kernel.exists():
+    if not _exists(kernel):
         found = f"{kernel}, named by SUPERMIN_KERNEL, does not exist"
         return Check(name, False, True, found, "unset SUPERMIN_KERNEL, or correct it")
     if not _accessible(kernel, os.R_OK):
@@ -239,7 +251,7 @@ _EXTRAS = (
 
 def _extras(parts: Path) -> Check:
     name = "appliance extras"
-    listed = {word for file in parts.glob("*packages*") for word in file.read_text().split()}
+    listed = {word for file in parts.glob("*packages*") for word in _text(file).split()}
     # Debian gives ordinary users a PATH without the sbin folders.
     path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
     missing = [
@@ -261,7 +273,7 @@ def _kvm(host: Host) -> Check:
     """Whether a virtual machine can be made. That it also runs, only a launch can tell."""
     node = host.dev / "kvm"
     slow = "emulation is used, which is slower"
-    if not node.exists():
+    if not _exists(node):
         fix = "enable virtualisation in the firmware or, in a guest, nested virtualisation"
         return Check("KVM", None, False, f"no {node}: {slow}", fix)
     if not _accessible(node, os.R_OK | os.W_OK):
@@ -289,11 +301,11 @@ def _cache_space() -> Check:
     set_by = next((v for v in ("LIBGUESTFS_CACHEDIR", "TMPDIR") if os.environ.get(v)), None)
     folder = Path(os.environ[set_by] if set_by else "/var/tmp")
     other = "set LIBGUESTFS_CACHEDIR to another folder"
-    if not folder.is_dir() or not _accessible(folder, os.W_OK | os.X_OK):
+    if not _accessible(folder, os.W_OK | os.X_OK) or not folder.is_dir():
         return Check(name, False, True, f"{folder} is not a folder that can be written to", other)
     numbers = os.statvfs(folder)
     free = numbers.f_bavail * numbers.f_frsize
-    built = (folder / f".guestfs-{os.geteuid()}" / "appliance.d" / "root").exists()
+    built = _exists(folder / f".guestfs-{os.geteuid()}" / "appliance.d" / "root")
     found = f"{free / 1e9:.1f} GB free in {folder}{', and one is built' if built else ''}"
     if free < CACHE_NEEDS and not built:
         return Check(name, False, True, found, f"free {CACHE_NEEDS / 1e9:.0f} GB, or {other}")
@@ -301,18 +313,16 @@ def _cache_space() -> Check:
 
 
 def _memory(host: Host) -> Check:
-    said = re.search(
-        r"^MemAvailable:\s*(\d+) kB", (host.proc / "meminfo").read_text(), re.MULTILINE
-    )
+    said = re.search(r"^MemAvailable:\s*(\d+) kB", _text(host.proc / "meminfo"), re.MULTILINE)
     if said is None:
         return Check("memory", None, False, f"not told by {host.proc / 'meminfo'}")
     available = int(said[1]) * 1024
     limit = host.sys / "fs/cgroup/memory.max"  # a container's own
-    if limit.is_file() and (allowed := limit.read_text().strip()).isdigit():
+    if (allowed := _text(limit)).isdigit():
         available = min(available, int(allowed))
     found = f"{available / 1e9:.1f} GB available"
     if available < MEMORY_NEEDS:
-        fix = f"the appliance needs {MEMORY_NEEDS / 1e9:.1f} GB: stop something, or add swap or memory"
+        fix = f"the appliance needs {MEMORY_NEEDS / 1e9:.1f} GB: stop something, or add memory"
         return Check("memory", False, True, found, fix)
     return Check("memory", True, True, found)
 
@@ -327,7 +337,7 @@ def _sandbox(host: Host) -> Check:
         switches = {"unprivileged_userns_clone": "1", "apparmor_restrict_unprivileged_userns": "0"}
         for switch, wanted in switches.items():
             file = host.proc / "sys/kernel" / switch
-            if file.is_file() and file.read_text().strip() != wanted:
+            if _text(file) not in ("", wanted):
                 fix = f"sudo sysctl kernel.{switch}={wanted}"
                 return Check(name, None, False, error.message, fix)
         fix = "allow user namespaces (in a container: a seccomp profile that permits them)"
@@ -346,9 +356,9 @@ def _fuse(host: Host) -> Check:
 def _device(host: Host, name: str, module: str, node_name: str, misc: str) -> Check:
     """A control device in /dev: it counts only with the driver behind it."""
     node = host.dev / node_name
-    if not (host.sys / "class/misc" / misc).exists():
+    if not _exists(host.sys / "class/misc" / misc):
         return _module_to_load(host, name, module)
-    if not node.exists():
+    if not _exists(node):
         return Check(
             name, None, False, f"no {node}", f"in a container: run it with --device {node}"
         )
@@ -359,8 +369,9 @@ def _device(host: Host, name: str, module: str, node_name: str, misc: str) -> Ch
 
 def _module_to_load(host: Host, name: str, module: str, options: str = "") -> Check:
     index = host.modules / host.release / "modules.dep"
-    there = index.read_text().splitlines() if index.is_file() else []
-    names = {Path(line.partition(":")[0]).name.partition(".ko")[0] for line in there}
+    names = {
+        Path(line.partition(":")[0]).name.partition(".ko")[0] for line in _text(index).splitlines()
+    }
     if module in {name.replace("-", "_") for name in names}:
         fix = f"sudo modprobe {module}{options}"
         return Check(name, None, False, "its module is not loaded", fix)
@@ -368,10 +379,10 @@ def _module_to_load(host: Host, name: str, module: str, options: str = "") -> Ch
 
 
 def _nbd(host: Host) -> Check:
-    if not (host.sys / "block/nbd0").exists():
+    if not _exists(host.sys / "block/nbd0"):
         return _module_to_load(host, "nbd devices", "nbd", " max_part=16")
     most = host.sys / "module/nbd/parameters/max_part"
-    if most.is_file() and most.read_text().strip() == "0":
+    if _text(most) == "0":
         fix = "sudo modprobe -r nbd; sudo modprobe nbd max_part=16"
         return Check("nbd devices", None, False, "loaded without partitions (max_part=0)", fix)
     return Check("nbd devices", True, False, "loaded")

@@ -13,7 +13,7 @@ from imgtool.cli import options, render
 from imgtool.cli.options import Output
 from imgtool.cli.session import Failures, Request
 from imgtool.errors import ImgtoolError, UsageError
-from imgtool.guest.model import SpaceUsage
+from imgtool.guest.model import Partition, SpaceUsage
 
 DF_FIELDS = (
     "image",
@@ -181,7 +181,7 @@ def partitions(
     from imgtool.opening import open_images
 
     request = Request.of(locals())
-    found = []
+    found: list[Partition] = []
     problems: list[str] = []
     chains = open_images(
         [request.image, *request.add], format=format, backing_dirs=request.backing_dirs

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from imgtool.guest.model import Partition
-from imgtool.guest.partition_table import problems, read_table
+from imgtool.guest.partition_table import PartitionTable, examine
 from imgtool.image.chain import Chain
-from imgtool.image.nbd import serve
-
-
-@dataclass(frozen=True)
-class PartitionTable:
-    """The partitions of one disk, and a line on each that cannot be right."""
-
-    partitions: tuple[Partition, ...]
-    problems: tuple[str, ...]
+from imgtool.image.contents import open_contents
 
 
 def partitions_of(
     chain: Chain, *, device: str = "/dev/sda", snapshot: str | None = None
 ) -> PartitionTable:
-    """The partition table of an image, or of its internal snapshot; `device` names the disk."""
-    with serve(chain, snapshot=snapshot) as server:
-        found = read_table(server.read, server.size, device)
-        return PartitionTable(found, problems(found, server.size))
+    """The partition table of the disk that `chain` is, seen by its guest as `device`.
+
+    With `snapshot`, as it was at that internal snapshot. Raises `ImageError` for an image that
+    cannot be read, `NotInGuestError` for a snapshot that is not there.
+    """
+    with open_contents(chain, snapshot=snapshot) as (read, size):
+        return examine(read, size, device)

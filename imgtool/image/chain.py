@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from imgtool.errors import ImageError, NotInGuestError, RefusedError
-from imgtool.image.info import ImageInfo, Snapshot, file_node, node_driver, probe
+from imgtool.image.host_file import file_node, node_driver
+from imgtool.image.info import ImageInfo, Snapshot, probe
 from imgtool.image.places import Places, printable
 
 MAX_LINKS = 200
@@ -44,6 +45,20 @@ class Chain:
     def files(self) -> tuple[Path, ...]:
         """Every file of the chain, those of the active image first."""
         return tuple(path for link in self.links for path in link.files)
+
+    @property
+    def safe_by_name(self) -> bool:
+        """Whether QEMU, told only the name and format of the active image, opens these very files
+        in these very formats.
+
+        If not, because a header names no format for a backing file (QEMU would guess again) or a
+        data file without its folder (QEMU takes it from the current one), give it `filename()`.
+        """
+        return all(
+            (link.backing is None or link.backing_format is not None)
+            and (link.data_file is None or link.data_file.startswith("/"))
+            for link in self.links
+        )
 
     def snapshot(self, name: str) -> Snapshot:
         """The internal snapshot of the active image with this name, or else with this id.

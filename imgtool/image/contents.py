@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 
 from imgtool.image.chain import Chain
-from imgtool.image.info import open_host_file
+from imgtool.image.host_file import open_host_file
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ would open as well. The format is probed here, once; everything later passes it 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import stat
@@ -17,12 +16,15 @@ from typing import Any, BinaryIO
 
 from imgtool.errors import ImageError, RefusedError
 from imgtool.image import qcow2, vmdk
+from imgtool.image.host_file import file_node, node_driver, open_host_file
 from imgtool.image.locks import in_use_for_writing
 from imgtool.image.places import Places, printable
 from imgtool.process import Limits, ProgramFailed, TimedOut, run
 
 FORMATS = ("raw", "qcow2", "qcow", "qed", "vmdk", "vdi", "vpc", "vhdx")
-PROBE_LIMITS = Limits(memory=1 << 30, cpu=10, wall=10)
+PROBE_LIMITS = Limits(memory=1 << 30, cpu=8, wall=8)
+
+_MAX_SNAPSHOTS = 8192
 
 # What QEMU itself looks at to tell formats apart.
 _PROBED_BYTES = 2048
@@ -75,45 +77,6 @@ class ImageInfo:
         return (self.path, *([self.data_path] if self.data_path else []), *self.extents)
 
 
-def file_node(path: Path, driver: str) -> dict[str, Any]:
-    """The lowest level of a description for QEMU: this very file and nothing else."""
-    real = str(path.resolve())
-    try:
-        real.encode()
-    except UnicodeEncodeError as error:
-        raise ImageError(
-            "QEMU cannot be given a path that is not UTF-8",
-            subject=printable(path),
-            hint="rename it, or make a symlink to it with a plain name and folder",
-        ) from error
-    return {"driver": driver, "filename": real}
-
-
-def open_host_file(path: Path) -> BinaryIO:
-    """Open an image for reading, if it is a file or a block device; raise `ImageError` if not."""
-    shown = printable(path)
-    try:
-        # Looked at before it is opened: a fifo would block, a tape would rewind.
-        kind = path.stat().st_mode
-        if stat.S_ISDIR(kind):
-            raise ImageError("a directory, not an image", subject=shown)
-        if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
-            raise ImageError("neither a file nor a block device", subject=shown)
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except ImageError:
-        raise
-    except ValueError as error:
-        raise ImageError("not a path", subject=shown) from error
-    except OSError as error:
-        hints = {errno.EACCES: "run imgtool as a user who may read it"}
-        raise ImageError(
-            (error.strerror or "cannot be opened").lower(),
-            subject=shown,
-            hint=hints.get(error.errno or 0),
-        ) from error
-    return os.fdopen(descriptor, "rb")
-
-
 def _vmdk_extents(file: BinaryIO, path: Path, places: Places) -> tuple[Path, ...]:
     extents = []
     for name in vmdk.extent_names(file):
@@ -161,6 +124,19 @@ def _snapshots(answer: dict[str, Any]) -> tuple[Snapshot, ...]:
         )
         for row in answer.get("snapshots", ())
     )
+
+
+def _check_snapshot_table(file: BinaryIO, path: Path, header: qcow2.Qcow2Header) -> None:
+    """QEMU takes zeros past the end for snapshots, and many seconds to list very many of them."""
+    if header.snapshots > _MAX_SNAPSHOTS:
+        raise ImageError(
+            f"damaged: {header.snapshots} snapshots, more than {_MAX_SNAPSHOTS}",
+            subject=printable(path),
+        )
+    if header.snapshots_end > file.seek(0, os.SEEK_END):
+        raise ImageError(
+            "damaged: its table of snapshots reaches past its end", subject=printable(path)
+        )
 
 
 def _check_complete(file: BinaryIO, path: Path, header: qcow2.Qcow2Header) -> tuple[str, ...]:
@@ -224,6 +200,8 @@ def _probe_open_file(file: BinaryIO, path: Path, format: str | None, places: Pla
     extents: tuple[Path, ...] = ()
     if format in (None, "qcow2"):
         header = qcow2.read_header(file)
+    if header is not None:
+        _check_snapshot_table(file, path, header)
     if header is not None and header.data_file is not None:
         data_file = os.fsdecode(header.data_file)
         data_path = places.follow(data_file, of=path, role="data file")
@@ -276,8 +254,3 @@ def _probe_open_file(file: BinaryIO, path: Path, format: str | None, places: Pla
         snapshots=_snapshots(answer),
         problems=problems,
     )
-
-
-def node_driver(path: Path) -> str:
-    """QEMU's driver for the file at `path` below any format: file or host_device."""
-    return "host_device" if path.is_block_device() else "file"

@@ -14,6 +14,7 @@ MAGIC = b"QFI\xfb"
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3_FIELDS = struct.Struct(">QQQII")
 _V2_LENGTH, _V3_LENGTH = 72, 104
+_SNAPSHOT_LENGTH = 40  # without names and extra data
 _DATA_FILE_BIT = 1 << 2
 _EXTENSION_DATA_FILE = 0x44415441
 _EXTENSION_END = 0
@@ -26,7 +27,10 @@ _MAX_TABLE = 32 << 20
 
 @dataclass(frozen=True)
 class Qcow2Header:
-    """What is read of the header; sizes and offsets in bytes."""
+    """What is read of the header; sizes and offsets in bytes.
+
+    `snapshots_end` is where the table of snapshots ends at the earliest, 0 if there is none.
+    """
 
     version: int
     cluster_size: int
@@ -35,6 +39,8 @@ class Qcow2Header:
     refcount_table_offset: int
     refcount_table_size: int
     refcount_bits: int
+    snapshots: int
+    snapshots_end: int
     data_file: bytes | None
 
 
@@ -60,6 +66,7 @@ def read_header(file: BinaryIO) -> Qcow2Header | None:
     fields = _HEADER.unpack_from(first)
     version, backing_offset, cluster_bits = fields[1], fields[2], fields[4]
     l1_entries, l1_offset, table_offset, table_clusters = fields[7:11]
+    snapshots, snapshots_offset = fields[11:13]
     if version not in (2, 3) or not 9 <= cluster_bits <= 21:
         return None
     cluster_size = 1 << cluster_bits
@@ -83,6 +90,8 @@ def read_header(file: BinaryIO) -> Qcow2Header | None:
         refcount_table_offset=table_offset,
         refcount_table_size=table_clusters * cluster_size,
         refcount_bits=1 << refcount_order,
+        snapshots=snapshots,
+        snapshots_end=snapshots_offset + snapshots * _SNAPSHOT_LENGTH if snapshots else 0,
         data_file=data_file,
     )
 

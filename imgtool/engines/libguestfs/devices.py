@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import TYPE_CHECKING
 
 from imgtool.engines.libguestfs.volumes import is_subvolume
@@ -52,7 +53,7 @@ def _plain_uuid(uuid: str) -> str:
     if "-" in uuid or len(uuid) != 32:
         return uuid
     cuts = (0, 6, 10, 14, 18, 22, 26, 32)
-    return "-".join(uuid[a:b] for a, b in zip(cuts, cuts[1:], strict=False))
+    return "-".join(uuid[a:b] for a, b in itertools.pairwise(cuts))
 
 
 def devices(guest: LibguestfsGuest, *, everything: bool) -> tuple[Device, ...]:

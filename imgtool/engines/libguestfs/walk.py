@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import heapq
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
+from tempfile import NamedTemporaryFile, TemporaryFile
 from typing import BinaryIO, cast
 
 from imgtool.engines.libguestfs.calls import CallFailed, Calls
@@ -41,7 +41,7 @@ def sorted_names(names: Iterable[bytes], stack: ExitStack) -> Iterator[bytes]:
         chunk.sort(key=_preorder)
         if not runs and len(chunk) < CHUNK:
             return iter(chunk)
-        spool = stack.enter_context(tempfile.TemporaryFile(prefix="imgtool-"))
+        spool = stack.enter_context(TemporaryFile(prefix="imgtool-"))  # noqa: SIM115
         spool.writelines(name + b"\0" for name in chunk)
         spool.seek(0)
         runs.append(read_names(spool))
@@ -50,7 +50,7 @@ def sorted_names(names: Iterable[bytes], stack: ExitStack) -> Iterator[bytes]:
 
 def listing(call: Callable[[bytes, str], None], directory: bytes, stack: ExitStack) -> BinaryIO:
     """What a libguestfs call that lists names of a directory wrote."""
-    spool = stack.enter_context(tempfile.NamedTemporaryFile(prefix="imgtool-"))
+    spool = stack.enter_context(NamedTemporaryFile(prefix="imgtool-"))  # noqa: SIM115
     call(directory, spool.name)
     # libguestfs truncates and writes the file by its name: the same file, from its start.
     spool.seek(0)

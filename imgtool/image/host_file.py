@@ -1,0 +1,56 @@
+"""A file of the host that is, or is part of, an image: opened with care, and named to QEMU."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from imgtool.errors import ImageError
+from imgtool.image.places import printable
+
+
+def file_node(path: Path, driver: str) -> dict[str, Any]:
+    """The lowest level of a description for QEMU: this very file and nothing else."""
+    real = str(path.resolve())
+    try:
+        real.encode()
+    except UnicodeEncodeError as error:
+        raise ImageError(
+            "QEMU cannot be given a path that is not UTF-8",
+            subject=printable(path),
+            hint="rename it, or make a symlink to it with a plain name and folder",
+        ) from error
+    return {"driver": driver, "filename": real}
+
+
+def open_host_file(path: Path) -> BinaryIO:
+    """Open an image for reading, if it is a file or a block device; raise `ImageError` if not."""
+    shown = printable(path)
+    try:
+        # Looked at before it is opened: a fifo would block, a tape would rewind.
+        kind = path.stat().st_mode
+        if stat.S_ISDIR(kind):
+            raise ImageError("a directory, not an image", subject=shown)
+        if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+            raise ImageError("neither a file nor a block device", subject=shown)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ImageError:
+        raise
+    except ValueError as error:
+        raise ImageError("not a path", subject=shown) from error
+    except OSError as error:
+        hints = {errno.EACCES: "run imgtool as a user who may read it"}
+        raise ImageError(
+            (error.strerror or "cannot be opened").lower(),
+            subject=shown,
+            hint=hints.get(error.errno or 0),
+        ) from error
+    return os.fdopen(descriptor, "rb")
+
+
+def node_driver(path: Path) -> str:
+    """QEMU's driver for the file at `path` below any format: file or host_device."""
+    return "host_device" if path.is_block_device() else "file"

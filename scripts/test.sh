@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# The whole suite on a machine with nothing prepared: set-up, test guests, checks, all tests.
+#
+#   scripts/test.sh               everything
+#   scripts/test.sh -k lvm        pytest gets the arguments; the quick checks still run first
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+scripts/setup.sh
+scripts/make-guests
+scripts/check.sh
+exec .venv/bin/python -m pytest "$@"
