@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imgtool.errors import ImageError, UsageError
+from imgtool.errors import ImageError, RefusedError, UsageError
 from imgtool.guest.keys import Key, parse_key
 from imgtool.guest.model import Mount
 from imgtool.image.chain import Chain, open_chain
@@ -108,14 +108,25 @@ def open_guest(
 def _drives(
     chains: Sequence[Chain], snapshot: str | None, write: bool, stack: contextlib.ExitStack
 ) -> Callable[[Any], None]:
-    """What adds the disks to a handle; a snapshot is served to the appliance by qemu-nbd."""
-    if snapshot is None:
+    """What adds the disks to a handle.
+
+    What libguestfs could not open by its name alone, a snapshot or a chain that QEMU would have to
+    guess at, is served to the appliance by qemu-nbd.
+    """
+    by_name = all(chain.safe_by_name for chain in chains)
+    if write and not by_name:
+        raise RefusedError(
+            "QEMU would have to guess a format, or open a file by a relative name, to write this",
+            subject=chains[0].active.path,
+            hint="write the backing format into the overlay: qemu-img rebase -u -F FORMAT -b BASE",
+        )
+    if snapshot is None and by_name:
 
         def add_files(handle: Any) -> None:
             # Nothing was written: there is nothing to sync when the appliance goes.
             handle.set_autosync(write)
             for chain in chains:
-                active = chain.links[0]
+                active = chain.active
                 handle.add_drive_opts(
                     str(active.path.absolute()), format=active.format, readonly=not write
                 )

@@ -81,6 +81,12 @@ def _run(arguments: list[str]) -> int:
         # Whoever read the answer has enough. Nothing more can be said on stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitStatus.FAILED
+    except Exception as error:  # the last resort: a defect of imgtool, told as one
+        if debug:
+            raise
+        render.message("error", f"internal error: {type(error).__name__}: {error}")
+        render.hint("run it again with --debug and report what it prints")
+        return ExitStatus.FAILED
     return result if isinstance(result, int) else ExitStatus.DONE
 
 

@@ -24,6 +24,10 @@ def _split(paths: list[str]) -> tuple[list[str], str]:
     return paths[:-1], paths[-1]
 
 
+def _left_out(path: bytes, line: str) -> None:
+    render.message("warning", f"{line} ({render.escaped(path)})")
+
+
 def copy_out(
     image: options.Image,
     paths: Annotated[list[str], _SOURCES],
@@ -46,7 +50,7 @@ def copy_out(
     debug: options.Debug = False,
 ) -> None:
     """Copy files and directories out of a guest; DEST `-` writes SRC to stdout as tar."""
-    from imgtool.transfer.copy_out import check_destination, copy_out, tar_out
+    from imgtool.transfer import copy_out as outward
 
     request = Request.of(locals())
     sources, dest = _split(paths)
@@ -57,23 +61,20 @@ def copy_out(
         if sys.stdout.isatty():
             raise UsageError("a tar stream is not written to a terminal")
         with request.opened() as guest:
-            tar_out(guest, sources[0], sys.stdout.buffer)
+            outward.tar_out(guest, sources[0], sys.stdout.buffer)
         return
-    check_destination(sources, Path(dest), overwrite=overwrite)
+    outward.check_destination(sources, Path(dest), overwrite=overwrite)
     with request.opened() as guest, progress("copy-out") as bar:
+        report = outward.Report(failures.problem, _left_out, bar)
         for source in sources:
             with failures.caught():
-                copy_out(
+                outward.copy_out(
                     guest,
                     source,
                     Path(dest),
+                    report,
                     overwrite=overwrite,
                     keep_partial=keep_partial,
-                    on_problem=failures.problem,
-                    on_skipped=lambda path, line: render.message(
-                        "warning", f"{line} ({render.escaped(path)})"
-                    ),
-                    on_progress=bar,
                 )
     failures.finish()
 
@@ -119,7 +120,7 @@ def copy_in(
     debug: options.Debug = False,
 ) -> None:
     """Copy host files and directories into a guest; SRC `-` unpacks a tar stream from stdin."""
-    from imgtool.transfer.copy_in import copy_in, plan_sources, tar_in
+    from imgtool.transfer import copy_in as inward
 
     request = Request.of(locals())
     sources, dest = _split(paths)
@@ -131,18 +132,16 @@ def copy_in(
         if len(sources) != 1:
             raise UsageError("a tar stream is the only source")
         with request.opened(write=True) as guest:
-            tar_in(guest, sys.stdin.buffer, dest, owner=numbers, mode=bits)
+            inward.tar_in(guest, sys.stdin.buffer, dest, owner=numbers, mode=bits)
         return
-    plan = plan_sources([Path(os.fsdecode(source)) for source in sources])
+    plan = inward.plan_sources([Path(os.fsdecode(source)) for source in sources])
     with request.opened(write=True) as guest, progress("copy-in") as bar:
-        copy_in(
+        inward.copy_in(
             guest,
             plan,
             dest,
             owner=numbers,
             mode=bits,
-            on_skipped=lambda path, line: render.message(
-                "warning", f"{line} ({render.escaped(path)})"
-            ),
+            on_skipped=_left_out,
             on_progress=bar,
         )

@@ -56,7 +56,7 @@ class Guest(ABC):
         """Which filesystem is mounted where; discovered at the first use."""
 
     @abstractmethod
-    def resolve(self, path: bytes) -> bytes:
+    def resolve(self, path: str | bytes) -> bytes:
         """The path without symbolic links; `NotInGuestError` if it leads nowhere."""
 
     @abstractmethod
@@ -89,8 +89,13 @@ class Guest(ABC):
         """A regular file's bytes as a stream; links are followed inside the guest."""
 
     @abstractmethod
-    def tar(self, path: str | bytes) -> AbstractContextManager[BinaryIO]:
-        """A directory's content (names relative to it) as a stream in tar format."""
+    def tar(
+        self, path: str | bytes, excludes: Sequence[bytes] = ()
+    ) -> AbstractContextManager[BinaryIO]:
+        """A directory's content (names relative to it) as a stream in tar format.
+
+        `excludes` are patterns of tar(1), such as `./name`.
+        """
 
     @abstractmethod
     def data_ranges(self, path: str | bytes) -> Sequence[tuple[int, int]]:

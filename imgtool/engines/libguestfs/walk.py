@@ -59,7 +59,8 @@ def listing(call: Callable[[bytes, str], None], directory: bytes, stack: ExitSta
 
 def join(directory: bytes, name: bytes) -> bytes:
     """A path below a directory."""
-    return directory.rstrip(b"/") + b"/" + name
+    # The appliance's `find` writes names below any directory but the root with a leading slash.
+    return directory.rstrip(b"/") + b"/" + name.lstrip(b"/")
 
 
 def stats(calls: Calls, paths: Iterable[bytes], on_problem: OnProblem | None) -> Iterator[Entry]:

@@ -1,0 +1,1 @@
+"""Between host and guest: guest content written safely to the host, host files sent to a guest."""

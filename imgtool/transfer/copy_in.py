@@ -1,0 +1,234 @@
+"""copy-in: host files, as a tar stream of our own making, into a directory of a guest."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from imgtool.errors import ImgtoolError, UsageError
+from imgtool.guest.guest import OnProblem, OnProgress
+from imgtool.transfer.staging import split
+
+if TYPE_CHECKING:
+    from imgtool.engines.libguestfs.guest import LibguestfsGuest
+
+# A numeric owner, or None for the one that the file has on the host.
+Owner = tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sources that can all be read, and the bytes that they hold."""
+
+    sources: tuple[Path, ...]
+    total: int
+
+
+def _below(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """A host path and everything below it, parents first; links are not followed."""
+    status = path.lstat()
+    yield path, status
+    if stat.S_ISDIR(status.st_mode):
+        for child in sorted(path.iterdir()):
+            yield from _below(child)
+
+
+def plan_sources(sources: Sequence[Path]) -> Plan:
+    """Look at every source before anything is started; raises for one that cannot be read."""
+    total = 0
+    names: set[str] = set()
+    for source in sources:
+        name = _top_name(source)
+        if name in names:
+            raise UsageError("two sources have the same name", subject=name)
+        names.add(name)
+        try:
+            for path, status in _below(source):
+                if stat.S_ISREG(status.st_mode):
+                    total += status.st_size
+                    if not os.access(path, os.R_OK):
+                        raise ImgtoolError("cannot be read: Permission denied", subject=path)
+        except OSError as error:
+            if isinstance(error, ImgtoolError):
+                raise
+            raise ImgtoolError(
+                f"cannot be read: {error.strerror}", subject=error.filename or source
+            ) from error
+    return Plan(tuple(sources), total)
+
+
+def _top_name(source: Path) -> str:
+    name = source.name or source.resolve().name
+    if name in ("", ".", ".."):
+        name = source.resolve().name
+    if not name:
+        raise UsageError("this source has no name of its own", subject=source)
+    return name
+
+
+class _Packer:
+    """Host files as tar members.
+
+    PAX headers carry nanoseconds. A name that is not UTF-8 cannot stand in them: such a member is
+    written in the GNU format, where names are bytes, and its time is in seconds.
+    """
+
+    def __init__(self, out: BinaryIO, owner: Owner, mode: int | None) -> None:
+        self._tar = tarfile.open(  # noqa: SIM115 - closed by finish()
+            fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, errors="surrogateescape"
+        )
+        self._owner = owner
+        self._mode = mode
+        self._links: dict[tuple[int, int], str] = {}
+
+    def add(self, member: tarfile.TarInfo, content: BinaryIO | None) -> None:
+        if self._owner is not None:
+            member.uid, member.gid = self._owner
+        member.uname = member.gname = ""
+        if self._mode is not None and member.isreg():
+            member.mode = self._mode
+        try:
+            (member.name + member.linkname).encode("utf-8")
+            self._tar.format = tarfile.PAX_FORMAT
+        except UnicodeEncodeError:
+            self._tar.format = tarfile.GNU_FORMAT
+            member.mtime = int(member.mtime)
+            member.pax_headers = {}
+        self._tar.addfile(member, content)
+        self._tar.members.clear()  # type: ignore[attr-defined]
+
+    def host_file(
+        self, path: Path, name: str, status: os.stat_result, content: BinaryIO | None
+    ) -> None:
+        member = tarfile.TarInfo(name)
+        member.mode = stat.S_IMODE(status.st_mode)
+        member.uid, member.gid = status.st_uid, status.st_gid
+        seconds, nanoseconds = divmod(status.st_mtime_ns, 1_000_000_000)
+        member.mtime = seconds
+        if nanoseconds:
+            member.pax_headers = {"mtime": f"{seconds}.{nanoseconds:09d}"}
+        if stat.S_ISDIR(status.st_mode):
+            member.type = tarfile.DIRTYPE
+        elif stat.S_ISLNK(status.st_mode):
+            member.type = tarfile.SYMTYPE
+            member.linkname = str(path.readlink())
+        else:
+            inode = (status.st_dev, status.st_ino)
+            if inode in self._links:
+                member.type = tarfile.LNKTYPE
+                member.linkname = self._links[inode]
+                content = None
+            else:
+                member.size = status.st_size
+                if status.st_nlink > 1:
+                    self._links[inode] = name
+        self.add(member, content)
+
+    def finish(self) -> None:
+        self._tar.close()
+
+
+class _Counted:
+    """A file of which exactly `size` bytes are read, whatever happens to it meanwhile."""
+
+    def __init__(self, path: Path, file: BinaryIO, size: int, advance: OnProgress) -> None:
+        self._path, self._file, self._left, self._advance = path, file, size, advance
+
+    def read(self, count: int) -> bytes:
+        block = self._file.read(min(count, self._left))
+        if len(block) < min(count, self._left):
+            raise ImgtoolError("became shorter while it was read", subject=self._path)
+        self._left -= len(block)
+        self._advance(len(block), 0)
+        return block
+
+
+def copy_in(
+    guest: LibguestfsGuest,
+    plan: Plan,
+    dest: str,
+    *,
+    owner: Owner,
+    mode: int | None,
+    on_skipped: OnProblem,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Copy the sources into the directory `dest` of the guest, all of them or nothing.
+
+    Modes, times, symbolic and hard links are kept. A single source may be given a new name by a
+    `dest` that does not exist.
+    """
+    from imgtool.engines.libguestfs.writing import destination, put
+
+    directory, rename = destination(guest, dest, single=len(plan.sources) == 1)
+    done = 0
+
+    def advance(count: int, _: int) -> None:
+        nonlocal done
+        done += count
+        if on_progress is not None:
+            on_progress(done, plan.total)
+
+    def produce(out: BinaryIO) -> None:
+        packer = _Packer(out, owner, mode)
+        for source in plan.sources:
+            top = _top_name(source)
+            for path, status in _below(source):
+                relative = path.relative_to(source)
+                name = top if relative == Path() else f"{top}/{relative}"
+                kind = stat.S_IFMT(status.st_mode)
+                if kind == stat.S_IFREG:
+                    # Opened once, its size asked of what is open: no other file can slip in.
+                    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+                    with os.fdopen(os.open(path, flags), "rb") as file:
+                        now = os.fstat(file.fileno())
+                        content = _Counted(path, file, now.st_size, advance)
+                        packer.host_file(path, name, now, content)  # type: ignore[arg-type]
+                elif kind in (stat.S_IFDIR, stat.S_IFLNK):
+                    packer.host_file(path, name, status, None)
+                else:
+                    on_skipped(os.fsencode(path), "a device, fifo or socket is not copied")
+        packer.finish()
+
+    put(guest, directory, produce, rename=rename)
+
+
+def tar_in(
+    guest: LibguestfsGuest, stream: BinaryIO, dest: str, *, owner: Owner, mode: int | None
+) -> None:
+    """Unpack a tar stream of the user's into a directory of the guest, all of it or nothing.
+
+    `owner` None keeps the owners of the stream. Raises `ImgtoolError` for a stream that is no tar
+    or has names that lead elsewhere.
+    """
+    from imgtool.engines.libguestfs.writing import destination, put
+
+    directory, _ = destination(guest, dest, single=False)
+
+    def produce(out: BinaryIO) -> None:
+        packer = _Packer(out, owner, mode)
+        try:
+            with tarfile.open(fileobj=stream, mode="r|*", errors="surrogateescape") as archive:
+                for member in archive:
+                    archive.members.clear()  # type: ignore[attr-defined]
+                    member.name = _safe(member.name)
+                    if not member.name:
+                        continue
+                    if member.islnk():
+                        member.linkname = _safe(member.linkname)
+                    content = archive.extractfile(member) if member.isreg() else None
+                    packer.add(member, content)  # type: ignore[arg-type]
+        except tarfile.TarError as error:
+            raise ImgtoolError(f"not a tar stream: {error}", subject="-") from error
+        packer.finish()
+
+    put(guest, directory, produce)
+
+
+def _safe(name: str) -> str:
+    return os.fsdecode(b"/".join(split(os.fsencode(name))))

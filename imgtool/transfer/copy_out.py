@@ -1,0 +1,304 @@
+"""copy-out: a path of a guest, as it is, to a place on the host."""
+
+from __future__ import annotations
+
+import marshal
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import BinaryIO, cast
+
+from imgtool.errors import EngineError, ImgtoolError, RefusedError, UsageError
+from imgtool.guest.guest import Guest, OnProblem, OnProgress
+from imgtool.guest.model import Entry
+from imgtool.transfer.staging import Attributes, BadName, Staging
+
+# From this size a file that has holes is fetched by its ranges of data, not through the tar stream.
+SPARSE = 16 << 20
+BLOCK = 1 << 20
+_LARGEST_HEADER = 1 << 20
+_GLOB = re.compile(rb"([*?\[\]\\])")
+_COPIED = ("file", "directory", "symlink")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where lines go: problems (status 1), names left out on purpose, progress in bytes."""
+
+    problem: OnProblem
+    skipped: OnProblem
+    progress: OnProgress | None = None
+
+
+def check_destination(sources: Sequence[str], dest: Path, *, overwrite: bool) -> None:
+    """Refuse a destination that cannot be right, before anything is opened."""
+    if dest.is_dir():
+        if not os.access(dest, os.W_OK | os.X_OK):
+            raise ImgtoolError("the destination is not writable", subject=dest)
+        for source in sources:
+            name = source.replace("\\", "/").rstrip("/").rpartition("/")[2]
+            if name and os.path.lexists(dest / name) and not overwrite:
+                raise RefusedError("exists", subject=dest / name, hint="replace it: --overwrite")
+        return
+    if os.path.lexists(dest):
+        if len(sources) > 1:
+            raise UsageError("several sources need a directory to go to", subject=dest)
+        if not overwrite:
+            raise RefusedError("exists", subject=dest, hint="replace it: --overwrite")
+        return
+    if len(sources) > 1 or not dest.absolute().parent.is_dir():
+        raise ImgtoolError("no such directory", subject=dest, hint=f"mkdir -p {dest}")
+
+
+def tar_out(guest: Guest, source: str, out: BinaryIO) -> None:
+    """Write a directory's content to `out` as a tar stream, untouched."""
+    path = guest.resolve(guest.path(source))
+    if guest.lstat(path).type != "directory":
+        raise UsageError("a tar stream is made of a directory", subject=source)
+    with guest.tar(path) as stream:
+        while block := stream.read(BLOCK):
+            out.write(block)
+    out.flush()
+
+
+def copy_out(
+    guest: Guest,
+    source: str,
+    dest: Path,
+    report: Report,
+    *,
+    overwrite: bool = False,
+    keep_partial: bool = False,
+) -> None:
+    """Copy one path of a guest into the directory `dest`, or to that name where it is none.
+
+    Files, directories and symbolic links keep modes, times, holes and, as root, owners. Everything
+    is written beside its final name and moved there at the end.
+    """
+    entry = guest.lstat(source)
+    if source.endswith("/"):
+        entry = guest.lstat(guest.resolve(guest.path(source)))
+    if not entry.name:  # the root of the guest: what is in it
+        for child in list(guest.entries("/")):
+            path = os.fsdecode(child.path)
+            copy_out(guest, path, dest, report, overwrite=overwrite, keep_partial=keep_partial)
+        return
+    if entry.type not in _COPIED:
+        report.skipped(entry.path, f"a {entry.type} is not copied")
+        return
+    if dest.is_dir():
+        parent, name = dest, entry.name
+    else:
+        parent, name = dest.absolute().parent, os.fsencode(dest.name)
+    with Staging(parent, name, overwrite=overwrite) as staging:
+        if not _Copy(guest, entry, staging, report, keep_partial).run():
+            return
+        staging.commit()
+
+
+def _attributes(entry: Entry) -> Attributes:
+    return Attributes(entry.mode, entry.uid, entry.gid, entry.mtime_ns)
+
+
+class _BoundedHeaders(tarfile.TarInfo):
+    """A tar member whose extended headers cannot exhaust memory."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        extended = self.type not in (*tarfile.SUPPORTED_TYPES,) or self.type in (
+            tarfile.GNUTYPE_LONGNAME,
+            tarfile.GNUTYPE_LONGLINK,
+            tarfile.XHDTYPE,
+            tarfile.XGLTYPE,
+            tarfile.SOLARIS_XHDTYPE,
+        )
+        if extended and self.size > _LARGEST_HEADER:
+            raise tarfile.ReadError("extended header larger than 1 MiB")
+        return cast(tarfile.TarInfo, super()._proc_member(archive))  # type: ignore[misc]
+
+
+class _Copy:
+    """One source on its way into one staging folder."""
+
+    def __init__(
+        self, guest: Guest, top: Entry, staging: Staging, report: Report, keep_partial: bool
+    ) -> None:
+        self._guest = guest
+        self._top = top
+        self._staging = staging
+        self._report = report
+        self._keep_partial = keep_partial
+        self._done = 0
+        self._total = 0
+
+    def run(self) -> bool:
+        """Whether there is something to move into place."""
+        if self._top.type == "symlink":
+            self._staging.symlink(b"", self._top.target or b"")
+        elif self._top.type == "file":
+            self._total = self._top.size
+            if not self._file(self._top, b""):
+                return False
+        else:
+            self._directory()
+            return True
+        self._staging.finish(b"", _attributes(self._top))
+        return True
+
+    def _advance(self, count: int) -> None:
+        self._done += count
+        if self._report.progress is not None:
+            self._report.progress(self._done, self._total)
+
+    # Files, one at a time
+
+    def _file(self, entry: Entry, relative: bytes) -> bool:
+        try:
+            if entry.size >= SPARSE and entry.blocks * 512 < entry.size:
+                self._staging.file_at(relative, self._ranges(entry), size=entry.size)
+            else:
+                with self._guest.open(entry.path) as stream:
+                    self._staging.file(relative, self._blocks(stream))
+        except EngineError as error:
+            kept = "what could be read was kept" if self._keep_partial else "it was left out"
+            self._report.problem(entry.path, f"cannot be read ({error.message}); {kept}")
+            if not self._keep_partial:
+                self._staging.remove(relative)
+            return self._keep_partial
+        return True
+
+    def _blocks(self, stream: BinaryIO) -> Iterator[bytes]:
+        while block := stream.read(BLOCK):
+            self._advance(len(block))
+            yield block
+
+    def _ranges(self, entry: Entry) -> Iterator[tuple[int, bytes]]:
+        for start, length in self._guest.data_ranges(entry.path):
+            offset = start
+            with self._guest.open_range(entry.path, start, length) as stream:
+                for block in self._blocks(stream):
+                    yield offset, block
+                    offset += len(block)
+
+    # Directories
+
+    def _directory(self) -> None:
+        """The tree as one tar stream; file by file if something in it cannot be read."""
+        with TemporaryFile(prefix="imgtool-") as records:
+            sparse = self._survey(records)
+            self._staging.directory(b"")
+            try:
+                self._untar([self._pattern(path) for path in sparse])
+            except EngineError as error:
+                self._report.skipped(
+                    self._top.path, f"something cannot be read ({error.message}); file by file"
+                )
+                self._one_by_one(records)
+            else:
+                for entry, relative in self._recorded(records):
+                    if entry.path in sparse:
+                        self._file(entry, relative)
+            self._finish(records)
+
+    def _survey(self, records: BinaryIO) -> frozenset[bytes]:
+        """Write down every entry below the directory; returns the large files with holes."""
+        sparse = set()
+        for entry in self._guest.walk(self._top.path, on_problem=self._report.problem):
+            if entry.type not in _COPIED:
+                self._report.skipped(entry.path, f"a {entry.type} is not copied")
+                continue
+            if entry.type == "file":
+                self._total += entry.size
+                if entry.size >= SPARSE and entry.blocks * 512 < entry.size:
+                    sparse.add(entry.path)
+            fields = (entry.path, entry.mode, entry.uid, entry.gid, entry.size, entry.mtime_ns)
+            more = (entry.blocks, entry.nlink, entry.inode, entry.device)
+            marshal.dump((*fields, *more, entry.target), records)
+        return frozenset(sparse)
+
+    def _recorded(self, records: BinaryIO) -> Iterator[tuple[Entry, bytes]]:
+        """What `_survey` wrote, in preorder, with each path relative to the directory."""
+        records.seek(0)
+        prefix = len(self._top.path) + 1
+        while True:
+            try:
+                values = marshal.load(records)
+            except EOFError:
+                return
+            path, mode, uid, gid, size, mtime, blocks, nlink, inode, device, target = values
+            entry = Entry(
+                path, mode, uid, gid, size, mtime, blocks, nlink, inode, device, target=target
+            )
+            yield entry, path[prefix:]
+
+    def _pattern(self, path: bytes) -> bytes:
+        relative = path[len(self._top.path) + 1 :]
+        return b"./" + _GLOB.sub(rb"\\\1", relative)
+
+    def _untar(self, excludes: Sequence[bytes]) -> None:
+        with self._guest.tar(self._top.path, excludes) as stream:
+            try:
+                with tarfile.open(
+                    fileobj=stream,
+                    mode="r|",
+                    tarinfo=_BoundedHeaders,
+                    encoding="utf-8",
+                    errors="surrogateescape",
+                ) as archive:
+                    for member in archive:
+                        archive.members.clear()  # type: ignore[attr-defined]
+                        self._member(archive, member)
+            except tarfile.TarError as error:
+                raise EngineError(f"the stream breaks off: {error}") from error
+
+    def _member(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        name = member.name.encode("utf-8", "surrogateescape")
+        linked = member.linkname.encode("utf-8", "surrogateescape")
+        try:
+            if member.isdir():
+                self._staging.directory(name)
+            elif member.issym():
+                self._staging.symlink(name, linked)
+            elif member.islnk():
+                self._staging.hardlink(name, linked)
+            elif member.isreg():
+                content = archive.extractfile(member)
+                assert content is not None
+                self._staging.file(name, self._blocks(cast(BinaryIO, content)))
+        except BadName as error:
+            self._report.problem(name, error.message)
+
+    def _one_by_one(self, records: BinaryIO) -> None:
+        self._done = 0
+        linked: dict[tuple[int, int], bytes] = {}
+        for entry, relative in self._recorded(records):
+            inode = (entry.device, entry.inode)
+            if entry.type == "directory":
+                self._staging.directory(relative)
+            elif entry.type == "symlink":
+                self._staging.symlink(relative, entry.target or b"")
+            elif entry.nlink > 1 and inode in linked:
+                self._staging.hardlink(relative, linked[inode])
+            elif self._file(entry, relative) and entry.nlink > 1:
+                linked[inode] = relative
+
+    def _finish(self, records: BinaryIO) -> None:
+        """Attributes from the walk, which has nanoseconds; each directory after what is in it."""
+        open_directories: list[tuple[Entry, bytes]] = [(self._top, b"")]
+        for entry, relative in self._recorded(records):
+            while not _is_below(relative, open_directories[-1][1]):
+                directory, path = open_directories.pop()
+                self._staging.finish(path, _attributes(directory))
+            if entry.type == "directory":
+                open_directories.append((entry, relative))
+            else:
+                self._staging.finish(relative, _attributes(entry))
+        for directory, path in reversed(open_directories):
+            self._staging.finish(path, _attributes(directory))
+
+
+def _is_below(path: bytes, directory: bytes) -> bool:
+    return not directory or path.startswith(directory + b"/")

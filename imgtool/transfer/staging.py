@@ -1,0 +1,336 @@
+"""Writing hostile content below a host folder, whole or not at all.
+
+Everything is written into a private folder beside its final name and moved into place at the end.
+Every component of a name that came from a guest is opened relative to its folder's descriptor and
+never through a symbolic link: nothing in the content, and nobody who swaps a folder meanwhile, can
+make a write land elsewhere. Special files are not made; setuid and setgid bits stay only together
+with their owner.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from imgtool.errors import ImgtoolError, RefusedError
+
+BLOCK = 4096
+_ZEROS = bytes(1 << 20)
+_TOP = b"content"
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_RENAME_NOREPLACE = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class BadName(ImgtoolError):
+    """A name in the content that cannot be a name: empty, `.`, `..`, or with `/` or NUL in it."""
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """What a host file gets: `st_mode`, numeric owner, mtime in nanoseconds."""
+
+    mode: int
+    uid: int
+    gid: int
+    mtime_ns: int
+
+
+def split(path: bytes) -> tuple[bytes, ...]:
+    """The components of a relative path; `BadName` if one of them could lead elsewhere."""
+    parts = tuple(part for part in path.split(b"/") if part not in (b"", b"."))
+    if path.startswith(b"/") or b".." in parts or b"\0" in path:
+        raise BadName("a name in the guest would lead outside the destination; it was left out")
+    return parts
+
+
+def _nonzero_runs(block: bytes) -> Iterator[tuple[int, bytes]]:
+    """The parts of a block that are not zeros, by whole filesystem blocks, with their offsets."""
+    if block == _ZEROS[: len(block)]:
+        return
+    start: int | None = None
+    for offset in range(0, len(block), BLOCK):
+        piece = block[offset : offset + BLOCK]
+        if piece == _ZEROS[: len(piece)]:
+            if start is not None:
+                yield start, block[start:offset]
+                start = None
+        elif start is None:
+            start = offset
+    if start is not None:
+        yield start, block[start:]
+
+
+class Staging:
+    """One top-level result, `parent/name`, on its way. `commit()` moves it into place.
+
+    Paths are relative to the result, `b""` being the result itself. `owners` is whether content
+    gets its guest's numeric owners. Host errors are raised as `ImgtoolError`.
+    """
+
+    def __init__(
+        self, parent: Path, name: bytes, *, overwrite: bool = False, owners: bool | None = None
+    ) -> None:
+        if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
+            raise BadName("not a file name", subject=os.fsdecode(name))
+        self._parent = parent
+        self._name = name
+        self._overwrite = overwrite
+        self._owners = os.geteuid() == 0 if owners is None else owners
+        self._folder = b".imgtool-" + secrets.token_hex(6).encode()
+        self._cached: tuple[tuple[bytes, ...], int] | None = None
+
+    @property
+    def final(self) -> Path:
+        """Where the result goes."""
+        return self._parent / os.fsdecode(self._name)
+
+    def __enter__(self) -> Staging:
+        with self._explained():
+            # The user named the parent: links in it are the user's own.
+            self._parent_fd = os.open(self._parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                self._refuse_existing()
+                os.mkdir(self._folder, 0o700, dir_fd=self._parent_fd)
+                self._root_fd = os.open(self._folder, _FOLDER, dir_fd=self._parent_fd)
+            except BaseException:
+                os.close(self._parent_fd)
+                raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._forget()
+        os.close(self._root_fd)
+        # The descriptor-based rmtree: it follows no link.
+        shutil.rmtree(self._folder, ignore_errors=True, dir_fd=self._parent_fd)
+        os.close(self._parent_fd)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, ImgtoolError):
+                raise
+            hint = None
+            if error.errno == errno.ENOSPC:
+                hint = "nothing was left at the destination; free some space or choose another"
+            raise ImgtoolError(
+                f"cannot be written: {error.strerror}", subject=self.final, hint=hint
+            ) from error
+
+    def _exists(self) -> bool:
+        try:
+            os.lstat(self._name, dir_fd=self._parent_fd)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _refuse_existing(self) -> None:
+        if not self._overwrite and self._exists():
+            raise RefusedError("exists", subject=self.final, hint="replace it: --overwrite")
+
+    # Folders
+
+    def _forget(self) -> None:
+        if self._cached is not None:
+            os.close(self._cached[1])
+            self._cached = None
+
+    def _open_folder(self, parts: tuple[bytes, ...]) -> int:
+        """A descriptor of a folder of the result, good until the next call."""
+        if self._cached is not None and self._cached[0] == parts:
+            return self._cached[1]
+        current = os.dup(self._root_fd)
+        try:
+            for part in parts:
+                below = os.open(part, _FOLDER, dir_fd=current)
+                os.close(current)
+                current = below
+        except BaseException:
+            os.close(current)
+            raise
+        self._forget()
+        self._cached = (parts, current)
+        return current
+
+    def _place(self, path: bytes) -> tuple[int, bytes]:
+        parts = (_TOP, *split(path))
+        return self._open_folder(parts[:-1]), parts[-1]
+
+    # Content
+
+    def directory(self, path: bytes) -> None:
+        """Make a directory; one that is there already stays."""
+        with self._explained():
+            folder, name = self._place(path)
+            try:
+                os.mkdir(name, 0o700, dir_fd=folder)
+            except FileExistsError:
+                if not stat.S_ISDIR(os.lstat(name, dir_fd=folder).st_mode):
+                    raise
+
+    def file(self, path: bytes, blocks: Iterable[bytes], *, size: int | None = None) -> int:
+        """Make a regular file of the bytes given, with holes for zeros; returns its length.
+
+        Only an error of the host is raised as such; what `blocks` raises goes on as it is and
+        leaves the bytes so far.
+        """
+        return self.file_at(path, self._numbered(blocks), size=size)
+
+    @staticmethod
+    def _numbered(blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+        offset = 0
+        for block in blocks:
+            yield offset, block
+            offset += len(block)
+
+    def file_at(
+        self, path: bytes, pieces: Iterable[tuple[int, bytes]], *, size: int | None = None
+    ) -> int:
+        """Make a regular file of (offset, bytes); what is between them, up to `size`, is a hole."""
+        with self._explained():
+            folder, name = self._place(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folder)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            file = os.open(name, flags, 0o600, dir_fd=folder)
+        end = 0
+        try:
+            for offset, piece in pieces:
+                with self._explained():
+                    for start, run in _nonzero_runs(piece):
+                        view, at = memoryview(run), offset + start
+                        while view:
+                            written = os.pwrite(file, view, at)
+                            view, at = view[written:], at + written
+                end = max(end, offset + len(piece))
+            with self._explained():
+                os.ftruncate(file, end if size is None else size)
+        finally:
+            os.close(file)
+        return end
+
+    def symlink(self, path: bytes, target: bytes) -> None:
+        """Make a symbolic link; its target is data and is not looked at."""
+        with self._explained():
+            folder, name = self._place(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folder)
+            os.symlink(target, name, dir_fd=folder)
+
+    def hardlink(self, path: bytes, existing: bytes) -> None:
+        """Make another name of a file of this result."""
+        parts = (_TOP, *split(existing))
+        with self._explained():
+            source = os.dup(self._open_folder(parts[:-1]))
+            try:
+                folder, name = self._place(path)
+                if not stat.S_ISREG(os.lstat(parts[-1], dir_fd=source).st_mode):
+                    raise BadName("a hard link in the guest leads to no file; it was left out")
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=folder)
+                os.link(
+                    parts[-1],
+                    name,
+                    src_dir_fd=source,
+                    dst_dir_fd=folder,
+                    follow_symlinks=False,
+                )
+            finally:
+                os.close(source)
+
+    def remove(self, path: bytes) -> None:
+        """Remove a file of the result, if it is there."""
+        with self._explained(), contextlib.suppress(FileNotFoundError):
+            folder, name = self._place(path)
+            os.unlink(name, dir_fd=folder)
+
+    def finish(self, path: bytes, attributes: Attributes) -> bool:
+        """Give a name of the result its attributes; False if it is not there.
+
+        Directories come last, when nothing is made in them any more.
+        """
+        with self._explained():
+            try:
+                folder, name = self._place(path)
+                there = os.lstat(name, dir_fd=folder)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            if self._owners:
+                os.chown(name, attributes.uid, attributes.gid, dir_fd=folder, follow_symlinks=False)
+            if not stat.S_ISLNK(there.st_mode):
+                bits = stat.S_IMODE(attributes.mode)
+                if not self._owners:
+                    bits &= ~(stat.S_ISUID | stat.S_ISGID)
+                # Only names that were just made, as no link, in a private folder are changed.
+                os.chmod(name, bits, dir_fd=folder)
+            times = (attributes.mtime_ns, attributes.mtime_ns)
+            with contextlib.suppress(OverflowError):  # a time that the host cannot hold
+                os.utime(name, ns=times, dir_fd=folder, follow_symlinks=False)
+        return True
+
+    # The end
+
+    def commit(self) -> None:
+        """Move the result to its final name; `RefusedError` if something else got there first."""
+        self._forget()
+        with self._explained():
+            if self._overwrite and self._exists():
+                self._merge(self._root_fd, _TOP, self._parent_fd, self._name)
+                return
+            moved = _libc.renameat2(
+                self._root_fd, _TOP, self._parent_fd, self._name, _RENAME_NOREPLACE
+            )
+            if moved == 0:
+                return
+            code = ctypes.get_errno()
+            if code == errno.EINVAL:  # a filesystem without RENAME_NOREPLACE
+                self._refuse_existing()
+                os.rename(_TOP, self._name, src_dir_fd=self._root_fd, dst_dir_fd=self._parent_fd)
+            elif code == errno.EEXIST:
+                self._refuse_existing()
+            else:
+                raise OSError(code, os.strerror(code))
+
+    def _merge(self, source: int, name: bytes, target: int, final: bytes) -> None:
+        ours = os.lstat(name, dir_fd=source)
+        try:
+            there = os.lstat(final, dir_fd=target)
+        except FileNotFoundError:
+            os.rename(name, final, src_dir_fd=source, dst_dir_fd=target)
+            return
+        if stat.S_ISDIR(ours.st_mode) != stat.S_ISDIR(there.st_mode):
+            raise RefusedError(
+                "a directory and something else have the same name",
+                subject=self.final,
+                hint=f"move {os.fsdecode(final)!r} out of the way",
+            )
+        if not stat.S_ISDIR(ours.st_mode):
+            os.rename(name, final, src_dir_fd=source, dst_dir_fd=target)
+            return
+        below_source = os.open(name, _FOLDER, dir_fd=source)
+        try:
+            below_target = os.open(final, _FOLDER, dir_fd=target)
+            try:
+                for child in os.listdir(below_source):  # noqa: PTH208 - a descriptor
+                    key = os.fsencode(child)
+                    self._merge(below_source, key, below_target, key)
+            finally:
+                os.close(below_target)
+        finally:
+            os.close(below_source)
