@@ -70,12 +70,12 @@ def _run(arguments: list[str]) -> int:
     except ImgtoolError as error:
         if debug:
             traceback.print_exception(error)
-        render.message("error", str(error))
-        if error.hint:
-            render.hint(error.hint)
+        if not interrupt.pending():  # else the error is only what the interruption looked like
+            render.message("error", str(error))
+            if error.hint:
+                render.hint(error.hint)
         return error.status
     except (KeyboardInterrupt, typer.Abort):
-        render.message("error", "interrupted")
         return ExitStatus.INTERRUPTED
     except BrokenPipeError:
         # Whoever read the answer has enough. Nothing more can be said on stdout.
@@ -98,6 +98,7 @@ def main() -> None:
             sys.stdout.flush()
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else ExitStatus.FAILED
-        if interrupt.pending() and status != ExitStatus.DONE:
+        if status == ExitStatus.INTERRUPTED or (interrupt.pending() and status != ExitStatus.DONE):
+            render.message("error", "interrupted")
             status = ExitStatus.INTERRUPTED
     sys.exit(int(status))

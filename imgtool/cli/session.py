@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from imgtool import interrupt
 from imgtool.cli import render
 from imgtool.errors import ExitStatus, ImgtoolError, UsageError
 from imgtool.guest.model import Mount
@@ -46,12 +47,14 @@ class Failures:
 
     def add(self, error: ImgtoolError) -> None:
         """Say what failed and remember it."""
+        self.statuses.append(error.status)
+        if interrupt.pending():
+            return  # the error is only what the interruption looked like
         render.message("error", str(error))
         if error.hint:
             render.hint(error.hint)
         if self.debug:
             traceback.print_exception(error)
-        self.statuses.append(error.status)
 
     def problem(self, path: bytes, line: str) -> None:
         """A path of the guest that could not be served."""

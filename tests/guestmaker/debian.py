@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ _ESP, _BOOT, _PV = (
 )
 _ROOT_OFFSET = (_PV.start + 1) * MIB
 _ROOT_SIZE = 2304 * MIB
+_ROOT_MARK = b"the root volume begins here"
 
 _PLAIN_FSTAB = f"UUID={facts.PLAIN_UUID} / ext4 errors=remount-ro 0 1\n"
 _LVM_FSTAB = f"""\
@@ -85,6 +88,7 @@ def _fill_lvm(g: Any, devices: Sequence[str], work: Path) -> None:
     g.vgcreate("debian-vg", [f"{disk}3"])
     for name, size in (("root", _ROOT_SIZE // MIB), ("home", 512), ("swap", 256)):
         g.lvcreate(name, "debian-vg", size)
+    g.pwrite_device("/dev/debian-vg/root", _ROOT_MARK, 0)
     g.mkfs("xfs", "/dev/debian-vg/home", label="home")
     g.set_uuid("/dev/debian-vg/home", facts.HOME_UUID)
     g.mkswap("/dev/debian-vg/swap", label="swap", uuid=facts.SWAP_UUID)
@@ -96,7 +100,12 @@ def _fill_lvm(g: Any, devices: Sequence[str], work: Path) -> None:
 
 
 def _finish_lvm(work: Path) -> None:
-    place(work / "root", work / "lvm.raw", _ROOT_OFFSET)
+    disk = work / "lvm.raw"
+    with disk.open("rb") as file:
+        file.seek(_ROOT_OFFSET)
+        if file.read(len(_ROOT_MARK)) != _ROOT_MARK:
+            raise RuntimeError("LVM did not put the root volume at the start of the group")
+    place(work / "root", disk, _ROOT_OFFSET)
 
 
 def _root_of(image: Path, root: Path) -> None:
@@ -105,10 +114,20 @@ def _root_of(image: Path, root: Path) -> None:
         [
             "qemu-img", "convert", "--image-opts", "-O", "raw",
             f"driver=raw,offset={_ROOT_OFFSET},size={_ROOT_SIZE},"
-            f"file.driver=qcow2,file.file.driver=file,file.file.filename={image}",
+            "file.driver=qcow2,file.file.driver=file,"
+            f"file.file.filename={str(image).replace(',', ',,')}",
             root,
         ]
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _one_word(content: bytes) -> Iterator[str]:
+    """A file with this content, in /tmp: debugfs and qemu-io split commands at spaces."""
+    with tempfile.NamedTemporaryFile(dir="/tmp") as file:
+        file.write(content)
+        file.flush()
+        yield file.name
 
 
 def _lay_over(work: Path, base: Path, overlay: Path, added: tuple[str, bytes]) -> None:
@@ -116,17 +135,17 @@ def _lay_over(work: Path, base: Path, overlay: Path, added: tuple[str, bytes]) -
     _root_of(base, work / "before")
     run(["cp", "--sparse=always", work / "before", work / "after"])
     path, content = added
-    (work / "content").write_bytes(content)
-    debugfs(work / "after", [f"write {work / 'content'} {path}"], write=True)
+    with _one_word(content) as source:
+        debugfs(work / "after", [f"write {source} {path}"], write=True)
     # The base is named without a folder, so that the chain can be moved as a whole.
     run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base.name, overlay])
     changed = differences(work / "before", work / "after")
     if not 1 <= len(changed) <= 64:
         raise RuntimeError(f"{len(changed)} changed blocks are not those of one small file")
     for offset, block in changed:
-        (work / "block").write_bytes(block)
-        command = f"write -s {work / 'block'} {_ROOT_OFFSET + offset} {len(block)}"
-        run(["qemu-io", "-f", "qcow2", "-c", command, overlay])
+        with _one_word(block) as source:
+            command = f"write -s {source} {_ROOT_OFFSET + offset} {len(block)}"
+            run(["qemu-io", "-f", "qcow2", "-c", command, overlay])
 
 
 def _prepare_overlays(work: Path) -> None:

@@ -41,8 +41,8 @@ def blank(path: Path, size: int) -> Path:
 
 def partition(disk: Path, table: str, slices: Sequence[Slice]) -> None:
     """Write a partition table, `gpt` or `dos`; the identifiers are the same every time."""
-    lines = [f"label: {table}"]
-    lines.append(f"label-id: {'5F1D3A52-0F8B-4B6C-9D31-0000000000FF' if table == 'gpt' else '0x5f1d3a52'}")
+    identifier = "5F1D3A52-0F8B-4B6C-9D31-0000000000FF" if table == "gpt" else "0x5f1d3a52"
+    lines = [f"label: {table}", f"label-id: {identifier}"]
     for number, part in enumerate(slices, 1):
         words = [f"start={part.start * MIB // SECTOR}", f"size={part.size * MIB // SECTOR}"]
         if table == "gpt":

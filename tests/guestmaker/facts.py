@@ -102,7 +102,7 @@ AWKWARD_NAMES = {  # under /names; the content of each is its own name
     "dash": b"-rf",
     "space": b" leading and trailing ",
     "tab": b"a\ttab",
-    "quote": b"it's \"quoted\" $HOME `id` \\",
+    "quote": b'it\'s "quoted" $HOME `id` \\',
     "utf8": "żółw-日本".encode(),
     "star": b"*",
     "carriage-return": b"over\rwritten",

@@ -14,7 +14,15 @@ from tests.guestmaker import facts
 from tests.guestmaker.disks import write_files
 
 SUITE = "bookworm"
-PACKAGES = ("systemd", "systemd-sysv", "ifupdown", "iproute2", "netbase", "procps", "openssh-client")
+PACKAGES = (
+    "systemd",
+    "systemd-sysv",
+    "ifupdown",
+    "iproute2",
+    "netbase",
+    "procps",
+    "openssh-client",
+)
 _PROXIES = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
 
 _PASSWD = "root:x:0:0:root:/root:/bin/bash\nalice:x:1000:1000:Alice:/home/alice:/bin/bash\n"

@@ -1,0 +1,212 @@
+"""copy-out and copy-in on real, awkward and damaged guests."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests import guests
+from tests.guests import guest
+
+pytestmark = pytest.mark.appliance
+
+
+@pytest.fixture
+def overlay(tmp_path, monkeypatch):
+    """A throw-away overlay on a guest, to write to."""
+
+    def made(name: str) -> Path:
+        base = guest(name)
+        monkeypatch.setenv("IMGTOOL_BACKING_DIRS", str(base.parent))
+        path = tmp_path / f"{name}.qcow2"
+        kind = "raw" if base.suffix == ".raw" else "qcow2"
+        argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", kind, "-b", base, path]
+        subprocess.run(argv, check=True)
+        return path
+
+    return made
+
+
+def listed(imgtool_cli, image, path) -> dict[str, dict]:
+    result = imgtool_cli("ls", image, "-R", path, "-o", "jsonl")
+    rows = [json.loads(line) for line in result.text.splitlines()]
+    return {row["path"]: row for row in rows}
+
+
+def test_awkward_names_links_modes_and_times_arrive_as_they_are(imgtool_cli, tmp_path):
+    image = guest("awkward")
+    sources = ["/names", "/links", "/modes", "/times", "/hard", "/special"]
+    result = imgtool_cli("copy-out", image, *sources, tmp_path)
+    assert result.status == 0, result.err
+    names = {os.fsencode(name) for name in os.listdir(tmp_path / "names")}
+    assert names == set(guests.AWKWARD_NAMES.values())
+    for name in names:
+        assert (tmp_path / "names" / os.fsdecode(name)).read_bytes() == name
+    for name, target in guests.AWKWARD_LINKS.items():
+        assert os.readlink(os.fsencode(tmp_path / "links") + b"/" + name) == target
+    for name, mode in guests.AWKWARD_MODES.items():
+        assert (tmp_path / "modes" / name).stat().st_mode & 0o7777 == mode
+    odd = (tmp_path / "modes" / "odd-owner").stat()
+    assert (odd.st_uid, odd.st_gid) == guests.ODD_OWNER
+    for name, moment in guests.AWKWARD_TIMES.items():
+        assert (tmp_path / "times" / name).stat().st_mtime_ns == moment
+    inodes = {(tmp_path / path.lstrip("/")).stat().st_ino for path in guests.HARD_LINKS}
+    assert len(inodes) == 1
+    for name in guests.AWKWARD_DEVICES:
+        assert not os.path.lexists(tmp_path / "special" / name)
+        assert f"/special/{name}" in result.err
+
+
+def test_a_hostile_listing_cannot_steer_the_terminal_and_json_keeps_the_bytes(imgtool_cli):
+    shown = imgtool_cli("ls", guest("awkward"), "-l", "/names", "/links").out
+    assert not any(byte < 32 and byte != 10 for byte in shown)
+    assert b"\xc2\x9b" not in shown
+    rows = listed(imgtool_cli, guest("awkward"), "/names")
+    assert len(rows) == len(guests.AWKWARD_NAMES)
+    assert any("path_bytes" in row for row in rows.values())
+
+
+def test_a_sparse_file_stays_sparse(imgtool_cli, tmp_path):
+    result = imgtool_cli("copy-out", guest("awkward"), guests.SPARSE_FILE, tmp_path)
+    assert result.status == 0, result.err
+    copy = tmp_path / Path(guests.SPARSE_FILE).name
+    assert copy.stat().st_size == guests.SPARSE_SIZE
+    assert copy.stat().st_blocks * 512 < 1 << 20
+    with copy.open("rb") as file:
+        for offset, data in guests.SPARSE_ISLANDS.items():
+            file.seek(offset)
+            assert file.read(len(data)) == data
+
+
+def test_fifty_thousand_names_in_one_directory(imgtool_cli):
+    lines = imgtool_cli("ls", guest("many"), "/d").text.splitlines()
+    assert lines == [f"file-{number:05}" for number in range(guests.MANY_FILES)]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_file_that_cannot_be_read_does_not_stop_the_rest(imgtool_cli, tmp_path, keep):
+    more = ["--keep-partial"] if keep else []
+    result = imgtool_cli(
+        "copy-out", guest("damaged"), "/a-good.txt", "/tree", "/z-good.txt", tmp_path, *more
+    )
+    assert result.status == 1
+    for path, content in guests.DAMAGED_GOOD.items():
+        assert (tmp_path / path.lstrip("/")).read_bytes() == content
+    assert guests.DAMAGED_UNREADABLE in result.err
+    assert guests.DAMAGED_INODE in result.err
+    assert (tmp_path / guests.DAMAGED_UNREADABLE.lstrip("/")).exists() is keep
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".imgtool")]
+
+
+def test_an_existing_file_is_refused_and_replaced_only_on_demand(imgtool_cli, tmp_path):
+    (tmp_path / "readme.txt").write_text("mine")
+    refused = imgtool_cli("copy-out", guest("data"), "/readme.txt", tmp_path)
+    assert refused.status == 4
+    assert "--overwrite" in refused.err
+    assert (tmp_path / "readme.txt").read_text() == "mine"
+    done = imgtool_cli("copy-out", guest("data"), "/readme.txt", tmp_path, "--overwrite")
+    assert done.status == 0
+    assert (tmp_path / "readme.txt").read_bytes() == guests.DATA_FILES["/readme.txt"]
+
+
+def test_a_destination_that_is_full_keeps_nothing_half_written(imgtool_cli, tmp_path):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "none", tmp_path], check=True)
+    try:
+        result = imgtool_cli("copy-out", guest("data"), "/photos", tmp_path)
+        assert result.status == 1
+        assert "No space left" in result.err
+        assert os.listdir(tmp_path) == []
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_directory_as_a_tar_stream(imgtool_cli):
+    result = imgtool_cli("copy-out", guest("data"), "/photos", "-")
+    assert result.status == 0
+    with tarfile.open(fileobj=io.BytesIO(result.out)) as archive:
+        content = archive.extractfile("./cat.raw")
+        assert content is not None
+        assert content.read() == guests.DATA_FILES["/photos/cat.raw"]
+
+
+def test_copy_in_keeps_modes_and_times_and_gives_root_the_files(imgtool_cli, overlay, tmp_path):
+    image = overlay("data")
+    source = tmp_path / "conf"
+    (source / "sub").mkdir(parents=True)
+    (source / "sub" / "script").write_text("#!/bin/sh\n")
+    (source / "sub" / "script").chmod(0o750)
+    os.utime(source / "sub" / "script", ns=(1, 1614834367_123456789))
+    os.chown(source / "sub" / "script", 4321, 4321)
+    (source / "link").symlink_to("sub/script")
+    (source / os.fsdecode(b"odd\xff")).write_bytes(b"odd")
+    result = imgtool_cli("copy-in", image, source, "/photos")
+    assert result.status == 0, result.err
+    rows = listed(imgtool_cli, image, "/photos/conf")
+    script = rows["/photos/conf/sub/script"]
+    assert (script["uid"], script["gid"], script["mode"]) == (0, 0, "0750")
+    assert script["mtime"] == "2021-03-04T05:06:07.123456789Z"
+    assert rows["/photos/conf/link"]["target"] == "sub/script"
+    assert any(row.get("path_bytes") for row in rows.values())
+    assert imgtool_cli("cat", image, "/photos/cat.raw").out == guests.DATA_FILES["/photos/cat.raw"]
+
+
+def test_copy_in_of_a_tar_stream_with_an_owner(imgtool_cli, overlay):
+    image = overlay("data")
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        member = tarfile.TarInfo("./etc/motd")
+        member.size, member.uid = 3, 77
+        archive.addfile(member, io.BytesIO(b"hi\n"))
+    stream = buffer.getvalue()
+    result = imgtool_cli("copy-in", image, "--owner", "5:6", "-", "/", stdin=stream)
+    assert result.status == 0, result.err
+    row = listed(imgtool_cli, image, "/etc")["/etc/motd"]
+    assert (row["uid"], row["gid"]) == (5, 6)
+
+
+def test_a_tar_stream_that_leads_elsewhere_changes_nothing(imgtool_cli, overlay):
+    image = overlay("data")
+    before = image.read_bytes()
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("../escape"))
+    result = imgtool_cli("copy-in", image, "-", "/photos", stdin=buffer.getvalue())
+    assert result.status == 1
+    assert "outside" in result.err
+    assert len(image.read_bytes()) >= len(before)
+    assert "/escape" not in listed(imgtool_cli, image, "/")
+
+
+def test_a_guest_that_is_full_keeps_its_files(imgtool_cli, overlay, tmp_path):
+    image = overlay("data")
+    big = tmp_path / "cat.raw"
+    big.write_bytes(os.urandom(64 << 20))
+    result = imgtool_cli("copy-in", image, big, "/photos")
+    assert result.status == 1
+    assert "no space left on the guest" in result.err
+    assert imgtool_cli("cat", image, "/photos/cat.raw").out == guests.DATA_FILES["/photos/cat.raw"]
+    assert not [path for path in listed(imgtool_cli, image, "/") if ".imgtool" in path]
+
+
+def test_labels_are_kept_and_new_files_get_those_of_the_guests_policy(
+    imgtool_cli, overlay, tmp_path, open_guests
+):
+    image = overlay("selinux")
+    (tmp_path / "shadow").write_text("root:*:::::::\n")
+    (tmp_path / "new.conf").write_text("x\n")
+    result = imgtool_cli("copy-in", image, tmp_path / "shadow", tmp_path / "new.conf", "/etc")
+    assert result.status == 0, result.err
+    with open_guests.shared(image) as opened:
+        opened.mount_layout()
+        for path, label in (
+            ("/etc/shadow", guests.SELINUX_LABELS["/etc/shadow"]),
+            ("/etc/new.conf", guests.SELINUX_NEW["/etc/new.conf"]),
+        ):
+            found = opened.calls.getxattr(path.encode(), b"security.selinux")
+            assert found.rstrip(b"\0").decode() == label

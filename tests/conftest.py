@@ -1,0 +1,88 @@
+"""Guests that stay open for the whole run: a launch costs ten seconds and more."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import imgtool.opening
+from imgtool import cli
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command said and how it ended."""
+
+    status: int
+    out: bytes
+    err: str
+
+    @property
+    def text(self) -> str:
+        return self.out.decode()
+
+
+class OpenGuests:
+    """Open guests by image and options; reading commands in one process share them."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._open: dict[tuple[Any, ...], Any] = {}
+        self._really_open = imgtool.opening.open_guest
+
+    @contextlib.contextmanager
+    def shared(self, image: str | Path, **options: Any) -> Iterator[Any]:
+        if options.get("write"):
+            with self._really_open(image, **options) as guest:
+                yield guest
+            return
+        notice = options.pop("notice", None)
+        key = (str(image), repr(sorted(options.items(), key=lambda item: item[0])))
+        if key not in self._open:
+            if len(self._open) >= 3:  # each appliance takes most of a gigabyte
+                self._open.pop(next(iter(self._open)))[0].close()
+            stack = contextlib.ExitStack()
+            lines: list[str] = []
+            guest = stack.enter_context(self._really_open(image, notice=lines.append, **options))
+            self._stack.callback(stack.close)
+            self._open[key] = (stack, guest, lines)
+        _, guest, lines = self._open[key]
+        try:
+            yield guest
+        finally:
+            for line in lines if notice else ():
+                notice(line)
+
+
+@pytest.fixture(scope="session")
+def open_guests() -> Iterator[OpenGuests]:
+    with contextlib.ExitStack() as stack:
+        yield OpenGuests(stack)
+
+
+@pytest.fixture
+def imgtool_cli(open_guests, monkeypatch):
+    """Run a command line in this process, on guests that are shared with other tests."""
+    monkeypatch.setattr(imgtool.opening, "open_guest", open_guests.shared)
+
+    def run(*arguments: object, stdin: bytes = b"") -> Result:
+        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+        err = io.StringIO()
+        with monkeypatch.context() as patch, contextlib.redirect_stderr(err):
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+            try:
+                status = int(cli._run([str(argument) for argument in arguments]))
+            except SystemExit as ended:
+                status = int(ended.code or 0)
+            out.flush()
+        return Result(status, out.buffer.getvalue(), err.getvalue())
+
+    return run
