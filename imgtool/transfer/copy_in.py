@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import stat
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -12,13 +14,15 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from imgtool.errors import ImgtoolError, UsageError
 from imgtool.guest.guest import OnProblem, OnProgress
-from imgtool.transfer.staging import split
+from imgtool.transfer.archive import members
+from imgtool.transfer.staging import BadName, split
 
 if TYPE_CHECKING:
     from imgtool.engines.libguestfs.guest import LibguestfsGuest
 
 # A numeric owner, or None for the one that the file has on the host.
 Owner = tuple[int, int] | None
+_TIME = re.compile(r"-?\d{1,18}(\.\d{1,18})?")
 
 
 @dataclass(frozen=True)
@@ -51,15 +55,17 @@ def plan_sources(sources: Sequence[Path]) -> Plan:
             for path, status in _below(source):
                 if stat.S_ISREG(status.st_mode):
                     total += status.st_size
-                    if not os.access(path, os.R_OK):
+                    if not os.access(path, os.R_OK, effective_ids=True):
                         raise ImgtoolError("cannot be read: Permission denied", subject=path)
         except OSError as error:
             if isinstance(error, ImgtoolError):
                 raise
-            raise ImgtoolError(
-                f"cannot be read: {error.strerror}", subject=error.filename or source
-            ) from error
+            raise _unreadable(error, source) from error
     return Plan(tuple(sources), total)
+
+
+def _unreadable(error: OSError, path: Path) -> ImgtoolError:
+    return ImgtoolError(f"cannot be read: {error.strerror}", subject=error.filename or path)
 
 
 def _top_name(source: Path) -> str:
@@ -79,7 +85,7 @@ class _Packer:
     """
 
     def __init__(self, out: BinaryIO, owner: Owner, mode: int | None) -> None:
-        self._tar = tarfile.open(  # noqa: SIM115 - closed by finish()
+        self._tar = tarfile.open(  # noqa: SIM115 - closed by __exit__()
             fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, errors="surrogateescape"
         )
         self._owner = owner
@@ -108,10 +114,11 @@ class _Packer:
         member = tarfile.TarInfo(name)
         member.mode = stat.S_IMODE(status.st_mode)
         member.uid, member.gid = status.st_uid, status.st_gid
-        seconds, nanoseconds = divmod(status.st_mtime_ns, 1_000_000_000)
-        member.mtime = seconds
+        member.mtime = status.st_mtime_ns // 1_000_000_000
+        sign = "-" if status.st_mtime_ns < 0 else ""
+        seconds, nanoseconds = divmod(abs(status.st_mtime_ns), 1_000_000_000)
         if nanoseconds:
-            member.pax_headers = {"mtime": f"{seconds}.{nanoseconds:09d}"}
+            member.pax_headers = {"mtime": f"{sign}{seconds}.{nanoseconds:09d}"}
         if stat.S_ISDIR(status.st_mode):
             member.type = tarfile.DIRTYPE
         elif stat.S_ISLNK(status.st_mode):
@@ -129,8 +136,14 @@ class _Packer:
                     self._links[inode] = name
         self.add(member, content)
 
-    def finish(self) -> None:
-        self._tar.close()
+    def __enter__(self) -> _Packer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._tar.close()
+        else:  # no end for a stream that is not whole, nor a late write of what is buffered
+            self._tar.fileobj.closed = True  # type: ignore[attr-defined]
 
 
 class _Counted:
@@ -174,26 +187,37 @@ def copy_in(
         if on_progress is not None:
             on_progress(done, plan.total)
 
+    def pack(packer: _Packer, source: Path) -> None:
+        top = _top_name(source)
+        for path, status in _below(source):
+            relative = path.relative_to(source)
+            name = top if relative == Path() else f"{top}/{relative}"
+            kind = stat.S_IFMT(status.st_mode)
+            if kind == stat.S_IFREG:
+                # Opened once, its size asked of what is open: no other file can slip in.
+                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+                descriptor = os.open(path, flags)
+                now = os.fstat(descriptor)
+                if not stat.S_ISREG(now.st_mode):
+                    os.close(descriptor)
+                    raise ImgtoolError("changed while it was read", subject=path)
+                with os.fdopen(descriptor, "rb") as file:
+                    content = _Counted(path, file, now.st_size, advance)
+                    packer.host_file(path, name, now, content)  # type: ignore[arg-type]
+            elif kind in (stat.S_IFDIR, stat.S_IFLNK):
+                packer.host_file(path, name, status, None)
+            else:
+                on_skipped(os.fsencode(path), "a device, fifo or socket is not copied")
+
     def produce(out: BinaryIO) -> None:
-        packer = _Packer(out, owner, mode)
-        for source in plan.sources:
-            top = _top_name(source)
-            for path, status in _below(source):
-                relative = path.relative_to(source)
-                name = top if relative == Path() else f"{top}/{relative}"
-                kind = stat.S_IFMT(status.st_mode)
-                if kind == stat.S_IFREG:
-                    # Opened once, its size asked of what is open: no other file can slip in.
-                    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-                    with os.fdopen(os.open(path, flags), "rb") as file:
-                        now = os.fstat(file.fileno())
-                        content = _Counted(path, file, now.st_size, advance)
-                        packer.host_file(path, name, now, content)  # type: ignore[arg-type]
-                elif kind in (stat.S_IFDIR, stat.S_IFLNK):
-                    packer.host_file(path, name, status, None)
-                else:
-                    on_skipped(os.fsencode(path), "a device, fifo or socket is not copied")
-        packer.finish()
+        with _Packer(out, owner, mode) as packer:
+            for source in plan.sources:
+                try:
+                    pack(packer, source)
+                except OSError as error:
+                    if isinstance(error, (ImgtoolError, BrokenPipeError)):
+                        raise
+                    raise _unreadable(error, source) from error
 
     put(guest, directory, produce, rename=rename)
 
@@ -211,24 +235,38 @@ def tar_in(
     directory, _ = destination(guest, dest, single=False)
 
     def produce(out: BinaryIO) -> None:
-        packer = _Packer(out, owner, mode)
         try:
-            with tarfile.open(fileobj=stream, mode="r|*", errors="surrogateescape") as archive:
-                for member in archive:
-                    archive.members.clear()  # type: ignore[attr-defined]
+            with _Packer(out, owner, mode) as packer:
+                for member, content in members(stream, plain=False):
                     member.name = _safe(member.name)
                     if not member.name:
                         continue
                     if member.islnk():
                         member.linkname = _safe(member.linkname)
-                    content = archive.extractfile(member) if member.isreg() else None
+                    _forget_extensions(member)
                     packer.add(member, content)  # type: ignore[arg-type]
-        except tarfile.TarError as error:
-            raise ImgtoolError(f"not a tar stream: {error}", subject="-") from error
-        packer.finish()
+        except (tarfile.TarError, EOFError) as error:
+            raise ImgtoolError(f"not a whole tar stream: {error}", subject="-") from error
 
     put(guest, directory, produce)
 
 
+def _forget_extensions(member: tarfile.TarInfo) -> None:
+    """Leave only the time in the extended headers: they would win over name, owner and size."""
+    time = member.pax_headers.get("mtime", "")
+    member.pax_headers = {"mtime": time} if _TIME.fullmatch(time) else {}
+    if not math.isfinite(member.mtime):
+        member.mtime = 0
+    if member.issparse():
+        member.type = tarfile.REGTYPE  # its content comes without holes
+
+
 def _safe(name: str) -> str:
-    return os.fsdecode(b"/".join(split(os.fsencode(name))))
+    try:
+        return b"/".join(split(name.encode("utf-8", "surrogateescape"))).decode(
+            "utf-8", "surrogateescape"
+        )
+    except BadName:
+        raise ImgtoolError(
+            "a name in the stream leads outside the destination; nothing was copied", subject=name
+        ) from None

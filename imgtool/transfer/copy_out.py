@@ -10,17 +10,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import BinaryIO, cast
+from typing import IO, BinaryIO
 
-from imgtool.errors import EngineError, ImgtoolError, RefusedError, UsageError
+from imgtool.errors import (
+    EngineError,
+    ImgtoolError,
+    NotInGuestError,
+    RefusedError,
+    UsageError,
+)
 from imgtool.guest.guest import Guest, OnProblem, OnProgress
 from imgtool.guest.model import Entry
+from imgtool.transfer.archive import members
 from imgtool.transfer.staging import Attributes, BadName, Staging
 
 # From this size a file that has holes is fetched by its ranges of data, not through the tar stream.
 SPARSE = 16 << 20
 BLOCK = 1 << 20
-_LARGEST_HEADER = 1 << 20
 _GLOB = re.compile(rb"([*?\[\]\\])")
 _COPIED = ("file", "directory", "symlink")
 
@@ -82,7 +88,7 @@ def copy_out(
     entry = guest.lstat(source)
     if source.endswith("/"):
         entry = guest.lstat(guest.resolve(guest.path(source)))
-    if not entry.name:  # the root of the guest: what is in it
+    if not entry.name and dest.is_dir():  # the root of the guest: what is in it
         for child in list(guest.entries("/")):
             path = os.fsdecode(child.path)
             copy_out(guest, path, dest, report, overwrite=overwrite, keep_partial=keep_partial)
@@ -104,22 +110,6 @@ def _attributes(entry: Entry) -> Attributes:
     return Attributes(entry.mode, entry.uid, entry.gid, entry.mtime_ns)
 
 
-class _BoundedHeaders(tarfile.TarInfo):
-    """A tar member whose extended headers cannot exhaust memory."""
-
-    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        extended = self.type not in (*tarfile.SUPPORTED_TYPES,) or self.type in (
-            tarfile.GNUTYPE_LONGNAME,
-            tarfile.GNUTYPE_LONGLINK,
-            tarfile.XHDTYPE,
-            tarfile.XGLTYPE,
-            tarfile.SOLARIS_XHDTYPE,
-        )
-        if extended and self.size > _LARGEST_HEADER:
-            raise tarfile.ReadError("extended header larger than 1 MiB")
-        return cast(tarfile.TarInfo, super()._proc_member(archive))  # type: ignore[misc]
-
-
 class _Copy:
     """One source on its way into one staging folder."""
 
@@ -131,6 +121,8 @@ class _Copy:
         self._staging = staging
         self._report = report
         self._keep_partial = keep_partial
+        self._prefix = len(top.path.rstrip(b"/")) + 1
+        self._failed: set[bytes] = set()
         self._done = 0
         self._total = 0
 
@@ -162,15 +154,23 @@ class _Copy:
             else:
                 with self._guest.open(entry.path) as stream:
                     self._staging.file(relative, self._blocks(stream))
-        except EngineError as error:
+        except (EngineError, NotInGuestError) as error:
             kept = "what could be read was kept" if self._keep_partial else "it was left out"
             self._report.problem(entry.path, f"cannot be read ({error.message}); {kept}")
             if not self._keep_partial:
+                self._failed.add(relative)
                 self._staging.remove(relative)
             return self._keep_partial
+        except BadName as error:
+            self._fail(entry.path, relative, error)
+            return False
         return True
 
-    def _blocks(self, stream: BinaryIO) -> Iterator[bytes]:
+    def _fail(self, path: bytes, relative: bytes, error: BadName) -> None:
+        self._failed.add(relative)
+        self._report.problem(path, error.message)
+
+    def _blocks(self, stream: IO[bytes]) -> Iterator[bytes]:
         while block := stream.read(BLOCK):
             self._advance(len(block))
             yield block
@@ -191,16 +191,18 @@ class _Copy:
             sparse = self._survey(records)
             self._staging.directory(b"")
             try:
-                self._untar([self._pattern(path) for path in sparse])
+                # tar's list of patterns has a line each, and no blanks at their ends.
+                if any(b"\n" in path or path[-1:].isspace() for path in sparse):
+                    self._one_by_one(records)
+                else:
+                    self._untar([self._pattern(path) for path in sparse])
+                    self._one_by_one(records, only=sparse)
             except EngineError as error:
                 self._report.skipped(
                     self._top.path, f"something cannot be read ({error.message}); file by file"
                 )
+                self._done = 0
                 self._one_by_one(records)
-            else:
-                for entry, relative in self._recorded(records):
-                    if entry.path in sparse:
-                        self._file(entry, relative)
             self._finish(records)
 
     def _survey(self, records: BinaryIO) -> frozenset[bytes]:
@@ -222,7 +224,6 @@ class _Copy:
     def _recorded(self, records: BinaryIO) -> Iterator[tuple[Entry, bytes]]:
         """What `_survey` wrote, in preorder, with each path relative to the directory."""
         records.seek(0)
-        prefix = len(self._top.path) + 1
         while True:
             try:
                 values = marshal.load(records)
@@ -232,29 +233,20 @@ class _Copy:
             entry = Entry(
                 path, mode, uid, gid, size, mtime, blocks, nlink, inode, device, target=target
             )
-            yield entry, path[prefix:]
+            yield entry, path[self._prefix :]
 
     def _pattern(self, path: bytes) -> bytes:
-        relative = path[len(self._top.path) + 1 :]
-        return b"./" + _GLOB.sub(rb"\\\1", relative)
+        return b"./" + _GLOB.sub(rb"\\\1", path[self._prefix :])
 
     def _untar(self, excludes: Sequence[bytes]) -> None:
         with self._guest.tar(self._top.path, excludes) as stream:
             try:
-                with tarfile.open(
-                    fileobj=stream,
-                    mode="r|",
-                    tarinfo=_BoundedHeaders,
-                    encoding="utf-8",
-                    errors="surrogateescape",
-                ) as archive:
-                    for member in archive:
-                        archive.members.clear()  # type: ignore[attr-defined]
-                        self._member(archive, member)
+                for member, content in members(stream, plain=True):
+                    self._member(member, content)
             except tarfile.TarError as error:
                 raise EngineError(f"the stream breaks off: {error}") from error
 
-    def _member(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    def _member(self, member: tarfile.TarInfo, content: IO[bytes] | None) -> None:
         name = member.name.encode("utf-8", "surrogateescape")
         linked = member.linkname.encode("utf-8", "surrogateescape")
         try:
@@ -264,40 +256,53 @@ class _Copy:
                 self._staging.symlink(name, linked)
             elif member.islnk():
                 self._staging.hardlink(name, linked)
-            elif member.isreg():
-                content = archive.extractfile(member)
-                assert content is not None
-                self._staging.file(name, self._blocks(cast(BinaryIO, content)))
+            elif content is not None:
+                try:
+                    self._staging.file(name, self._blocks(content))
+                except (EngineError, tarfile.TarError):
+                    self._staging.remove(name)
+                    raise
         except BadName as error:
-            self._report.problem(name, error.message)
+            self._fail(name, name.removeprefix(b"./"), error)
 
-    def _one_by_one(self, records: BinaryIO) -> None:
-        self._done = 0
+    def _one_by_one(self, records: BinaryIO, only: frozenset[bytes] | None = None) -> None:
         linked: dict[tuple[int, int], bytes] = {}
         for entry, relative in self._recorded(records):
+            if only is not None and entry.path not in only:
+                continue
             inode = (entry.device, entry.inode)
-            if entry.type == "directory":
-                self._staging.directory(relative)
-            elif entry.type == "symlink":
-                self._staging.symlink(relative, entry.target or b"")
-            elif entry.nlink > 1 and inode in linked:
-                self._staging.hardlink(relative, linked[inode])
-            elif self._file(entry, relative) and entry.nlink > 1:
-                linked[inode] = relative
+            try:
+                if entry.type == "directory":
+                    self._staging.directory(relative)
+                elif entry.type == "symlink":
+                    self._staging.symlink(relative, entry.target or b"")
+                elif entry.nlink > 1 and inode in linked:
+                    self._staging.hardlink(relative, linked[inode])
+                elif self._file(entry, relative) and entry.nlink > 1:
+                    linked[inode] = relative
+            except BadName as error:
+                self._fail(entry.path, relative, error)
 
     def _finish(self, records: BinaryIO) -> None:
         """Attributes from the walk, which has nanoseconds; each directory after what is in it."""
         open_directories: list[tuple[Entry, bytes]] = [(self._top, b"")]
         for entry, relative in self._recorded(records):
             while not _is_below(relative, open_directories[-1][1]):
-                directory, path = open_directories.pop()
-                self._staging.finish(path, _attributes(directory))
+                self._attribute(*open_directories.pop())
             if entry.type == "directory":
                 open_directories.append((entry, relative))
             else:
-                self._staging.finish(relative, _attributes(entry))
+                self._attribute(entry, relative)
         for directory, path in reversed(open_directories):
-            self._staging.finish(path, _attributes(directory))
+            self._attribute(directory, path)
+
+    def _attribute(self, entry: Entry, relative: bytes) -> None:
+        try:
+            there = self._staging.finish(relative, _attributes(entry))
+            if not there and relative not in self._failed:  # seen by the walk, not in the stream
+                self._report.problem(entry.path, "was not copied")
+        except BadName as error:
+            self._report.problem(entry.path, f"its attributes: {error.message}")
 
 
 def _is_below(path: bytes, directory: bytes) -> bool:

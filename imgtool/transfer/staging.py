@@ -14,7 +14,6 @@ import ctypes
 import errno
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -28,11 +27,28 @@ _ZEROS = bytes(1 << 20)
 _TOP = b"content"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _RENAME_NOREPLACE = 1
+# What is wrong with one name or file, not with the destination.
+_OF_ONE_NAME = frozenset(
+    (
+        errno.EEXIST,
+        errno.EFBIG,
+        errno.EILSEQ,
+        errno.EINVAL,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.EMLINK,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EOPNOTSUPP,
+        errno.EPERM,
+    )
+)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class BadName(ImgtoolError):
-    """A name in the content that cannot be a name: empty, `.`, `..`, or with `/` or NUL in it."""
+    """Something in the content that cannot be made on the host, such as a name with `..` in it."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +130,41 @@ class Staging:
         trace: TracebackType | None,
     ) -> None:
         self._forget()
+        with contextlib.suppress(OSError):
+            self._empty()
+            os.rmdir(self._folder, dir_fd=self._parent_fd)
         os.close(self._root_fd)
-        # The descriptor-based rmtree: it follows no link.
-        shutil.rmtree(self._folder, ignore_errors=True, dir_fd=self._parent_fd)
         os.close(self._parent_fd)
+
+    def _empty(self) -> None:
+        """Remove what is left. A tree may be deeper than descriptors, paths and recursion reach:
+        its directories are moved up to be emptied there."""
+        moved = 0
+        while names := os.listdir(self._root_fd):  # noqa: PTH208 - a descriptor
+            for name in names:
+                if self._unlinked(name, self._root_fd):
+                    continue
+                folder = os.open(name, _FOLDER, dir_fd=self._root_fd)
+                try:
+                    for child in os.listdir(folder):  # noqa: PTH208
+                        if not self._unlinked(child, folder):
+                            moved += 1
+                            os.rename(
+                                child, str(moved), src_dir_fd=folder, dst_dir_fd=self._root_fd
+                            )
+                finally:
+                    os.close(folder)
+                os.rmdir(name, dir_fd=self._root_fd)
+
+    @staticmethod
+    def _unlinked(name: str, folder: int) -> bool:
+        """Whether it was a file and is gone; a directory is made writable instead."""
+        try:
+            os.unlink(name, dir_fd=folder)
+        except IsADirectoryError:
+            os.chmod(name, 0o700, dir_fd=folder)
+            return False
+        return True
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -129,7 +176,8 @@ class Staging:
             hint = None
             if error.errno == errno.ENOSPC:
                 hint = "nothing was left at the destination; free some space or choose another"
-            raise ImgtoolError(
+            kind = BadName if error.errno in _OF_ONE_NAME else ImgtoolError
+            raise kind(
                 f"cannot be written: {error.strerror}", subject=self.final, hint=hint
             ) from error
 
@@ -153,11 +201,14 @@ class Staging:
 
     def _open_folder(self, parts: tuple[bytes, ...]) -> int:
         """A descriptor of a folder of the result, good until the next call."""
-        if self._cached is not None and self._cached[0] == parts:
-            return self._cached[1]
-        current = os.dup(self._root_fd)
+        known, start = self._cached or ((), self._root_fd)
+        if known == parts:
+            return start
+        if parts[: len(known)] != known:
+            known, start = (), self._root_fd
+        current = os.dup(start)
         try:
-            for part in parts:
+            for part in parts[len(known) :]:
                 below = os.open(part, _FOLDER, dir_fd=current)
                 os.close(current)
                 current = below
@@ -227,6 +278,8 @@ class Staging:
 
     def symlink(self, path: bytes, target: bytes) -> None:
         """Make a symbolic link; its target is data and is not looked at."""
+        if b"\0" in target:
+            raise BadName("a symbolic link in the guest leads nowhere; it was left out")
         with self._explained():
             folder, name = self._place(path)
             with contextlib.suppress(FileNotFoundError):
@@ -272,7 +325,12 @@ class Staging:
             except (FileNotFoundError, NotADirectoryError):
                 return False
             if self._owners:
-                os.chown(name, attributes.uid, attributes.gid, dir_fd=folder, follow_symlinks=False)
+                try:
+                    os.chown(
+                        name, attributes.uid, attributes.gid, dir_fd=folder, follow_symlinks=False
+                    )
+                except OverflowError:
+                    raise BadName("the host has no such owner") from None
             if not stat.S_ISLNK(there.st_mode):
                 bits = stat.S_IMODE(attributes.mode)
                 if not self._owners:
@@ -291,46 +349,85 @@ class Staging:
         self._forget()
         with self._explained():
             if self._overwrite and self._exists():
+                self._refuse_conflicts(self._root_fd, _TOP, self._parent_fd, self._name)
                 self._merge(self._root_fd, _TOP, self._parent_fd, self._name)
                 return
-            moved = _libc.renameat2(
-                self._root_fd, _TOP, self._parent_fd, self._name, _RENAME_NOREPLACE
-            )
-            if moved == 0:
-                return
-            code = ctypes.get_errno()
-            if code == errno.EINVAL:  # a filesystem without RENAME_NOREPLACE
-                self._refuse_existing()
-                os.rename(_TOP, self._name, src_dir_fd=self._root_fd, dst_dir_fd=self._parent_fd)
-            elif code == errno.EEXIST:
-                self._refuse_existing()
-            else:
-                raise OSError(code, os.strerror(code))
+            with self._movable(self._root_fd, _TOP):
+                moved = _libc.renameat2(
+                    self._root_fd, _TOP, self._parent_fd, self._name, _RENAME_NOREPLACE
+                )
+                code = ctypes.get_errno()
+                if moved != 0 and code == errno.EINVAL:  # a filesystem without RENAME_NOREPLACE
+                    self._refuse_existing()
+                    os.rename(
+                        _TOP, self._name, src_dir_fd=self._root_fd, dst_dir_fd=self._parent_fd
+                    )
+                elif moved != 0:
+                    if code == errno.EEXIST:
+                        self._refuse_existing()
+                    raise OSError(code, os.strerror(code))
 
-    def _merge(self, source: int, name: bytes, target: int, final: bytes) -> None:
-        ours = os.lstat(name, dir_fd=source)
+    @staticmethod
+    @contextlib.contextmanager
+    def _movable(folder: int, name: bytes) -> Iterator[None]:
+        """Who may not write a directory may not move it either: it gets its mode afterwards."""
+        mode = os.lstat(name, dir_fd=folder).st_mode
+        if not stat.S_ISDIR(mode) or mode & stat.S_IWUSR:
+            yield
+            return
+        os.chmod(name, 0o700, dir_fd=folder)
+        moving = os.open(name, _FOLDER, dir_fd=folder)
+        try:
+            yield
+        finally:
+            os.fchmod(moving, stat.S_IMODE(mode))
+            os.close(moving)
+
+    @contextlib.contextmanager
+    def _both(
+        self, source: int, name: bytes, target: int, final: bytes
+    ) -> Iterator[tuple[int, int]]:
+        """Descriptors of our directory, which is thrown away later, and of the one that stays."""
+        os.chmod(name, 0o700, dir_fd=source)
+        ours = os.open(name, _FOLDER, dir_fd=source)
+        try:
+            theirs = os.open(final, _FOLDER, dir_fd=target)
+            try:
+                yield ours, theirs
+            finally:
+                os.close(theirs)
+        finally:
+            os.close(ours)
+
+    def _refuse_conflicts(self, source: int, name: bytes, target: int, final: bytes) -> None:
+        """Before anything is replaced: a directory and something else never replace each other."""
         try:
             there = os.lstat(final, dir_fd=target)
         except FileNotFoundError:
-            os.rename(name, final, src_dir_fd=source, dst_dir_fd=target)
             return
+        ours = os.lstat(name, dir_fd=source)
         if stat.S_ISDIR(ours.st_mode) != stat.S_ISDIR(there.st_mode):
             raise RefusedError(
                 "a directory and something else have the same name",
                 subject=self.final,
                 hint=f"move {os.fsdecode(final)!r} out of the way",
             )
-        if not stat.S_ISDIR(ours.st_mode):
-            os.rename(name, final, src_dir_fd=source, dst_dir_fd=target)
-            return
-        below_source = os.open(name, _FOLDER, dir_fd=source)
-        try:
-            below_target = os.open(final, _FOLDER, dir_fd=target)
-            try:
-                for child in os.listdir(below_source):  # noqa: PTH208 - a descriptor
+        if stat.S_ISDIR(ours.st_mode):
+            with self._both(source, name, target, final) as (from_here, to_there):
+                for child in os.listdir(from_here):  # noqa: PTH208 - a descriptor
                     key = os.fsencode(child)
-                    self._merge(below_source, key, below_target, key)
-            finally:
-                os.close(below_target)
-        finally:
-            os.close(below_source)
+                    self._refuse_conflicts(from_here, key, to_there, key)
+
+    def _merge(self, source: int, name: bytes, target: int, final: bytes) -> None:
+        try:
+            merged = stat.S_ISDIR(os.lstat(final, dir_fd=target).st_mode)
+        except FileNotFoundError:
+            merged = False
+        if not merged:
+            with self._movable(source, name):
+                os.rename(name, final, src_dir_fd=source, dst_dir_fd=target)
+            return
+        with self._both(source, name, target, final) as (from_here, to_there):
+            for child in os.listdir(from_here):  # noqa: PTH208 - a descriptor
+                key = os.fsencode(child)
+                self._merge(from_here, key, to_there, key)

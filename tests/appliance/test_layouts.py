@@ -32,13 +32,9 @@ def test_one_plain_partition(imgtool_cli):
 
 
 def test_btrfs_subvolumes(imgtool_cli):
-    assert layout(imgtool_cli, "btrfs") == {
-        "/": "btrfsvol:/dev/sda2/@",
-        "/home": "btrfsvol:/dev/sda2/@home",
-    } or layout(imgtool_cli, "btrfs") == {
-        "/": "btrfsvol:/dev/sda1/@",
-        "/home": "btrfsvol:/dev/sda1/@home",
-    }
+    found = layout(imgtool_cli, "btrfs")
+    device = found["/"].removeprefix("btrfsvol:").removesuffix("/@")
+    assert found == {"/": f"btrfsvol:{device}/@", "/home": f"btrfsvol:{device}/@home"}
     result = imgtool_cli("cat", *options("btrfs"), "/home/alice/letter.txt")
     assert result.out == guests.LETTER
 
@@ -49,8 +45,8 @@ def test_lvm_on_raid1_of_two_disks(imgtool_cli):
     assert result.out.decode().strip() == guests.HOSTNAME
 
 
-@pytest.mark.parametrize(("name", "group"), [("luks", "LUKS_VG"), ("luks1-in-lvm", "LUKS1_VG")])
-def test_luks_with_lvm_inside_and_luks_inside_lvm(imgtool_cli, name, group):
+@pytest.mark.parametrize("name", ["luks", "luks1-in-lvm"])
+def test_luks_with_lvm_inside_and_luks_inside_lvm(imgtool_cli, name):
     result = imgtool_cli("cat", *options(name), "--key", LUKS_KEY, "/home/alice/letter.txt")
     assert result.status == 0, result.err
     assert result.out == guests.LETTER

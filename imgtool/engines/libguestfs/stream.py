@@ -49,7 +49,8 @@ def streamed(call: Callable[[str], None], cancel: Callable[[], None]) -> Iterato
 def upload(call: Callable[[str], None], produce: Callable[[BinaryIO], None]) -> None:
     """Run `call` on a file name whose content `produce` writes.
 
-    If the call ends early, `produce` meets a BrokenPipeError, and the call's error is raised.
+    What `produce` raises comes before the call's own error, which only follows from it; a broken
+    pipe in `produce` is the other way round.
     """
     reading, writing = os.pipe()
     failures: list[BaseException] = []
@@ -63,10 +64,16 @@ def upload(call: Callable[[str], None], produce: Callable[[BinaryIO], None]) -> 
 
     thread = threading.Thread(target=fill, daemon=True)
     thread.start()
+    refused: EngineError | None = None
     try:
         call(f"/dev/fd/{reading}")
+    except EngineError as error:
+        refused = error
     finally:
         os.close(reading)
         thread.join()
     for failure in failures:
-        raise failure
+        if refused is None or not isinstance(failure, BrokenPipeError):
+            raise failure from refused
+    if refused is not None:
+        raise refused

@@ -50,6 +50,8 @@ def usage(guest: LibguestfsGuest) -> tuple[SpaceUsage, ...]:
             if kind is None and _holds_none(guest, device):
                 continue
             said = reason(error) if kind else "no known filesystem"
+            # mount(8) repeats itself; what the kernel says stands last.
+            said = said.rsplit("failed: ", 1)[-1].rstrip(".")
             rows.append(SpaceUsage(guest.image, device, mountpoint, kind, error=said))
             continue
         try:

@@ -106,10 +106,29 @@ class ApplianceVolumes:
         return self._filesystems
 
     def _listed(self) -> dict[str, str]:
+        """The filesystems, and what libguestfs leaves out: LUKS devices, and what is in them."""
+        handle = self._handle
         try:
-            return dict(self._handle.list_filesystems())
+            found = dict(handle.list_filesystems())
+            partitions = set(handle.list_partitions())
+            whole = {handle.part_to_dev(partition) for partition in partitions}
+            others = {*handle.list_devices(), *handle.lvs(), *partitions} - whole
+            for device in sorted(others - found.keys()):
+                if self._type(device) == "crypto_LUKS":
+                    found[device] = "crypto_LUKS"
+            for device in handle.list_dm_devices():
+                kind = self._type(device)
+                if kind and kind != "LVM2_member":
+                    found[device] = kind
         except RuntimeError as error:
             raise EngineError(f"the filesystems cannot be listed: {reason(error)}") from error
+        return found
+
+    def _type(self, device: str) -> str:
+        try:
+            return str(self._handle.vfs_type(device))
+        except RuntimeError:
+            return ""
 
     @contextlib.contextmanager
     def look_into(self, source: str) -> Iterator[ApplianceVolume]:
