@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from imgtool.engines.libguestfs.launch import remembered
 from imgtool.errors import HostError, UsageError
 from imgtool.process import Limits, run
 
@@ -292,6 +293,9 @@ def _kvm(host: Host) -> Check:
     finally:
         for descriptor in reversed(opened):
             os.close(descriptor)
+    if remembered() == "tcg":
+        found = f"{node} makes virtual machines, but the appliance did not start with it: {slow}"
+        return Check("KVM", None, False, found, "nested virtualisation may be broken on the host")
     return Check("KVM", True, False, f"{node} makes virtual machines (API {version})")
 
 

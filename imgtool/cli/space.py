@@ -177,7 +177,7 @@ def partitions(
     debug: options.Debug = False,
 ) -> None:
     """Show the partition table: start, size and offset of each partition, in bytes."""
-    from imgtool.guest.partitions import partitions_of
+    from imgtool.guest.partitions import disk_name, partitions_of
     from imgtool.opening import open_images
 
     request = Request.of(locals())
@@ -187,7 +187,7 @@ def partitions(
         [request.image, *request.add], format=format, backing_dirs=request.backing_dirs
     )
     for number, chain in enumerate(chains):
-        table = partitions_of(chain, device=f"/dev/sd{chr(ord('a') + number)}", snapshot=snapshot)
+        table = partitions_of(chain, device=disk_name(number), snapshot=snapshot)
         found += table.partitions
         problems += table.problems
     for problem in problems:

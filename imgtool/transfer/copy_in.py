@@ -123,7 +123,8 @@ class _Packer:
             member.type = tarfile.DIRTYPE
         elif stat.S_ISLNK(status.st_mode):
             member.type = tarfile.SYMTYPE
-            member.linkname = str(path.readlink())
+            # Not Path.readlink(), which tidies the target: './x' would arrive as 'x'.
+            member.linkname = os.readlink(path)  # noqa: PTH115
         else:
             inode = (status.st_dev, status.st_ino)
             if inode in self._links:

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 
 from imgtool.errors import ImgtoolError, RefusedError
+from imgtool.transfer import folders
 
 BLOCK = 4096
 _ZEROS = bytes(1 << 20)
@@ -347,87 +348,49 @@ class Staging:
     def commit(self) -> None:
         """Move the result to its final name; `RefusedError` if something else got there first."""
         self._forget()
-        with self._explained():
-            if self._overwrite and self._exists():
-                self._refuse_conflicts(self._root_fd, _TOP, self._parent_fd, self._name)
-                self._merge(self._root_fd, _TOP, self._parent_fd, self._name)
+        with self._explained(), folders.movable(_TOP, self._root_fd):
+            if self._moved():
                 return
-            with self._movable(self._root_fd, _TOP):
-                moved = _libc.renameat2(
-                    self._root_fd, _TOP, self._parent_fd, self._name, _RENAME_NOREPLACE
-                )
-                code = ctypes.get_errno()
-                if moved != 0 and code == errno.EINVAL:  # a filesystem without RENAME_NOREPLACE
-                    self._refuse_existing()
-                    os.rename(
-                        _TOP, self._name, src_dir_fd=self._root_fd, dst_dir_fd=self._parent_fd
-                    )
-                elif moved != 0:
-                    if code == errno.EEXIST:
-                        self._refuse_existing()
-                    raise OSError(code, os.strerror(code))
+            self._refuse_existing()
+            self._replace()
 
-    @staticmethod
-    @contextlib.contextmanager
-    def _movable(folder: int, name: bytes) -> Iterator[None]:
-        """Who may not write a directory may not move it either: it gets its mode afterwards."""
-        mode = os.lstat(name, dir_fd=folder).st_mode
-        if not stat.S_ISDIR(mode) or mode & stat.S_IWUSR:
-            yield
+    def _moved(self) -> bool:
+        """Move the result to a name that does not exist; False if it does."""
+        if not _libc.renameat2(self._root_fd, _TOP, self._parent_fd, self._name, _RENAME_NOREPLACE):
+            return True
+        code = ctypes.get_errno()
+        if code in (errno.EINVAL, errno.ENOSYS) and not self._exists():
+            # A filesystem, or a kernel, without RENAME_NOREPLACE.
+            os.rename(_TOP, self._name, src_dir_fd=self._root_fd, dst_dir_fd=self._parent_fd)
+            return True
+        if code in (errno.EEXIST, errno.EINVAL, errno.ENOSYS):
+            return False
+        raise OSError(code, os.strerror(code))
+
+    def _replace(self) -> None:
+        ours = folders.is_folder(_TOP, self._root_fd)
+        if ours != folders.is_folder(self._name, self._parent_fd):
+            raise self._mismatch(self._name)
+        if not ours:
+            os.rename(_TOP, self._name, src_dir_fd=self._root_fd, dst_dir_fd=self._parent_fd)
             return
-        os.chmod(name, 0o700, dir_fd=folder)
-        moving = os.open(name, _FOLDER, dir_fd=folder)
+        source = os.open(_TOP, _FOLDER, dir_fd=self._root_fd)
         try:
-            yield
-        finally:
-            os.fchmod(moving, stat.S_IMODE(mode))
-            os.close(moving)
-
-    @contextlib.contextmanager
-    def _both(
-        self, source: int, name: bytes, target: int, final: bytes
-    ) -> Iterator[tuple[int, int]]:
-        """Descriptors of our directory, which is thrown away later, and of the one that stays."""
-        os.chmod(name, 0o700, dir_fd=source)
-        ours = os.open(name, _FOLDER, dir_fd=source)
-        try:
-            theirs = os.open(final, _FOLDER, dir_fd=target)
+            target = os.open(self._name, _FOLDER, dir_fd=self._parent_fd)
             try:
-                yield ours, theirs
+                # All of it is looked at before the first file is replaced.
+                wrong = folders.conflict(source, target)
+                if wrong is not None:
+                    raise self._mismatch(wrong)
+                folders.merge(source, target)
             finally:
-                os.close(theirs)
+                os.close(target)
         finally:
-            os.close(ours)
+            os.close(source)
 
-    def _refuse_conflicts(self, source: int, name: bytes, target: int, final: bytes) -> None:
-        """Before anything is replaced: a directory and something else never replace each other."""
-        try:
-            there = os.lstat(final, dir_fd=target)
-        except FileNotFoundError:
-            return
-        ours = os.lstat(name, dir_fd=source)
-        if stat.S_ISDIR(ours.st_mode) != stat.S_ISDIR(there.st_mode):
-            raise RefusedError(
-                "a directory and something else have the same name",
-                subject=self.final,
-                hint=f"move {os.fsdecode(final)!r} out of the way",
-            )
-        if stat.S_ISDIR(ours.st_mode):
-            with self._both(source, name, target, final) as (from_here, to_there):
-                for child in os.listdir(from_here):  # noqa: PTH208 - a descriptor
-                    key = os.fsencode(child)
-                    self._refuse_conflicts(from_here, key, to_there, key)
-
-    def _merge(self, source: int, name: bytes, target: int, final: bytes) -> None:
-        try:
-            merged = stat.S_ISDIR(os.lstat(final, dir_fd=target).st_mode)
-        except FileNotFoundError:
-            merged = False
-        if not merged:
-            with self._movable(source, name):
-                os.rename(name, final, src_dir_fd=source, dst_dir_fd=target)
-            return
-        with self._both(source, name, target, final) as (from_here, to_there):
-            for child in os.listdir(from_here):  # noqa: PTH208 - a descriptor
-                key = os.fsencode(child)
-                self._merge(from_here, key, to_there, key)
+    def _mismatch(self, path: bytes) -> RefusedError:
+        return RefusedError(
+            "a directory and something else have the same name",
+            subject=self.final,
+            hint=f"move {os.fsdecode(path)!r} out of the way",
+        )

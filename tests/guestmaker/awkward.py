@@ -169,16 +169,36 @@ def _inode_offset(image: Path, path: str) -> int:
     return int(found[1]) * _BLOCK + int(found[2], 16)
 
 
+def _write_islands(path: Path, number: int) -> None:
+    """Blocks with holes between them: each is an extent of its own."""
+    with path.open("wb") as file:
+        for island in range(number):
+            file.seek(island * 2 * _BLOCK)
+            file.write(b"#" * _BLOCK)
+
+
+def _damage_extents(image: Path, path: str, *, keep: int) -> None:
+    """Destroy the last block of extents of `path`; the first `keep` bytes must stay readable."""
+    with image.open("rb") as file:
+        file.seek(_inode_offset(image, path) + 40)  # i_block: the extent header, then the indexes
+        magic, entries, _most, depth = struct.unpack("<HHHHxxxx", file.read(12))
+        if magic != 0xF30A or depth != 1:
+            raise RuntimeError(f"the extents of {path} did not move to blocks of their own")
+        indexes = [struct.unpack("<IIxxxx", file.read(12)) for _ in range(entries)]
+    logical, leaf = indexes[-1]
+    if logical * _BLOCK < keep:
+        raise RuntimeError(f"too little of {path} would stay readable")
+    _overwrite(image, leaf * _BLOCK, b"\xde\xad\xbe\xef" * 16)
+
+
 def _prepare_damaged(work: Path) -> None:
     tree = write_files(
         work / "tree", {**facts.DAMAGED_GOOD, facts.DAMAGED_INODE: b"nobody reads this\n"}
     )
-    # With more than four extents they move out of the inode to a block of their own, which can
-    # be damaged while the inode stays sound.
-    with (tree / facts.DAMAGED_UNREADABLE.lstrip("/")).open("wb") as holes:
-        for number in range(20):
-            holes.seek(number * 2 * _BLOCK)
-            holes.write(f"island {number}\n".encode().ljust(_BLOCK, b"#"))
+    # Past four extents they move out of the inode to a block of their own, past 340 to several:
+    # these can be damaged while the inode stays sound.
+    _write_islands(tree / facts.DAMAGED_UNREADABLE.lstrip("/"), 20)
+    _write_islands(tree / facts.DAMAGED_HALF.lstrip("/"), 1000)
     image = ext(
         work / "damaged.raw",
         64 * MIB,
@@ -187,15 +207,8 @@ def _prepare_damaged(work: Path) -> None:
         label="damaged",
         options=["-b", str(_BLOCK)],
     )
-    inode = _inode_offset(image, facts.DAMAGED_UNREADABLE)
-    with image.open("rb") as file:
-        file.seek(inode + 40)  # i_block: the extent header, then the first index
-        magic, _entries, _most, depth, _generation, _logical, leaf = struct.unpack(
-            "<HHHHIII", file.read(20)
-        )
-    if magic != 0xF30A or depth != 1:
-        raise RuntimeError(f"the extents of {facts.DAMAGED_UNREADABLE} did not move to a block")
-    _overwrite(image, leaf * _BLOCK, b"\xde\xad\xbe\xef" * 16)
+    _damage_extents(image, facts.DAMAGED_UNREADABLE, keep=0)
+    _damage_extents(image, facts.DAMAGED_HALF, keep=facts.DAMAGED_HALF_READABLE)
     _overwrite(image, _inode_offset(image, facts.DAMAGED_INODE), b"\x5a" * 128)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 HOSTNAME = "dead-guest"
 ALICE = (1000, 1000)  # uid and gid of the only ordinary user
 KERNEL = "6.1.0-test"
+DEBIAN_MAJOR = 12  # plain and lvm have a real one, of whatever point release is current
 LETTER = b"Dear guest,\nyou are not running.\n"  # /home/alice/letter.txt
 NOTES = bytes(range(256)) * 64  # /home/alice/documents/notes.bin
 
@@ -167,4 +168,7 @@ DAMAGED_UUID = "5f1d3a52-0f8b-4b6c-9d31-000000000016"
 DAMAGED_GOOD = {"/a-good.txt": b"first\n", "/tree/good.txt": b"inside\n", "/z-good.txt": b"last\n"}
 DAMAGED_UNREADABLE = "/tree/unreadable.bin"  # lstat works, read fails
 DAMAGED_UNREADABLE_SIZE = 20 * 8192 - 4096
+DAMAGED_HALF = "/tree/half.bin"  # reads for at least DAMAGED_HALF_READABLE bytes, then fails
+DAMAGED_HALF_SIZE = 1000 * 8192 - 4096  # 4 KiB of "#" every 8 KiB, holes between
+DAMAGED_HALF_READABLE = 1 << 20
 DAMAGED_INODE = "/tree/bad-inode.txt"  # the directory lists it, lstat fails

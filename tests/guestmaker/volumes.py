@@ -63,8 +63,10 @@ def _root_on_volume(g: Any, physical: str, group: str, work: Path) -> None:
     g.vg_activate(False, [group])
 
 
-def _root_tar(work: Path, source: str) -> None:
-    pack(small_root(work / "tree", f"{source} / ext4 defaults 0 1\n"), work / "root.tar")
+def _root_tar(work: Path, source: str, crypttab: str = "") -> None:
+    fstab = f"{source} / ext4 defaults 0 1\n"
+    files = {"etc/crypttab": crypttab} if crypttab else None
+    pack(small_root(work / "tree", fstab, files=files), work / "root.tar")
 
 
 def _prepare_md(work: Path) -> None:
@@ -95,7 +97,7 @@ def _luks(volume: Path, *options: str) -> None:
 
 
 def _prepare_luks(work: Path) -> None:
-    _root_tar(work, "/dev/mapper/luks--vg-root")
+    _root_tar(work, "/dev/mapper/luks--vg-root", f"vda1_crypt UUID={facts.LUKS_UUID} none luks\n")
     disk = blank(work / "luks.raw", (_CRYPT_PARTITION.start + _CRYPT_PARTITION.size + 1) * MIB)
     partition(disk, "gpt", [_CRYPT_PARTITION])
     volume = blank(work / "volume", _CRYPT_PARTITION.size * MIB)
@@ -110,7 +112,7 @@ def _fill_luks(g: Any, devices: Sequence[str], work: Path) -> None:
 
 
 def _prepare_luks1(work: Path) -> None:
-    _root_tar(work, "/dev/mapper/luks1")
+    _root_tar(work, "/dev/mapper/root_crypt", "root_crypt /dev/outer-vg/crypt none luks\n")
     disk = blank(work / "luks1-in-lvm.raw", 130 * MIB)
     partition(disk, "gpt", [Slice(1, 128, "lvm")])
     _luks(blank(work / "luks1.volume", 64 * MIB), "--type", "luks1", "--uuid", facts.LUKS1_UUID)

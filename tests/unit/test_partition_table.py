@@ -14,6 +14,7 @@ import pytest
 from imgtool.guest.model import Partition
 from imgtool.guest.partition_table import examine, partition_device, read_table
 from imgtool.guest.partition_types import EXTENDED, GPT_TYPES, MSDOS_TYPES
+from imgtool.guest.partitions import disk_name
 
 SIZE = 64 << 20
 LINUX = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
@@ -289,3 +290,11 @@ def test_many_problems_are_summed_up(disk: Disk) -> None:
     gpt(disk, gpt_entry(100, 200) * 30, sector=512)
     assert len(disk.rows()) == 30
     assert len(disk.problems()) == 21 and disk.problems()[-1].startswith("and 9 more")
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(0, "/dev/sda"), (25, "/dev/sdz"), (26, "/dev/sdaa"), (701, "/dev/sdzz"), (702, "/dev/sdaaa")],
+)
+def test_disks_past_the_twenty_sixth_have_names(number, name):
+    assert disk_name(number) == name

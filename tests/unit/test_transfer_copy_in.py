@@ -135,6 +135,15 @@ def test_names_and_targets_of_any_bytes_arrive_exactly(
     )
 
 
+@pytest.mark.parametrize("target", ["./x", "a//b/./c", "dir/", "//server", "..", "x" * 4000])
+def test_the_target_of_a_link_is_not_tidied(guest: Put, tmp_path: Path, target: str) -> None:
+    source = tmp_path / "top"
+    source.mkdir()
+    os.symlink(target, source / "link")
+    there = extracted(guest.copy(source), tmp_path / "out") / "top"
+    assert os.readlink(there / "link") == target
+
+
 def test_the_owner_is_the_given_one_or_that_of_the_host(guest: Put, tmp_path: Path) -> None:
     source = tmp_path / "top"
     source.mkdir()

@@ -246,6 +246,31 @@ def test_a_conflict_is_found_before_anything_is_replaced(tmp_path: Path, top: by
     assert names(outside) == set() and names(tmp_path) == {"outside", "link", "top"}
 
 
+def test_a_tree_deeper_than_descriptors_and_recursion_reach_is_merged(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    try:
+        for content in (b"old", b"new"):
+            with Staging(place, b"top", overwrite=True) as staging:
+                path = b""
+                staging.directory(path)
+                for _ in range(1100):
+                    path += b"/d" if path else b"d"
+                    staging.directory(path)
+                staging.file(path + b"/file", [content])
+                staging.commit()
+        assert names(place) == {"top"}
+        found = subprocess.run(
+            ["find", place, "-name", "file", "-execdir", "cat", "{}", ";"],
+            capture_output=True,
+            check=True,
+        )
+        assert found.stdout == b"new"
+    finally:
+        # Not left to pytest, whose own clean-up recurses.
+        subprocess.run(["rm", "-rf", place], check=True)
+
+
 def test_setuid_stays_only_with_its_owner(tmp_path: Path) -> None:
     for owners, bits in ((False, 0o1755), (True, 0o7755)):
         with Staging(tmp_path, b"top%d" % owners, owners=owners) as staging:

@@ -16,7 +16,8 @@ from typing import Any
 from imgtool.errors import EngineError, HostError
 from imgtool.guest.model import Entry
 
-_ENOENT = 2
+# All that the library says when a program in the appliance fails while it sends.
+_GAVE_UP = "file receive cancelled by daemon"
 
 
 class _Statns(ctypes.Structure):
@@ -126,6 +127,8 @@ def _load() -> ctypes.CDLL:
         function = getattr(library, f"guestfs_{name}")
         function.restype = result
         function.argtypes = [c_void_p, *arguments]
+    library.guestfs_set_error_handler.argtypes = [c_void_p, c_void_p, c_void_p]
+    library.guestfs_set_error_handler.restype = None
     library.guestfs_free_statns.argtypes = [c_void_p]
     library.guestfs_free_statns_list.argtypes = [c_void_p]
     return library
@@ -179,13 +182,18 @@ class Calls:
         self._free.argtypes = [c_void_p]
 
     def _call(self, name: str, path: bytes, *arguments: Any) -> Any:
+        # The handle keeps its error handler by thread; the default one prints.
+        self._library.guestfs_set_error_handler(self._handle, None, None)
         result = getattr(self._library, f"guestfs_{name}")(self._handle, *arguments)
         failed = result == -1 if isinstance(result, int) else not result
         if failed or result is None:
             said = self._library.guestfs_last_error(self._handle) or b"unknown error"
             errno = self._library.guestfs_last_errno(self._handle)
             # The library repeats the call and the path; the reason stands behind the last colon.
-            raise CallFailed(said.decode("utf-8", "replace").rsplit(": ", 1)[-1], errno, path)
+            reason = said.decode("utf-8", "replace").rsplit(": ", 1)[-1]
+            if reason == _GAVE_UP:
+                reason = "the guest's filesystem gives an error"
+            raise CallFailed(reason, errno, path)
         return result
 
     def _taken(self, pointer: int) -> bytes:

@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -76,7 +77,7 @@ def _bindings() -> Any:
     except ImportError as error:
         raise HostError(
             "the libguestfs Python bindings are not available to this Python",
-            subject=os.sys.executable,  # type: ignore[attr-defined]
+            subject=sys.executable,
             hint="scripts/setup.sh makes a virtual environment that has them; "
             "on Debian the package is python3-guestfs",
         ) from error
@@ -153,7 +154,7 @@ def launched(
     """
     chosen = "LIBGUESTFS_BACKEND" in os.environ or "LIBGUESTFS_BACKEND_SETTINGS" in os.environ
     if chosen:
-        attempts = [("as set by LIBGUESTFS_BACKEND*", False, EMULATION_LIMIT)]
+        attempts = [("the backend of the environment", False, EMULATION_LIMIT)]
     elif not _kvm_there() or remembered() == "tcg":
         attempts = [("tcg", True, EMULATION_LIMIT)]
     else:
@@ -183,7 +184,7 @@ def launched(
         except BaseException:
             handle.close()
             raise
-        log.info("appliance: launched with %s in %.1f s", name, time.monotonic() - started)
+        log.info("appliance: launched (%s) in %.1f s", name, time.monotonic() - started)
         if len(attempts) > 1:
             _remember(name)
         break
