@@ -63,11 +63,14 @@ def devices(guest: LibguestfsGuest, *, everything: bool) -> tuple[Device, ...]:
         return tuple(rows)
     handle = guest.handle
     groups = handle.vgs_full()
+    # pvs_full names devices as the appliance's kernel does, which may call the first disk sdb:
+    # only pvs gives the guest's own names, so the two are brought together by UUID.
+    volumes = {_plain_uuid(handle.pvuuid(name)): str(name) for name in handle.pvs()}
     members = {
         group["vg_name"]: tuple(
-            str(handle.canonical_device_name(pv["pv_name"]))
-            for pv in handle.pvs_full()
-            if _plain_uuid(pv["pv_uuid"]) in map(_plain_uuid, handle.vgpvuuids(group["vg_name"]))
+            volumes[uuid]
+            for uuid in map(_plain_uuid, handle.vgpvuuids(group["vg_name"]))
+            if uuid in volumes
         )
         for group in groups
     }
@@ -88,12 +91,9 @@ def devices(guest: LibguestfsGuest, *, everything: bool) -> tuple[Device, ...]:
             )
         )
     for row in handle.pvs_full():
-        name = str(handle.canonical_device_name(row["pv_name"]))
-        rows.append(
-            Device(
-                "pv", name, uuid=_plain_uuid(row["pv_uuid"]), size=row["pv_size"], parents=(name,)
-            )
-        )
+        uuid = _plain_uuid(row["pv_uuid"])
+        name = volumes.get(uuid, row["pv_name"])
+        rows.append(Device("pv", name, uuid=uuid, size=row["pv_size"], parents=(name,)))
     for partition in handle.list_partitions():
         size = handle.blockdev_getsize64(partition)
         rows.append(
