@@ -17,7 +17,9 @@ from imgtool.errors import ExitStatus, ImgtoolError, RefusedError
 from imgtool.transfer.staging import Attributes, BadName, Staging
 
 NOBODY = 65534
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0, reason="mounts a tmpfs or changes owners, which only root may do"
+)
 
 
 def attributes(mode: int, mtime_ns: int = 1_600_000_000_123_456_789) -> Attributes:
