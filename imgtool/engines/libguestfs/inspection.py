@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from imgtool.engines.libguestfs.volumes import reason
+from imgtool.engines.libguestfs.volumes import guest_names, reason
 from imgtool.errors import EngineError
 from imgtool.guest.model import Application, OperatingSystem
 
@@ -60,12 +60,14 @@ def _applications(handle: Any, root: str) -> tuple[Application, ...]:
 def operating_systems(handle: Any, *, packages: bool) -> tuple[OperatingSystem, ...]:
     """Each operating system that `inspect_os` finds."""
     try:
-        roots = handle.inspect_os()
+        roots = guest_names(handle, handle.inspect_os()).values()
     except RuntimeError as error:
         raise EngineError(f"inspection failed: {reason(error)}") from error
     found = []
     for root in roots:
-        mountpoints = dict(handle.inspect_get_mountpoints(root))
+        listed = handle.inspect_get_mountpoints(root)
+        names = guest_names(handle, listed.values())
+        mountpoints = {place: names[source] for place, source in sorted(listed.items())}
         _mounted(handle, mountpoints)
         try:
             found.append(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from imgtool.engines.libguestfs.calls import Calls
@@ -15,6 +16,13 @@ from imgtool.guest.model import Device
 
 log = logging.getLogger(__name__)
 
+_SCSI_DISKS = (
+    'for d in /sys/block/sd*; do echo "${d##*/} $(basename "$(readlink "$d/device")")"; done'
+)
+_ON_DISK = re.compile(
+    re.escape(BTRFS_VOLUME) + r"(?P<disk>/dev/sd[a-z]+)(?P<rest>[0-9]*/.*)", re.DOTALL
+)
+
 
 def reason(error: RuntimeError) -> str:
     """What a failed call says, in one line and without the call's own name."""
@@ -22,6 +30,32 @@ def reason(error: RuntimeError) -> str:
     text = lines[0] if lines else "unknown error"
     parts = text.split(": ")
     return ": ".join(parts[1:]) if len(parts) > 1 else text
+
+
+def guest_names(handle: Any, sources: Iterable[str]) -> dict[str, str]:
+    """Each source as libguestfs reports it, with the name that its calls take.
+
+    libguestfs numbers the guest's disks in the order in which they were added, whatever the
+    appliance's kernel calls them: `/dev/sda` may be the kernel's `/dev/sdb`. It translates the
+    devices in its answers, but not those within btrfs subvolumes' names (1.48).
+    """
+    names = {source: source for source in sources}
+    subvolumes = [source for source in names if is_subvolume(source)]
+    if not subvolumes:
+        return names
+    try:
+        listed = handle.debug("sh", [_SCSI_DISKS])
+    except RuntimeError as error:
+        raise EngineError(f"the disks cannot be listed: {reason(error)}") from error
+    rows = [line.split() for line in listed.splitlines()]
+    by_address = sorted((tuple(map(int, row[1].split(":"))), row[0]) for row in rows)
+    kernel = [f"/dev/{name}" for _, name in by_address]
+    given = dict(zip(kernel, handle.list_devices(), strict=False))  # the last is the appliance's
+    for source in subvolumes:
+        matched = _ON_DISK.fullmatch(source)
+        if matched and matched["disk"] in given:
+            names[source] = f"{BTRFS_VOLUME}{given[matched['disk']]}{matched['rest']}"
+    return names
 
 
 class ApplianceVolume:
@@ -109,7 +143,9 @@ class ApplianceVolumes:
         """The filesystems, and what libguestfs leaves out: LUKS devices, and what is in them."""
         handle = self._handle
         try:
-            found = dict(handle.list_filesystems())
+            listed = handle.list_filesystems()
+            names = guest_names(handle, listed)
+            found = {names[source]: kind for source, kind in listed.items()}
             partitions = set(handle.list_partitions())
             whole = {handle.part_to_dev(partition) for partition in partitions}
             others = {*handle.list_devices(), *handle.lvs(), *partitions} - whole
