@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from typing import TYPE_CHECKING
 
@@ -23,24 +22,21 @@ def _mountpoints(guest: LibguestfsGuest) -> dict[str, str]:
 
 
 def _filesystems(guest: LibguestfsGuest) -> list[Device]:
-    handle = guest.handle
     listed = guest.volumes.filesystems()
     mountpoints = _mountpoints(guest)
     rows = []
     for filesystem in listed:
         device = filesystem.device
         owner = btrfs_device(device, listed) or device
-        known: dict[str, str] = {}
-        with contextlib.suppress(RuntimeError):  # blkid finds nothing where nothing is known
-            known = handle.blkid(owner)
+        block = guest.volumes.block(owner)
         rows.append(
             Device(
                 kind="filesystem",
                 device=device,
                 type=filesystem.type,
-                label=known.get("LABEL") or None,
-                uuid=known.get("UUID") or None,
-                size=handle.blockdev_getsize64(owner),
+                label=block.label if block else None,
+                uuid=block.uuid if block else None,
+                size=block.size if block else None,
                 mountpoint=mountpoints.get(device),
                 parents=(owner,) if is_subvolume(device) else (),
             )
@@ -61,44 +57,30 @@ def devices(guest: LibguestfsGuest, *, everything: bool) -> tuple[Device, ...]:
     rows = _filesystems(guest)
     if not everything:
         return tuple(rows)
+    blocks = guest.volumes.blocks()
+    members = {block.uuid: block for block in blocks if block.type == "LVM2_member"}
     handle = guest.handle
-    groups = handle.vgs_full()
-    # pvs_full names devices as the appliance's kernel does, which may call the first disk sdb:
-    # only pvs gives the guest's own names, so the two are brought together by UUID.
-    volumes = {_plain_uuid(handle.pvuuid(name)): str(name) for name in handle.pvs()}
-    members = {
-        group["vg_name"]: tuple(
-            volumes[uuid]
-            for uuid in map(_plain_uuid, handle.vgpvuuids(group["vg_name"]))
-            if uuid in volumes
-        )
-        for group in groups
-    }
-    for path in handle.lvs():
-        group = path.split("/")[2]
-        size = handle.blockdev_getsize64(path)
-        uuid = _plain_uuid(handle.lvuuid(path))
-        rows.append(Device("lv", path, uuid=uuid, size=size, parents=(f"/dev/{group}",)))
+    groups = handle.vgs_full() if members else []
+    for block in blocks:
+        if block.kind == "lv":
+            uuid = _plain_uuid(handle.lvuuid(block.device))
+            group = block.device.split("/")[2]
+            rows.append(
+                Device("lv", block.device, uuid=uuid, size=block.size, parents=(f"/dev/{group}",))
+            )
     for row in groups:
         name = row["vg_name"]
-        rows.append(
-            Device(
-                "vg",
-                f"/dev/{name}",
-                uuid=_plain_uuid(row["vg_uuid"]),
-                size=row["vg_size"],
-                parents=members[name],
-            )
-        )
-    for row in handle.pvs_full():
+        uuids = map(_plain_uuid, handle.vgpvuuids(name))
+        parents = tuple(members[uuid].device for uuid in uuids if uuid in members)
+        uuid = _plain_uuid(row["vg_uuid"])
+        rows.append(Device("vg", f"/dev/{name}", uuid=uuid, size=row["vg_size"], parents=parents))
+    for row in handle.pvs_full() if members else ():
         uuid = _plain_uuid(row["pv_uuid"])
-        name = volumes.get(uuid, row["pv_name"])
+        # By UUID, since the name is the one that the appliance's kernel knows.
+        name = members[uuid].device if uuid in members else row["pv_name"]
         rows.append(Device("pv", name, uuid=uuid, size=row["pv_size"], parents=(name,)))
-    for partition in handle.list_partitions():
-        size = handle.blockdev_getsize64(partition)
-        rows.append(
-            Device("partition", partition, size=size, parents=(handle.part_to_dev(partition),))
-        )
-    for disk in handle.list_devices():
-        rows.append(Device("device", disk, size=handle.blockdev_getsize64(disk)))
+    for kind in ("partition", "device"):
+        for block in blocks:
+            if block.kind == kind or (kind == "device" and block.kind == "md"):
+                rows.append(Device(kind, block.device, size=block.size, parents=block.parents))
     return tuple(rows)

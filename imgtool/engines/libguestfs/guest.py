@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import re
 import shlex
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, BinaryIO
@@ -30,6 +32,8 @@ from imgtool.guest.model import (
     OperatingSystem,
     SpaceUsage,
 )
+
+log = logging.getLogger(__name__)
 
 _EXTENT = re.compile(rb"^\s*\d+:\s*(\d+)\.\.\s*(\d+):\s*\d+\.\.\s*\d+:\s*(\d+):(.*)$", re.MULTILINE)
 # After Ctrl-C a call that is no transfer gets this long before the appliance is stopped.
@@ -106,7 +110,9 @@ class LibguestfsGuest(Guest):
             if self._given:
                 self._layout = self._given_layout()
             else:
+                started = time.monotonic()
                 self._layout = discover(self.volumes, root=self._root)
+                log.info("layout: discovered in %.1f s", time.monotonic() - started)
                 for problem in self._layout.problems:
                     self._notice(problem)
         return self._layout
@@ -152,13 +158,16 @@ class LibguestfsGuest(Guest):
         """Mount everything where the layout says. What is not the root may fail, with a line."""
         if self._mounted:
             return
-        for mount in self.layout.mounts:
+        mounts = self.layout.mounts
+        started = time.monotonic()
+        for mount in mounts:
             try:
                 self._mount(mount)
             except EngineError as error:
                 if mount.mountpoint == "/" or self._given:
                     raise
                 self._notice(f"{mount.mountpoint} is not shown: {error}")
+        log.info("layout: mounted in %.1f s", time.monotonic() - started)
         self._mounted = True
 
     def unmount_layout(self) -> None:
@@ -303,4 +312,4 @@ class LibguestfsGuest(Guest):
     def operating_systems(self, *, packages: bool = False) -> tuple[OperatingSystem, ...]:
         """What is installed in the guest, by libguestfs's own inspection."""
         self.unmount_layout()
-        return inspection.operating_systems(self.handle, packages=packages)
+        return inspection.operating_systems(self.handle, self.volumes.blocks(), packages=packages)

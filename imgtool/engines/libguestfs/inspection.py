@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from imgtool.engines.libguestfs.blocks import Block
 from imgtool.engines.libguestfs.volumes import guest_names, reason
 from imgtool.errors import EngineError
 from imgtool.guest.model import Application, OperatingSystem
@@ -57,16 +58,18 @@ def _applications(handle: Any, root: str) -> tuple[Application, ...]:
     )
 
 
-def operating_systems(handle: Any, *, packages: bool) -> tuple[OperatingSystem, ...]:
+def operating_systems(
+    handle: Any, blocks: Sequence[Block], *, packages: bool
+) -> tuple[OperatingSystem, ...]:
     """Each operating system that `inspect_os` finds."""
     try:
-        roots = guest_names(handle, handle.inspect_os()).values()
+        roots = guest_names(blocks, handle.inspect_os()).values()
     except RuntimeError as error:
         raise EngineError(f"inspection failed: {reason(error)}") from error
     found = []
     for root in roots:
         listed = handle.inspect_get_mountpoints(root)
-        names = guest_names(handle, listed.values())
+        names = guest_names(blocks, listed.values())
         mountpoints = {place: names[source] for place, source in sorted(listed.items())}
         _mounted(handle, mountpoints)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from imgtool.engines.libguestfs.blocks import BIOS_BOOT
 from imgtool.engines.libguestfs.volumes import is_subvolume, reason
 from imgtool.errors import ImgtoolError
 from imgtool.guest.layout import CONTAINERS
@@ -11,20 +12,6 @@ from imgtool.guest.model import SpaceUsage
 
 if TYPE_CHECKING:
     from imgtool.engines.libguestfs.guest import LibguestfsGuest
-
-# GPT types of partitions that hold no filesystem by design: BIOS boot, Microsoft reserved.
-_NO_FILESYSTEM = frozenset(
-    ("21686148-6449-6E6F-744E-656564454649", "E3C9E316-0B5C-4DB8-817D-F92DF00215AE")
-)
-
-
-def _holds_none(guest: LibguestfsGuest, device: str) -> bool:
-    handle = guest.handle
-    try:
-        kind = handle.part_get_gpt_type(handle.part_to_dev(device), handle.part_to_partnum(device))
-    except RuntimeError:
-        return False
-    return kind.upper() in _NO_FILESYSTEM
 
 
 def _mountpoints(guest: LibguestfsGuest) -> dict[str, str]:
@@ -47,7 +34,8 @@ def usage(guest: LibguestfsGuest) -> tuple[SpaceUsage, ...]:
         try:
             guest.handle.mount_ro(device, "/")
         except RuntimeError as error:
-            if kind is None and _holds_none(guest, device):
+            block = guest.volumes.block(device)
+            if kind is None and block is not None and block.parttype == BIOS_BOOT:
                 continue
             said = reason(error) if kind else "no known filesystem"
             # mount(8) repeats itself; what the kernel says stands last.

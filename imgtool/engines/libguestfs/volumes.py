@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from imgtool.engines.libguestfs.blocks import Block, list_blocks
 from imgtool.engines.libguestfs.calls import Calls
 from imgtool.errors import EngineError, HostError
 from imgtool.guest.keys import Key
@@ -16,11 +18,10 @@ from imgtool.guest.model import Device
 
 log = logging.getLogger(__name__)
 
-_SCSI_DISKS = (
-    'for d in /sys/block/sd*; do echo "${d##*/} $(basename "$(readlink "$d/device")")"; done'
-)
+# What other devices are made of rather than a filesystem, and not shown as one.
+_PARTS = frozenset(("LVM2_member", "linux_raid_member"))
 _ON_DISK = re.compile(
-    re.escape(BTRFS_VOLUME) + r"(?P<disk>/dev/sd[a-z]+)(?P<rest>[0-9]*/.*)", re.DOTALL
+    re.escape(BTRFS_VOLUME) + r"/dev/(?P<disk>sd[a-z]+)(?P<rest>[0-9]*/.*)", re.DOTALL
 )
 
 
@@ -32,29 +33,20 @@ def reason(error: RuntimeError) -> str:
     return ": ".join(parts[1:]) if len(parts) > 1 else text
 
 
-def guest_names(handle: Any, sources: Iterable[str]) -> dict[str, str]:
+def guest_names(blocks: Sequence[Block], sources: Iterable[str]) -> dict[str, str]:
     """Each source as libguestfs reports it, with the name that its calls take.
 
-    libguestfs numbers the guest's disks in the order in which they were added, whatever the
-    appliance's kernel calls them: `/dev/sda` may be the kernel's `/dev/sdb`. It translates the
-    devices in its answers, but not those within btrfs subvolumes' names (1.48).
+    libguestfs translates the kernel's disk names in its answers to its own, but not those within
+    the names of btrfs subvolumes (1.48).
     """
-    names = {source: source for source in sources}
-    subvolumes = [source for source in names if is_subvolume(source)]
-    if not subvolumes:
-        return names
-    try:
-        listed = handle.debug("sh", [_SCSI_DISKS])
-    except RuntimeError as error:
-        raise EngineError(f"the disks cannot be listed: {reason(error)}") from error
-    rows = [line.split() for line in listed.splitlines()]
-    by_address = sorted((tuple(map(int, row[1].split(":"))), row[0]) for row in rows)
-    kernel = [f"/dev/{name}" for _, name in by_address]
-    given = dict(zip(kernel, handle.list_devices(), strict=False))  # the last is the appliance's
-    for source in subvolumes:
+    disks = {block.kernel: block.device for block in blocks if block.kind == "device"}
+    names = {}
+    for source in sources:
         matched = _ON_DISK.fullmatch(source)
-        if matched and matched["disk"] in given:
-            names[source] = f"{BTRFS_VOLUME}{given[matched['disk']]}{matched['rest']}"
+        if matched and matched["disk"] in disks:
+            names[source] = f"{BTRFS_VOLUME}{disks[matched['disk']]}{matched['rest']}"
+        else:
+            names[source] = source
     return names
 
 
@@ -89,18 +81,39 @@ class ApplianceVolume:
 
 
 class ApplianceVolumes:
-    """The guest's filesystems as the appliance lists them."""
+    """The guest's filesystems as the appliance sees them."""
 
     def __init__(self, handle: Any, calls: Calls, keys: Sequence[Key]) -> None:
         self._handle = handle
         self._calls = calls
         self._keys = keys
         self._opened: set[str] = set()
+        self._blocks: tuple[Block, ...] | None = None
         self._filesystems: tuple[Device, ...] | None = None
+
+    def blocks(self) -> Sequence[Block]:
+        """The block devices, with what is in the encrypted ones that a key opens."""
+        if self._blocks is None:
+            started = time.monotonic()
+            found = list_blocks(self._handle)
+            while self._keys:
+                closed = [b.device for b in found if b.type == "crypto_LUKS"]
+                unlocked = [d for d in closed if d not in self._opened and self._unlock(d)]
+                if not unlocked:
+                    break
+                self._handle.lvm_scan(True)
+                found = list_blocks(self._handle)
+            self._blocks = found
+            log.info("block devices: listed in %.1f s", time.monotonic() - started)
+        return self._blocks
+
+    def block(self, device: str) -> Block | None:
+        """The block device of this name."""
+        return next((block for block in self.blocks() if block.device == device), None)
 
     def disks(self) -> Sequence[str]:
         """The guest's disks in their order."""
-        return list(self._handle.list_devices())
+        return [block.device for block in self.blocks() if block.kind == "device"]
 
     def _unlock(self, device: str) -> bool:
         handle = self._handle
@@ -124,47 +137,33 @@ class ApplianceVolumes:
     def filesystems(self) -> Sequence[Device]:
         """The filesystems; LUKS devices that a key opens are replaced by what is in them."""
         if self._filesystems is None:
-            found = self._listed()
-            while self._keys:
-                closed = [d for d, t in found.items() if t == "crypto_LUKS"]
-                unlocked = [d for d in closed if d not in self._opened and self._unlock(d)]
-                if not unlocked:
-                    break
-                self._handle.lvm_scan(True)
-                found = self._listed()
-            self._filesystems = tuple(
-                Device("filesystem", name, None if kind == "unknown" else kind)
-                for name, kind in found.items()
-                if name not in self._opened
-            )
+            rows = []
+            parents = {parent for block in self.blocks() for parent in block.parents}
+            for block in self.blocks():
+                split = block.kind == "device" and block.device in parents and block.type is None
+                if split or block.holds_none or block.type in _PARTS:
+                    continue
+                if block.device in self._opened:
+                    continue
+                rows.append(Device("filesystem", block.device, block.type))
+                if block.type == "btrfs":
+                    rows += self._subvolumes(block.device)
+            self._filesystems = tuple(rows)
         return self._filesystems
 
-    def _listed(self) -> dict[str, str]:
-        """The filesystems, and what libguestfs leaves out: LUKS devices, and what is in them."""
-        handle = self._handle
+    def _subvolumes(self, device: str) -> list[Device]:
+        """The subvolumes but for the default one, which is what the device itself mounts."""
         try:
-            listed = handle.list_filesystems()
-            names = guest_names(handle, listed)
-            found = {names[source]: kind for source, kind in listed.items()}
-            partitions = set(handle.list_partitions())
-            whole = {handle.part_to_dev(partition) for partition in partitions}
-            others = {*handle.list_devices(), *handle.lvs(), *partitions} - whole
-            for device in sorted(others - found.keys()):
-                if self._type(device) == "crypto_LUKS":
-                    found[device] = "crypto_LUKS"
-            for device in handle.list_dm_devices():
-                kind = self._type(device)
-                if kind and kind != "LVM2_member":
-                    found[device] = kind
+            default = self._handle.btrfs_subvolume_get_default(device)
+            listed = self._handle.btrfs_subvolume_list(device)
         except RuntimeError as error:
-            raise EngineError(f"the filesystems cannot be listed: {reason(error)}") from error
-        return found
-
-    def _type(self, device: str) -> str:
-        try:
-            return str(self._handle.vfs_type(device))
-        except RuntimeError:
-            return ""
+            log.info("%s: the subvolumes cannot be listed: %s", device, reason(error))
+            return []
+        return [
+            Device("filesystem", f"{BTRFS_VOLUME}{device}/{row['btrfssubvolume_path']}", "btrfs")
+            for row in listed
+            if row["btrfssubvolume_id"] != default
+        ]
 
     @contextlib.contextmanager
     def look_into(self, source: str) -> Iterator[ApplianceVolume]:
@@ -180,24 +179,13 @@ class ApplianceVolumes:
 
     def device_with(self, kind: str, value: str) -> str | None:
         """The device with this filesystem `uuid` or `label`, GPT `partuuid` or `partlabel`."""
-        handle = self._handle
-        try:
-            if kind == "uuid":
-                return str(handle.findfs_uuid(value))
-            if kind == "label":
-                return str(handle.findfs_label(value))
-        except RuntimeError:
-            return None
-        for partition in handle.list_partitions():
-            with contextlib.suppress(RuntimeError):  # not GPT, or no number
-                disk = handle.part_to_dev(partition)
-                number = handle.part_to_partnum(partition)
-                if kind == "partuuid":
-                    found = handle.part_get_gpt_guid(disk, number)
-                else:
-                    found = handle.part_get_name(disk, number)
-                if found.lower() == value.lower():
-                    return str(partition)
+        for block in self.blocks():
+            if block.type in _PARTS or block.device in self._opened:
+                continue
+            found = getattr(block, kind)
+            same = found == value or (kind == "partuuid" and (found or "").lower() == value.lower())
+            if found is not None and same:
+                return block.device
         return None
 
     def subvolume_by_id(self, device: str, number: int) -> str | None:

@@ -1,0 +1,175 @@
+"""The block devices of the appliance, all of them with one call.
+
+libguestfs's own `list_filesystems` starts a program per device and question, which under emulation
+costs as much as half a launch. One lsblk knows the same: types, labels, UUIDs, sizes, parents.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from imgtool.errors import EngineError
+from imgtool.guest.partitions import disk_name
+
+_COLUMNS = "KNAME,PKNAME,NAME,TYPE,HCTL,SIZE,FSTYPE,LABEL,UUID,PARTUUID,PARTLABEL,PARTTYPE"
+_SEPARATOR = "--logical-volumes--"
+# Volumes that LVM itself shows and activates: no parts of thin pools, mirrors and snapshots.
+_SCRIPT = (
+    f"udevadm settle; LC_ALL=C lsblk -b -P -o {_COLUMNS}; echo {_SEPARATOR}; "
+    "if lsblk -n -o FSTYPE | grep -q LVM2_member; then lvm lvs -o vg_name,lv_name "
+    "-S 'lv_role=public && lv_skip_activation!=yes' --noheadings --separator / 2>/dev/null; fi"
+)
+_PAIR = re.compile(r'([A-Z]+)="([^"]*)"')
+_ESCAPED = re.compile(rb"\\x([0-9a-fA-F]{2})")
+
+# Partitions that hold no filesystem by design: extended ones, and Windows' own (LDM, reserved).
+# These are not even listed as filesystems; a BIOS boot partition is, as one of unknown type.
+_NO_FILESYSTEM = frozenset(
+    (
+        "0x5",
+        "0xf",
+        "0x85",
+        "0x42",
+        "5808c8aa-7e8f-42e0-85d2-e1e90434cfb3",
+        "af9b60a0-1431-4f62-bc68-3311714a69ad",
+        "e3c9e316-0b5c-4db8-817d-f92df00215ae",
+    )
+)
+BIOS_BOOT = "21686148-6449-6e6f-744e-656564454649"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block device: `device` is the guest's name of it, `kernel` the appliance's own.
+
+    `kind` is device, partition, lv, md or mapped; `parents` are the guest's names.
+    """
+
+    device: str
+    kernel: str
+    kind: str
+    size: int
+    type: str | None = None
+    label: str | None = None
+    uuid: str | None = None
+    partuuid: str | None = None
+    partlabel: str | None = None
+    parttype: str = ""
+    parents: tuple[str, ...] = ()
+
+    @property
+    def holds_none(self) -> bool:
+        """Whether this is a partition of a kind that never holds a filesystem."""
+        return self.parttype in _NO_FILESYSTEM
+
+
+def _decoded(value: str) -> str:
+    raw = value.encode("utf-8", "surrogateescape")
+    return _ESCAPED.sub(lambda found: bytes([int(found[1], 16)]), raw).decode("utf-8", "replace")
+
+
+def _rows(listed: str) -> list[dict[str, str]]:
+    return [
+        {name: _decoded(value) for name, value in _PAIR.findall(line)}
+        for line in listed.splitlines()
+        if line.startswith("KNAME=")
+    ]
+
+
+def _disks(rows: list[dict[str, str]]) -> dict[str, str]:
+    """The guest's disks: the kernel's name of each, and libguestfs's.
+
+    libguestfs numbers them in the order in which they were added, which is that of their SCSI
+    addresses, whatever the kernel calls them; the last is the appliance's own.
+    """
+    addresses = {}
+    for row in rows:
+        if row["TYPE"] == "disk" and re.fullmatch(r"\d+:\d+:\d+:\d+", row["HCTL"]):
+            addresses[row["KNAME"]] = tuple(map(int, row["HCTL"].split(":")))
+    in_order = sorted(addresses, key=lambda kernel: addresses[kernel])[:-1]
+    return {kernel: disk_name(number) for number, kernel in enumerate(in_order)}
+
+
+def _dashed(name: str) -> str:
+    return name.replace("-", "--")
+
+
+def parsed(output: str) -> tuple[Block, ...]:
+    """What the appliance's lsblk and lvs wrote, as blocks: disks, partitions, md, LVs, mapped."""
+    listed, _, volumes = output.partition(_SEPARATOR)
+    rows = _rows(listed)
+    disks = _disks(rows)
+    logical = {}
+    for line in volumes.split():
+        group, _, volume = line.partition("/")
+        logical[f"{_dashed(group)}-{_dashed(volume)}"] = f"/dev/{group}/{volume}"
+    found: dict[str, Block] = {}
+    above: dict[str, list[str]] = {}
+    for row in rows:
+        kernel = row["KNAME"]
+        above.setdefault(kernel, []).append(row["PKNAME"])
+        name = row["NAME"]
+        if row["TYPE"] == "disk":
+            if kernel not in disks:
+                continue
+            kind, device = "device", disks[kernel]
+        elif row["TYPE"] == "part":
+            parent = row["PKNAME"]
+            if parent.startswith("md"):
+                device = f"/dev/{kernel}"
+            elif parent in disks:
+                device = disks[parent] + kernel.removeprefix(parent)
+            else:
+                continue  # the appliance's own
+            kind = "partition"
+        elif kernel.startswith("md"):
+            kind, device = "md", f"/dev/{kernel}"
+        elif name in logical:
+            kind, device = "lv", logical[name]
+        elif kernel.startswith("dm-") and row["TYPE"] != "lvm":
+            kind, device = "mapped", f"/dev/mapper/{name}"
+        else:
+            continue
+        found[kernel] = Block(
+            device=device,
+            kernel=kernel,
+            kind=kind,
+            size=int(row["SIZE"] or 0),
+            type=row["FSTYPE"] or None,
+            label=row["LABEL"] or None,
+            uuid=row["UUID"] or None,
+            partuuid=row["PARTUUID"] or None,
+            partlabel=row["PARTLABEL"] or None,
+            parttype=row["PARTTYPE"].lower(),
+        )
+    blocks = [
+        replace(
+            block,
+            parents=tuple(
+                found[p].device for p in dict.fromkeys(above[block.kernel]) if p in found
+            ),
+        )
+        for block in found.values()
+    ]
+    order = ("device", "partition", "md", "lv", "mapped")
+    blocks.sort(key=lambda block: (order.index(block.kind), *_place(block)))
+    return tuple(blocks)
+
+
+def _place(block: Block) -> tuple[int, str, int]:
+    """Where a block stands among its kind: /dev/sda10 after /dev/sda9, /dev/sdaa after /dev/sdz."""
+    if block.kind not in ("device", "partition"):
+        return 0, block.device, 0
+    stem = block.device.rstrip("0123456789")
+    return len(stem), stem, int(block.device[len(stem) :] or 0)
+
+
+def list_blocks(handle: Any) -> tuple[Block, ...]:
+    """The block devices that are there now. Raises `EngineError` if the appliance cannot say."""
+    try:
+        output = handle.debug("sh", [_SCRIPT])
+    except RuntimeError as error:
+        raise EngineError(f"the block devices cannot be listed: {error}") from error
+    return parsed(output)
