@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imgtool.errors import ImageError, RefusedError, UsageError
+from imgtool.errors import RefusedError, UsageError
+from imgtool.guest.guest import Guest
 from imgtool.guest.keys import Key, parse_key
 from imgtool.guest.model import Mount
 from imgtool.image.chain import Chain, open_chain
@@ -56,53 +58,124 @@ def open_guest(
     keys: Sequence[Key | str] = (),
     engine: str = "auto",
     backing_dirs: Sequence[str | Path] = (),
-    write: bool = False,
     notice: Callable[[str], None] = _say_nothing,
     debug: bool = False,
-) -> Iterator[LibguestfsGuest]:
-    """Open the guest whose disks are `image` and `add`; it is closed with the block.
+) -> Iterator[Guest]:
+    """Open the guest whose disks are `image` and `add`, to read it; it is closed with the block.
 
-    Read-only unless `write`: not one byte of an image, nor its mtime, changes. `snapshot` reads the
-    disks as they were at that internal snapshot. `mounts` replaces layout discovery. `notice` gets
-    lines for the user. Raises the errors of `imgtool.errors`: `ImageError` for an image that cannot
-    be read, `RefusedError` where data would be at risk, `HostError` where the host lacks something.
+    Not one byte of an image, nor its mtime, changes. `snapshot` reads the disks as they were at
+    that internal snapshot. `mounts` replaces layout discovery. `engine` is `direct`, `libguestfs`,
+    or `auto`: directly if the guest allows it, otherwise through the appliance. `notice` gets lines
+    for the user. Raises the errors of `imgtool.errors`: `ImageError` for an image that cannot be
+    read, `RefusedError` where data would be at risk, `HostError` where the host lacks something.
     """
     if engine not in ENGINES:
         raise UsageError(f"no such engine; choose from {', '.join(ENGINES)}", subject=engine)
-    if engine == "direct":
-        raise ImageError(
-            "the direct engine is not part of this version",
-            subject=image,
-            hint="leave --engine out, or say --engine libguestfs",
-        )
-    if write and snapshot is not None:
-        raise UsageError("a snapshot cannot be written", subject=snapshot)
     wanted = [key if isinstance(key, Key) else parse_key(key) for key in keys]
     chains = open_images([image, *add], format=format, backing_dirs=backing_dirs)
     for chain in chains:
-        if write:
-            refuse_if_in_use(chain)
-        elif line := warn_if_written(chain):
+        if snapshot is not None:
+            chain.snapshot(snapshot)
+        if line := warn_if_written(chain):
             notice(line)
 
+    def appliance() -> AbstractContextManager[Guest]:
+        return _appliance(
+            chains,
+            image=str(image),
+            snapshot=snapshot,
+            mounts=mounts,
+            root=root,
+            keys=wanted,
+            notice=notice,
+            debug=debug,
+        )
+
+    if engine == "libguestfs" or (wanted and engine == "auto"):
+        if engine == "auto":
+            log.info("engine: libguestfs, since keys are given")
+        with appliance() as guest:
+            yield guest
+        return
+
+    from imgtool.engines.choice import ChosenGuest
+    from imgtool.engines.direct.guest import open_direct
+
+    def direct() -> AbstractContextManager[Guest]:
+        return open_direct(
+            str(image), chains, snapshot=snapshot, mounts=mounts, root=root, notice=notice
+        )
+
+    with contextlib.ExitStack() as stack:
+        yield ChosenGuest(
+            stack, direct, None if engine == "direct" else appliance, image=str(image)
+        )
+
+
+@contextlib.contextmanager
+def open_guest_to_write(
+    image: str | Path,
+    *,
+    add: Sequence[str | Path] = (),
+    format: str | None = None,
+    mounts: Sequence[Mount] = (),
+    root: str | None = None,
+    keys: Sequence[Key | str] = (),
+    backing_dirs: Sequence[str | Path] = (),
+    notice: Callable[[str], None] = _say_nothing,
+    debug: bool = False,
+) -> Iterator[LibguestfsGuest]:
+    """Open a guest to change it, through the appliance; options and errors as for `open_guest`.
+
+    Raises `RefusedError` for an image that is in use. What was written is in the image once the
+    block has ended without an error.
+    """
+    wanted = [key if isinstance(key, Key) else parse_key(key) for key in keys]
+    chains = open_images([image, *add], format=format, backing_dirs=backing_dirs)
+    for chain in chains:
+        refuse_if_in_use(chain)
+    with _appliance(
+        chains,
+        image=str(image),
+        mounts=mounts,
+        root=root,
+        keys=wanted,
+        write=True,
+        notice=notice,
+        debug=debug,
+    ) as guest:
+        yield guest
+        guest.finish()
+
+
+@contextlib.contextmanager
+def _appliance(
+    chains: Sequence[Chain],
+    *,
+    image: str,
+    snapshot: str | None = None,
+    mounts: Sequence[Mount],
+    root: str | None,
+    keys: Sequence[Key],
+    write: bool = False,
+    notice: Callable[[str], None],
+    debug: bool,
+) -> Iterator[LibguestfsGuest]:
     from imgtool.engines.libguestfs.guest import LibguestfsGuest
     from imgtool.engines.libguestfs.launch import launched
 
     with contextlib.ExitStack() as stack:
         add_drives = _drives(chains, snapshot, write, stack)
         handle = stack.enter_context(launched(add_drives, notice=notice, debug=debug))
-        guest = LibguestfsGuest(
+        yield LibguestfsGuest(
             handle,
-            image=str(image),
+            image=image,
             mounts=mounts,
             root=root,
-            keys=wanted,
+            keys=keys,
             write=write,
             notice=notice,
         )
-        yield guest
-        if write:
-            guest.finish()
 
 
 def _drives(

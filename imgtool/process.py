@@ -23,6 +23,7 @@ from imgtool.errors import HostError
 
 log = logging.getLogger(__name__)
 
+PIPE = subprocess.PIPE
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -133,8 +134,12 @@ def spawn(
     stdout: int = subprocess.DEVNULL,
     stderr: int = subprocess.PIPE,
     env: dict[str, str] | None = None,
+    owner: tuple[int, int] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a program that lives as long as the `with` block; it is gone when the block ends."""
+    """Start a program that lives as long as the `with` block; it is gone when the block ends.
+
+    As root, `owner` (UID, GID) is whom the program runs as.
+    """
     limits = limits or Limits()
     words = [str(word) for word in argv]
     log.debug("spawn: %s", shlex.join(words))
@@ -146,6 +151,9 @@ def spawn(
             stderr=stderr,
             env=environment(env),
             pass_fds=pass_fds,
+            user=owner[0] if owner else None,
+            group=owner[1] if owner else None,
+            extra_groups=[] if owner else None,
             preexec_fn=_prepare_child(limits, os.getpid()),
         )
     except FileNotFoundError as error:

@@ -131,11 +131,11 @@ def copy_in(
     if "-" in sources:
         if len(sources) != 1:
             raise UsageError("a tar stream is the only source")
-        with request.opened(write=True) as guest:
+        with request.opened_to_write() as guest:
             inward.tar_in(guest, sys.stdin.buffer, dest, owner=numbers, mode=bits)
         return
     plan = inward.plan_sources([Path(os.fsdecode(source)) for source in sources])
-    with request.opened(write=True) as guest, progress("copy-in") as bar:
+    with request.opened_to_write() as guest, progress("copy-in") as bar:
         inward.copy_in(
             guest,
             plan,

@@ -61,7 +61,6 @@ def inspect(
     """Tell what is installed in a guest: system, version, hostname, layout, packages."""
     request = Request.of(locals())
     with request.opened() as guest:
-        guest.volumes.filesystems()  # opens encrypted devices, which inspection then sees
         systems = guest.operating_systems(packages=packages)
     if root is not None:
         systems = tuple(system for system in systems if system.root == root)

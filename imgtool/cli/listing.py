@@ -15,8 +15,7 @@ from imgtool.cli.options import Output
 from imgtool.cli.session import Failures, Request
 
 if TYPE_CHECKING:
-    from imgtool.engines.libguestfs.guest import LibguestfsGuest
-    from imgtool.guest.guest import Owners
+    from imgtool.guest.guest import Guest, Owners
     from imgtool.guest.model import Entry
 
 FIELDS = (
@@ -122,7 +121,7 @@ def ls(
 
 
 def _entries(
-    guest: LibguestfsGuest, path: str, recursive: bool, checksum: str | None, failures: Failures
+    guest: Guest, path: str, recursive: bool, checksum: str | None, failures: Failures
 ) -> Iterator[Entry]:
     """What `ls PATH` lists: a directory's content, or the one thing that the path names."""
     entry = guest.lstat(path)

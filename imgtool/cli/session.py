@@ -19,6 +19,9 @@ from imgtool.guest.model import Mount
 
 if TYPE_CHECKING:
     from imgtool.engines.libguestfs.guest import LibguestfsGuest
+    from imgtool.guest.guest import Guest
+
+log = logging.getLogger(__name__)
 
 
 def set_up_logging(*, verbose: bool, debug: bool) -> None:
@@ -125,27 +128,46 @@ class Request:
             debug=given["debug"],
         )
 
+    def _options(self) -> dict[str, Any]:
+        return {
+            "add": self.add,
+            "format": self.format,
+            "mounts": [parse_mount(text) for text in self.mounts],
+            "root": self.root,
+            "keys": self.keys,
+            "backing_dirs": self.backing_dirs,
+            "notice": warning,
+            "debug": self.debug,
+        }
+
     @contextlib.contextmanager
-    def opened(self, *, write: bool = False) -> Iterator[LibguestfsGuest]:
-        """The guest, open; with `-v` it says which engine it is and how long that took."""
+    def opened(self) -> Iterator[Guest]:
+        """The guest, open to be read; with `-v` it says which engine it is and what takes time."""
         from imgtool.opening import open_guest
 
-        started = time.monotonic()
-        with open_guest(
-            self.image,
-            add=self.add,
-            format=self.format,
-            snapshot=self.snapshot,
-            mounts=[parse_mount(text) for text in self.mounts],
-            root=self.root,
-            keys=self.keys,
-            engine=self.engine,
-            backing_dirs=self.backing_dirs,
-            write=write,
-            notice=warning,
-            debug=self.debug,
-        ) as guest:
-            logging.getLogger(__name__).info(
-                "engine: %s, open after %.1f s", guest.engine, time.monotonic() - started
-            )
+        with (
+            _timed("closed"),
+            open_guest(
+                self.image, snapshot=self.snapshot, engine=self.engine, **self._options()
+            ) as guest,
+        ):
             yield guest
+
+    @contextlib.contextmanager
+    def opened_to_write(self) -> Iterator[LibguestfsGuest]:
+        """The guest, open to be changed."""
+        from imgtool.opening import open_guest_to_write
+
+        with (
+            _timed("written and closed"),
+            open_guest_to_write(self.image, **self._options()) as guest,
+        ):
+            log.info("engine: libguestfs, since the direct engine does not write")
+            yield guest
+
+
+@contextlib.contextmanager
+def _timed(what: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    log.info("%s after %.3f s in all", what, time.monotonic() - started)

@@ -192,7 +192,7 @@ def partitions(
         problems += table.problems
     for problem in problems:
         render.message("warning", problem)
-    rows = [dataclasses.asdict(partition) for partition in found]
+    rows = [{name: getattr(partition, name) for name in PARTITION_FIELDS} for partition in found]
     shown = [{**row, "size": render.human(row["size"]) if human else row["size"]} for row in rows]
-    columns = ["device", "start", "size", "end", "type_name", "name", "bootable", "table"]
+    columns = ["number", "device", "start", "size", "end", "type_name", "name", "bootable", "table"]
     render.emit(rows, PARTITION_FIELDS, output, columns=columns, shown=shown)

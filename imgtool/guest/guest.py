@@ -7,6 +7,7 @@ read.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -64,8 +65,11 @@ class Guest(ABC):
         """One path as it is; a symbolic link is not followed."""
 
     @abstractmethod
-    def entries(self, path: str | bytes) -> Iterator[Entry]:
-        """What is in a directory, sorted by name as bytes; the links are not followed."""
+    def entries(self, path: str | bytes, *, on_problem: OnProblem | None = None) -> Iterator[Entry]:
+        """What is in a directory, sorted by name as bytes; the links are not followed.
+
+        Without `on_problem` the first unreadable entry raises.
+        """
 
     @abstractmethod
     def walk(
@@ -118,6 +122,16 @@ class Guest(ABC):
     @abstractmethod
     def operating_systems(self, *, packages: bool = False) -> tuple[OperatingSystem, ...]:
         """What is installed in the guest."""
+
+    def summed(self, entry: Entry, kind: str, on_problem: OnProblem | None) -> Entry:
+        """The entry of a regular file with its checksum; without if it cannot be read."""
+        try:
+            return dataclasses.replace(entry, checksum=self.checksum(kind, entry.path))
+        except EngineError as error:
+            if on_problem is None:
+                raise
+            on_problem(entry.path, error.message)
+            return entry
 
     @property
     def windows(self) -> bool:

@@ -75,7 +75,8 @@ class Partition:
     """A row of `partitions`. `end` and `end_sector` are inclusive; `type` is the table's own code
     (a GUID for GPT, `0x83` for msdos); `table` is gpt, msdos or none.
 
-    A disk without a partition table is one row with `number` None.
+    A disk without a partition table is one row with `number` None. `partuuid` is what Linux calls
+    PARTUUID.
     """
 
     device: str
@@ -90,6 +91,7 @@ class Partition:
     name: str | None
     bootable: bool
     table: str
+    partuuid: str | None = None
 
 
 @dataclass(frozen=True)

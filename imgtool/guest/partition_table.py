@@ -105,7 +105,7 @@ def _no_partitions(device: str, size: int, table: str) -> Partition:
     )
 
 
-def _msdos_row(device: str, number: int, entry: _Entry, first: int) -> Partition:
+def _msdos_row(device: str, number: int, entry: _Entry, first: int, disk_id: int) -> Partition:
     return Partition(
         device=partition_device(device, number),
         number=number,
@@ -119,6 +119,7 @@ def _msdos_row(device: str, number: int, entry: _Entry, first: int) -> Partition
         name=None,
         bootable=entry.bootable,
         table="msdos",
+        partuuid=f"{disk_id:08x}-{number:02x}" if disk_id else None,
     )
 
 
@@ -154,8 +155,9 @@ def _logical(read: Read, outer: _Entry, sectors: int) -> Iterator[tuple[_Entry, 
 def _read_msdos(
     read: Read, entries: Sequence[_Entry], size: int, device: str
 ) -> tuple[Partition, ...]:
+    disk_id = int.from_bytes(read(0, SECTOR)[440:444], "little")
     rows = [
-        _msdos_row(device, slot, entry, entry.start)
+        _msdos_row(device, slot, entry, entry.start, disk_id)
         for slot, entry in enumerate(entries, 1)
         if entry.count  # whatever its type, as Linux has it
     ]
@@ -167,7 +169,7 @@ def _read_msdos(
             if number == 4 + _MAX_LOGICAL:
                 break
             number += 1
-            rows.append(_msdos_row(device, number, entry, first))
+            rows.append(_msdos_row(device, number, entry, first, disk_id))
     return tuple(rows) or (_no_partitions(device, size, "msdos"),)
 
 
@@ -193,7 +195,7 @@ def _gpt_at(read: Read, lba: int, sector_size: int, last: int) -> tuple[int, byt
 
 
 def _gpt_row(device: str, number: int, entry: bytes, sector_size: int) -> Partition | None:
-    kind, _, first, last, attributes = _GPT_ENTRY.unpack_from(entry)
+    kind, unique, first, last, attributes = _GPT_ENTRY.unpack_from(entry)
     if kind == bytes(16):
         return None
     type_guid = str(uuid.UUID(bytes_le=kind)).upper()
@@ -211,6 +213,7 @@ def _gpt_row(device: str, number: int, entry: bytes, sector_size: int) -> Partit
         name=name,
         bootable=type_guid == EFI_SYSTEM or bool(attributes & _LEGACY_BOOT),
         table="gpt",
+        partuuid=str(uuid.UUID(bytes_le=unique)),
     )
 
 

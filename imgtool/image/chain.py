@@ -8,7 +8,7 @@ chain with a driver written at every level, so that nothing is left for it to gu
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,19 +76,27 @@ class Chain:
             hint=f"it has: {names}" if there else "it has no internal snapshots",
         )
 
-    def blockdev(self, *, read_only: bool = True, force_share: bool = False) -> dict[str, Any]:
+    def blockdev(
+        self,
+        *,
+        read_only: bool = True,
+        force_share: bool = False,
+        names: Mapping[Path, str] | None = None,
+    ) -> dict[str, Any]:
         """The chain as QEMU's `-blockdev` takes it: a driver and absolute names at every level.
 
-        `force_share` reads past the locks of a running QEMU and is for readers only.
+        `force_share` reads past the locks of a running QEMU and is for readers only. `names` are
+        other names of the chain's files, for a QEMU that sees them elsewhere.
         """
+
+        def file(path: Path, driver: str) -> dict[str, Any]:
+            return file_node(Path(names[path]) if names else path, driver)
+
         node: dict[str, Any] | None = None
         for link in reversed(self.links):
-            above: dict[str, Any] = {
-                "driver": link.format,
-                "file": file_node(link.path, link.driver),
-            }
+            above: dict[str, Any] = {"driver": link.format, "file": file(link.path, link.driver)}
             if link.data_path is not None:
-                above["data-file"] = file_node(link.data_path, node_driver(link.data_path))
+                above["data-file"] = file(link.data_path, node_driver(link.data_path))
             if link.format in _WITH_BACKING:
                 above["backing"] = node
             node = above
@@ -100,9 +108,15 @@ class Chain:
             node["force-share"] = True
         return node
 
-    def filename(self, *, read_only: bool = True, force_share: bool = False) -> str:
+    def filename(
+        self,
+        *,
+        read_only: bool = True,
+        force_share: bool = False,
+        names: Mapping[Path, str] | None = None,
+    ) -> str:
         """`blockdev()` as a file name that qemu-img, qemu-nbd and qemu-io take."""
-        node = self.blockdev(read_only=read_only, force_share=force_share)
+        node = self.blockdev(read_only=read_only, force_share=force_share, names=names)
         return "json:" + json.dumps(node, ensure_ascii=False)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from imgtool.engines.libguestfs.blocks import Block, list_blocks, parsed
+from imgtool.engines.libguestfs.blocks import list_blocks, parsed
 from imgtool.engines.libguestfs.volumes import guest_names
 from imgtool.errors import EngineError
+from imgtool.guest.blocks import Block
 
 COLUMNS = [
     "KNAME",

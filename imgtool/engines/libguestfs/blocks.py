@@ -7,10 +7,11 @@ costs as much as half a launch. One lsblk knows the same: types, labels, UUIDs, 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from imgtool.errors import EngineError
+from imgtool.guest.blocks import Block, in_order
 from imgtool.guest.partitions import disk_name
 
 _COLUMNS = "KNAME,PKNAME,NAME,TYPE,HCTL,SIZE,FSTYPE,LABEL,UUID,PARTUUID,PARTLABEL,PARTTYPE"
@@ -23,46 +24,6 @@ _SCRIPT = (
 )
 _PAIR = re.compile(r'([A-Z]+)="([^"]*)"')
 _ESCAPED = re.compile(rb"\\x([0-9a-fA-F]{2})")
-
-# Partitions that hold no filesystem by design: extended ones, and Windows' own (LDM, reserved).
-# These are not even listed as filesystems; a BIOS boot partition is, as one of unknown type.
-_NO_FILESYSTEM = frozenset(
-    (
-        "0x5",
-        "0xf",
-        "0x85",
-        "0x42",
-        "5808c8aa-7e8f-42e0-85d2-e1e90434cfb3",
-        "af9b60a0-1431-4f62-bc68-3311714a69ad",
-        "e3c9e316-0b5c-4db8-817d-f92df00215ae",
-    )
-)
-BIOS_BOOT = "21686148-6449-6e6f-744e-656564454649"
-
-
-@dataclass(frozen=True)
-class Block:
-    """A block device: `device` is the guest's name of it, `kernel` the appliance's own.
-
-    `kind` is device, partition, lv, md or mapped; `parents` are the guest's names.
-    """
-
-    device: str
-    kernel: str
-    kind: str
-    size: int
-    type: str | None = None
-    label: str | None = None
-    uuid: str | None = None
-    partuuid: str | None = None
-    partlabel: str | None = None
-    parttype: str = ""
-    parents: tuple[str, ...] = ()
-
-    @property
-    def holds_none(self) -> bool:
-        """Whether this is a partition of a kind that never holds a filesystem."""
-        return self.parttype in _NO_FILESYSTEM
 
 
 def _decoded(value: str) -> str:
@@ -153,17 +114,7 @@ def parsed(output: str) -> tuple[Block, ...]:
         )
         for block in found.values()
     ]
-    order = ("device", "partition", "md", "lv", "mapped")
-    blocks.sort(key=lambda block: (order.index(block.kind), *_place(block)))
-    return tuple(blocks)
-
-
-def _place(block: Block) -> tuple[int, str, int]:
-    """Where a block stands among its kind: /dev/sda10 after /dev/sda9, /dev/sdaa after /dev/sdz."""
-    if block.kind not in ("device", "partition"):
-        return 0, block.device, 0
-    stem = block.device.rstrip("0123456789")
-    return len(stem), stem, int(block.device[len(stem) :] or 0)
+    return in_order(blocks)
 
 
 def list_blocks(handle: Any) -> tuple[Block, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import re
@@ -232,17 +231,6 @@ class LibguestfsGuest(Guest):
                     continue
                 yield self.summed(entry, checksum, on_problem)
 
-    def summed(self, entry: Entry, kind: str, on_problem: OnProblem | None) -> Entry:
-        """The entry of a regular file with its checksum."""
-        try:
-            value = self.calls.checksum(kind, entry.path)
-        except CallFailed as error:
-            if on_problem is None:
-                raise
-            on_problem(entry.path, error.message)
-            return entry
-        return dataclasses.replace(entry, checksum=value)
-
     def checksum(self, kind: str, path: str | bytes) -> str:
         """The md5, sha1 or sha256 of a regular file, in hexadecimal."""
         if kind not in CHECKSUMS:
@@ -312,4 +300,5 @@ class LibguestfsGuest(Guest):
     def operating_systems(self, *, packages: bool = False) -> tuple[OperatingSystem, ...]:
         """What is installed in the guest, by libguestfs's own inspection."""
         self.unmount_layout()
+        # Listing the blocks opens encrypted devices, which inspection then sees.
         return inspection.operating_systems(self.handle, self.volumes.blocks(), packages=packages)

@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from imgtool.engines.libguestfs.blocks import Block
 from imgtool.engines.libguestfs.volumes import guest_names, reason
 from imgtool.errors import EngineError
+from imgtool.guest.blocks import Block
 from imgtool.guest.model import Application, OperatingSystem
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from imgtool.engines.libguestfs.blocks import BIOS_BOOT
 from imgtool.engines.libguestfs.volumes import is_subvolume, reason
 from imgtool.errors import ImgtoolError
+from imgtool.guest.blocks import BIOS_BOOT
 from imgtool.guest.layout import CONTAINERS
 from imgtool.guest.model import SpaceUsage
 

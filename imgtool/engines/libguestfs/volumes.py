@@ -9,17 +9,16 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from imgtool.engines.libguestfs.blocks import Block, list_blocks
+from imgtool.engines.libguestfs.blocks import list_blocks
 from imgtool.engines.libguestfs.calls import Calls
 from imgtool.errors import EngineError, HostError
+from imgtool.guest.blocks import Block, device_with, filesystems_on
 from imgtool.guest.keys import Key
 from imgtool.guest.layout import BTRFS_VOLUME, SMALL_FILE
 from imgtool.guest.model import Device
 
 log = logging.getLogger(__name__)
 
-# What other devices are made of rather than a filesystem, and not shown as one.
-_PARTS = frozenset(("LVM2_member", "linux_raid_member"))
 _ON_DISK = re.compile(
     re.escape(BTRFS_VOLUME) + r"/dev/(?P<disk>sd[a-z]+)(?P<rest>[0-9]*/.*)", re.DOTALL
 )
@@ -137,18 +136,8 @@ class ApplianceVolumes:
     def filesystems(self) -> Sequence[Device]:
         """The filesystems; LUKS devices that a key opens are replaced by what is in them."""
         if self._filesystems is None:
-            rows = []
-            parents = {parent for block in self.blocks() for parent in block.parents}
-            for block in self.blocks():
-                split = block.kind == "device" and block.device in parents and block.type is None
-                if split or block.holds_none or block.type in _PARTS:
-                    continue
-                if block.device in self._opened:
-                    continue
-                rows.append(Device("filesystem", block.device, block.type))
-                if block.type == "btrfs":
-                    rows += self._subvolumes(block.device)
-            self._filesystems = tuple(rows)
+            closed = [block for block in self.blocks() if block.device not in self._opened]
+            self._filesystems = filesystems_on(closed, self._subvolumes)
         return self._filesystems
 
     def _subvolumes(self, device: str) -> list[Device]:
@@ -179,14 +168,8 @@ class ApplianceVolumes:
 
     def device_with(self, kind: str, value: str) -> str | None:
         """The device with this filesystem `uuid` or `label`, GPT `partuuid` or `partlabel`."""
-        for block in self.blocks():
-            if block.type in _PARTS or block.device in self._opened:
-                continue
-            found = getattr(block, kind)
-            same = found == value or (kind == "partuuid" and (found or "").lower() == value.lower())
-            if found is not None and same:
-                return block.device
-        return None
+        blocks = [block for block in self.blocks() if block.device not in self._opened]
+        return device_with(blocks, kind, value)
 
     def subvolume_by_id(self, device: str, number: int) -> str | None:
         """The path of the btrfs subvolume with this id."""

@@ -1,0 +1,160 @@
+"""Two engines behind one guest: the direct one as long as it accepts, then the appliance."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import BinaryIO, TypeVar
+
+from imgtool.engines.direct.client import WorkerFailed
+from imgtool.engines.direct.filesystem import NeedsAppliance
+from imgtool.errors import ImageError
+from imgtool.guest.guest import Guest, OnProblem
+from imgtool.guest.model import Device, Entry, Layout, OperatingSystem, SpaceUsage
+
+log = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
+Opener = Callable[[], AbstractContextManager[Guest]]
+
+
+class ChosenGuest(Guest):
+    """A guest that is read directly until something needs the appliance, and by it from then on.
+
+    Both engines give the same answers, and the direct one refuses before the first part of an
+    answer, so that a caller sees no seam. Without `appliance` a refusal is an `ImageError`.
+    """
+
+    def __init__(
+        self,
+        stack: contextlib.ExitStack,
+        direct: Opener,
+        appliance: Opener | None,
+        *,
+        image: str,
+    ) -> None:
+        super().__init__()
+        self._stack = stack
+        self._appliance = appliance
+        self._image = image
+        self._direct: contextlib.ExitStack | None = contextlib.ExitStack()
+        stack.callback(self._direct.close)
+        try:
+            self._guest = self._direct.enter_context(direct())
+        except (NeedsAppliance, WorkerFailed) as error:
+            self._switch(error)
+        else:
+            log.info("engine: direct")
+
+    @property
+    def engine(self) -> str:  # type: ignore[override]
+        """The engine that answers now."""
+        return self._guest.engine
+
+    def _switch(self, error: Exception) -> None:
+        if self._direct is None:
+            raise error
+        self._direct.close()
+        self._direct = None
+        reason = error.message if isinstance(error, WorkerFailed) else str(error)
+        if self._appliance is None:
+            raise ImageError(
+                f"the direct engine does not read this: {reason}",
+                subject=self._image,
+                hint="leave --engine out, and the appliance reads it",
+            ) from error
+        log.info("engine: libguestfs, since the direct engine does not read this: %s", reason)
+        self._guest = self._stack.enter_context(self._appliance())
+
+    def _asked(self, question: Callable[[Guest], _Answer]) -> _Answer:
+        try:
+            return question(self._guest)
+        except (NeedsAppliance, WorkerFailed) as error:
+            self._switch(error)
+            return question(self._guest)
+
+    def _listed(self, question: Callable[[Guest], Iterator[Entry]]) -> Iterator[Entry]:
+        begun = False
+        try:
+            for entry in question(self._guest):
+                begun = True
+                yield entry
+        except (NeedsAppliance, WorkerFailed) as error:
+            if begun:
+                raise
+            self._switch(error)
+            yield from question(self._guest)
+
+    @contextlib.contextmanager
+    def _streamed(
+        self, question: Callable[[Guest], AbstractContextManager[BinaryIO]]
+    ) -> Iterator[BinaryIO]:
+        with contextlib.ExitStack() as stack:
+            yield self._asked(lambda guest: stack.enter_context(question(guest)))
+
+    @property
+    def layout(self) -> Layout:
+        """Which filesystem is mounted where; discovered at the first use."""
+        return self._asked(lambda guest: guest.layout)
+
+    def resolve(self, path: str | bytes) -> bytes:
+        """The path without symbolic links; `NotInGuestError` if it leads nowhere."""
+        return self._asked(lambda guest: guest.resolve(path))
+
+    def lstat(self, path: str | bytes) -> Entry:
+        """One path as it is; a symbolic link is not followed."""
+        return self._asked(lambda guest: guest.lstat(path))
+
+    def entries(self, path: str | bytes, *, on_problem: OnProblem | None = None) -> Iterator[Entry]:
+        """What is in a directory, sorted by name as bytes; the links are not followed."""
+        return self._listed(lambda guest: guest.entries(path, on_problem=on_problem))
+
+    def walk(
+        self,
+        path: str | bytes = "/",
+        *,
+        checksum: str | None = None,
+        on_problem: OnProblem | None = None,
+    ) -> Iterator[Entry]:
+        """Everything below a directory: parents first, siblings sorted by name as bytes."""
+        return self._listed(
+            lambda guest: guest.walk(path, checksum=checksum, on_problem=on_problem)
+        )
+
+    def checksum(self, kind: str, path: str | bytes) -> str:
+        """The md5, sha1 or sha256 of a regular file, in hexadecimal."""
+        return self._asked(lambda guest: guest.checksum(kind, path))
+
+    def open(self, path: str | bytes) -> AbstractContextManager[BinaryIO]:
+        """A regular file's bytes as a stream; links are followed inside the guest."""
+        return self._streamed(lambda guest: guest.open(path))
+
+    def tar(
+        self, path: str | bytes, excludes: Sequence[bytes] = ()
+    ) -> AbstractContextManager[BinaryIO]:
+        """A directory's content (names relative to it) as a stream in tar format."""
+        return self._streamed(lambda guest: guest.tar(path, excludes))
+
+    def data_ranges(self, path: str | bytes) -> Sequence[tuple[int, int]]:
+        """Where a sparse file has data: (offset, length) in bytes, ascending."""
+        return self._asked(lambda guest: guest.data_ranges(path))
+
+    def open_range(
+        self, path: str | bytes, offset: int, length: int
+    ) -> AbstractContextManager[BinaryIO]:
+        """A part of a regular file as a stream."""
+        return self._streamed(lambda guest: guest.open_range(path, offset, length))
+
+    def devices(self, *, everything: bool = False) -> tuple[Device, ...]:
+        """The filesystems; with `everything` also partitions, LVs, VGs, PVs and devices."""
+        return self._asked(lambda guest: guest.devices(everything=everything))
+
+    def usage(self) -> tuple[SpaceUsage, ...]:
+        """The space of every filesystem, with an `error` where one cannot be mounted."""
+        return self._asked(lambda guest: guest.usage())
+
+    def operating_systems(self, *, packages: bool = False) -> tuple[OperatingSystem, ...]:
+        """What is installed in the guest."""
+        return self._asked(lambda guest: guest.operating_systems(packages=packages))

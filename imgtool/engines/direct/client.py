@@ -1,0 +1,235 @@
+"""The parent's end of the conversation with the worker: it believes nothing that it hears."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import IO, TYPE_CHECKING, Any
+
+from imgtool import interrupt
+from imgtool.engines.direct import protocol
+from imgtool.engines.direct.filesystem import NeedsAppliance
+from imgtool.errors import EngineError, ImageError, Interrupted, NotInGuestError
+from imgtool.guest.blocks import Block
+from imgtool.guest.model import Entry
+from imgtool.image.places import printable
+
+if TYPE_CHECKING:
+    import subprocess
+
+SILENCE = 60.0  # seconds without a byte from a worker that owes an answer
+_LARGEST = (1 << 63) - 1
+_LONGEST_LINE = 4096
+
+
+class WorkerFailed(EngineError):
+    """The worker died, hung, or answered nonsense."""
+
+
+class _Answers:
+    """The worker's stdout, read with a limit on how long it may be silent."""
+
+    def __init__(self, descriptor: int, silence: float) -> None:
+        self._descriptor = descriptor
+        self._silence = silence
+        self._held = bytearray()
+
+    def read(self, length: int) -> bytes:
+        """Exactly `length` bytes, or fewer at the end."""
+        while len(self._held) < length:
+            deadline = time.monotonic() + self._silence
+            while not select.select([self._descriptor], [], [], 0.25)[0]:
+                if interrupt.pending():
+                    raise Interrupted("interrupted")
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+            data = os.read(self._descriptor, max(1 << 16, length - len(self._held)))
+            if not data:
+                break
+            self._held += data
+        found = bytes(self._held[:length])
+        del self._held[:length]
+        return found
+
+
+class Client:
+    """One worker, for one guest. Not for several threads."""
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        said: IO[bytes],
+        *,
+        image: str,
+        silence: float = SILENCE,
+    ) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        self._requests = process.stdin
+        self._answers: Any = _Answers(process.stdout.fileno(), silence)
+        self._process = process
+        self._said = said
+        self._image = image
+        self._busy = False
+        self._broken = False
+
+    def _failure(self, reason: str) -> EngineError:
+        self._broken = True
+        self._process.kill()
+        return WorkerFailed(
+            f"the direct engine's worker failed: {reason}",
+            subject=self._image,
+            hint="read it through the appliance: --engine libguestfs",
+        )
+
+    def request(self, do: str, **arguments: object) -> Iterator[Any]:
+        """The parts of an answer: JSON values as such, data as bytes; errors as `frames`."""
+        for kind, payload in self.frames(do, **arguments):
+            yield (
+                payload
+                if kind == protocol.DATA
+                else self.checked(partial(protocol.parsed, payload))
+            )
+
+    def payloads(self, do: str, **arguments: object) -> Iterator[bytes]:
+        """The parts of an answer as they arrived; errors as `frames`."""
+        for _, payload in self.frames(do, **arguments):
+            yield payload
+
+    def frames(self, do: str, **arguments: object) -> Iterator[tuple[bytes, bytes]]:
+        """The frames of an answer, their kinds (JSON or DATA) and payloads.
+
+        Raises `NeedsAppliance`, `NotInGuestError`, `EngineError` or `ImageError` as the worker
+        says, and `EngineError` for a worker that dies, hangs or answers nonsense. An answer that
+        is not read to its end costs the worker its life at the next request.
+        """
+        if self._broken or self._busy:
+            raise self._failure("it is not ready")
+        self._busy = True
+        body = json.dumps({"do": do, **arguments}).encode("ascii")
+        try:
+            self._requests.write(len(body).to_bytes(4, "big") + body)
+            self._requests.flush()
+            while True:
+                kind, payload = protocol.receive(self._answers)
+                if kind == protocol.END:
+                    break
+                if kind == protocol.ERROR:
+                    self._busy = False
+                    raise self._told(protocol.parsed(payload))
+                yield kind, payload
+        except protocol.BadMessage as error:
+            raise self._failure(self._last_words() or str(error)) from error
+        except TimeoutError as error:
+            raise self._failure("it does not answer") from error
+        except OSError as error:
+            raise self._failure(self._last_words() or str(error)) from error
+        self._busy = False
+
+    def _last_words(self) -> str:
+        """The last line on the worker's standard error."""
+        self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - _LONGEST_LINE))
+        lines = self._said.read().decode("utf-8", "replace").strip().splitlines()
+        return printable(lines[-1]) if lines else ""
+
+    def _told(self, error: Any) -> Exception:
+        if not isinstance(error, dict):
+            raise protocol.BadMessage("an error of no known form")
+        kind, message = error.get("kind"), error.get("message")
+        if not isinstance(message, str):
+            raise protocol.BadMessage("an error of no known form")
+        message = printable(message[:_LONGEST_LINE])
+        if kind == "missing":
+            return NotInGuestError(message)
+        if kind == "appliance":
+            return NeedsAppliance(message)
+        if kind == "image":
+            said = self._last_words().removeprefix("qemu-nbd: ")
+            if "Permission denied" in said:
+                return NeedsAppliance("the sandbox may not read the image")
+            return ImageError(f"QEMU cannot read it: {said or message}", subject=self._image)
+        if kind == "failed":
+            return EngineError(message)
+        raise protocol.BadMessage("an error of no known kind")
+
+    def one(self, do: str, **arguments: object) -> Any:
+        """An answer of exactly one value, or None for an empty answer."""
+        values = list(self.request(do, **arguments))
+        if len(values) > 1:
+            raise self._failure("an answer of several parts")
+        return values[0] if values else None
+
+    # Values with a form
+
+    def checked(self, make: Callable[[], Any]) -> Any:
+        """What `make` makes of an answer; nonsense in it is the worker's failure."""
+        try:
+            return make()
+        except (protocol.BadMessage, TypeError, ValueError, KeyError, IndexError) as error:
+            raise self._failure("its answer makes no sense") from error
+
+
+def whole(value: object, least: int = 0, most: int = _LARGEST) -> int:
+    """A whole number within limits."""
+    if type(value) is not int or not least <= value <= most:
+        raise protocol.BadMessage("a number out of its limits")
+    return value
+
+
+def string(value: object) -> str:
+    """A string of reasonable length."""
+    if not isinstance(value, str) or len(value) > _LONGEST_LINE:
+        raise protocol.BadMessage("no string")
+    return value.encode("utf-8", "replace").decode()
+
+
+def _optional(value: object) -> str | None:
+    return None if value is None else string(value)
+
+
+def block(row: Any) -> Block:
+    """A block device as the worker tells of it."""
+    device, kind, size, *texts, parents = row
+    type, label, uuid, partuuid, partlabel, parttype = texts
+    if kind not in ("device", "partition", "lv") or not string(device).startswith("/dev/"):
+        raise protocol.BadMessage("no block device")
+    return Block(
+        device=string(device),
+        kind=kind,
+        size=whole(size),
+        type=_optional(type),
+        label=_optional(label),
+        uuid=_optional(uuid),
+        partuuid=_optional(partuuid),
+        partlabel=_optional(partlabel),
+        parttype=string(parttype),
+        parents=tuple(string(parent) for parent in parents),
+    )
+
+
+def entry(row: Any) -> Entry:
+    """An entry as the worker tells of it."""
+    path, mount, inode, mode, uid, gid, size, mtime, blocks, nlink, rdev, target, checksum = row
+    raw = protocol.name(path)
+    if not raw.startswith(b"/") or b"\0" in raw:
+        raise protocol.BadMessage("no path")
+    if any(part in (b"", b".", b"..") for part in raw.split(b"/")[1:]) and raw != b"/":
+        raise protocol.BadMessage("no path")
+    return Entry(
+        path=raw,
+        mode=whole(mode, most=0o177777),
+        uid=whole(uid, most=0xFFFFFFFF),
+        gid=whole(gid, most=0xFFFFFFFF),
+        size=whole(size),
+        mtime_ns=whole(mtime, -_LARGEST * 1000, _LARGEST * 1000),
+        blocks=whole(blocks),
+        nlink=whole(nlink),
+        inode=whole(inode, most=(1 << 64) - 1),
+        device=whole(mount),
+        rdev=whole(rdev, most=(1 << 64) - 1),
+        target=None if target is None else protocol.name(target),
+        checksum=_optional(checksum),
+    )

@@ -1,0 +1,163 @@
+"""Where the blocks of an ext2, ext3 or ext4 file are: extent trees and block maps.
+
+Sources: the kernel's Documentation/filesystems/ext4 (ifork), fs/ext4/extents.c (what it verifies of
+a tree) and fs/ext4/indirect.c. Trees come from a hostile disk: every block of one is visited once,
+in ascending order, and the number of runs is bounded.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from imgtool.engines.direct.filesystem import NeedsAppliance, ReadFailed
+
+_MAGIC = 0xF30A
+_MAX_DEPTH = 5
+_MAX_LENGTH = 32768  # of a written extent; beyond it the extent is unwritten
+_MAX_RUNS = 400_000
+_END = 1 << 32
+_DIRECT = 12
+
+
+class Run(NamedTuple):
+    """Blocks of a file that lie together: logical start, physical start, count; all written."""
+
+    logical: int
+    physical: int
+    length: int
+
+
+class Tree(NamedTuple):
+    """What a walk needs: the range of valid blocks, a block reader and a check of a tree block."""
+
+    block_size: int
+    first_block: int
+    blocks: int
+    read: Callable[[int], bytes]
+    is_sound: Callable[[bytes, int], bool]
+
+
+def extents(tree: Tree, root: bytes) -> list[Run]:
+    """The written runs of an extent tree; `root` is the inode's 60 bytes."""
+    runs: list[Run] = []
+    depth = struct.unpack_from("<H", root, 6)[0]
+    if depth > _MAX_DEPTH:
+        raise ReadFailed("an extent tree is too deep")
+    # Nodes still to be read, the next one last: block, its depth, and the logical blocks it covers.
+    waiting: list[tuple[int, int, int, int]] = []
+    _node(tree, root, depth, (0, _END), runs, waiting)
+    while waiting:
+        block, depth, start, end = waiting.pop()
+        data = tree.read(block)
+        limit = struct.unpack_from("<H", data, 4)[0]
+        tail = 12 + 12 * limit
+        if tail + 4 > len(data) or not tree.is_sound(data, tail):
+            raise ReadFailed("a block of an extent tree is damaged")
+        _node(tree, data, depth, (start, end), runs, waiting)
+        if data[12:16] != start.to_bytes(4, "little") and data[2:4] != b"\0\0":
+            raise ReadFailed("a block of an extent tree is not where its parent has it")
+    return runs
+
+
+def _node(
+    tree: Tree,
+    data: bytes,
+    depth: int,
+    covered: tuple[int, int],
+    runs: list[Run],
+    waiting: list[tuple[int, int, int, int]],
+) -> None:
+    magic, entries, limit, found_depth = struct.unpack_from("<4H", data)
+    if (
+        magic != _MAGIC
+        or found_depth != depth
+        or entries > limit
+        or not 0 < limit <= (len(data) - 12) // 12
+        or (depth and not entries)
+    ):
+        raise ReadFailed("the header of an extent tree is damaged")
+    position, end = covered
+    if depth:
+        starts: list[tuple[int, int]] = []
+        for start, low, high in struct.iter_unpack("<IIHxx", data[12 : 12 + 12 * entries]):
+            block = low | high << 32
+            if start < position or start >= end or not tree.first_block < block < tree.blocks:
+                raise ReadFailed("an index of an extent tree is damaged")
+            starts.append((start, block))
+            position = start + 1
+        ends = [start for start, _ in starts[1:]] + [end]
+        waiting.extend(
+            (block, depth - 1, start, stop)
+            for (start, block), stop in zip(reversed(starts), reversed(ends), strict=True)
+        )
+        return
+    for start, length, high, low in struct.iter_unpack("<IHHI", data[12 : 12 + 12 * entries]):
+        physical = low | high << 32
+        count = length if length <= _MAX_LENGTH else length - _MAX_LENGTH
+        if (
+            not count
+            or start < position
+            or start + count > end
+            or not tree.first_block < physical <= tree.blocks - count
+        ):
+            raise ReadFailed("an extent is damaged")
+        position = start + count
+        if length <= _MAX_LENGTH:
+            _add(runs, start, physical, count)
+
+
+def block_map(tree: Tree, root: bytes, blocks: int) -> list[Run]:
+    """The runs of a block map; `root` is the inode's 60 bytes, `blocks` the file's length."""
+    runs: list[Run] = []
+    pointers = struct.unpack("<15I", root)
+    seen: set[int] = set()
+    for logical, physical in enumerate(pointers[:_DIRECT]):
+        if physical:
+            _add_mapped(tree, runs, logical, physical)
+    start = _DIRECT
+    for level, block in enumerate(pointers[_DIRECT:], 1):
+        if block and start < blocks:
+            for logical, physical in _indirect(tree, block, level, start, blocks, seen):
+                _add_mapped(tree, runs, logical, physical)
+        start += (tree.block_size // 4) ** level
+    return runs
+
+
+def _indirect(
+    tree: Tree, block: int, level: int, start: int, blocks: int, seen: set[int]
+) -> Iterator[tuple[int, int]]:
+    # A block that is used twice could make a small image describe an endless file.
+    if block in seen or len(seen) > _MAX_RUNS:
+        raise NeedsAppliance("ext: a block map is too large, or uses a block twice")
+    if not tree.first_block < block < tree.blocks:
+        raise ReadFailed("a block map is damaged")
+    seen.add(block)
+    data = tree.read(block)
+    span = (len(data) // 4) ** (level - 1)
+    for index, pointer in enumerate(struct.unpack(f"<{len(data) // 4}I", data)):
+        logical = start + index * span
+        if not pointer or logical >= blocks:
+            continue
+        if level == 1:
+            yield logical, pointer
+        else:
+            yield from _indirect(tree, pointer, level - 1, logical, blocks, seen)
+
+
+def _add_mapped(tree: Tree, runs: list[Run], logical: int, physical: int) -> None:
+    if not tree.first_block < physical < tree.blocks:
+        raise ReadFailed("a block map is damaged")
+    _add(runs, logical, physical, 1)
+
+
+def _add(runs: list[Run], logical: int, physical: int, count: int) -> None:
+    if runs:
+        last = runs[-1]
+        if last.logical + last.length == logical and last.physical + last.length == physical:
+            runs[-1] = Run(last.logical, last.physical, last.length + count)
+            return
+    if len(runs) >= _MAX_RUNS:
+        raise NeedsAppliance("ext: a file is in too many pieces")
+    runs.append(Run(logical, physical, count))

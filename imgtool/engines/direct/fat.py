@@ -1,0 +1,253 @@
+"""FAT12, FAT16 and FAT32, as Linux's vfat shows them when mounted with its default options."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from stat import S_IFDIR, S_IFREG
+from sys import byteorder
+
+from imgtool.engines.direct import fat_directory
+from imgtool.engines.direct.fat_boot import FIRST_CLUSTER, Geometry, read_geometry
+from imgtool.engines.direct.fat_directory import DIRECTORY, ENTRY, READ_ONLY, Content, Entry
+from imgtool.engines.direct.filesystem import (
+    Filesystem,
+    NeedsAppliance,
+    Node,
+    NoSuchName,
+    ReadFailed,
+    Source,
+    Usage,
+)
+from imgtool.engines.direct.pages import Pages
+
+_ROOT = 0  # no directory entry lies there: it is the boot sector
+_LARGEST_DIRECTORY = 2 * 1024 * 1024  # the specification's limit of 65,536 entries
+_MOST_RUNS = 500_000
+_CHUNK = 1024 * 1024
+_END_OF_CHAIN = -1
+
+
+class FatFilesystem(Filesystem):
+    """A FAT volume. An inode is the place of the directory entry on the volume, in entries."""
+
+    type = "vfat"
+    root = _ROOT
+    ignores_case = True
+
+    def __init__(self, source: Source, geometry: Geometry) -> None:
+        self._source = Pages(source)
+        self._geometry = geometry
+        self._bad = {12: 0xFF7, 16: 0xFFF7, 32: 0x0FFFFFF7}[geometry.bits]
+        self._directory_of_cluster: dict[int, int] = {}
+        self._last_directory: tuple[int, bytes] = (-1, b"")
+        self._last_runs: tuple[int, list[int], list[tuple[int, int]]] = (-1, [], [])
+
+    @classmethod
+    def open(cls, source: Source) -> FatFilesystem:
+        """Check the boot sector and the root directory; a dirty volume reads like a clean one."""
+        found = cls(source, read_geometry(source))
+        found._directory(_ROOT)
+        return found
+
+    def stat(self, inode: int) -> Node:
+        """`lstat`; a directory's size and link count come from its clusters, as in the kernel."""
+        if inode == _ROOT:
+            data = self._directory(_ROOT)
+            links = fat_directory.subdirectories(data) + 2
+            return self._node(inode, S_IFDIR | 0o755, len(data), 0, links)
+        entry = self._entry(inode)
+        if entry.attributes & DIRECTORY:
+            data = self._directory(inode)
+            links = fat_directory.subdirectories(data)
+            if links < 2:
+                raise NeedsAppliance("a directory on FAT does not begin with . and ..")
+            return self._node(inode, S_IFDIR | 0o755, len(data), entry.mtime, links)
+        mode = 0o555 if entry.attributes & READ_ONLY else 0o755
+        return self._node(inode, S_IFREG | mode, entry.size, entry.mtime, 1)
+
+    def names(self, inode: int) -> Iterator[tuple[bytes, int]]:
+        """Long names where there are any, else 8.3 names; no volume labels, nothing deleted."""
+        for entry, child in self._listed(inode)[0]:
+            yield entry.name, child
+
+    def target(self, inode: int) -> bytes:
+        """FAT has no symbolic links."""
+        raise ReadFailed("not a symbolic link")
+
+    def read(self, inode: int, offset: int, length: int) -> bytes:
+        """Bytes of a regular file."""
+        entry = self._entry(inode)
+        length = min(length, entry.size - offset)
+        if length <= 0:
+            return b""
+        starts, runs = self._runs(inode, entry)
+        parts = []
+        at = bisect_right(starts, offset) - 1
+        while length:
+            place, size = runs[at]
+            within = offset - starts[at]
+            take = min(length, size - within)
+            parts.append(self._source.read(place + within, take))
+            offset, length, at = offset + take, length - take, at + 1
+        return b"".join(parts)
+
+    def ranges(self, inode: int) -> Sequence[tuple[int, int]]:
+        """All of the file: FAT has no holes."""
+        size = self._entry(inode).size
+        return [(0, size)] if size else []
+
+    def usage(self) -> Usage:
+        """The kernel counts free clusters in the table: FAT32's stored count may be stale."""
+        cluster = self._geometry.cluster_size
+        size, free = self._geometry.clusters * cluster, self._free_clusters() * cluster
+        return Usage(size, size - free, free, 0, 0)
+
+    def lookup(self, inode: int, name: bytes) -> int:
+        """By long name or alias, without regard to the case of ASCII letters or dots at the end."""
+        child = self._listed(inode)[1].get(self.folded(name.rstrip(b".")))
+        if child is None:
+            raise NoSuchName
+        return child
+
+    def folded(self, name: bytes) -> bytes:
+        """The kernel's `iocharset=ascii` knows no other letters."""
+        return name.upper()
+
+    def _node(self, inode: int, mode: int, size: int, mtime: int, links: int) -> Node:
+        cluster = self._geometry.cluster_size
+        blocks = -(-size // cluster) * cluster // 512
+        return Node(inode, mode, 0, 0, size, mtime * 10**9, blocks, links, 0)
+
+    def _entry(self, inode: int) -> Content:
+        return fat_directory.content(self._source.read(inode * ENTRY, ENTRY), self._geometry.bits)
+
+    def _listed(self, inode: int) -> tuple[list[tuple[Entry, int]], dict[bytes, int]]:
+        """What a directory lists, and which entry the kernel finds for a folded name."""
+        data = self._directory(inode)
+        places = self._places(inode)
+        cluster = self._geometry.cluster_size
+        listed: list[tuple[Entry, int]] = []
+        found: dict[bytes, int] = {}
+        for entry in fat_directory.entries(data):
+            if inode == _ROOT and self._geometry.bits != 32:
+                place = places[0] + entry.position
+            else:
+                place = places[entry.position // cluster] + entry.position % cluster
+            child = place // ENTRY
+            if not entry.is_dot:
+                listed.append((entry, child))
+                found.setdefault(self.folded(entry.alias), child)
+                found.setdefault(self.folded(entry.name), child)
+        for entry, child in listed:
+            if found.get(self.folded(entry.name.rstrip(b"."))) != child:
+                raise NeedsAppliance("a directory on FAT has two entries of one name")
+        return listed, found
+
+    def _places(self, inode: int) -> list[int]:
+        """Where a directory's clusters are on the volume, in bytes."""
+        geometry = self._geometry
+        if inode == _ROOT:
+            if geometry.bits != 32:
+                return [geometry.root_offset]
+            first = geometry.root_cluster
+        else:
+            entry = self._entry(inode)
+            if not entry.attributes & DIRECTORY:
+                raise ReadFailed("not a directory")
+            first = entry.cluster
+            if first in (0, geometry.root_cluster):
+                raise NeedsAppliance("a directory on FAT has no clusters of its own")
+        # Two entries with one directory behind them could make a walk endless.
+        if self._directory_of_cluster.setdefault(first, inode) != inode:
+            raise NeedsAppliance("two directories on FAT share their clusters")
+        places: list[int] = []
+        cluster = first
+        while cluster != _END_OF_CHAIN:
+            if len(places) * geometry.cluster_size >= _LARGEST_DIRECTORY:
+                raise NeedsAppliance("a directory on FAT is too large or goes in circles")
+            places.append(self._place(cluster))
+            cluster = self._next(cluster)
+        return places
+
+    def _directory(self, inode: int) -> bytes:
+        if self._last_directory[0] == inode:
+            return self._last_directory[1]
+        if inode == _ROOT and self._geometry.bits != 32:
+            data = self._source.read(self._geometry.root_offset, self._geometry.root_size)
+        else:
+            size = self._geometry.cluster_size
+            data = b"".join(self._source.read(place, size) for place in self._places(inode))
+        self._last_directory = (inode, data)
+        return data
+
+    def _runs(self, inode: int, entry: Content) -> tuple[list[int], list[tuple[int, int]]]:
+        """A file's contiguous pieces: where each starts in it; its place and size in bytes."""
+        if self._last_runs[0] == inode:
+            return self._last_runs[1:]
+        if entry.attributes & DIRECTORY:
+            raise ReadFailed("not a regular file")
+        if entry.cluster == 0:
+            raise NeedsAppliance("a file on FAT has a size and no clusters")
+        size = self._geometry.cluster_size
+        clusters = -(-entry.size // size)
+        starts: list[int] = []
+        runs: list[tuple[int, int]] = []
+        cluster, done = entry.cluster, 0
+        while done < clusters:
+            first, count = cluster, 0
+            while cluster == first + count and done < clusters:
+                if not FIRST_CLUSTER <= cluster < self._geometry.end:
+                    raise ReadFailed("the file's chain of clusters is broken")
+                count, done = count + 1, done + 1
+                cluster = self._next(cluster) if done < clusters else _END_OF_CHAIN
+            if count == 0:
+                raise ReadFailed("the file's chain of clusters is too short")
+            if len(runs) >= _MOST_RUNS:
+                raise NeedsAppliance("a file on FAT is in too many pieces")
+            starts.append((done - count) * size)
+            runs.append((self._place(first), count * size))
+        self._last_runs = (inode, starts, runs)
+        return starts, runs
+
+    def _place(self, cluster: int) -> int:
+        if not FIRST_CLUSTER <= cluster < self._geometry.end:
+            raise ReadFailed("a chain of clusters leaves the volume")
+        return self._geometry.data + (cluster - FIRST_CLUSTER) * self._geometry.cluster_size
+
+    def _next(self, cluster: int) -> int:
+        """The next cluster of a chain; the mark of a bad cluster ends one, as in the kernel."""
+        table, bits = self._geometry.table, self._geometry.bits
+        if bits == 12:
+            (pair,) = struct.unpack("<H", self._source.read(table + cluster * 3 // 2, 2))
+            found = pair >> 4 if cluster & 1 else pair & 0xFFF
+        elif bits == 16:
+            (found,) = struct.unpack("<H", self._source.read(table + cluster * 2, 2))
+        else:
+            (found,) = struct.unpack("<I", self._source.read(table + cluster * 4, 4))
+            found &= 0x0FFFFFFF
+        if found >= self._bad:
+            return _END_OF_CHAIN
+        return int(found)
+
+    def _free_clusters(self) -> int:
+        geometry = self._geometry
+        if geometry.bits == 12:
+            return sum(self._next(c) == 0 for c in range(FIRST_CLUSTER, geometry.end))
+        width = geometry.bits // 8
+        start = geometry.table + FIRST_CLUSTER * width
+        end = geometry.table + geometry.end * width
+        free = 0
+        while start < end:
+            chunk = self._source.read(start, min(_CHUNK, end - start))
+            start += len(chunk)
+            numbers = array("H" if width == 2 else "I", chunk)
+            if byteorder == "big":
+                numbers.byteswap()
+            if width == 4 and max(chunk[3::4]) > 0x0F:  # the upper four bits are not part of it
+                free += sum(not number & 0x0FFFFFFF for number in numbers)
+            else:
+                free += numbers.count(0)
+        return free

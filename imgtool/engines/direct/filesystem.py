@@ -1,0 +1,118 @@
+"""What a filesystem reader is: the interface between the worker and one family of filesystems.
+
+A reader runs in the sandbox. It opens a filesystem only after it has read the superblock itself and
+found every feature in its allow-list; all else raises `NeedsAppliance`, with the reason, before a
+byte of an answer. What the kernel would say of the same filesystem is what counts as right.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+
+class NeedsAppliance(Exception):
+    """The direct engine may not read this; the appliance can. The message is the reason."""
+
+
+class ReadFailed(Exception):
+    """This one thing cannot be read, by the appliance either: damage. The message is the reason."""
+
+
+class NoSuchName(Exception):
+    """A directory has no entry of this name."""
+
+
+class Source(Protocol):
+    """The bytes of a volume: a disk, a partition or a logical volume."""
+
+    @property
+    def size(self) -> int:
+        """The size in bytes."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes at `offset`; `ReadFailed` past the end or where QEMU cannot."""
+
+
+class Node(NamedTuple):
+    """What `lstat` says: `mode` is the whole st_mode, `blocks` counts 512-byte units, times are
+    nanoseconds since 1970, `rdev` is Linux's device number of a device node, as makedev(3) has it.
+    """
+
+    inode: int
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    mtime_ns: int
+    blocks: int
+    nlink: int
+    rdev: int
+
+
+class Usage(NamedTuple):
+    """What statvfs(3) says of a filesystem mounted read-only, in bytes and inodes."""
+
+    size: int
+    used: int
+    available: int
+    inodes: int
+    inodes_used: int
+
+
+class Filesystem(ABC):
+    """One open filesystem. Objects in it are known by the inode number that `names` gives."""
+
+    type: str  # as libblkid names it: ext4, xfs, vfat, ...
+    root: int  # the root directory
+    ignores_case = False
+
+    @classmethod
+    @abstractmethod
+    def open(cls, source: Source) -> Filesystem:
+        """Check the superblock and open; `NeedsAppliance` for whatever is not on the allow-list."""
+
+    @abstractmethod
+    def stat(self, inode: int) -> Node:
+        """`lstat`; `ReadFailed` for a damaged inode, `NeedsAppliance` for an unsupported one."""
+
+    @abstractmethod
+    def names(self, inode: int) -> Iterator[tuple[bytes, int]]:
+        """Name and inode of everything in a directory, in any order, without `.` and `..`.
+
+        Only what the kernel lists: nothing deleted, no reader's own virtual entries.
+        """
+
+    @abstractmethod
+    def target(self, inode: int) -> bytes:
+        """The target of a symbolic link."""
+
+    @abstractmethod
+    def read(self, inode: int, offset: int, length: int) -> bytes:
+        """Bytes of a regular file, fewer past its end; holes are zeros."""
+
+    @abstractmethod
+    def ranges(self, inode: int) -> Sequence[tuple[int, int]]:
+        """Where a regular file has data: (offset, length) in bytes, ascending, within its size.
+
+        Holes and unwritten extents are left out.
+        """
+
+    @abstractmethod
+    def usage(self) -> Usage:
+        """The numbers of statvfs as the kernel computes them; `NeedsAppliance` if not certain."""
+
+    def lookup(self, inode: int, name: bytes) -> int:
+        """The inode of one name in a directory; `NoSuchName` if it is not there."""
+        wanted = self.folded(name)
+        for found, child in self.names(inode):
+            if self.folded(found) == wanted:
+                return child
+        raise NoSuchName
+
+    def folded(self, name: bytes) -> bytes:
+        """The name as it is compared."""
+        if not self.ignores_case:
+            return name
+        return name.decode("utf-8", "surrogateescape").upper().encode("utf-8", "surrogateescape")

@@ -1,0 +1,484 @@
+"""The guest as the sandboxed worker reads it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import logging
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, BinaryIO, cast
+
+from imgtool.engines.direct import client as wire
+from imgtool.engines.direct import protocol, sandbox
+from imgtool.engines.direct.client import Client
+from imgtool.engines.direct.filesystem import NeedsAppliance
+from imgtool.errors import EngineError, ImgtoolError, NotInGuestError, UsageError
+from imgtool.guest.blocks import BIOS_BOOT, Block, device_with, filesystems_on
+from imgtool.guest.guest import CHECKSUMS, Guest, OnProblem
+from imgtool.guest.layout import CONTAINERS, SMALL_FILE, discover
+from imgtool.guest.model import Device, Entry, Layout, Mount, OperatingSystem, SpaceUsage
+from imgtool.image.chain import Chain
+from imgtool.image.locks import in_use_for_writing
+from imgtool.image.places import printable
+
+log = logging.getLogger(__name__)
+
+
+class _Volume:
+    """One filesystem, mounted alone in the worker."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def read(self, path: str, limit: int = SMALL_FILE) -> bytes | None:
+        """The first `limit` bytes of a regular file; None if there is none."""
+        found = self._client.one("small", path=path, limit=limit)
+        if found is not None and (not isinstance(found, bytes) or len(found) > limit):
+            raise EngineError("the direct engine's worker failed: more than was asked for")
+        return found
+
+    def is_dir(self, path: str) -> bool:
+        """Whether the path is a directory; any case where the filesystem ignores it."""
+        return self._client.one("is_dir", path=path, any_case="Windows" in path) is True
+
+
+class _Volumes:
+    """The worker's answers to layout discovery."""
+
+    def __init__(self, client: Client, blocks: Sequence[Block]) -> None:
+        self._client = client
+        self._blocks = blocks
+        self.refused: dict[str, str] = {}
+
+    def filesystems(self) -> Sequence[Device]:
+        """The filesystems, without the subvolumes of those that cannot be read here."""
+        return filesystems_on(self._blocks, lambda device: ())
+
+    def disks(self) -> Sequence[str]:
+        """The guest's disks in their order."""
+        return [block.device for block in self._blocks if block.kind == "device"]
+
+    @contextlib.contextmanager
+    def look_into(self, source: str) -> Iterator[_Volume]:
+        """Open one filesystem; `EngineError` if it cannot be mounted."""
+        try:
+            list(self._client.request("look", device=source))
+        except NeedsAppliance as error:
+            self.refused[source] = str(error)
+            raise EngineError(str(error), subject=source) from error
+        yield _Volume(self._client)
+
+    def device_with(self, kind: str, value: str) -> str | None:
+        """The device with this filesystem `uuid` or `label`, GPT `partuuid` or `partlabel`."""
+        return device_with(self._blocks, kind, value)
+
+    def subvolume_by_id(self, device: str, number: int) -> str | None:
+        """Subvolumes are not read here."""
+        return None
+
+
+class _Stream(io.RawIOBase):
+    """Frames of data as a file."""
+
+    def __init__(self, frames: Iterator[Any]) -> None:
+        self._frames = frames
+        self._held = memoryview(b"")
+
+    def readable(self) -> bool:
+        """It is for reading alone."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Bytes of the frame at hand, or of the next one; 0 at the end."""
+        while not self._held:
+            frame = next(self._frames, None)
+            if frame is None:
+                return 0
+            if not isinstance(frame, bytes):
+                raise EngineError("the direct engine's worker failed: no data")
+            self._held = memoryview(frame)
+        count = min(len(buffer), len(self._held))
+        buffer[:count] = self._held[:count]
+        self._held = self._held[count:]
+        return count
+
+
+class DirectGuest(Guest):
+    """A guest read by a worker in the sandbox."""
+
+    engine = "direct"
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        image: str,
+        disks: Sequence[Sequence[str]],
+        mounts: Sequence[Mount] = (),
+        root: str | None = None,
+        notice: Callable[[str], None],
+    ) -> None:
+        super().__init__()
+        self._client = client
+        self.image = image
+        self._given = tuple(mounts)
+        self._root = root
+        self._notice = notice
+        self._mounted = False
+        self._layout: Layout | None = None
+        answer = client.one("open", disks=[list(argv) for argv in disks])
+        self._blocks: tuple[Block, ...] = client.checked(
+            lambda: tuple(wire.block(row) for row in answer["blocks"])
+        )
+        self._groups: list[Any] = client.checked(lambda: list(answer["groups"]))
+        self._volumes = _Volumes(client, self._blocks)
+        if self._given and any(mount.fstype or mount.options for mount in self._given):
+            raise NeedsAppliance("mount options are given")
+
+    # The layout
+
+    @property
+    def layout(self) -> Layout:
+        """Which filesystem is mounted where; discovered at the first use."""
+        if self._layout is None:
+            started = time.monotonic()
+            self._layout = self._given_layout() if self._given else self._discovered()
+            log.info("layout: discovered in %.3f s", time.monotonic() - started)
+            for problem in self._layout.problems:
+                self._notice(problem)
+        return self._layout
+
+    def _discovered(self) -> Layout:
+        # What was refused could be, or name, the operating system: unless the one that was found
+        # mounts it, only the appliance knows the layout.
+        self._mounted = False
+        try:
+            found = discover(self._volumes, root=self._root)
+        except NotInGuestError as error:
+            if self._volumes.refused:
+                raise NeedsAppliance(next(iter(self._volumes.refused.values()))) from error
+            raise
+        known = {mount.source for mount in found.mounts if mount.mountpoint != "/"}
+        for device, reason in self._volumes.refused.items():
+            if found.root is None or device not in known:
+                raise NeedsAppliance(reason)
+        if any(mount.source.startswith("btrfsvol:") for mount in found.mounts):
+            raise NeedsAppliance("btrfs subvolumes")
+        return found
+
+    def _given_layout(self) -> Layout:
+        known = {block.device for block in self._volumes.filesystems()}
+        for mount in self._given:
+            if mount.source.startswith("btrfsvol:"):
+                raise NeedsAppliance("btrfs subvolumes")
+            if mount.source not in known:
+                if any(block.type in ("btrfs", "crypto_LUKS") for block in self._blocks):
+                    raise NeedsAppliance(f"{mount.source} is not known without the appliance")
+                raise NotInGuestError(
+                    "the image has no such filesystem",
+                    subject=mount.source,
+                    hint="it has: " + ", ".join(sorted(known)),
+                )
+        list(self._client.request("look", device=self._given[0].source))
+        windows = _Volume(self._client).is_dir("/Windows/System32")
+        return Layout(self._given, os_type="windows" if windows else None)
+
+    def _mount_layout(self) -> None:
+        if self._mounted:
+            return
+        mounts = self.layout.mounts
+        said = self._client.one(
+            "mount", mounts=[[mount.source, mount.mountpoint] for mount in mounts]
+        )
+        if not isinstance(said, list) or len(said) != len(mounts):
+            raise EngineError("the direct engine's worker failed: not what was asked for")
+        for mount, reason in zip(mounts, said, strict=True):
+            if reason is not None:
+                line = f"the filesystem cannot be mounted: {printable(str(reason))}"
+                if self._given:
+                    raise EngineError(line, subject=mount.source)
+                self._notice(f"{mount.mountpoint} is not shown: {line} ({mount.source})")
+        self._mounted = True
+
+    # Reading
+
+    def _at(self, typed: str | bytes) -> str:
+        path = protocol.text(self.path(typed))
+        self._mount_layout()
+        if self.windows:
+            path = wire.string(self._client.one("spelling", path=path))
+        return path
+
+    @contextlib.contextmanager
+    def _about(self, path: str) -> Iterator[None]:
+        """Errors from the worker get the path that they are about."""
+        try:
+            yield
+        except (NotInGuestError, EngineError) as error:
+            if error.subject is None:
+                error.subject = printable(path)
+            raise
+
+    def resolve(self, path: str | bytes) -> bytes:
+        """The path without symbolic links; `NotInGuestError` if it leads nowhere."""
+        at = self._at(path)
+        with self._about(at):
+            found = self._client.one("resolve", path=at)
+        return cast(bytes, self._client.checked(lambda: protocol.name(found)))
+
+    def lstat(self, path: str | bytes) -> Entry:
+        """One path as it is; a symbolic link is not followed."""
+        at = self._at(path)
+        with self._about(at):
+            row = self._client.one("lstat", path=at)
+        return cast(Entry, self._client.checked(lambda: wire.entry(row)))
+
+    def _listed(
+        self, path: str | bytes, deep: bool, checksum: str | None, on_problem: OnProblem | None
+    ) -> Iterator[Entry]:
+        at = self._at(path)
+        frames = self._client.payloads("walk", path=at, deep=deep, checksum=checksum)
+        with self._about(at), _spooled(self._client, frames) as rows:
+            for row in rows:
+                if isinstance(row, list) and len(row) == 2:
+                    name = self._client.checked(partial(protocol.name, row[0]))
+                    reason = printable(str(row[1]))
+                    if on_problem is None:
+                        raise EngineError(reason, subject=printable(str(row[0])))
+                    on_problem(name, reason)
+                    continue
+                yield self._client.checked(partial(wire.entry, row))
+
+    def entries(self, path: str | bytes, *, on_problem: OnProblem | None = None) -> Iterator[Entry]:
+        """What is in a directory, sorted by name as bytes."""
+        return self._listed(path, False, None, on_problem)
+
+    def walk(
+        self,
+        path: str | bytes = "/",
+        *,
+        checksum: str | None = None,
+        on_problem: OnProblem | None = None,
+    ) -> Iterator[Entry]:
+        """Everything below a directory: parents first, siblings sorted by name as bytes."""
+        return self._listed(path, True, checksum, on_problem)
+
+    def checksum(self, kind: str, path: str | bytes) -> str:
+        """The md5, sha1 or sha256 of a regular file, in hexadecimal."""
+        if kind not in CHECKSUMS:
+            raise UsageError(f"no such checksum; choose from {', '.join(CHECKSUMS)}", subject=kind)
+        at = self._regular(path)
+        with self._about(at):
+            found = self._client.one("checksum", path=at, kind=kind)
+        return cast(str, self._client.checked(lambda: wire.string(found)))
+
+    def _regular(self, path: str | bytes) -> str:
+        found = self.resolve(path)
+        kind = self.lstat(found).type
+        if kind != "file":
+            raise EngineError(
+                f"not a regular file but a {kind}", subject=printable(protocol.text(found))
+            )
+        return protocol.text(found)
+
+    @contextlib.contextmanager
+    def _streamed(self, at: str, do: str, **arguments: object) -> Iterator[BinaryIO]:
+        frames = self._client.request(do, path=at, **arguments)
+        with self._about(at):
+            # A refusal comes now, not when somebody reads.
+            first = list(itertools.islice(frames, 1))
+            stream = _Stream(itertools.chain(first, frames))
+            yield cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
+            for _ in frames:
+                pass
+
+    def open(self, path: str | bytes) -> AbstractContextManager[BinaryIO]:
+        """A regular file's bytes as a stream; links are followed inside the guest."""
+        return self._streamed(self._regular(path), "read", offset=0, length=(1 << 63) - 1)
+
+    def open_range(
+        self, path: str | bytes, offset: int, length: int
+    ) -> AbstractContextManager[BinaryIO]:
+        """A part of a regular file as a stream."""
+        return self._streamed(self._regular(path), "read", offset=offset, length=length)
+
+    def tar(
+        self, path: str | bytes, excludes: Sequence[bytes] = ()
+    ) -> AbstractContextManager[BinaryIO]:
+        """A directory's content (names relative to it) as a stream in tar format."""
+        at = protocol.text(self.resolve(path))
+        for _ in self.walk(path, on_problem=lambda name, line: None):
+            pass  # what has to be refused is refused before the stream begins
+        names = [protocol.text(_excluded(at, pattern)) for pattern in excludes]
+        return self._streamed(at, "tar", excluded=names)
+
+    def data_ranges(self, path: str | bytes) -> Sequence[tuple[int, int]]:
+        """Where a sparse file has data: (offset, length) in bytes, ascending."""
+        at = self._regular(path)
+        with self._about(at):
+            rows = self._client.one("ranges", path=at)
+        return cast(
+            Sequence[tuple[int, int]],
+            self._client.checked(lambda: [(a, b) for a, b in map(_numbers, rows)]),
+        )
+
+    # Whole guests
+
+    def _mountpoints(self) -> dict[str, str]:
+        try:
+            return {mount.source: mount.mountpoint for mount in self.layout.mounts}
+        except ImgtoolError:
+            return {}  # no operating system, or several: the devices are listed all the same
+
+    def devices(self, *, everything: bool = False) -> tuple[Device, ...]:
+        """The filesystems; with `everything` also partitions, LVs, VGs, PVs and devices."""
+        for block in self._blocks:
+            if block.type == "btrfs":
+                raise NeedsAppliance(f"{block.device} is btrfs")
+        by_name = {block.device: block for block in self._blocks}
+        mountpoints = self._mountpoints()
+        rows = [
+            dataclasses.replace(
+                row,
+                label=by_name[row.device].label,
+                uuid=by_name[row.device].uuid,
+                size=by_name[row.device].size,
+                mountpoint=mountpoints.get(row.device),
+            )
+            for row in self._volumes.filesystems()
+        ]
+        if everything:
+            rows += self._client.checked(self._beneath)
+        return tuple(rows)
+
+    def _beneath(self) -> list[Device]:
+        volumes, groups, physical = [], [], []
+        for name, uuid, size, members, logical in self._groups:
+            device = f"/dev/{wire.string(name)}"
+            for volume, identity, length in logical:
+                volumes.append(
+                    Device(
+                        "lv",
+                        f"{device}/{wire.string(volume)}",
+                        uuid=wire.string(identity),
+                        size=wire.whole(length),
+                        parents=(device,),
+                    )
+                )
+            under = tuple(wire.string(member) for _, member, _ in members)
+            groups.append(
+                Device("vg", device, uuid=wire.string(uuid), size=wire.whole(size), parents=under)
+            )
+            physical += [
+                Device("pv", m, uuid=wire.string(u), size=wire.whole(s), parents=(m,))
+                for u, m, s in members
+            ]
+        rows = [*volumes, *groups, *physical]
+        for kind in ("partition", "device"):
+            for block in self._blocks:
+                if block.kind == kind:
+                    rows.append(Device(kind, block.device, size=block.size, parents=block.parents))
+        return rows
+
+    def usage(self) -> tuple[SpaceUsage, ...]:
+        """The space of every filesystem, with an `error` where one cannot be mounted."""
+        rows = []
+        mountpoints = self._mountpoints()
+        types = {block.device: block.parttype for block in self._blocks}
+        for filesystem in self._volumes.filesystems():
+            device, kind = filesystem.device, filesystem.type
+            if kind in CONTAINERS:
+                continue
+            if kind is None:
+                if types[device] == BIOS_BOOT:
+                    continue
+                raise NeedsAppliance(f"{device} is of unknown type")
+            numbers = self._client.one("usage", device=device)
+            size, used, available, inodes, inodes_used = self._client.checked(
+                partial(_numbers, numbers)
+            )
+            rows.append(
+                SpaceUsage(
+                    image=self.image,
+                    device=device,
+                    mountpoint=mountpoints.get(device),
+                    type=kind,
+                    size=size,
+                    used=used,
+                    available=available,
+                    inodes=inodes,
+                    inodes_used=inodes_used,
+                )
+            )
+        return tuple(rows)
+
+    def operating_systems(self, *, packages: bool = False) -> tuple[OperatingSystem, ...]:
+        """What is installed in the guest."""
+        raise NeedsAppliance("inspection")
+
+
+def _numbers(row: Any) -> list[int]:
+    return [wire.whole(number) for number in row]
+
+
+@contextlib.contextmanager
+def _spooled(client: Client, frames: Iterator[bytes]) -> Iterator[Iterator[Any]]:
+    """All the rows of an answer, read to its end before the first is given on.
+
+    So a refusal comes before any row, and who looks at a row may ask for more meanwhile.
+    """
+    with tempfile.SpooledTemporaryFile(max_size=8 << 20, prefix="imgtool-") as spool:
+        for payload in frames:
+            spool.write(len(payload).to_bytes(4, "big") + payload)
+        spool.seek(0)
+
+        def rows() -> Iterator[Any]:
+            while head := spool.read(4):
+                payload = spool.read(int.from_bytes(head, "big"))
+                batch = client.checked(partial(protocol.parsed, payload))
+                if not isinstance(batch, list):
+                    raise EngineError("the direct engine's worker failed: no rows")
+                yield from batch
+
+        yield rows()
+
+
+def _excluded(top: str, pattern: bytes) -> bytes:
+    """The path that an exclusion of `tar` means: a literal name, its wildcards escaped."""
+    relative = re.sub(rb"\\(.)", rb"\1", pattern.removeprefix(b"./"), flags=re.DOTALL)
+    return protocol.name(top).rstrip(b"/") + b"/" + relative
+
+
+@contextlib.contextmanager
+def open_direct(
+    image: str,
+    chains: Sequence[Chain],
+    *,
+    snapshot: str | None = None,
+    mounts: Sequence[Mount] = (),
+    root: str | None = None,
+    notice: Callable[[str], None],
+) -> Iterator[DirectGuest]:
+    """Open a guest in the sandbox; `NeedsAppliance` where only the appliance can."""
+    images = sandbox.Images(chains)
+    try:
+        with tempfile.TemporaryFile(prefix="imgtool-") as said:
+            disks = []
+            for chain in chains:
+                # Locks are passed by only where somebody writes.
+                shared = any(in_use_for_writing(path) is not None for path in chain.files)
+                disks.append(sandbox.server(chain, images, snapshot=snapshot, force_share=shared))
+            with sandbox.sandboxed(images, said) as process:
+                client = Client(process, said, image=image)
+                yield DirectGuest(
+                    client, image=image, disks=disks, mounts=mounts, root=root, notice=notice
+                )
+    finally:
+        images.close()

@@ -1,0 +1,80 @@
+"""The language of the worker: frames with a kind and a length, JSON or raw bytes inside.
+
+Both ends use this module, and each takes the other for hostile: a frame that is too long, of no
+known kind, or not what was asked for ends the conversation with `BadMessage`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from typing import Any, BinaryIO
+
+LARGEST = 8 << 20
+_HEAD = struct.Struct(">cI")
+
+JSON = b"J"  # a part of the answer
+DATA = b"D"  # raw bytes of the answer
+ERROR = b"E"  # the answer is, or ends with, an error: {"kind": ..., "message": ..., ...}
+END = b"."  # the answer is complete
+_KINDS = (JSON, DATA, ERROR, END)
+
+# What is told of a block device, in this order.
+BLOCK = (
+    *("device", "kind", "size", "type", "label", "uuid", "partuuid", "partlabel", "parttype"),
+    "parents",
+)
+
+
+class BadMessage(Exception):
+    """What arrived is not what this protocol allows."""
+
+
+def send(stream: BinaryIO, kind: bytes, payload: bytes = b"") -> None:
+    """Write one frame; the caller flushes."""
+    stream.write(_HEAD.pack(kind, len(payload)))
+    stream.write(payload)
+
+
+def send_json(stream: BinaryIO, kind: bytes, value: object) -> None:
+    """Write one frame of JSON."""
+    send(stream, kind, json.dumps(value, separators=(",", ":")).encode("ascii"))
+
+
+def _exactly(stream: BinaryIO, length: int) -> bytes:
+    data = stream.read(length)
+    if len(data) != length:
+        raise BadMessage("the other end went away")
+    return data
+
+
+def receive(stream: BinaryIO) -> tuple[bytes, bytes]:
+    """Read one frame: its kind and its payload."""
+    kind, length = _HEAD.unpack(_exactly(stream, _HEAD.size))
+    if kind not in _KINDS or length > LARGEST:
+        raise BadMessage("a frame of unknown kind or of too many bytes")
+    return kind, _exactly(stream, length)
+
+
+def parsed(payload: bytes) -> Any:
+    """The value in a frame of JSON."""
+    try:
+        return json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise BadMessage("not JSON") from error
+
+
+def text(name: bytes) -> str:
+    """A name as JSON carries it: bytes that are not UTF-8 become lone surrogates."""
+    return os.fsdecode(name)
+
+
+def name(value: object) -> bytes:
+    """The bytes of a name that `text` made."""
+    if not isinstance(value, str):
+        raise BadMessage("a name that is no string")
+    try:
+        return os.fsencode(value)
+    except UnicodeEncodeError as error:
+        raise BadMessage("a name that is no name") from error

@@ -1,0 +1,185 @@
+"""The sandbox: one bwrap tree for the worker and its qemu-nbd, with nothing in it but the image.
+
+No network, no other processes, no writable place but a small tmpfs, a user namespace of its own
+also for root, no new privileges, system calls filtered, memory and CPU time limited; it dies with
+imgtool. The files of the image's chain were opened by imgtool after the chain rule was checked, and
+are the only files of the host in it besides the system's libraries, Python, and qemu-nbd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from imgtool.engines.direct import seccomp
+from imgtool.engines.direct.filesystem import NeedsAppliance
+from imgtool.errors import HostError
+from imgtool.image.chain import Chain
+from imgtool.image.host_file import node_driver
+from imgtool.image.places import printable
+from imgtool.process import PIPE, Limits, spawn
+
+if TYPE_CHECKING:
+    import subprocess
+
+# Of each process in the tree. QEMU's caches and threads need address space, not memory.
+MEMORY = 4 << 30
+CPU = 4 * 3600
+SCRATCH = 256 << 20
+
+_PYTHON = "/usr/bin/python3"
+_QEMU_NBD = "/usr/bin/qemu-nbd"
+_START = (
+    "import sys; sys.path[:0] = {paths!r}; from imgtool.engines.direct.worker import main; main()"
+)
+
+
+def _program(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        raise HostError(
+            "program not found", subject=name, hint="'imgtool doctor' says which package has it"
+        )
+    return os.path.realpath(found)
+
+
+def _module_folders() -> dict[str, str]:
+    """Where the worker's Python modules are on the host, and where it sees them."""
+    here = Path(__file__).resolve().parents[2]
+    folders = {str(here): "/python/own/imgtool"}
+    for module in ("nbd", "pytsk3", "pyfsxfs"):
+        spec = find_spec(module)
+        if spec is None or spec.origin is None:
+            raise NeedsAppliance(f"the Python module {module} is not installed")
+        folder = os.path.realpath(Path(spec.origin).parent)
+        folders.setdefault(folder, f"/python/{len(folders)}")
+    return folders
+
+
+class Images:
+    """The files of some chains, open, with the names that they have in the sandbox."""
+
+    def __init__(self, chains: Sequence[Chain]) -> None:
+        self.names: dict[Path, str] = {}
+        self.descriptors: dict[str, int] = {}
+        self.owner: tuple[int, int] | None = None
+        try:
+            for chain in chains:
+                if any(link.extents for link in chain.links):
+                    raise NeedsAppliance("an image in several extents")
+                if any(link.encrypted for link in chain.links):
+                    raise NeedsAppliance("an image encrypted by QEMU")
+                for path in chain.files:
+                    self._add(path)
+            self._choose_owner()
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, path: Path) -> None:
+        if path in self.names:
+            return
+        if node_driver(path) != "file":
+            raise NeedsAppliance(f"{printable(path)} is a block device")
+        name = f"/images/{len(self.names)}"
+        try:
+            self.descriptors[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise NeedsAppliance(f"{printable(path)}: {error.strerror}") from error
+        self.names[path] = name
+
+    def _choose_owner(self) -> None:
+        """Root in a user namespace of its own may open only root's files and what all may read."""
+        if os.geteuid() != 0:
+            return
+        stats = [os.fstat(descriptor) for descriptor in self.descriptors.values()]
+        closed = [s for s in stats if s.st_uid != 0 and not s.st_mode & stat.S_IROTH]
+        if not closed:
+            return
+        first = closed[0]
+        if any(s.st_uid != first.st_uid and not s.st_mode & stat.S_IROTH for s in stats):
+            raise NeedsAppliance("the image's files belong to several users")
+        self.owner = (first.st_uid, first.st_gid)
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
+        self.descriptors.clear()
+
+
+def _arguments(images: Images, modules: Mapping[str, str], filter_at: int) -> list[str]:
+    words = ["bwrap", "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session"]
+    words += ["--cap-drop", "ALL", "--uid", "65534", "--gid", "65534", "--hostname", "sandbox"]
+    words += ["--clearenv", "--setenv", "LC_ALL", "C.UTF-8"]
+    words += ["--ro-bind", "/usr/lib", "/usr/lib", "--symlink", "usr/lib", "/lib"]
+    for folder in ("lib64", "lib32"):
+        if Path("/usr", folder).is_dir():
+            words += ["--ro-bind", f"/usr/{folder}", f"/usr/{folder}"]
+            words += ["--symlink", f"usr/{folder}", f"/{folder}"]
+    words += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    words += ["--ro-bind", _python(), _PYTHON]
+    words += ["--ro-bind", _program("qemu-nbd"), _QEMU_NBD]
+    words += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
+    words += ["--size", "4096", "--tmpfs", "/dev/shm", "--remount-ro", "/dev/shm"]
+    words += ["--size", str(SCRATCH), "--tmpfs", "/tmp"]
+    for folder, seen in modules.items():
+        words += ["--ro-bind", folder, seen]
+    for name, descriptor in images.descriptors.items():
+        words += ["--ro-bind", f"/proc/self/fd/{descriptor}", name]
+    words += ["--remount-ro", "/", "--seccomp", str(filter_at), "--chdir", "/"]
+    paths = ["/python/own", *(seen for seen in modules.values() if seen != "/python/own/imgtool")]
+    return [*words, _PYTHON, "-I", "-S", "-B", "-c", _START.format(paths=paths)]
+
+
+def _python() -> str:
+    """The interpreter itself, whichever links and environments lead to it."""
+    found = os.path.realpath(sys.executable)
+    if not sysconfig.get_path("stdlib").startswith("/usr/lib"):
+        raise NeedsAppliance("this Python is not the system's own")
+    return found
+
+
+def server(chain: Chain, images: Images, *, snapshot: str | None, force_share: bool) -> list[str]:
+    """The command line that serves a chain inside the sandbox, on the socket that it inherits."""
+    argv = [_QEMU_NBD, "--read-only", "--persistent"]
+    if snapshot is not None:
+        # By id, since a name can hold what a command line cannot.
+        argv.append("--load-snapshot=snapshot.id=" + chain.snapshot(snapshot).id.replace(",", ",,"))
+    return [*argv, chain.filename(force_share=force_share, names=images.names)]
+
+
+@contextlib.contextmanager
+def sandboxed(
+    images: Images, said: IO[bytes], *, memory: int = MEMORY
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The worker, running; requests go to its stdin, answers come from its stdout.
+
+    What it and QEMU write to standard error goes to the file `said`.
+    """
+    if not seccomp.supported():
+        raise NeedsAppliance("the sandbox does not know this machine's system calls")
+    modules = _module_folders()
+    with tempfile.TemporaryFile(prefix="imgtool-") as program:
+        program.write(seccomp.tree_filter())
+        program.seek(0)
+        argv = _arguments(images, modules, program.fileno())
+        with spawn(
+            argv,
+            limits=Limits(memory=memory, cpu=CPU),
+            pass_fds=[*images.descriptors.values(), program.fileno()],
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=said.fileno(),
+            owner=images.owner,
+        ) as process:
+            yield process

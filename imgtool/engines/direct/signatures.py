@@ -1,0 +1,119 @@
+"""What is on a volume, as libblkid says it: type, label, UUID.
+
+libblkid wants a file. It gets a sparse copy of the places that its probes look at: both ends of the
+volume, and for the filesystems whose label is elsewhere that place too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from functools import cache
+from typing import Any, NamedTuple
+
+from imgtool.engines.direct.filesystem import NeedsAppliance, Source
+from imgtool.engines.direct.sources import excerpt
+
+_HEAD = 1 << 20 | 1 << 17  # beyond the first MiB: btrfs, HFS+, ZFS, nilfs, ...
+_TAIL = 1 << 20
+_MOST_FAT = 24 << 20
+_RECORDS = 64 << 10
+
+_LABEL, _UUID, _TYPE = 1 << 1, 1 << 3, 1 << 5
+_NOTHING, _FOUND = 1, 0
+
+
+class Signature(NamedTuple):
+    """What libblkid found; `type` is None for nothing known."""
+
+    type: str | None
+    label: str | None
+    uuid: str | None
+
+
+@cache
+def _library() -> Any:
+    library = ctypes.CDLL("libblkid.so.1")
+    library.blkid_new_probe.restype = ctypes.c_void_p
+    for name in ("blkid_do_safeprobe", "blkid_free_probe"):
+        getattr(library, name).argtypes = (ctypes.c_void_p,)
+    library.blkid_probe_set_device.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_int,
+        ctypes.c_int64,
+        ctypes.c_int64,
+    )
+    library.blkid_probe_set_superblocks_flags.argtypes = (ctypes.c_void_p, ctypes.c_int)
+    library.blkid_probe_lookup_value.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_char_p,
+        ctypes.POINTER(ctypes.c_void_p),
+        ctypes.POINTER(ctypes.c_size_t),
+    )
+    return library
+
+
+def _elsewhere(boot: bytes) -> list[tuple[int, int]]:
+    """Where the filesystem that begins with this sector keeps its label, if not in the sector."""
+    sector = int.from_bytes(boot[11:13], "little")
+    if boot[3:11] == b"NTFS    " and sector in (256, 512, 1024, 2048, 4096):
+        per_cluster = boot[13]
+        cluster = sector * (per_cluster if per_cluster <= 128 else 1 << (256 - per_cluster))
+        first, mirror = struct.unpack_from("<QQ", boot, 48)
+        return [(n * cluster, _RECORDS) for n in (first, mirror) if n < 1 << 48]
+    if boot[3:11] == b"EXFAT   ":
+        fat, _, heap, _, root = struct.unpack_from("<IIIII", boot, 80)
+        unit, per_cluster = boot[108], boot[109]
+        if unit > 12 or per_cluster > 25 - unit or root < 2:
+            return []
+        cluster = 1 << (unit + per_cluster)
+        return [
+            (fat << unit, min(root * 4 + 8, _MOST_FAT)),
+            ((heap << unit) + (root - 2) * cluster, max(cluster, _RECORDS)),
+        ]
+    if boot[510:512] == b"\x55\xaa" and sector in (512, 1024, 2048, 4096) and boot[16] in (1, 2):
+        reserved, fats, entries = struct.unpack_from("<HBH", boot, 14)
+        length = int.from_bytes(boot[22:24], "little") or int.from_bytes(boot[36:40], "little")
+        area = (reserved + fats * length) * sector + entries * 32
+        if area > _MOST_FAT:
+            raise NeedsAppliance("a FAT of unusual size")
+        windows = [(0, area)]
+        root = int.from_bytes(boot[44:48], "little")
+        if not entries and root >= 2:
+            windows.append(
+                (area + (root - 2) * boot[13] * sector, max(boot[13] * sector, _RECORDS))
+            )
+        return windows
+    return []
+
+
+def identify(source: Source) -> Signature:
+    """The signature on a volume; nothing where libblkid finds several that exclude each other."""
+    head = source.read(0, min(_HEAD, source.size))
+    windows = [(0, _HEAD), (source.size - min(_TAIL, source.size), _TAIL)]
+    if len(head) >= 512:
+        windows += _elsewhere(head[:512])
+    library = _library()
+    with excerpt(source, windows) as descriptor:
+        probe = library.blkid_new_probe()
+        if not probe:
+            raise MemoryError
+        try:
+            if library.blkid_probe_set_device(probe, descriptor, 0, source.size):
+                return Signature(None, None, None)
+            library.blkid_probe_set_superblocks_flags(probe, _LABEL | _UUID | _TYPE)
+            if library.blkid_do_safeprobe(probe) != _FOUND:
+                return Signature(None, None, None)
+            return Signature(*(_value(library, probe, n) for n in (b"TYPE", b"LABEL", b"UUID")))
+        finally:
+            library.blkid_free_probe(probe)
+
+
+def _value(library: Any, probe: int, name: bytes) -> str | None:
+    data, length = ctypes.c_void_p(), ctypes.c_size_t()
+    if library.blkid_probe_lookup_value(probe, name, ctypes.byref(data), ctypes.byref(length)):
+        return None
+    if not data.value or not 0 < length.value <= 4096:
+        return None
+    raw = ctypes.string_at(data.value, length.value).rstrip(b"\0")
+    return raw.decode("utf-8", "replace") or None

@@ -1,0 +1,119 @@
+"""The bytes of disks, partitions and logical volumes, inside the worker."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from imgtool.engines.direct.filesystem import ReadFailed, Source
+
+_LARGEST_READ = 16 << 20
+
+
+class CannotOpen(Exception):
+    """QEMU does not open the image; why is on standard error."""
+
+
+class Disk:
+    """A disk, read through a qemu-nbd of its own that starts with it."""
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        import nbd
+
+        self._error: type[Exception] = nbd.Error
+        self._nbd: Any = nbd.NBD()
+        try:
+            self._nbd.connect_systemd_socket_activation(list(argv))
+        except nbd.Error as error:
+            raise CannotOpen(str(error)) from error
+        self._size = int(self._nbd.get_size())
+
+    @property
+    def size(self) -> int:
+        """The size in bytes."""
+        return self._size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes at `offset`; `ReadFailed` past the end or where QEMU cannot."""
+        if offset < 0 or length < 0 or offset + length > self._size:
+            raise ReadFailed("past the end of the disk")
+        if not length:
+            return b""
+        try:
+            if length <= _LARGEST_READ:
+                return bytes(self._nbd.pread(length, offset))
+            return b"".join(
+                bytes(self._nbd.pread(min(_LARGEST_READ, offset + length - at), at))
+                for at in range(offset, offset + length, _LARGEST_READ)
+            )
+        except self._error as error:
+            raise ReadFailed(f"QEMU cannot read the image: {error}") from error
+
+
+class Stretch:
+    """A part of another source: a partition."""
+
+    def __init__(self, source: Source, offset: int, size: int) -> None:
+        self._source = source
+        self._offset = offset
+        self._size = size
+
+    @property
+    def size(self) -> int:
+        """The size in bytes."""
+        return self._size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes at `offset`; `ReadFailed` past the end."""
+        if offset < 0 or length < 0 or offset + length > self._size:
+            raise ReadFailed("past the end of the partition")
+        return self._source.read(self._offset + offset, length)
+
+
+class Joined:
+    """Stretches of other sources one after the other: a linear logical volume."""
+
+    def __init__(self, parts: Sequence[tuple[Source, int, int]]) -> None:
+        self._parts = []
+        start = 0
+        for source, offset, length in parts:
+            self._parts.append((start, length, source, offset))
+            start += length
+        self._size = start
+
+    @property
+    def size(self) -> int:
+        """The size in bytes."""
+        return self._size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes at `offset`; `ReadFailed` past the end."""
+        if offset < 0 or length < 0 or offset + length > self._size:
+            raise ReadFailed("past the end of the volume")
+        pieces = []
+        for start, size, source, at in self._parts:
+            if length and start <= offset < start + size:
+                wanted = min(length, start + size - offset)
+                pieces.append(source.read(at + offset - start, wanted))
+                offset += wanted
+                length -= wanted
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+@contextlib.contextmanager
+def excerpt(source: Source, windows: Sequence[tuple[int, int]]) -> Iterator[int]:
+    """A file descriptor of a sparse copy of a source, with only the `windows` (offset, length)."""
+    descriptor = os.memfd_create("excerpt")
+    try:
+        os.ftruncate(descriptor, source.size)
+        for offset, length in windows:
+            offset = max(0, min(offset, source.size))
+            length = min(length, source.size - offset)
+            data = source.read(offset, length)
+            if data.strip(b"\0"):
+                os.pwrite(descriptor, data, offset)
+        yield descriptor
+    finally:
+        os.close(descriptor)

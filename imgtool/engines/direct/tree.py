@@ -1,0 +1,242 @@
+"""One tree of names over mounted filesystems: paths, symbolic links, mount points, walks.
+
+What the kernel does for a process whose root directory is the guest's: links are followed inside
+the guest, `..` stops at its root, mount points hide what is below them.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from imgtool.engines.direct.filesystem import (
+    Filesystem,
+    NeedsAppliance,
+    Node,
+    NoSuchName,
+    ReadFailed,
+)
+
+MOST_LINKS = 40
+MOST_DEPTH = 2000
+_LONGEST_PATH = 1 << 20
+_CACHED_DIRECTORIES = 64
+_CACHED_NAMES = 20_000
+
+
+class Missing(Exception):
+    """The path leads nowhere."""
+
+
+class Place(NamedTuple):
+    """An object: the number of its filesystem in the tree, and its inode there."""
+
+    mount: int
+    inode: int
+
+
+class Found(NamedTuple):
+    """A name in the tree: its path, where it is, what lstat says, the target if it is a link."""
+
+    path: bytes
+    place: Place
+    node: Node
+    target: bytes | None
+
+
+def _upper(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape").upper()
+
+
+class Tree:
+    """Filesystems by the order in which they were mounted; the first one is the root."""
+
+    def __init__(self, root: Filesystem) -> None:
+        self._filesystems: list[Filesystem | str] = [root]
+        self._over: dict[Place, int] = {}  # the directory that a mount hides
+        self._mountpoints: dict[int, bytes] = {0: b"/"}
+        self._names: OrderedDict[Place, dict[bytes, int]] = OrderedDict()
+
+    def mount(self, mountpoint: bytes, filesystem: Filesystem | str) -> None:
+        """Mount on an existing directory. A string mounts a refusal: its reason, once touched.
+
+        Raises `Missing` where there is no such directory, `NeedsAppliance` where links lead there.
+        """
+        path, place = self.resolve(mountpoint)
+        if path != mountpoint:
+            raise NeedsAppliance(f"the mount point {mountpoint!r} leads through a symbolic link")
+        if not stat.S_ISDIR(self.filesystem(place).stat(place.inode).mode):
+            raise Missing(mountpoint)
+        number = len(self._filesystems)
+        self._filesystems.append(filesystem)
+        self._over[place] = number
+        self._mountpoints[number] = path
+
+    def filesystem(self, place: Place) -> Filesystem:
+        """The filesystem that a place is in."""
+        found = self._filesystems[place.mount]
+        if isinstance(found, str):
+            raise NeedsAppliance(found)
+        return found
+
+    def top(self) -> Place:
+        """The root directory."""
+        return self._entered(Place(0, self.filesystem(Place(0, 0)).root))
+
+    def _entered(self, place: Place) -> Place:
+        """The root of what is mounted on a place, or the place itself."""
+        while (number := self._over.get(place)) is not None:
+            place = Place(number, self.filesystem(Place(number, 0)).root)
+        return place
+
+    def _lookup(self, place: Place, name: bytes) -> Place:
+        filesystem = self.filesystem(place)
+        names = self._names.get(place)
+        if names is None:
+            names = {}
+            for found, inode in filesystem.names(place.inode):
+                names.setdefault(filesystem.folded(found), inode)
+                if len(names) > _CACHED_NAMES:
+                    return self._searched(filesystem, place, name)
+            self._names[place] = names
+            if len(self._names) > _CACHED_DIRECTORIES:
+                self._names.popitem(last=False)
+        else:
+            self._names.move_to_end(place)
+        known = names.get(filesystem.folded(name))
+        if known is None:
+            raise Missing(name)
+        return Place(place.mount, known)
+
+    @staticmethod
+    def _searched(filesystem: Filesystem, place: Place, name: bytes) -> Place:
+        try:
+            return Place(place.mount, filesystem.lookup(place.inode, name))
+        except NoSuchName as error:
+            raise Missing(name) from error
+
+    def _node(self, place: Place) -> Node:
+        return self.filesystem(place).stat(place.inode)
+
+    def _steps(self, path: bytes, follow_last: bool) -> tuple[bytes, Place]:
+        """The real path (of the last name's directory, if that is not followed) and the place."""
+        if len(path) > _LONGEST_PATH:
+            raise Missing(path[:80])
+        trail: list[tuple[bytes, Place]] = [(b"", self.top())]
+        waiting = [part for part in reversed(path.split(b"/")) if part not in (b"", b".")]
+        links = 0
+        while waiting:
+            part = waiting.pop()
+            if part == b"..":
+                if len(trail) > 1:
+                    trail.pop()
+                continue
+            if part == b".":
+                continue
+            here = trail[-1][1]
+            if not stat.S_ISDIR(self._node(here).mode):
+                raise Missing(path)
+            child = self._entered(self._lookup(here, part))
+            if (waiting or follow_last) and stat.S_ISLNK(self._node(child).mode):
+                links += 1
+                if links > MOST_LINKS:
+                    raise ReadFailed("too many levels of symbolic links")
+                target = self.filesystem(child).target(child.inode)
+                if not target:
+                    raise Missing(path)
+                if target.startswith(b"/"):
+                    del trail[1:]
+                parts = [part for part in target.split(b"/") if part not in (b"", b".")]
+                if len(waiting) + len(parts) > _LONGEST_PATH:
+                    raise Missing(path[:80])
+                waiting.extend(reversed(parts))
+                if target.endswith(b"/") and not waiting:
+                    waiting.append(b".")
+                continue
+            trail.append((part, child))
+        # A trailing slash asks for a directory.
+        if path.endswith(b"/") and not stat.S_ISDIR(self._node(trail[-1][1]).mode):
+            raise Missing(path)
+        return b"/" + b"/".join(name for name, _ in trail[1:]), trail[-1][1]
+
+    def resolve(self, path: bytes) -> tuple[bytes, Place]:
+        """The path without symbolic links, and what it names. Raises `Missing`, `ReadFailed`."""
+        return self._steps(path, follow_last=True)
+
+    def spelling(self, path: bytes) -> bytes:
+        """The path in the case in which it is written on disk, as far as it exists."""
+        parts = [part for part in path.split(b"/") if part]
+        done = b""
+        for number, part in enumerate(parts):
+            try:
+                _, place = self.resolve(done or b"/")
+                names = [name for name, _ in self.filesystem(place).names(place.inode)]
+            except (Missing, ReadFailed):
+                return b"/".join((done, *parts[number:]))
+            if part not in names:
+                wanted = _upper(part)
+                part = next((name for name in sorted(names) if _upper(name) == wanted), part)
+            done += b"/" + part
+        return done or b"/"
+
+    def lstat(self, path: bytes) -> Found:
+        """The object itself, under the path as given; a trailing slash follows a link."""
+        _, place = self._steps(path, follow_last=path.endswith(b"/"))
+        return self._found(path, place)
+
+    def _found(self, path: bytes, place: Place) -> Found:
+        node = self._node(place)
+        target = None
+        if stat.S_ISLNK(node.mode):
+            target = self.filesystem(place).target(place.inode)
+        return Found(path, place, node, target)
+
+    def children(
+        self, path: bytes, place: Place, problem: Callable[[bytes, str], None]
+    ) -> Iterator[Found]:
+        """What is in a directory, sorted by name; what cannot be read goes to `problem`."""
+        prefix = path.rstrip(b"/") + b"/"
+        listed = sorted(self.filesystem(place).names(place.inode))
+        for name, inode in listed:
+            try:
+                yield self._found(prefix + name, self._entered(Place(place.mount, inode)))
+            except ReadFailed as error:
+                problem(prefix + name, str(error))
+
+    def walk(
+        self, path: bytes, place: Place, problem: Callable[[bytes, str], None]
+    ) -> Iterator[Found]:
+        """Everything below a directory: parents first, siblings sorted by name as bytes."""
+        above = {place}
+        stack = [(place, self._listed(path, place, problem))]
+        while stack:
+            child = next(stack[-1][1], None)
+            if child is None:
+                above.discard(stack.pop()[0])
+                continue
+            yield child
+            if not stat.S_ISDIR(child.node.mode):
+                continue
+            if child.place in above or len(stack) >= MOST_DEPTH:
+                problem(child.path, "a directory that contains itself, or nested too deeply")
+                continue
+            above.add(child.place)
+            stack.append((child.place, self._listed(child.path, child.place, problem)))
+
+    def _listed(
+        self, path: bytes, place: Place, problem: Callable[[bytes, str], None]
+    ) -> Iterator[Found]:
+        try:
+            yield from self.children(path, place, problem)
+        except ReadFailed as error:
+            problem(path, str(error))
+
+    def touches_refused(self, path: bytes) -> str | None:
+        """The reason if something below a real path is mounted that may not be read here."""
+        prefix = path.rstrip(b"/") + b"/"
+        for number, reason in enumerate(self._filesystems):
+            if isinstance(reason, str) and (self._mountpoints[number] + b"/").startswith(prefix):
+                return reason
+        return None

@@ -1,0 +1,139 @@
+"""From disks to filesystems: partitions, LVM, signatures, and the reader for each type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import import_module
+
+from imgtool.engines.direct import lvm
+from imgtool.engines.direct.filesystem import Filesystem, NeedsAppliance, ReadFailed, Source
+from imgtool.engines.direct.signatures import identify
+from imgtool.engines.direct.sources import Joined, Stretch
+from imgtool.guest.blocks import Block, in_order
+from imgtool.guest.model import Partition
+from imgtool.guest.partition_table import Read, examine
+from imgtool.guest.partition_types import EXTENDED
+from imgtool.guest.partitions import disk_name
+
+# The reader of each type that libblkid names.
+_READERS = {
+    "ext2": ("ext", "ExtFilesystem"),
+    "ext3": ("ext", "ExtFilesystem"),
+    "ext4": ("ext", "ExtFilesystem"),
+    "xfs": ("xfs", "XfsFilesystem"),
+    "vfat": ("fat", "FatFilesystem"),
+    "ntfs": ("ntfs", "NtfsFilesystem"),
+    "iso9660": ("iso", "IsoFilesystem"),
+    "exfat": ("exfat", "ExfatFilesystem"),
+}
+# What only the kernel puts together.
+_ASSEMBLED = {
+    "linux_raid_member": "md arrays",
+    "isw_raid_member": "firmware RAID",
+    "ddf_raid_member": "firmware RAID",
+    "bcache": "bcache",
+    "ldm": "Windows dynamic disks",
+    "zfs_member": "ZFS",
+    "drbd": "DRBD",
+    "LVM1_member": "LVM1",
+    "DM_snapshot_cow": "device-mapper snapshots",
+    "DM_integrity": "dm-integrity",
+    "VDO": "VDO",
+}
+_EXTENDED_SIZE = 1024  # what Linux gives an extended partition: room for a boot loader
+
+
+def _reading(source: Source) -> Read:
+    def read(offset: int, length: int) -> bytes:
+        return source.read(offset, max(0, min(length, source.size - offset)))
+
+    return read
+
+
+class Volumes:
+    """What the disks of a guest hold."""
+
+    def __init__(self, disks: Sequence[Source]) -> None:
+        self._sources: dict[str, Source] = {}
+        self._groups: tuple[lvm.VolumeGroup, ...] = ()
+        self._open: dict[str, Filesystem | NeedsAppliance | ReadFailed] = {}
+        found: list[Block] = []
+        for number, disk in enumerate(disks):
+            found += self._on_disk(disk_name(number), disk)
+        members = [block for block in found if block.type == "LVM2_member"]
+        if members:
+            self._groups = lvm.volume_groups([(b.device, self._sources[b.device]) for b in members])
+            for group in self._groups:
+                for volume in group.logical:
+                    parts = [
+                        (self._sources[e.physical], e.offset, e.length) for e in volume.extents
+                    ]
+                    under = tuple(dict.fromkeys(e.physical for e in volume.extents))
+                    device = f"/dev/{group.name}/{volume.name}"
+                    found.append(self._block(device, "lv", Joined(parts), under))
+        for block in found:
+            if block.type in _ASSEMBLED:
+                raise NeedsAppliance(f"{_ASSEMBLED[block.type]} ({block.device})")
+        self.blocks = in_order(found)
+
+    def _block(self, device: str, kind: str, source: Source, parents: tuple[str, ...]) -> Block:
+        self._sources[device] = source
+        type, label, uuid = identify(source)
+        return Block(device, kind, source.size, type, label, uuid, parents=parents)
+
+    def _on_disk(self, device: str, disk: Source) -> list[Block]:
+        table = examine(_reading(disk), disk.size, device)
+        rows = [row for row in table.partitions if row.number is not None]
+        if table.problems:
+            raise NeedsAppliance(f"the partition table is odd: {table.problems[0]}")
+        whole = self._block(device, "device", disk, ())
+        if rows and whole.type is not None:
+            raise NeedsAppliance(f"{device} has a partition table and is {whole.type} itself")
+        return [whole, *(self._partition(device, disk, row) for row in rows)]
+
+    def _partition(self, device: str, disk: Source, row: Partition) -> Block:
+        kind = row.type or ""
+        if row.table == "msdos" and int(kind, 16) in EXTENDED:
+            size = min(_EXTENDED_SIZE, row.size)
+            self._sources[row.device] = Stretch(disk, row.start, size)
+            return Block(
+                row.device, "partition", size, parttype=f"0x{int(kind, 16):x}", parents=(device,)
+            )
+        block = self._block(row.device, "partition", Stretch(disk, row.start, row.size), (device,))
+        block = replace(block, partuuid=row.partuuid, partlabel=row.name or None)
+        return replace(
+            block, parttype=f"0x{int(kind, 16):x}" if row.table == "msdos" else kind.lower()
+        )
+
+    @property
+    def groups(self) -> tuple[lvm.VolumeGroup, ...]:
+        """The volume groups."""
+        return self._groups
+
+    def filesystem(self, device: str) -> Filesystem:
+        """The filesystem on a device, open. Raises `NeedsAppliance`, or `ReadFailed` for damage."""
+        known = self._open.get(device)
+        if known is None:
+            try:
+                known = self._opened(device)
+            except (NeedsAppliance, ReadFailed) as error:
+                known = error
+            self._open[device] = known
+        if isinstance(known, Exception):
+            raise known
+        return known
+
+    def _opened(self, device: str) -> Filesystem:
+        block = next((block for block in self.blocks if block.device == device), None)
+        if block is None:
+            raise NeedsAppliance(f"{device} is not known without the appliance")
+        reader = _READERS.get(block.type or "")
+        if reader is None:
+            raise NeedsAppliance(f"{device} is {block.type or 'of unknown type'}")
+        try:
+            module = import_module(f"imgtool.engines.direct.{reader[0]}")
+            opened: Callable[[Source], Filesystem] = getattr(module, reader[1]).open
+            return opened(self._sources[device])
+        except NeedsAppliance as error:
+            raise type(error)(f"{device} ({block.type}): {error}") from error

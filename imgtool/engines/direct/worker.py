@@ -1,0 +1,321 @@
+"""The worker: the only process that looks at what an image contains, confined before it does.
+
+It reads requests from standard input and writes frames (see `protocol`) to standard output, one
+request at a time, until standard input ends. It holds no secret, has no place to write to, and may
+not start programs once the image is open.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import stat
+import sys
+import tarfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from imgtool.engines.direct import protocol, seccomp
+from imgtool.engines.direct.filesystem import Filesystem, NeedsAppliance, ReadFailed
+from imgtool.engines.direct.sources import CannotOpen, Disk
+from imgtool.engines.direct.tree import Found, Missing, Tree
+from imgtool.engines.direct.volumes import Volumes
+
+_BATCH = 500
+_PIECE = 1 << 20
+_LARGEST_SMALL = 1 << 20
+
+
+class Refused(Exception):
+    """A request that cannot be: the parent is not who it should be."""
+
+
+class Worker:
+    """The state of one conversation: disks, volumes, and the tree that was mounted."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out = out
+        self._volumes: Volumes | None = None
+        self._tree: Tree | None = None
+
+    def serve(self, requests: BinaryIO) -> None:
+        """Answer requests until there are no more."""
+        while head := requests.read(4):
+            request = protocol.parsed(requests.read(int.from_bytes(head, "big")))
+            try:
+                answer = getattr(self, "do_" + request.pop("do"))(**request)
+                if answer is not None:
+                    self._json(answer)
+                protocol.send(self._out, protocol.END)
+            except Missing:
+                self._error("missing", "no such file or directory in the guest")
+            except NeedsAppliance as error:
+                self._error("appliance", str(error))
+            except (ReadFailed, CannotOpen) as error:
+                kind = "image" if isinstance(error, CannotOpen) else "failed"
+                self._error(kind, str(error))
+            except (MemoryError, RecursionError):
+                self._error("appliance", "it takes too much memory")
+            self._out.flush()
+
+    def _error(self, kind: str, message: str) -> None:
+        protocol.send_json(self._out, protocol.ERROR, {"kind": kind, "message": message})
+
+    def _json(self, value: object) -> None:
+        protocol.send_json(self._out, protocol.JSON, value)
+
+    def _data(self, data: bytes) -> None:
+        protocol.send(self._out, protocol.DATA, data)
+
+    # Disks and volumes
+
+    def do_open(self, disks: list[list[str]]) -> dict[str, Any]:
+        """Start a qemu-nbd for each disk, give up the right to start anything, find the volumes."""
+        opened = [Disk(argv) for argv in disks]
+        seccomp.confine()
+        self._volumes = Volumes(opened)
+        blocks = [
+            (*(getattr(b, name) for name in protocol.BLOCK[:-1]), b.parents)
+            for b in self._volumes.blocks
+        ]
+        groups = [
+            (g.name, g.uuid, g.size, g.physical, [(v.name, v.uuid, v.size) for v in g.logical])
+            for g in self._volumes.groups
+        ]
+        return {"blocks": blocks, "groups": groups}
+
+    def _filesystem(self, device: str) -> Filesystem:
+        if self._volumes is None:
+            raise Refused
+        return self._volumes.filesystem(device)
+
+    def do_look(self, device: str) -> None:
+        """Mount one filesystem alone, to be looked into."""
+        self._tree = Tree(self._filesystem(device))
+
+    def do_mount(self, mounts: list[list[str]]) -> list[str | None]:
+        """Mount a layout, the root first; for each mount None, or why it is not there.
+
+        What needs the appliance is mounted too, as a refusal for whoever touches it.
+        """
+        said: list[str | None] = []
+        tree: Tree | None = None
+        for device, mountpoint in mounts:
+            reason = None
+            if tree is None:
+                tree = Tree(self._filesystem(device))
+                said.append(None)
+                continue
+            filesystem: Filesystem | str
+            try:
+                filesystem = self._filesystem(device)
+            except NeedsAppliance as error:
+                filesystem = str(error)
+            try:
+                tree.mount(protocol.name(mountpoint), filesystem)
+            except Missing:
+                reason = "there is no such directory"
+            said.append(reason)
+        self._tree = tree
+        return said
+
+    def do_usage(self, device: str) -> list[int]:
+        """The numbers of statvfs for one filesystem."""
+        return list(self._filesystem(device).usage())
+
+    # Names
+
+    @property
+    def _mounted(self) -> Tree:
+        if self._tree is None:
+            raise Refused
+        return self._tree
+
+    def do_resolve(self, path: str) -> str:
+        """The path without symbolic links."""
+        return protocol.text(self._mounted.resolve(protocol.name(path))[0])
+
+    def do_spelling(self, path: str) -> str:
+        """The path in the case of the names on disk."""
+        return protocol.text(self._mounted.spelling(protocol.name(path)))
+
+    def do_lstat(self, path: str) -> list[Any]:
+        """What lstat says of a path."""
+        return _row(self._mounted.lstat(protocol.name(path)), None)
+
+    def do_walk(self, path: str, deep: bool, checksum: str | None) -> None:
+        """What is in a directory, or everything below it: batches of rows and problems."""
+        raw = protocol.name(path)
+        tree = self._mounted
+        real, place = tree.resolve(raw)
+        if not stat.S_ISDIR(tree.filesystem(place).stat(place.inode).mode):
+            raise ReadFailed("not a directory")
+        if deep and (reason := tree.touches_refused(real)):
+            raise NeedsAppliance(reason)
+        batch: list[list[Any]] = []
+
+        def problem(at: bytes, reason: str) -> None:
+            batch.append([protocol.text(at), reason])
+
+        found = tree.walk if deep else tree.children
+        for child in found(raw, place, problem):
+            summed = None
+            if checksum is not None and stat.S_ISREG(child.node.mode):
+                try:
+                    summed = self._sum(child, checksum)
+                except ReadFailed as error:
+                    problem(child.path, str(error))
+            batch.append(_row(child, summed))
+            if len(batch) >= _BATCH or checksum is not None:
+                self._json(batch)
+                self._out.flush()
+                batch.clear()
+        if batch:
+            self._json(batch)
+
+    # Contents
+
+    def _regular(self, path: str) -> tuple[Filesystem, Found]:
+        tree = self._mounted
+        real, _ = tree.resolve(protocol.name(path))
+        found = tree.lstat(real)
+        if not stat.S_ISREG(found.node.mode):
+            raise ReadFailed("not a regular file")
+        return tree.filesystem(found.place), found
+
+    def _pieces(
+        self, filesystem: Filesystem, found: Found, offset: int, length: int
+    ) -> Iterator[bytes]:
+        end = min(offset + length, found.node.size)
+        while offset < end:
+            data = filesystem.read(found.place.inode, offset, min(_PIECE, end - offset))
+            if not data:
+                raise ReadFailed("the file ends too early")
+            yield data
+            offset += len(data)
+
+    def _sum(self, found: Found, kind: str) -> str:
+        if kind not in ("md5", "sha1", "sha256"):
+            raise Refused
+        digest = hashlib.new(kind, usedforsecurity=False)
+        filesystem = self._mounted.filesystem(found.place)
+        for piece in self._pieces(filesystem, found, 0, found.node.size):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def do_checksum(self, path: str, kind: str) -> str:
+        """The checksum of a regular file."""
+        return self._sum(self._regular(path)[1], kind)
+
+    def do_read(self, path: str, offset: int, length: int) -> None:
+        """Bytes of a regular file, in frames of data."""
+        filesystem, found = self._regular(path)
+        for piece in self._pieces(filesystem, found, offset, length):
+            self._data(piece)
+
+    def do_small(self, path: str, limit: int) -> None:
+        """The first bytes of a regular file, whole in one frame; nothing if there is no file."""
+        try:
+            filesystem, found = self._regular(path)
+            pieces = self._pieces(filesystem, found, 0, min(limit, _LARGEST_SMALL))
+            self._data(b"".join(pieces))
+        except (Missing, ReadFailed):
+            return
+
+    def do_is_dir(self, path: str, any_case: bool) -> bool:
+        """Whether a path leads to a directory."""
+        raw = protocol.name(path)
+        try:
+            _, place = self._mounted.resolve(self._mounted.spelling(raw) if any_case else raw)
+            return stat.S_ISDIR(self._mounted.filesystem(place).stat(place.inode).mode)
+        except (Missing, ReadFailed):
+            return False
+
+    def do_ranges(self, path: str) -> list[list[int]]:
+        """Where a regular file has data."""
+        filesystem, found = self._regular(path)
+        return [list(stretch) for stretch in filesystem.ranges(found.place.inode)]
+
+    def do_tar(self, path: str, excluded: list[str]) -> None:
+        """A directory's content as a tar stream, names relative to it; `excluded` paths left out.
+
+        A file that cannot be read ends the stream with an error, as tar(1) would end it.
+        """
+        raw = protocol.name(path).rstrip(b"/")
+        tree = self._mounted
+        real, place = tree.resolve(raw or b"/")
+        if reason := tree.touches_refused(real):
+            raise NeedsAppliance(reason)
+        left_out = {protocol.name(text) for text in excluded}
+        linked: dict[tuple[int, int], bytes] = {}
+
+        def problem(at: bytes, reason: str) -> None:
+            raise ReadFailed(f"{protocol.text(at)}: {reason}")
+
+        self._data(_header(b"./", tree.lstat(real), None))
+        for child in tree.walk(raw or b"/", place, problem):
+            if child.path in left_out:
+                continue
+            relative = b"." + child.path[len(raw) :]
+            regular = stat.S_ISREG(child.node.mode)
+            first = None
+            if child.node.nlink > 1 and not stat.S_ISDIR(child.node.mode):
+                first = linked.get(child.place)
+                linked.setdefault(child.place, relative)
+            if stat.S_ISSOCK(child.node.mode):
+                continue
+            self._data(_header(relative, child, first))
+            if regular and first is None:
+                size = 0
+                filesystem = tree.filesystem(child.place)
+                for piece in self._pieces(filesystem, child, 0, child.node.size):
+                    self._data(piece)
+                    size += len(piece)
+                self._data(bytes(-size % tarfile.BLOCKSIZE))
+        self._data(bytes(2 * tarfile.BLOCKSIZE))
+
+
+def _row(found: Found, checksum: str | None) -> list[Any]:
+    target = None if found.target is None else protocol.text(found.target)
+    return [protocol.text(found.path), found.place.mount, *found.node, target, checksum]
+
+
+_TAR_TYPES = {
+    stat.S_IFREG: tarfile.REGTYPE,
+    stat.S_IFDIR: tarfile.DIRTYPE,
+    stat.S_IFLNK: tarfile.SYMTYPE,
+    stat.S_IFCHR: tarfile.CHRTYPE,
+    stat.S_IFBLK: tarfile.BLKTYPE,
+    stat.S_IFIFO: tarfile.FIFOTYPE,
+}
+
+
+def _header(name: bytes, found: Found, link: bytes | None) -> bytes:
+    node = found.node
+    member = tarfile.TarInfo(protocol.text(name))
+    member.type = _TAR_TYPES[stat.S_IFMT(node.mode)]
+    member.mode = stat.S_IMODE(node.mode)
+    member.uid, member.gid = node.uid, node.gid
+    member.mtime = node.mtime_ns // 1_000_000_000
+    if link is not None:
+        member.type = tarfile.LNKTYPE
+        member.linkname = protocol.text(link)
+    elif member.type == tarfile.SYMTYPE:
+        member.linkname = protocol.text(found.target or b"")
+    elif member.type == tarfile.REGTYPE:
+        member.size = node.size
+    elif member.type in (tarfile.CHRTYPE, tarfile.BLKTYPE):
+        member.devmajor, member.devminor = _device(node.rdev)
+    return member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+
+
+def _device(number: int) -> tuple[int, int]:
+    import os
+
+    return os.major(number), os.minor(number)
+
+
+def main() -> None:
+    """Run as the sandbox's only program of ours."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    Worker(sys.stdout.buffer).serve(sys.stdin.buffer)
