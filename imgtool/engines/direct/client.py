@@ -110,24 +110,28 @@ class Client:
             raise self._failure("it is not ready")
         self._busy = True
         body = json.dumps({"do": do, **arguments}).encode("ascii")
+        self._heard(self._ask, body)
+        while True:
+            kind, payload = self._heard(protocol.receive, self._answers)
+            if kind in (protocol.END, protocol.ERROR):
+                break
+            yield kind, payload
+        self._busy = False
+        if kind == protocol.ERROR:
+            raise self.checked(lambda: self._told(protocol.parsed(payload)))
+
+    def _ask(self, body: bytes) -> None:
+        self._requests.write(len(body).to_bytes(4, "big") + body)
+        self._requests.flush()
+
+    def _heard(self, action: Callable[..., Any], *arguments: object) -> Any:
+        """What the worker does; its death and its nonsense as its failure."""
         try:
-            self._requests.write(len(body).to_bytes(4, "big") + body)
-            self._requests.flush()
-            while True:
-                kind, payload = protocol.receive(self._answers)
-                if kind == protocol.END:
-                    break
-                if kind == protocol.ERROR:
-                    self._busy = False
-                    raise self._told(protocol.parsed(payload))
-                yield kind, payload
-        except protocol.BadMessage as error:
-            raise self._failure(self._last_words() or str(error)) from error
+            return action(*arguments)
         except TimeoutError as error:
             raise self._failure("it does not answer") from error
-        except OSError as error:
+        except (protocol.BadMessage, OSError) as error:
             raise self._failure(self._last_words() or str(error)) from error
-        self._busy = False
 
     def _last_words(self) -> str:
         """The last line on the worker's standard error."""

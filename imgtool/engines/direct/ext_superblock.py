@@ -19,6 +19,7 @@ _HURD = 1
 _CLEAN = 1
 _UID16 = 0x10  # default mount option nouid32
 _PAGE = 4096  # the kernel mounts no larger blocks
+_MAX_GROUPS = 1 << 20  # every one is read for statfs; 128 TiB as mke2fs makes them
 _MMP_MAGIC = 0x004D4D50
 _MMP_CLEAN = 0xFF4D4D50
 
@@ -190,6 +191,8 @@ class Superblock:
         groups = -(-(self.blocks - self.first_block) // self.blocks_per_group)
         if self.inodes != groups * self.inodes_per_group:
             raise NeedsAppliance("ext: inodes and groups do not match")
+        if groups > _MAX_GROUPS:
+            raise NeedsAppliance("ext: too many block groups")
         self.groups = groups
         self.descriptors_per_block = size // self.descriptor_size
         self.descriptor_blocks = -(-groups // self.descriptors_per_block)

@@ -68,6 +68,8 @@ class _Volumes:
     @contextlib.contextmanager
     def look_into(self, source: str) -> Iterator[_Volume]:
         """Open one filesystem; `EngineError` if it cannot be mounted."""
+        if any(block.device == source and block.type is None for block in self._blocks):
+            raise EngineError("no known filesystem", subject=source)
         try:
             list(self._client.request("look", device=source))
         except NeedsAppliance as error:
@@ -399,7 +401,11 @@ class DirectGuest(Guest):
             if kind is None:
                 if types[device] == BIOS_BOOT:
                     continue
-                raise NeedsAppliance(f"{device} is of unknown type")
+                reason = "no known filesystem"
+                rows.append(
+                    SpaceUsage(self.image, device, mountpoints.get(device), None, error=reason)
+                )
+                continue
             numbers = self._client.one("usage", device=device)
             size, used, available, inodes, inodes_used = self._client.checked(
                 partial(_numbers, numbers)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from imgtool.engines.direct.filesystem import ReadFailed, Source
 
 _LARGEST_READ = 16 << 20
+# Metadata is read in small pieces that lie together: whole blocks are read and kept.
+_BLOCK = 128 << 10
+_KEPT_BLOCKS = 256
 
 
 class CannotOpen(Exception):
@@ -29,6 +33,7 @@ class Disk:
         except nbd.Error as error:
             raise CannotOpen(str(error)) from error
         self._size = int(self._nbd.get_size())
+        self._kept: OrderedDict[int, bytes] = OrderedDict()
 
     @property
     def size(self) -> int:
@@ -39,15 +44,32 @@ class Disk:
         """Exactly `length` bytes at `offset`; `ReadFailed` past the end or where QEMU cannot."""
         if offset < 0 or length < 0 or offset + length > self._size:
             raise ReadFailed("past the end of the disk")
-        if not length:
-            return b""
+        first, last = offset // _BLOCK, (offset + length - 1) // _BLOCK
+        if 0 < length <= _BLOCK and last - first < 2:
+            start = offset - first * _BLOCK
+            if first == last:
+                return self._block(first)[start : start + length]
+            return (self._block(first) + self._block(last))[start : start + length]
+        return b"".join(
+            self._fetched(at, min(_LARGEST_READ, offset + length - at))
+            for at in range(offset, offset + length, _LARGEST_READ)
+        )
+
+    def _block(self, number: int) -> bytes:
+        kept = self._kept.get(number)
+        if kept is None:
+            start = number * _BLOCK
+            kept = self._fetched(start, min(_BLOCK, self._size - start))
+            self._kept[number] = kept
+            if len(self._kept) > _KEPT_BLOCKS:
+                self._kept.popitem(last=False)
+        else:
+            self._kept.move_to_end(number)
+        return kept
+
+    def _fetched(self, offset: int, length: int) -> bytes:
         try:
-            if length <= _LARGEST_READ:
-                return bytes(self._nbd.pread(length, offset))
-            return b"".join(
-                bytes(self._nbd.pread(min(_LARGEST_READ, offset + length - at), at))
-                for at in range(offset, offset + length, _LARGEST_READ)
-            )
+            return bytes(self._nbd.pread(length, offset))
         except self._error as error:
             raise ReadFailed(f"QEMU cannot read the image: {error}") from error
 

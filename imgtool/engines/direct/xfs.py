@@ -68,7 +68,11 @@ class XfsFilesystem(Filesystem):
         superblock = read_superblock(source)
         require_clean_log(source, superblock)
         filesystem = cls(source, superblock)
-        if not stat.S_ISDIR(filesystem._inode(filesystem.root).node.mode):
+        try:
+            root = filesystem.stat(filesystem.root)
+        except ReadFailed as error:
+            raise NeedsAppliance(f"the XFS root cannot be read: {error}") from None
+        if not stat.S_ISDIR(root.mode):
             raise NeedsAppliance("the XFS root is no directory")
         return filesystem
 
