@@ -34,11 +34,12 @@ _KEPT = ("PATH", "HOME", "TMPDIR", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "USER", 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits for one program: address space in bytes, CPU and wall time in seconds."""
+    """Limits for one program: memory and size of files in bytes, CPU and wall time in seconds."""
 
     memory: int | None = None
     cpu: int | None = None
     wall: float | None = None
+    file_size: int | None = None
 
 
 class TimedOut(HostError):
@@ -66,7 +67,9 @@ def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     return {**kept, "LC_ALL": "C.UTF-8", **(extra or {})}
 
 
-def _prepare_child(limits: Limits, parent: int) -> Callable[[], None]:
+def _prepare_child(
+    limits: Limits, parent: int, before: Callable[[], None] | None = None
+) -> Callable[[], None]:
     def prepare() -> None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # the parent went between fork and prctl
@@ -76,6 +79,10 @@ def _prepare_child(limits: Limits, parent: int) -> Callable[[], None]:
             resource.setrlimit(resource.RLIMIT_AS, (limits.memory, limits.memory))
         if limits.cpu is not None:
             resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu, limits.cpu + 1))
+        if limits.file_size is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_size, limits.file_size))
+        if before is not None:
+            before()
 
     return prepare
 
@@ -94,8 +101,13 @@ def run(
     ok: Sequence[int] = (0,),
     pass_fds: Sequence[int] = (),
     env: dict[str, str] | None = None,
+    owner: tuple[int, int] | None = None,
+    before: Callable[[], None] | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a program to its end and return what it wrote.
+
+    As root, `owner` (UID, GID) is whom the program runs as. `before` is called in the new process
+    before the program starts.
 
     Raises `HostError` if there is no such program, `TimedOut` past `limits.wall`, and
     `ProgramFailed` for a status that is not in `ok`.
@@ -112,7 +124,10 @@ def run(
             timeout=limits.wall,
             env=environment(env),
             pass_fds=pass_fds,
-            preexec_fn=_prepare_child(limits, os.getpid()),
+            user=owner[0] if owner else None,
+            group=owner[1] if owner else None,
+            extra_groups=[] if owner else None,
+            preexec_fn=_prepare_child(limits, os.getpid(), before),
             check=False,
         )
     except FileNotFoundError as error:

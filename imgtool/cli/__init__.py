@@ -56,7 +56,7 @@ for command in (
 def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     command = typer.main.get_command(app)
-    if not arguments:
+    if not arguments and "_IMGTOOL_COMPLETE" not in os.environ:
         command.main(["--help"], prog_name="imgtool", standalone_mode=False)
         return ExitStatus.USAGE
     try:

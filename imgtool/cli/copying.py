@@ -15,8 +15,6 @@ from imgtool.cli.progress import progress
 from imgtool.cli.session import Failures, Request
 from imgtool.errors import UsageError
 
-_SOURCES = typer.Argument(metavar="SRC... DEST", help="What to copy, and where to.")
-
 
 def _split(paths: list[str]) -> tuple[list[str], str]:
     if len(paths) < 2:
@@ -30,7 +28,7 @@ def _left_out(path: bytes, line: str) -> None:
 
 def copy_out(
     image: options.Image,
-    paths: Annotated[list[str], _SOURCES],
+    paths: options.OutwardPaths,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files that exist; merge directories.")
     ] = False,
@@ -98,7 +96,7 @@ def _mode(text: str | None) -> int | None:
 
 def copy_in(
     image: options.Image,
-    paths: Annotated[list[str], _SOURCES],
+    paths: options.InwardPaths,
     owner: Annotated[
         str | None,
         typer.Option("--owner", metavar="UID:GID", help="Owner of what is copied. [0:0]"),

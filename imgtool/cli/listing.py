@@ -69,7 +69,7 @@ def _line(entry: Entry, owners: Owners, name: bytes, human: bool, checksum: bool
 
 def ls(
     image: options.Image,
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Absolute guest paths.")],
+    paths: options.GuestPaths,
     long: Annotated[bool, typer.Option("-l", help="Mode, owner, size, time, target.")] = False,
     recursive: Annotated[bool, typer.Option("-R", help="Everything below.")] = False,
     human: options.Human = False,
@@ -142,7 +142,7 @@ def _entries(
 
 def cat(
     image: options.Image,
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Absolute guest paths.")],
+    paths: options.GuestPaths,
     add: options.Add = None,
     format: options.Format = None,
     snapshot: options.Snapshot = None,

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from imgtool.cli import completing
+
 
 class Output(StrEnum):
     """How a command that lists writes its rows."""
@@ -35,6 +37,28 @@ class Checksum(StrEnum):
 
 
 Image = Annotated[Path, typer.Argument(metavar="IMAGE", help="The disk image.")]
+GuestPaths = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PATH...", help="Absolute guest paths.", autocompletion=completing.guest_paths
+    ),
+]
+OutwardPaths = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SRC... DEST",
+        help="What to copy, and where to.",
+        autocompletion=completing.outward_paths,
+    ),
+]
+InwardPaths = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SRC... DEST",
+        help="What to copy, and where to.",
+        autocompletion=completing.inward_paths,
+    ),
+]
 Add = Annotated[
     list[Path] | None,
     typer.Option("-a", "--add", metavar="IMAGE", help="A further disk of the same guest."),

@@ -10,13 +10,14 @@ import logging
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from imgtool.engines.direct import client as wire
-from imgtool.engines.direct import protocol, sandbox
+from imgtool.engines.direct import protocol, replay, sandbox
 from imgtool.engines.direct.client import Client
 from imgtool.engines.direct.filesystem import NeedsAppliance
 from imgtool.errors import EngineError, ImgtoolError, NotInGuestError, UsageError
@@ -143,6 +144,26 @@ class DirectGuest(Guest):
         self._volumes = _Volumes(client, self._blocks)
         if self._given and any(mount.fstype or mount.options for mount in self._given):
             raise NeedsAppliance("mount options are given")
+
+    @property
+    def disk_sizes(self) -> list[int]:
+        """The sizes of the disks in bytes, in their order."""
+        return [block.size for block in self._blocks if block.kind == "device"]
+
+    def journals(self) -> list[replay.Place]:
+        """Where filesystems are that need their journal replayed before they can be read."""
+        rows = self._client.one("journals")
+        found: list[replay.Place] = []
+        for device, places in self._client.checked(
+            lambda: [(string, list(p)) for string, p in rows]
+        ):
+            if len(places) != 1:
+                raise NeedsAppliance(f"the journal of {printable(str(device))} lies in pieces")
+            disk, offset, size = self._client.checked(partial(_numbers, places[0]))
+            if disk >= len(self.disk_sizes) or offset + size > self.disk_sizes[disk]:
+                raise EngineError("the direct engine's worker failed: a place on no disk")
+            found.append((disk, offset, size))
+        return found
 
     # The layout
 
@@ -473,18 +494,46 @@ def open_direct(
     notice: Callable[[str], None],
 ) -> Iterator[DirectGuest]:
     """Open a guest in the sandbox; `NeedsAppliance` where only the appliance can."""
-    images = sandbox.Images(chains)
-    try:
-        with tempfile.TemporaryFile(prefix="imgtool-") as said:
-            disks = []
-            for chain in chains:
-                # Locks are passed by only where somebody writes.
-                shared = any(in_use_for_writing(path) is not None for path in chain.files)
-                disks.append(sandbox.server(chain, images, snapshot=snapshot, force_share=shared))
-            with sandbox.sandboxed(images, said) as process:
-                client = Client(process, said, image=image)
-                yield DirectGuest(
-                    client, image=image, disks=disks, mounts=mounts, root=root, notice=notice
+    with contextlib.ExitStack() as stack:
+        images = sandbox.Images(chains)
+        stack.callback(images.close)
+        # Locks are passed by only where somebody writes.
+        shared = [any(in_use_for_writing(p) is not None for p in chain.files) for chain in chains]
+
+        def started(overlays: Mapping[int, Path], inner: contextlib.ExitStack) -> DirectGuest:
+            disks = [
+                sandbox.server(
+                    chain,
+                    images,
+                    snapshot=snapshot,
+                    force_share=shared[number],
+                    overlay=overlays.get(number),
                 )
-    finally:
-        images.close()
+                for number, chain in enumerate(chains)
+            ]
+            said = inner.enter_context(tempfile.TemporaryFile(prefix="imgtool-"))
+            process = inner.enter_context(sandbox.sandboxed(images, said))
+            return DirectGuest(
+                Client(process, said, image=image),
+                image=image,
+                disks=disks,
+                mounts=mounts,
+                root=root,
+                notice=notice,
+            )
+
+        first = stack.enter_context(contextlib.ExitStack())
+        guest = started({}, first)
+        journals = guest.journals()
+        if not journals:
+            yield guest
+            return
+        first.close()
+        if snapshot is not None:
+            raise NeedsAppliance("a journal has to be replayed in a snapshot")
+        started_at = time.monotonic()
+        overlays = stack.enter_context(replay.recovered(chains, images, guest.disk_sizes, journals))
+        log.info("journal: replayed in %.3f s", time.monotonic() - started_at)
+        for overlay in overlays.values():
+            images.add(overlay)
+        yield started(overlays, stack)

@@ -9,13 +9,14 @@ are the only files of the host in it besides the system's libraries, Python, and
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import stat
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -37,7 +38,6 @@ CPU = 4 * 3600
 SCRATCH = 256 << 20
 
 _PYTHON = "/usr/bin/python3"
-_QEMU_NBD = "/usr/bin/qemu-nbd"
 _START = (
     "import sys; sys.path[:0] = {paths!r}; from imgtool.engines.direct.worker import main; main()"
 )
@@ -56,7 +56,7 @@ def _module_folders() -> dict[str, str]:
     """Where the worker's Python modules are on the host, and where it sees them."""
     here = Path(__file__).resolve().parents[2]
     folders = {str(here): "/python/own/imgtool"}
-    for module in ("nbd", "pytsk3", "pyfsxfs"):
+    for module in ("nbd", "pytsk3", "google_crc32c"):
         spec = find_spec(module)
         if spec is None or spec.origin is None:
             raise NeedsAppliance(f"the Python module {module} is not installed")
@@ -79,13 +79,14 @@ class Images:
                 if any(link.encrypted for link in chain.links):
                     raise NeedsAppliance("an image encrypted by QEMU")
                 for path in chain.files:
-                    self._add(path)
+                    self.add(path)
             self._choose_owner()
         except BaseException:
             self.close()
             raise
 
-    def _add(self, path: Path) -> None:
+    def add(self, path: Path) -> None:
+        """One more file."""
         if path in self.names:
             return
         if node_driver(path) != "file":
@@ -117,9 +118,24 @@ class Images:
         self.descriptors.clear()
 
 
-def _arguments(images: Images, modules: Mapping[str, str], filter_at: int) -> list[str]:
+def arguments(
+    images: Images,
+    filter_at: int,
+    start: str,
+    *,
+    programs: Sequence[str],
+    options: Sequence[str] = (),
+    user: int = 65534,
+) -> list[str]:
+    """The command line of a sandbox with these images, programs of the host, and Python in it.
+
+    `start` is the Python program, with `{paths}` where it says where modules are; `filter_at` the
+    descriptor of the filter for system calls; `options` go to bwrap as they are; `user` is the
+    UID and GID that programs see as theirs.
+    """
+    modules = _module_folders()
     words = ["bwrap", "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session"]
-    words += ["--cap-drop", "ALL", "--uid", "65534", "--gid", "65534", "--hostname", "sandbox"]
+    words += ["--cap-drop", "ALL", "--uid", str(user), "--gid", str(user), "--hostname", "sandbox"]
     words += ["--clearenv", "--setenv", "LC_ALL", "C.UTF-8"]
     words += ["--ro-bind", "/usr/lib", "/usr/lib", "--symlink", "usr/lib", "/lib"]
     for folder in ("lib64", "lib32"):
@@ -128,8 +144,9 @@ def _arguments(images: Images, modules: Mapping[str, str], filter_at: int) -> li
             words += ["--symlink", f"usr/{folder}", f"/{folder}"]
     words += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     words += ["--ro-bind", _python(), _PYTHON]
-    words += ["--ro-bind", _program("qemu-nbd"), _QEMU_NBD]
-    words += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
+    for name in programs:
+        words += ["--ro-bind", _program(name), f"/usr/bin/{name}"]
+    words += ["--proc", "/proc", "--dev", "/dev", *options, "--remount-ro", "/dev"]
     words += ["--size", "4096", "--tmpfs", "/dev/shm", "--remount-ro", "/dev/shm"]
     words += ["--size", str(SCRATCH), "--tmpfs", "/tmp"]
     for folder, seen in modules.items():
@@ -138,7 +155,7 @@ def _arguments(images: Images, modules: Mapping[str, str], filter_at: int) -> li
         words += ["--ro-bind", f"/proc/self/fd/{descriptor}", name]
     words += ["--remount-ro", "/", "--seccomp", str(filter_at), "--chdir", "/"]
     paths = ["/python/own", *(seen for seen in modules.values() if seen != "/python/own/imgtool")]
-    return [*words, _PYTHON, "-I", "-S", "-B", "-c", _START.format(paths=paths)]
+    return [*words, _PYTHON, "-I", "-S", "-B", "-c", start.format(paths=paths)]
 
 
 def _python() -> str:
@@ -149,13 +166,38 @@ def _python() -> str:
     return found
 
 
-def server(chain: Chain, images: Images, *, snapshot: str | None, force_share: bool) -> list[str]:
-    """The command line that serves a chain inside the sandbox, on the socket that it inherits."""
-    argv = [_QEMU_NBD, "--read-only", "--persistent"]
+def server(
+    chain: Chain,
+    images: Images,
+    *,
+    snapshot: str | None = None,
+    force_share: bool = False,
+    overlay: Path | None = None,
+) -> list[str]:
+    """The command line that serves a chain inside the sandbox, on the socket that it inherits.
+
+    An `overlay` of the images stands on the chain.
+    """
+    argv = ["/usr/bin/qemu-nbd", "--read-only", "--persistent"]
     if snapshot is not None:
         # By id, since a name can hold what a command line cannot.
         argv.append("--load-snapshot=snapshot.id=" + chain.snapshot(snapshot).id.replace(",", ",,"))
-    return [*argv, chain.filename(force_share=force_share, names=images.names)]
+    node = chain.blockdev(force_share=force_share, names=images.names)
+    if overlay is not None:
+        file = {"driver": "file", "filename": images.names[overlay]}
+        node = {"driver": "qcow2", "file": file, "backing": node, "read-only": True}
+    return [*argv, "json:" + json.dumps(node, ensure_ascii=False)]
+
+
+@contextlib.contextmanager
+def program_filter(*, mounts: bool = False) -> Iterator[int]:
+    """A descriptor of the filter for a whole sandbox, as bwrap takes it."""
+    if not seccomp.supported():
+        raise NeedsAppliance("the sandbox does not know this machine's system calls")
+    with tempfile.TemporaryFile(prefix="imgtool-") as program:
+        program.write(seccomp.tree_filter(mounts=mounts))
+        program.seek(0)
+        yield program.fileno()
 
 
 @contextlib.contextmanager
@@ -166,20 +208,16 @@ def sandboxed(
 
     What it and QEMU write to standard error goes to the file `said`.
     """
-    if not seccomp.supported():
-        raise NeedsAppliance("the sandbox does not know this machine's system calls")
-    modules = _module_folders()
-    with tempfile.TemporaryFile(prefix="imgtool-") as program:
-        program.write(seccomp.tree_filter())
-        program.seek(0)
-        argv = _arguments(images, modules, program.fileno())
-        with spawn(
-            argv,
+    with (
+        program_filter() as descriptor,
+        spawn(
+            arguments(images, descriptor, _START, programs=("qemu-nbd",)),
             limits=Limits(memory=memory, cpu=CPU),
-            pass_fds=[*images.descriptors.values(), program.fileno()],
+            pass_fds=[*images.descriptors.values(), descriptor],
             stdin=PIPE,
             stdout=PIPE,
             stderr=said.fileno(),
             owner=images.owner,
-        ) as process:
-            yield process
+        ) as process,
+    ):
+        yield process

@@ -146,6 +146,7 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
 }
 _NEVER = tuple(_CALLS)[tuple(_CALLS).index("ptrace") :]
 _WORKER = tuple(_CALLS)[: tuple(_CALLS).index("socket")]
+_MOUNTS = ("mount", "umount2")
 _ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 
 
@@ -175,10 +176,10 @@ def _start() -> list[bytes]:
     ]
 
 
-def tree_filter() -> bytes:
-    """What no process of the sandbox may do: it gets EPERM."""
+def tree_filter(*, mounts: bool = False) -> bytes:
+    """What no process of the sandbox may do: it gets EPERM. With `mounts` it may mount(2)."""
     program = _start()
-    for number in _numbers(_NEVER):
+    for number in _numbers(name for name in _NEVER if not (mounts and name in _MOUNTS)):
         program += [_statement(_EQUAL, number, 0, 1), _statement(_RETURN, _EPERM)]
     # socket(2) for AF_UNIX alone.
     (socket,) = _numbers(("socket",))
@@ -201,9 +202,8 @@ def worker_filter() -> bytes:
     return b"".join(program)
 
 
-def confine() -> None:
-    """Put the worker's filter on this process, for good. Raises `OSError` if the kernel refuses."""
-    program = worker_filter()
+def confine(program: bytes) -> None:
+    """Put a filter on this process, for good. Raises `OSError` if the kernel refuses."""
     code = ctypes.create_string_buffer(program, len(program))
 
     class Program(ctypes.Structure):

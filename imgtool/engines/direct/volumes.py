@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
+from typing import NamedTuple
 
 from imgtool.engines.direct import lvm
+from imgtool.engines.direct.ext_superblock import NeedsJournal
 from imgtool.engines.direct.filesystem import Filesystem, NeedsAppliance, ReadFailed, Source
 from imgtool.engines.direct.signatures import identify
 from imgtool.engines.direct.sources import Joined, Stretch
@@ -51,16 +53,25 @@ def _reading(source: Source) -> Read:
     return read
 
 
+class Place(NamedTuple):
+    """A stretch of a disk, in bytes."""
+
+    disk: int
+    offset: int
+    size: int
+
+
 class Volumes:
     """What the disks of a guest hold."""
 
     def __init__(self, disks: Sequence[Source]) -> None:
         self._sources: dict[str, Source] = {}
+        self._places: dict[str, tuple[Place, ...]] = {}
         self._groups: tuple[lvm.VolumeGroup, ...] = ()
         self._open: dict[str, Filesystem | NeedsAppliance | ReadFailed] = {}
         found: list[Block] = []
         for number, disk in enumerate(disks):
-            found += self._on_disk(disk_name(number), disk)
+            found += self._on_disk(number, disk)
         members = [block for block in found if block.type == "LVM2_member"]
         if members:
             self._groups = lvm.volume_groups([(b.device, self._sources[b.device]) for b in members])
@@ -71,6 +82,11 @@ class Volumes:
                     ]
                     under = tuple(dict.fromkeys(e.physical for e in volume.extents))
                     device = f"/dev/{group.name}/{volume.name}"
+                    self._places[device] = tuple(
+                        Place(at.disk, at.offset + e.offset, e.length)
+                        for e in volume.extents
+                        for at in self._places[e.physical]
+                    )
                     found.append(self._block(device, "lv", Joined(parts), under))
         for block in found:
             if block.type in _ASSEMBLED:
@@ -82,11 +98,15 @@ class Volumes:
         type, label, uuid = identify(source)
         return Block(device, kind, source.size, type, label, uuid, parents=parents)
 
-    def _on_disk(self, device: str, disk: Source) -> list[Block]:
+    def _on_disk(self, number: int, disk: Source) -> list[Block]:
+        device = disk_name(number)
         table = examine(_reading(disk), disk.size, device)
         rows = [row for row in table.partitions if row.number is not None]
         if table.problems:
             raise NeedsAppliance(f"the partition table is odd: {table.problems[0]}")
+        self._places[device] = (Place(number, 0, disk.size),)
+        for row in rows:
+            self._places[row.device] = (Place(number, row.start, row.size),)
         whole = self._block(device, "device", disk, ())
         if rows and whole.type is not None:
             raise NeedsAppliance(f"{device} has a partition table and is {whole.type} itself")
@@ -110,6 +130,19 @@ class Volumes:
     def groups(self) -> tuple[lvm.VolumeGroup, ...]:
         """The volume groups."""
         return self._groups
+
+    def journals(self) -> list[tuple[str, tuple[Place, ...]]]:
+        """The devices whose journals have to be replayed before they can be read."""
+        found = []
+        for block in self.blocks:
+            if block.type in ("ext3", "ext4"):
+                try:
+                    self.filesystem(block.device)
+                except NeedsJournal:
+                    found.append((block.device, self._places[block.device]))
+                except (NeedsAppliance, ReadFailed):
+                    continue
+        return found
 
     def filesystem(self, device: str) -> Filesystem:
         """The filesystem on a device, open. Raises `NeedsAppliance`, or `ReadFailed` for damage."""

@@ -72,7 +72,7 @@ class Worker:
     def do_open(self, disks: list[list[str]]) -> dict[str, Any]:
         """Start a qemu-nbd for each disk, give up the right to start anything, find the volumes."""
         opened = [Disk(argv) for argv in disks]
-        seccomp.confine()
+        seccomp.confine(seccomp.worker_filter())
         self._volumes = Volumes(opened)
         blocks = [
             (*(getattr(b, name) for name in protocol.BLOCK[:-1]), b.parents)
@@ -88,6 +88,12 @@ class Worker:
         if self._volumes is None:
             raise Refused
         return self._volumes.filesystem(device)
+
+    def do_journals(self) -> list[Any]:
+        """Where the journals are that have to be replayed: device, and its stretches of disks."""
+        if self._volumes is None:
+            raise Refused
+        return self._volumes.journals()
 
     def do_look(self, device: str) -> None:
         """Mount one filesystem alone, to be looked into."""
