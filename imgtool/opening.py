@@ -99,7 +99,7 @@ def open_guest(
         return
 
     from imgtool.engines.choice import ChosenGuest
-    from imgtool.engines.direct.guest import open_direct
+    from imgtool.engines.direct.opened import open_direct
 
     def direct() -> AbstractContextManager[Guest]:
         return open_direct(

@@ -52,7 +52,7 @@ if [ $with_tests = yes ]; then
     packages+=(
         mmdebstrap dosfstools ntfs-3g xfsprogs btrfs-progs e2fsprogs exfatprogs mdadm
         cryptsetup-bin libhivex-bin python3-hivex fdisk parted psmisc attr strace shellcheck
-        hyperfine zstd
+        hyperfine zstd mtools xorriso genisoimage
     )
 fi
 

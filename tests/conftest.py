@@ -44,7 +44,7 @@ class OpenGuests:
             options["engine"] = "libguestfs"  # these tests are about the appliance
         key = (str(image), repr(sorted(options.items(), key=lambda item: item[0])))
         if key not in self._open:
-            if len(self._open) >= 3:  # each appliance takes most of a gigabyte
+            if len(self._open) >= 8:  # each appliance takes most of a gigabyte
                 self._open.pop(next(iter(self._open)))[0].close()
             stack = contextlib.ExitStack()
             lines: list[str] = []

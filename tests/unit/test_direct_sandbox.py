@@ -26,7 +26,7 @@ from imgtool.engines.direct.sources import Disk
 disk = Disk(json.loads(sys.stdin.buffer.readline()))
 targets = json.loads(sys.stdin.buffer.readline())
 if targets["confined"]:
-    seccomp.confine()
+    seccomp.confine(seccomp.worker_filter())
 libc = ctypes.CDLL(None, use_errno=True)
 said = {{}}
 def attempt(name, action):

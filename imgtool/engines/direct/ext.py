@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from imgtool.engines.direct import ext_mapping
-from imgtool.engines.direct.ext_checksum import crc32c
+from imgtool.engines.direct.checksums import crc32c
 from imgtool.engines.direct.ext_mapping import Run, Tree
 from imgtool.engines.direct.ext_superblock import (
     HAS_JOURNAL,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from imgtool.engines.direct.ext_checksum import crc16, crc32c
+from imgtool.engines.direct.checksums import crc16, crc32c
 from imgtool.engines.direct.filesystem import NeedsAppliance, ReadFailed, Source, Usage
 
 SUPERBLOCK_AT = 1024

@@ -8,109 +8,26 @@ import io
 import itertools
 import logging
 import re
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from imgtool.engines.direct import client as wire
-from imgtool.engines.direct import protocol, replay, sandbox
+from imgtool.engines.direct import protocol, replay
+from imgtool.engines.direct.answers import AnswerStream, spooled
 from imgtool.engines.direct.client import Client
 from imgtool.engines.direct.filesystem import NeedsAppliance
+from imgtool.engines.direct.volumes_client import WorkerVolume, WorkerVolumes
 from imgtool.errors import EngineError, ImgtoolError, NotInGuestError, UsageError
-from imgtool.guest.blocks import BIOS_BOOT, Block, device_with, filesystems_on
+from imgtool.guest.blocks import BIOS_BOOT, Block
 from imgtool.guest.guest import CHECKSUMS, Guest, OnProblem
-from imgtool.guest.layout import CONTAINERS, SMALL_FILE, discover
+from imgtool.guest.layout import CONTAINERS, discover
 from imgtool.guest.model import Device, Entry, Layout, Mount, OperatingSystem, SpaceUsage
-from imgtool.image.chain import Chain
-from imgtool.image.locks import in_use_for_writing
 from imgtool.image.places import printable
 
 log = logging.getLogger(__name__)
-
-
-class _Volume:
-    """One filesystem, mounted alone in the worker."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-
-    def read(self, path: str, limit: int = SMALL_FILE) -> bytes | None:
-        """The first `limit` bytes of a regular file; None if there is none."""
-        found = self._client.one("small", path=path, limit=limit)
-        if found is not None and (not isinstance(found, bytes) or len(found) > limit):
-            raise EngineError("the direct engine's worker failed: more than was asked for")
-        return found
-
-    def is_dir(self, path: str) -> bool:
-        """Whether the path is a directory; any case where the filesystem ignores it."""
-        return self._client.one("is_dir", path=path, any_case="Windows" in path) is True
-
-
-class _Volumes:
-    """The worker's answers to layout discovery."""
-
-    def __init__(self, client: Client, blocks: Sequence[Block]) -> None:
-        self._client = client
-        self._blocks = blocks
-        self.refused: dict[str, str] = {}
-
-    def filesystems(self) -> Sequence[Device]:
-        """The filesystems, without the subvolumes of those that cannot be read here."""
-        return filesystems_on(self._blocks, lambda device: ())
-
-    def disks(self) -> Sequence[str]:
-        """The guest's disks in their order."""
-        return [block.device for block in self._blocks if block.kind == "device"]
-
-    @contextlib.contextmanager
-    def look_into(self, source: str) -> Iterator[_Volume]:
-        """Open one filesystem; `EngineError` if it cannot be mounted."""
-        if any(block.device == source and block.type is None for block in self._blocks):
-            raise EngineError("no known filesystem", subject=source)
-        try:
-            list(self._client.request("look", device=source))
-        except NeedsAppliance as error:
-            self.refused[source] = str(error)
-            raise EngineError(str(error), subject=source) from error
-        yield _Volume(self._client)
-
-    def device_with(self, kind: str, value: str) -> str | None:
-        """The device with this filesystem `uuid` or `label`, GPT `partuuid` or `partlabel`."""
-        return device_with(self._blocks, kind, value)
-
-    def subvolume_by_id(self, device: str, number: int) -> str | None:
-        """Subvolumes are not read here."""
-        return None
-
-
-class _Stream(io.RawIOBase):
-    """Frames of data as a file."""
-
-    def __init__(self, frames: Iterator[Any]) -> None:
-        self._frames = frames
-        self._held = memoryview(b"")
-
-    def readable(self) -> bool:
-        """It is for reading alone."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Bytes of the frame at hand, or of the next one; 0 at the end."""
-        while not self._held:
-            frame = next(self._frames, None)
-            if frame is None:
-                return 0
-            if not isinstance(frame, bytes):
-                raise EngineError("the direct engine's worker failed: no data")
-            self._held = memoryview(frame)
-        count = min(len(buffer), len(self._held))
-        buffer[:count] = self._held[:count]
-        self._held = self._held[count:]
-        return count
 
 
 class DirectGuest(Guest):
@@ -141,7 +58,7 @@ class DirectGuest(Guest):
             lambda: tuple(wire.block(row) for row in answer["blocks"])
         )
         self._groups: list[Any] = client.checked(lambda: list(answer["groups"]))
-        self._volumes = _Volumes(client, self._blocks)
+        self._volumes = WorkerVolumes(client, self._blocks)
         if self._given and any(mount.fstype or mount.options for mount in self._given):
             raise NeedsAppliance("mount options are given")
 
@@ -210,7 +127,7 @@ class DirectGuest(Guest):
                     hint="it has: " + ", ".join(sorted(known)),
                 )
         list(self._client.request("look", device=self._given[0].source))
-        windows = _Volume(self._client).is_dir("/Windows/System32")
+        windows = WorkerVolume(self._client).is_dir("/Windows/System32")
         return Layout(self._given, os_type="windows" if windows else None)
 
     def _mount_layout(self) -> None:
@@ -268,7 +185,7 @@ class DirectGuest(Guest):
     ) -> Iterator[Entry]:
         at = self._at(path)
         frames = self._client.payloads("walk", path=at, deep=deep, checksum=checksum)
-        with self._about(at), _spooled(self._client, frames) as rows:
+        with self._about(at), spooled(self._client, frames) as rows:
             for row in rows:
                 if isinstance(row, list) and len(row) == 2:
                     name = self._client.checked(partial(protocol.name, row[0]))
@@ -317,7 +234,7 @@ class DirectGuest(Guest):
         with self._about(at):
             # A refusal comes now, not when somebody reads.
             first = list(itertools.islice(frames, 1))
-            stream = _Stream(itertools.chain(first, frames))
+            stream = AnswerStream(itertools.chain(first, frames))
             yield cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
             for _ in frames:
                 pass
@@ -455,85 +372,7 @@ def _numbers(row: Any) -> list[int]:
     return [wire.whole(number) for number in row]
 
 
-@contextlib.contextmanager
-def _spooled(client: Client, frames: Iterator[bytes]) -> Iterator[Iterator[Any]]:
-    """All the rows of an answer, read to its end before the first is given on.
-
-    So a refusal comes before any row, and who looks at a row may ask for more meanwhile.
-    """
-    with tempfile.SpooledTemporaryFile(max_size=8 << 20, prefix="imgtool-") as spool:
-        for payload in frames:
-            spool.write(len(payload).to_bytes(4, "big") + payload)
-        spool.seek(0)
-
-        def rows() -> Iterator[Any]:
-            while head := spool.read(4):
-                payload = spool.read(int.from_bytes(head, "big"))
-                batch = client.checked(partial(protocol.parsed, payload))
-                if not isinstance(batch, list):
-                    raise EngineError("the direct engine's worker failed: no rows")
-                yield from batch
-
-        yield rows()
-
-
 def _excluded(top: str, pattern: bytes) -> bytes:
     """The path that an exclusion of `tar` means: a literal name, its wildcards escaped."""
     relative = re.sub(rb"\\(.)", rb"\1", pattern.removeprefix(b"./"), flags=re.DOTALL)
     return protocol.name(top).rstrip(b"/") + b"/" + relative
-
-
-@contextlib.contextmanager
-def open_direct(
-    image: str,
-    chains: Sequence[Chain],
-    *,
-    snapshot: str | None = None,
-    mounts: Sequence[Mount] = (),
-    root: str | None = None,
-    notice: Callable[[str], None],
-) -> Iterator[DirectGuest]:
-    """Open a guest in the sandbox; `NeedsAppliance` where only the appliance can."""
-    with contextlib.ExitStack() as stack:
-        images = sandbox.Images(chains)
-        stack.callback(images.close)
-        # Locks are passed by only where somebody writes.
-        shared = [any(in_use_for_writing(p) is not None for p in chain.files) for chain in chains]
-
-        def started(overlays: Mapping[int, Path], inner: contextlib.ExitStack) -> DirectGuest:
-            disks = [
-                sandbox.server(
-                    chain,
-                    images,
-                    snapshot=snapshot,
-                    force_share=shared[number],
-                    overlay=overlays.get(number),
-                )
-                for number, chain in enumerate(chains)
-            ]
-            said = inner.enter_context(tempfile.TemporaryFile(prefix="imgtool-"))
-            process = inner.enter_context(sandbox.sandboxed(images, said))
-            return DirectGuest(
-                Client(process, said, image=image),
-                image=image,
-                disks=disks,
-                mounts=mounts,
-                root=root,
-                notice=notice,
-            )
-
-        first = stack.enter_context(contextlib.ExitStack())
-        guest = started({}, first)
-        journals = guest.journals()
-        if not journals:
-            yield guest
-            return
-        first.close()
-        if snapshot is not None:
-            raise NeedsAppliance("a journal has to be replayed in a snapshot")
-        started_at = time.monotonic()
-        overlays = stack.enter_context(replay.recovered(chains, images, guest.disk_sizes, journals))
-        log.info("journal: replayed in %.3f s", time.monotonic() - started_at)
-        for overlay in overlays.values():
-            images.add(overlay)
-        yield started(overlays, stack)

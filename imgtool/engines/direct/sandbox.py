@@ -56,11 +56,12 @@ def _module_folders() -> dict[str, str]:
     """Where the worker's Python modules are on the host, and where it sees them."""
     here = Path(__file__).resolve().parents[2]
     folders = {str(here): "/python/own/imgtool"}
-    for module in ("nbd", "pytsk3", "google_crc32c"):
+    for module in ("nbd", "google_crc32c"):
         spec = find_spec(module)
         if spec is None or spec.origin is None:
             raise NeedsAppliance(f"the Python module {module} is not installed")
-        folder = os.path.realpath(Path(spec.origin).parent)
+        package = Path(spec.origin).parent
+        folder = os.path.realpath(package.parent if spec.submodule_search_locations else package)
         folders.setdefault(folder, f"/python/{len(folders)}")
     return folders
 

@@ -12,7 +12,6 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
 
 from imgtool.engines.direct.filesystem import (
     Filesystem,
@@ -34,7 +33,6 @@ from imgtool.engines.direct.xfs_log import require_clean_log
 from imgtool.engines.direct.xfs_superblock import (
     Superblock,
     checksum_holds,
-    crc32c,
     read_superblock,
 )
 
@@ -56,7 +54,6 @@ class XfsFilesystem(Filesystem):
     def __init__(self, source: Source, superblock: Superblock) -> None:
         self._source = source
         self._superblock = superblock
-        self._crc: Any = crc32c() if superblock.version == 5 else None
         self._windows: OrderedDict[int, bytes] = OrderedDict()
         self._inodes: OrderedDict[int, Inode] = OrderedDict()
         self._maps: OrderedDict[int, list[Extent]] = OrderedDict()
@@ -109,7 +106,7 @@ class XfsFilesystem(Filesystem):
                 per_block,
             ):
                 data, where = self._directory_block(inode, extents, first, per_block)
-                yield from block_names(self._superblock, self._crc, inode, data, where, single)
+                yield from block_names(self._superblock, inode, data, where, single)
                 done = first + per_block
 
     def target(self, inode: int) -> bytes:
@@ -179,7 +176,7 @@ class XfsFilesystem(Filesystem):
         if offset is None:
             raise ReadFailed(f"there can be no inode {number}")
         raw = self._metadata(offset, self._superblock.inode_size)
-        inode = parse_inode(self._superblock, self._crc, number, raw)
+        inode = parse_inode(self._superblock, number, raw)
         self._inodes[number] = inode
         if len(self._inodes) > _INODES_KEPT:
             self._inodes.popitem(last=False)
@@ -196,7 +193,7 @@ class XfsFilesystem(Filesystem):
         kept = self._maps.get(number)
         if kept is not None:
             return kept
-        extents = ExtentMap(self._superblock, self._crc, inode, self._read_block).extents()
+        extents = ExtentMap(self._superblock, inode, self._read_block).extents()
         if len(extents) > _EXTENTS_KEPT:
             self._maps.clear()
         self._maps[number] = extents
@@ -265,7 +262,7 @@ class XfsFilesystem(Filesystem):
                     or header[16:32] != superblock.uuid
                     or int.from_bytes(owner, "big") != number
                     or place != extent.start
-                    or not checksum_holds(self._crc, header, 12)
+                    or not checksum_holds(header, 12)
                 ):
                     raise damaged
             data = data[: size - done]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Any
 
 from imgtool.engines.direct.filesystem import ReadFailed
 from imgtool.engines.direct.xfs_superblock import Superblock, checksum_holds
@@ -46,7 +45,7 @@ def inline_names(superblock: Superblock, number: int, fork: bytes) -> list[tuple
 
 
 def block_names(
-    superblock: Superblock, crc: Any, number: int, block: bytes, offset: int, single: bool
+    superblock: Superblock, number: int, block: bytes, offset: int, single: bool
 ) -> Iterator[tuple[bytes, int]]:
     """The entries of one directory block without `.` and `..`.
 
@@ -62,7 +61,7 @@ def block_names(
             raise damaged
         if place * 512 != offset or uuid != superblock.uuid or owner != number:
             raise damaged
-        if not checksum_holds(crc, block, 4):
+        if not checksum_holds(block, 4):
             raise ReadFailed(f"directory {number} has a wrong checksum")
     else:
         at = 16

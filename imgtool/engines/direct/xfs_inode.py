@@ -10,7 +10,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from imgtool.engines.direct.filesystem import NeedsAppliance, Node, ReadFailed
 from imgtool.engines.direct.xfs_superblock import Superblock, checksum_holds
@@ -46,7 +46,7 @@ class Inode(NamedTuple):
     fork: bytes  # the data fork, as it lies in the inode
 
 
-def parse_inode(superblock: Superblock, crc: Any, number: int, raw: bytes) -> Inode:
+def parse_inode(superblock: Superblock, number: int, raw: bytes) -> Inode:
     """The inode in `raw`; `ReadFailed` where the kernel would call it corrupt."""
     (
         magic, mode, version, form, _onlink, uid, gid, nlink, _project, _project_high,
@@ -61,7 +61,7 @@ def parse_inode(superblock: Superblock, crc: Any, number: int, raw: bytes) -> In
         own_number, flags2 = struct.unpack_from(">Q", raw, 152)[0], _flags2(raw)
         if version != 3 or own_number != number or raw[160:176] != superblock.uuid:
             raise damaged
-        if not checksum_holds(crc, raw, _CORE_CRC):
+        if not checksum_holds(raw, _CORE_CRC):
             raise ReadFailed(f"inode {number} has a wrong checksum")
     elif version == 1:
         raise NeedsAppliance("XFS inodes of version 1")
@@ -145,10 +145,9 @@ class ExtentMap:
     """
 
     def __init__(
-        self, superblock: Superblock, crc: Any, inode: Inode, read_block: Callable[[int], bytes]
+        self, superblock: Superblock, inode: Inode, read_block: Callable[[int], bytes]
     ) -> None:
         self._superblock = superblock
-        self._crc = crc
         self._inode = inode
         self._read_block = read_block
         self._extents: list[Extent] = []
@@ -188,7 +187,7 @@ class ExtentMap:
             place, uuid, owner = struct.unpack_from(">Q8x16sQ", block, 24)
             if magic != b"BMA3" or place * 512 != offset or uuid != superblock.uuid:
                 raise self._damaged
-            if owner != self._inode.node.inode or not checksum_holds(self._crc, block, 64):
+            if owner != self._inode.node.inode or not checksum_holds(block, 64):
                 raise self._damaged
         elif magic != b"BMAP":
             raise self._damaged

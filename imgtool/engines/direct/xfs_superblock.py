@@ -7,8 +7,9 @@ Sources: "XFS Algorithms & Data Structures" (the on-disk format), and Linux 6.1,
 from __future__ import annotations
 
 import struct
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from imgtool.engines.direct.checksums import standard_crc32c
 from imgtool.engines.direct.filesystem import NeedsAppliance, Source, Usage
 
 _LAYOUT = struct.Struct(">4sIQQQ16sQQQQIIIIIHHHH12s8BQQQQQQHBBIIIBBHIIIIIIIIIQQ16s")
@@ -114,19 +115,10 @@ class Superblock(NamedTuple):
         return blocks << self.inodes_per_block_log
 
 
-def crc32c() -> Any:
-    """The CRC-32C function; imported here, for version 4 does without."""
-    try:
-        import google_crc32c
-    except ImportError:
-        raise NeedsAppliance("google-crc32c is not installed, which XFS checksums need") from None
-    return google_crc32c.value
-
-
-def checksum_holds(crc: Any, data: bytes, offset: int) -> bool:
+def checksum_holds(data: bytes, offset: int) -> bool:
     """Whether the CRC-32C in `data` at `offset` is that of `data` with the field zeroed."""
     stored = int.from_bytes(data[offset : offset + 4], "little")
-    return bool(crc(data[:offset] + bytes(4) + data[offset + 4 :]) == stored)
+    return standard_crc32c(data[:offset] + bytes(4) + data[offset + 4 :]) == stored
 
 
 def read_superblock(source: Source) -> Superblock:
@@ -151,7 +143,7 @@ def read_superblock(source: Source) -> Superblock:
         raise NeedsAppliance(f"XFS version {version}")
     if sector_size not in (512, 4096) or sector_log != sector_size.bit_length() - 1:
         raise NeedsAppliance(f"XFS with sectors of {sector_size} bytes")
-    if version == 5 and not checksum_holds(crc32c(), raw[:sector_size], _CRC_OFFSET):
+    if version == 5 and not checksum_holds(raw[:sector_size], _CRC_OFFSET):
         raise NeedsAppliance("the XFS superblock's checksum is wrong")
     _check_features(version, versionnum, features2, bad_features2)
     if version == 5:

@@ -1,0 +1,62 @@
+"""Long answers of the worker: rows that wait in a temporary file, and bytes as a stream."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from imgtool.engines.direct import protocol
+from imgtool.engines.direct.client import Client
+from imgtool.errors import EngineError
+
+
+class AnswerStream(io.RawIOBase):
+    """Frames of data as a file."""
+
+    def __init__(self, frames: Iterator[Any]) -> None:
+        self._frames = frames
+        self._held = memoryview(b"")
+
+    def readable(self) -> bool:
+        """It is for reading alone."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Bytes of the frame at hand, or of the next one; 0 at the end."""
+        while not self._held:
+            frame = next(self._frames, None)
+            if frame is None:
+                return 0
+            if not isinstance(frame, bytes):
+                raise EngineError("the direct engine's worker failed: no data")
+            self._held = memoryview(frame)
+        count = min(len(buffer), len(self._held))
+        buffer[:count] = self._held[:count]
+        self._held = self._held[count:]
+        return count
+
+
+@contextlib.contextmanager
+def spooled(client: Client, frames: Iterator[bytes]) -> Iterator[Iterator[Any]]:
+    """All the rows of an answer, read to its end before the first is given on.
+
+    So a refusal comes before any row, and who looks at a row may ask for more meanwhile.
+    """
+    with tempfile.SpooledTemporaryFile(max_size=8 << 20, prefix="imgtool-") as spool:
+        for payload in frames:
+            spool.write(len(payload).to_bytes(4, "big") + payload)
+        spool.seek(0)
+
+        def rows() -> Iterator[Any]:
+            while head := spool.read(4):
+                payload = spool.read(int.from_bytes(head, "big"))
+                batch = client.checked(partial(protocol.parsed, payload))
+                if not isinstance(batch, list):
+                    raise EngineError("the direct engine's worker failed: no rows")
+                yield from batch
+
+        yield rows()

@@ -1,0 +1,76 @@
+"""From image files to a guest that the sandboxed worker reads."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from imgtool.engines.direct import replay, sandbox
+from imgtool.engines.direct.client import Client
+from imgtool.engines.direct.filesystem import NeedsAppliance
+from imgtool.engines.direct.guest import DirectGuest
+from imgtool.guest.model import Mount
+from imgtool.image.chain import Chain
+from imgtool.image.locks import in_use_for_writing
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def open_direct(
+    image: str,
+    chains: Sequence[Chain],
+    *,
+    snapshot: str | None = None,
+    mounts: Sequence[Mount] = (),
+    root: str | None = None,
+    notice: Callable[[str], None],
+) -> Iterator[DirectGuest]:
+    """Open a guest in the sandbox; `NeedsAppliance` where only the appliance can."""
+    with contextlib.ExitStack() as stack:
+        images = sandbox.Images(chains)
+        stack.callback(images.close)
+        # Locks are passed by only where somebody writes.
+        shared = [any(in_use_for_writing(p) is not None for p in chain.files) for chain in chains]
+
+        def started(overlays: Mapping[int, Path], inner: contextlib.ExitStack) -> DirectGuest:
+            disks = [
+                sandbox.server(
+                    chain,
+                    images,
+                    snapshot=snapshot,
+                    force_share=shared[number],
+                    overlay=overlays.get(number),
+                )
+                for number, chain in enumerate(chains)
+            ]
+            said = inner.enter_context(tempfile.TemporaryFile(prefix="imgtool-"))
+            process = inner.enter_context(sandbox.sandboxed(images, said))
+            return DirectGuest(
+                Client(process, said, image=image),
+                image=image,
+                disks=disks,
+                mounts=mounts,
+                root=root,
+                notice=notice,
+            )
+
+        first = stack.enter_context(contextlib.ExitStack())
+        guest = started({}, first)
+        journals = guest.journals()
+        if not journals:
+            yield guest
+            return
+        first.close()
+        if snapshot is not None:
+            raise NeedsAppliance("a journal has to be replayed in a snapshot")
+        started_at = time.monotonic()
+        overlays = stack.enter_context(replay.recovered(chains, images, guest.disk_sizes, journals))
+        log.info("journal: replayed in %.3f s", time.monotonic() - started_at)
+        for overlay in overlays.values():
+            images.add(overlay)
+        yield started(overlays, stack)

@@ -1,0 +1,68 @@
+"""The worker's answers to layout discovery, as the parent asks for them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from imgtool.engines.direct.client import Client
+from imgtool.engines.direct.filesystem import NeedsAppliance
+from imgtool.errors import EngineError
+from imgtool.guest.blocks import Block, device_with, filesystems_on
+from imgtool.guest.layout import SMALL_FILE
+from imgtool.guest.model import Device
+
+
+class WorkerVolume:
+    """One filesystem, mounted alone in the worker."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def read(self, path: str, limit: int = SMALL_FILE) -> bytes | None:
+        """The first `limit` bytes of a regular file; None if there is none."""
+        found = self._client.one("small", path=path, limit=limit)
+        if found is not None and (not isinstance(found, bytes) or len(found) > limit):
+            raise EngineError("the direct engine's worker failed: more than was asked for")
+        return found
+
+    def is_dir(self, path: str) -> bool:
+        """Whether the path is a directory; any case where the filesystem ignores it."""
+        return self._client.one("is_dir", path=path, any_case="Windows" in path) is True
+
+
+class WorkerVolumes:
+    """The worker's answers to layout discovery."""
+
+    def __init__(self, client: Client, blocks: Sequence[Block]) -> None:
+        self._client = client
+        self._blocks = blocks
+        self.refused: dict[str, str] = {}
+
+    def filesystems(self) -> Sequence[Device]:
+        """The filesystems, without the subvolumes of those that cannot be read here."""
+        return filesystems_on(self._blocks, lambda device: ())
+
+    def disks(self) -> Sequence[str]:
+        """The guest's disks in their order."""
+        return [block.device for block in self._blocks if block.kind == "device"]
+
+    @contextlib.contextmanager
+    def look_into(self, source: str) -> Iterator[WorkerVolume]:
+        """Open one filesystem; `EngineError` if it cannot be mounted."""
+        if any(block.device == source and block.type is None for block in self._blocks):
+            raise EngineError("no known filesystem", subject=source)
+        try:
+            list(self._client.request("look", device=source))
+        except NeedsAppliance as error:
+            self.refused[source] = str(error)
+            raise EngineError(str(error), subject=source) from error
+        yield WorkerVolume(self._client)
+
+    def device_with(self, kind: str, value: str) -> str | None:
+        """The device with this filesystem `uuid` or `label`, GPT `partuuid` or `partlabel`."""
+        return device_with(self._blocks, kind, value)
+
+    def subvolume_by_id(self, device: str, number: int) -> str | None:
+        """Subvolumes are not read here."""
+        return None

@@ -1,0 +1,200 @@
+"""FAT, NTFS and ISO 9660: everything the direct readers say is what the appliance says."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from stat import S_IFDIR, S_IFLNK, S_IFMT, S_IFREG
+from typing import Any
+
+import pytest
+
+from imgtool.engines.direct.exfat import ExfatFilesystem
+from imgtool.engines.direct.fat import FatFilesystem
+from imgtool.engines.direct.filesystem import Filesystem, NeedsAppliance, ReadFailed, Usage
+from imgtool.engines.direct.iso import IsoFilesystem
+from imgtool.engines.direct.ntfs import NtfsFilesystem
+from tests.differential.matrix_other import Image, make_images
+
+pytestmark = pytest.mark.appliance
+READERS: Mapping[str, type[Filesystem]] = {
+    "vfat": FatFilesystem,
+    "ntfs": NtfsFilesystem,
+    "iso9660": IsoFilesystem,
+    "exfat": ExfatFilesystem,
+}
+Walk = dict[bytes, tuple[Any, ...]]
+_BATCH = 500
+
+
+class FileSource:
+    """A raw image as a source."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.size = path.stat().st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        if min(offset, length) < 0 or offset + length > self.size:
+            raise ReadFailed("past the end")
+        with self._path.open("rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+
+def direct_walk(found: Filesystem) -> Walk:
+    """All that a reader says of every name, each also looked up."""
+    walked: Walk = {}
+    waiting = [(b"/", found.root)]
+    while waiting:
+        path, inode = waiting.pop()
+        node = found.stat(inode)
+        kind, target, checksum = S_IFMT(node.mode), b"", ""
+        if kind == S_IFLNK:
+            target = found.target(inode)
+        if kind == S_IFREG:
+            checksum = _checksum(found, inode, node.size)
+        walked[path] = (
+            node.mode,
+            node.uid,
+            node.gid,
+            node.size,
+            node.mtime_ns,
+            node.blocks,
+            node.nlink,
+            node.rdev,
+            target,
+            checksum,
+        )
+        if kind == S_IFDIR:
+            for name, child in found.names(inode):
+                assert found.lookup(inode, name) == child
+                waiting.append((os.path.join(path, name), child))
+    return walked
+
+
+def _checksum(found: Filesystem, inode: int, size: int) -> str:
+    """The content in pieces of an odd size; what is outside of the ranges must be zeros."""
+    content = bytearray()
+    while piece := found.read(inode, len(content), 100_003):
+        content += piece
+    assert len(content) == size
+    end = 0
+    for start, length in found.ranges(inode):
+        assert not any(content[end:start])
+        end = start + length
+    assert end <= size and not any(content[end:])
+    return hashlib.sha256(content).hexdigest()
+
+
+def appliance_walk(g: Any, work: Path) -> Walk:
+    """The same of what is mounted in the appliance."""
+    g.find0("/", str(work / "names"))
+    g.checksums_out("sha256", "/", str(work / "sums"))
+    sums: dict[bytes, str] = {}
+    for line in (work / "sums").read_bytes().splitlines():
+        assert not line.startswith(b"\\")
+        checksum, name = line.split(b"  ", 1)
+        sums[b"/" + name.removeprefix(b"./")] = checksum.decode()
+    folders: dict[bytes, list[bytes]] = defaultdict(list)
+    for name in (work / "names").read_bytes().split(b"\0"):
+        if name:
+            folder, base = os.path.split(b"/" + name)
+            folders[folder].append(base)
+    walked: Walk = {b"/": _said(g.lstatns("/"), b"", "")}
+    for folder, names in folders.items():
+        for start in range(0, len(names), _BATCH):
+            part = [os.fsdecode(name) for name in names[start : start + _BATCH]]
+            stats = g.lstatnslist(os.fsdecode(folder), part)
+            targets = g.readlinklist(os.fsdecode(folder), part)
+            for name, stat, target in zip(part, stats, targets, strict=True):
+                path = os.path.join(folder, os.fsencode(name))
+                walked[path] = _said(stat, os.fsencode(target), sums.get(path, ""))
+    return walked
+
+
+def _said(stat: Mapping[str, int], target: bytes, checksum: str) -> tuple[Any, ...]:
+    return (
+        stat["st_mode"],
+        stat["st_uid"],
+        stat["st_gid"],
+        stat["st_size"],
+        stat["st_mtime_sec"] * 10**9 + stat["st_mtime_nsec"],
+        stat["st_blocks"],
+        stat["st_nlink"],
+        stat["st_rdev"],
+        target,
+        checksum,
+    )
+
+
+def _usage(said: Mapping[str, int]) -> Usage:
+    unit = said["frsize"]
+    return Usage(
+        said["blocks"] * unit,
+        (said["blocks"] - said["bfree"]) * unit,
+        said["bavail"] * unit,
+        said["files"],
+        said["files"] - said["ffree"],
+    )
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Image]:
+    made = make_images(tmp_path_factory.mktemp("matrix"))
+    return {image.path.name: image for image in made}
+
+
+@pytest.fixture(scope="module")
+def reference(
+    images: dict[str, Image], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[Walk, Usage]]]:
+    """What the appliance says of every image, from one launch."""
+    import guestfs
+
+    work = tmp_path_factory.mktemp("reference")
+    g = guestfs.GuestFS(python_return_dict=True)
+    try:
+        read = [image for image in images.values() if image.refused is None]
+        for image in read:
+            g.add_drive_opts(str(image.path), format="raw", readonly=True)
+        g.launch()
+        said: dict[str, tuple[Walk, Usage]] = {}
+        for image, device in zip(read, g.list_devices(), strict=True):
+            assert g.vfs_type(device) == image.type
+            g.mount_ro(device, "/")
+            said[image.path.name] = appliance_walk(g, work), _usage(g.statvfs("/"))
+            g.umount_all()
+        yield said
+    finally:
+        g.close()
+
+
+def test_every_name_attribute_and_byte_is_the_appliances(images, reference):
+    differences: list[str] = []
+    for name, (walk, _) in reference.items():
+        image = images[name]
+        ours = direct_walk(READERS[image.type].open(FileSource(image.path)))
+        assert len(walk) > 4 or name == "ntfs-empty"
+        for path in sorted(ours.keys() | walk.keys()):
+            if ours.get(path) != walk.get(path):
+                differences.append(f"{name} {path!r}: {ours.get(path)} not {walk.get(path)}")
+    assert not differences, "\n".join(differences[:40])
+    assert len(reference) >= 20
+
+
+def test_space_is_the_appliances(images, reference):
+    for name, (_, usage) in reference.items():
+        image = images[name]
+        assert READERS[image.type].open(FileSource(image.path)).usage() == usage, name
+
+
+def test_what_was_never_compared_is_left_to_the_appliance(images):
+    refused = [image for image in images.values() if image.refused]
+    assert refused
+    for image in refused:
+        with pytest.raises(NeedsAppliance, match=image.refused):
+            READERS[image.type].open(FileSource(image.path))
