@@ -121,6 +121,19 @@ def test_windows_paths_in_any_case(both):
         assert (direct.status, direct.out) == (appliance.status, appliance.out)
 
 
+@pytest.mark.parametrize("name", ["lvm", "plain", "selinux", "multiboot", "twodisk"])
+def test_what_is_installed(both, name):
+    direct, appliance = both("inspect", *words(name), "--packages", "-o", "json")
+    assert direct.status == appliance.status == 0, direct.err
+    assert json.loads(direct.text) == json.loads(appliance.text)
+
+
+def test_an_fstab_that_lies_does_not_keep_the_system_from_being_told(both):
+    direct, appliance = both("inspect", *words("liar"), "-o", "json")
+    assert direct.status == appliance.status == 0
+    assert json.loads(direct.text) == json.loads(appliance.text)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_certain_is_refused_with_the_reason(imgtool_cli, name):
     result = imgtool_cli("ls", *words(name), "/", "--engine", "direct")

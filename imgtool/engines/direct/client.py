@@ -15,7 +15,7 @@ from imgtool.engines.direct import protocol
 from imgtool.engines.direct.filesystem import NeedsAppliance
 from imgtool.errors import EngineError, ImageError, Interrupted, NotInGuestError
 from imgtool.guest.blocks import Block
-from imgtool.guest.model import Entry
+from imgtool.guest.model import Application, Entry, OperatingSystem
 from imgtool.image.places import printable
 
 if TYPE_CHECKING:
@@ -236,4 +236,26 @@ def entry(row: Any) -> Entry:
         rdev=whole(rdev, most=(1 << 64) - 1),
         target=None if target is None else protocol.name(target),
         checksum=_optional(checksum),
+    )
+
+
+def operating_system(answer: Any) -> OperatingSystem:
+    """An operating system as the worker tells of it."""
+    applications = answer.pop("applications")
+    mountpoints = {
+        string(path): string(device) for path, device in answer.pop("mountpoints").items()
+    }
+    kernels = tuple(string(kernel) for kernel in answer.pop("kernels"))
+    rows = None
+    if applications is not None:
+        rows = tuple(
+            Application(string(name), string(version), string(release), whole(epoch), string(arch))
+            for name, version, release, epoch, arch in applications
+        )
+    plain = {name: _optional(value) for name, value in answer.items()}
+    return OperatingSystem(
+        **plain,  # type: ignore[arg-type]
+        mountpoints=mountpoints,
+        kernels=kernels,
+        applications=rows,
     )

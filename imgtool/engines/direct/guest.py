@@ -23,7 +23,7 @@ from imgtool.engines.direct.volumes_client import WorkerVolume, WorkerVolumes
 from imgtool.errors import EngineError, ImgtoolError, NotInGuestError, UsageError
 from imgtool.guest.blocks import BIOS_BOOT, Block
 from imgtool.guest.guest import CHECKSUMS, Guest, OnProblem
-from imgtool.guest.layout import CONTAINERS, discover
+from imgtool.guest.layout import CONTAINERS, discover, survey
 from imgtool.guest.model import Device, Entry, Layout, Mount, OperatingSystem, SpaceUsage
 from imgtool.image.places import printable
 
@@ -134,11 +134,7 @@ class DirectGuest(Guest):
         if self._mounted:
             return
         mounts = self.layout.mounts
-        said = self._client.one(
-            "mount", mounts=[[mount.source, mount.mountpoint] for mount in mounts]
-        )
-        if not isinstance(said, list) or len(said) != len(mounts):
-            raise EngineError("the direct engine's worker failed: not what was asked for")
+        said = self._mount(mounts)
         for mount, reason in zip(mounts, said, strict=True):
             if reason is not None:
                 line = f"the filesystem cannot be mounted: {printable(str(reason))}"
@@ -146,6 +142,15 @@ class DirectGuest(Guest):
                     raise EngineError(line, subject=mount.source)
                 self._notice(f"{mount.mountpoint} is not shown: {line} ({mount.source})")
         self._mounted = True
+
+    def _mount(self, mounts: Sequence[Mount]) -> list[object]:
+        """Mount in the worker; for each mount None, or why it is not there."""
+        said = self._client.one(
+            "mount", mounts=[[mount.source, mount.mountpoint] for mount in mounts]
+        )
+        if not isinstance(said, list) or len(said) != len(mounts):
+            raise EngineError("the direct engine's worker failed: not what was asked for")
+        return said
 
     # Reading
 
@@ -365,7 +370,23 @@ class DirectGuest(Guest):
 
     def operating_systems(self, *, packages: bool = False) -> tuple[OperatingSystem, ...]:
         """What is installed in the guest."""
-        raise NeedsAppliance("inspection")
+        found = []
+        roots = survey(self._volumes).roots
+        for reason in self._volumes.refused.values():
+            raise NeedsAppliance(reason)
+        for root in roots:
+            layout = discover(self._volumes, root=root.source)
+            self._mount(layout.mounts)
+            mountpoints = {mount.mountpoint: mount.source for mount in layout.mounts}
+            answer = self._client.one(
+                "inspect",
+                root=root.source,
+                mountpoints=dict(sorted(mountpoints.items())),
+                packages=packages,
+            )
+            found.append(self._client.checked(partial(wire.operating_system, answer)))
+        self._mounted = False
+        return tuple(found)
 
 
 def _numbers(row: Any) -> list[int]:

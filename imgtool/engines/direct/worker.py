@@ -7,22 +7,22 @@ not start programs once the image is open.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import resource
 import stat
 import sys
 import tarfile
-from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from imgtool.engines.direct import protocol, seccomp
 from imgtool.engines.direct.filesystem import Filesystem, NeedsAppliance, ReadFailed
 from imgtool.engines.direct.sources import CannotOpen, Disk
 from imgtool.engines.direct.tree import Found, Missing, Tree
+from imgtool.engines.direct.tree_files import TreeFiles, pieces
 from imgtool.engines.direct.volumes import Volumes
 
 _BATCH = 500
-_PIECE = 1 << 20
 _LARGEST_SMALL = 1 << 20
 
 
@@ -189,23 +189,12 @@ class Worker:
             raise ReadFailed("not a regular file")
         return tree.filesystem(found.place), found
 
-    def _pieces(
-        self, filesystem: Filesystem, found: Found, offset: int, length: int
-    ) -> Iterator[bytes]:
-        end = min(offset + length, found.node.size)
-        while offset < end:
-            data = filesystem.read(found.place.inode, offset, min(_PIECE, end - offset))
-            if not data:
-                raise ReadFailed("the file ends too early")
-            yield data
-            offset += len(data)
-
     def _sum(self, found: Found, kind: str) -> str:
         if kind not in ("md5", "sha1", "sha256"):
             raise Refused
         digest = hashlib.new(kind, usedforsecurity=False)
         filesystem = self._mounted.filesystem(found.place)
-        for piece in self._pieces(filesystem, found, 0, found.node.size):
+        for piece in pieces(filesystem, found, 0, found.node.size):
             digest.update(piece)
         return digest.hexdigest()
 
@@ -216,17 +205,16 @@ class Worker:
     def do_read(self, path: str, offset: int, length: int) -> None:
         """Bytes of a regular file, in frames of data."""
         filesystem, found = self._regular(path)
-        for piece in self._pieces(filesystem, found, offset, length):
+        for piece in pieces(filesystem, found, offset, length):
             self._data(piece)
 
     def do_small(self, path: str, limit: int) -> None:
         """The first bytes of a regular file, whole in one frame; nothing if there is no file."""
-        try:
-            filesystem, found = self._regular(path)
-            pieces = self._pieces(filesystem, found, 0, min(limit, _LARGEST_SMALL))
-            self._data(b"".join(pieces))
-        except (Missing, ReadFailed):
-            return
+        found = TreeFiles(self._mounted).read(
+            protocol.text(protocol.name(path)), min(limit, _LARGEST_SMALL)
+        )
+        if found is not None:
+            self._data(found)
 
     def do_is_dir(self, path: str, any_case: bool) -> bool:
         """Whether a path leads to a directory."""
@@ -241,6 +229,25 @@ class Worker:
         """Where a regular file has data."""
         filesystem, found = self._regular(path)
         return [list(stretch) for stretch in filesystem.ranges(found.place.inode)]
+
+    # What is installed
+
+    def do_inspect(self, root: str, mountpoints: dict[str, str], packages: bool) -> dict[str, Any]:
+        """What the operating system in the mounted tree is, and its packages if asked for."""
+        from imgtool.guest.files import Unknown
+        from imgtool.guest.operating_system import identify
+        from imgtool.guest.packages import installed
+
+        files = TreeFiles(self._mounted)
+        try:
+            found = identify(files, root, mountpoints)
+            answer = dataclasses.asdict(found)
+            if packages:
+                rows = installed(files, found.package_format)
+                answer["applications"] = [dataclasses.astuple(row) for row in rows]
+        except Unknown as error:
+            raise NeedsAppliance(f"inspection: {error}") from error
+        return answer
 
     def do_tar(self, path: str, excluded: list[str]) -> None:
         """A directory's content as a tar stream, names relative to it; `excluded` paths left out.
@@ -274,7 +281,7 @@ class Worker:
             if regular and first is None:
                 size = 0
                 filesystem = tree.filesystem(child.place)
-                for piece in self._pieces(filesystem, child, 0, child.node.size):
+                for piece in pieces(filesystem, child, 0, child.node.size):
                     self._data(piece)
                     size += len(piece)
                 self._data(bytes(-size % tarfile.BLOCKSIZE))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import re
@@ -20,7 +21,9 @@ from imgtool.engines.libguestfs.launch import kill
 from imgtool.engines.libguestfs.stream import streamed
 from imgtool.engines.libguestfs.volumes import ApplianceVolumes, reason
 from imgtool.errors import EngineError, NotInGuestError, UsageError
+from imgtool.guest.files import Unknown
 from imgtool.guest.guest import CHECKSUMS, Guest, OnProblem
+from imgtool.guest.guest_files import GuestFiles
 from imgtool.guest.keys import Key
 from imgtool.guest.layout import discover
 from imgtool.guest.model import (
@@ -31,6 +34,8 @@ from imgtool.guest.model import (
     OperatingSystem,
     SpaceUsage,
 )
+from imgtool.guest.operating_system import identify
+from imgtool.guest.packages import installed
 
 log = logging.getLogger(__name__)
 
@@ -298,7 +303,29 @@ class LibguestfsGuest(Guest):
         return usage.usage(self)
 
     def operating_systems(self, *, packages: bool = False) -> tuple[OperatingSystem, ...]:
-        """What is installed in the guest, by libguestfs's own inspection."""
+        """What is installed in the guest, by libguestfs's own inspection.
+
+        Where that gives up, as it does on an fstab that lies, the guest's files are asked.
+        """
         self.unmount_layout()
-        # Listing the blocks opens encrypted devices, which inspection then sees.
-        return inspection.operating_systems(self.handle, self.volumes.blocks(), packages=packages)
+        try:
+            # Listing the blocks opens encrypted devices, which inspection then sees.
+            return inspection.operating_systems(
+                self.handle, self.volumes.blocks(), packages=packages
+            )
+        except EngineError as error:
+            layout = self.layout
+            if layout.root is None:
+                raise
+            mountpoints = {mount.mountpoint: mount.source for mount in layout.mounts}
+            files = GuestFiles(self)
+            try:
+                found = identify(files, layout.root, mountpoints)
+                if packages:
+                    rows = installed(files, found.package_format)
+                    found = dataclasses.replace(found, applications=rows)
+            except Unknown as reason:
+                log.info("the files do not tell either: %s", reason)
+                raise error from reason
+            self._notice(f"{error.message}; told from the guest's files instead")
+            return (found,)
