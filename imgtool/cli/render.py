@@ -107,8 +107,8 @@ def table(
     cells = [[_cell(value) for value in row] for row in held]
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
     right = [
-        any(isinstance(row[i], int) for row in held)
-        or columns[i] in ("size", "used", "available", "start", "end")
+        any(type(row[i]) is int for row in held)
+        or columns[i] in ("size", "used", "available", "use%", "start", "end")
         for i in range(len(columns))
     ]
     for line in [heads, *cells]:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from imgtool.engines.direct import ext_mapping
 from imgtool.engines.direct.checksums import crc32c
-from imgtool.engines.direct.ext_mapping import Run, Tree
+from imgtool.engines.direct.ext_mapping import DAMAGED, Run, Tree
 from imgtool.engines.direct.ext_superblock import (
     HAS_JOURNAL,
     HUGE_FILE,
@@ -222,6 +222,10 @@ class ExtFilesystem(Filesystem):
             if start > position:
                 parts.append(bytes(start - position))
                 position = start
+            if run.physical == DAMAGED:
+                if parts:
+                    return b"".join(parts)  # what lies before it; the next read fails
+                raise ReadFailed("a block of an extent tree is damaged")
             stop = min(start + run.length * block_size, end)
             at = run.physical * block_size - start
             while position < stop:

@@ -21,8 +21,14 @@ _END = 1 << 32
 _DIRECT = 12
 
 
+DAMAGED = -1
+
+
 class Run(NamedTuple):
-    """Blocks of a file that lie together: logical start, physical start, count; all written."""
+    """Blocks of a file that lie together: logical start, physical start, count; all written.
+
+    With `DAMAGED` as its physical start it is where the map of the file cannot be read.
+    """
 
     logical: int
     physical: int
@@ -39,6 +45,15 @@ class Tree(NamedTuple):
     is_sound: Callable[[bytes, int], bool]
 
 
+def _sound(tree: Tree, block: int) -> bytes:
+    data = tree.read(block)
+    limit = struct.unpack_from("<H", data, 4)[0]
+    tail = 12 + 12 * limit
+    if tail + 4 > len(data) or not tree.is_sound(data, tail):
+        raise ReadFailed("a block of an extent tree is damaged")
+    return data
+
+
 def extents(tree: Tree, root: bytes) -> list[Run]:
     """The written runs of an extent tree; `root` is the inode's 60 bytes."""
     runs: list[Run] = []
@@ -50,11 +65,11 @@ def extents(tree: Tree, root: bytes) -> list[Run]:
     _node(tree, root, depth, (0, _END), runs, waiting)
     while waiting:
         block, depth, start, end = waiting.pop()
-        data = tree.read(block)
-        limit = struct.unpack_from("<H", data, 4)[0]
-        tail = 12 + 12 * limit
-        if tail + 4 > len(data) or not tree.is_sound(data, tail):
-            raise ReadFailed("a block of an extent tree is damaged")
+        try:
+            data = _sound(tree, block)
+        except ReadFailed:
+            runs.append(Run(start, DAMAGED, end - start))
+            continue
         _node(tree, data, depth, (start, end), runs, waiting)
         if data[12:16] != start.to_bytes(4, "little") and data[2:4] != b"\0\0":
             raise ReadFailed("a block of an extent tree is not where its parent has it")
