@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guests import LVM_LAYOUT, disks
+from tests.guests import LVM_LAYOUT, disks, guest
 
 pytestmark = pytest.mark.appliance
 
@@ -24,6 +24,8 @@ REFUSED = {
 
 def words(name: str) -> list[object]:
     """IMAGE, and -a for the guest's further disks."""
+    if name.startswith("overlay"):  # two images of two guests, made together
+        return [guest(name)]
     first, *others = disks(name)
     return [first, *(word for disk in others for word in ("-a", disk))]
 
