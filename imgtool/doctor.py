@@ -130,12 +130,16 @@ def _bindings(host: Host) -> Iterator[Check]:
         else:
             yield Check(name, True, required, str(found.__file__))
     # Looked for, not imported: its licence keeps libparted out of all but imgtool.mount.
-    parted = importlib.util.find_spec("parted")
-    if parted is None:
-        fix = _binding_fix(host, "python3-parted")
-        yield Check("Python binding parted", None, False, f"not found by {sys.executable}", fix)
-    else:
-        yield Check("Python binding parted", True, False, str(parted.origin))
+    yield _module("Python binding parted", "parted", _binding_fix(host, "python3-parted"))
+    # Without it the direct engine leaves all to the appliance.
+    yield _module("Python module google_crc32c", "google_crc32c", "pip install google-crc32c")
+
+
+def _module(name: str, module: str, fix: str) -> Check:
+    found = importlib.util.find_spec(module)
+    if found is None:
+        return Check(name, None, False, f"not found by {sys.executable}", fix)
+    return Check(name, True, False, str(found.origin))
 
 
 def _binding_fix(host: Host, package: str) -> str:

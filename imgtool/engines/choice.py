@@ -10,7 +10,7 @@ from typing import BinaryIO, TypeVar
 
 from imgtool.engines.direct.client import WorkerFailed
 from imgtool.engines.direct.filesystem import NeedsAppliance
-from imgtool.errors import ImageError
+from imgtool.errors import EngineError, ImageError
 from imgtool.guest.guest import Guest, OnProblem
 from imgtool.guest.model import Device, Entry, Layout, OperatingSystem, SpaceUsage
 
@@ -18,6 +18,13 @@ log = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
 Opener = Callable[[], AbstractContextManager[Guest]]
+
+
+def _too_late(error: Exception) -> EngineError:
+    """What remains to be said if a part of the answer is out already."""
+    return EngineError(
+        f"the direct engine cannot go on: {error}", hint="read it with --engine libguestfs"
+    )
 
 
 class ChosenGuest(Guest):
@@ -83,7 +90,7 @@ class ChosenGuest(Guest):
                 yield entry
         except (NeedsAppliance, WorkerFailed) as error:
             if begun:
-                raise
+                raise _too_late(error) from error
             self._switch(error)
             yield from question(self._guest)
 
@@ -92,7 +99,11 @@ class ChosenGuest(Guest):
         self, question: Callable[[Guest], AbstractContextManager[BinaryIO]]
     ) -> Iterator[BinaryIO]:
         with contextlib.ExitStack() as stack:
-            yield self._asked(lambda guest: stack.enter_context(question(guest)))
+            stream = self._asked(lambda guest: stack.enter_context(question(guest)))
+            try:
+                yield stream
+            except NeedsAppliance as error:
+                raise _too_late(error) from error
 
     @property
     def layout(self) -> Layout:

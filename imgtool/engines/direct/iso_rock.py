@@ -6,6 +6,7 @@ Source: IEEE P1282; Linux, fs/isofs/rock.c.
 from __future__ import annotations
 
 import os
+import stat
 import struct
 from typing import NamedTuple
 
@@ -21,6 +22,10 @@ from imgtool.engines.direct.pages import Pages
 _IGNORED = (b"RR", b"SP", b"ER", b"PD", b"ES")
 _IDENTIFIERS = (b"RRIP_1991A", b"IEEE_P1282", b"IEEE_1282")
 _NAME_CONTINUES = 1
+_KINDS = (
+    *(stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK),
+    *(stat.S_IFIFO, stat.S_IFSOCK),
+)
 _HAS_CREATION, _HAS_MODIFICATION, _LONG_TIMES = 0x01, 0x02, 0x80
 
 
@@ -75,12 +80,16 @@ def posix(source: Pages, record: Record) -> Posix:
             target = _target(payload)
         elif signature == b"PN" and len(payload) == 16:
             high, low = struct.unpack("<I4xI4x", payload)
+            if high >= 1 << 12 or low >= 1 << 20:
+                raise NeedsAppliance("ISO 9660 with an impossible device number")
             rdev = os.makedev(low >> 8, low & 0xFF) if low > 0xFF and not high else 0
             rdev = rdev or os.makedev(high, low)
         elif signature == b"RE":
             relocated = True
         elif signature not in _IGNORED and not (signature == b"NM" and record.is_dot):
             raise NeedsAppliance("ISO 9660 with a field of Rock Ridge that is not known here")
+    if mode >> 16 or stat.S_IFMT(mode) not in _KINDS:
+        raise NeedsAppliance("ISO 9660 with a file of no known kind")
     if b"PX" not in seen or continues:
         raise NeedsAppliance("ISO 9660 with a file that Rock Ridge does not describe")
     if not record.is_dot:

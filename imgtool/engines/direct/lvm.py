@@ -27,7 +27,10 @@ _IGNORED = 1
 _LARGEST_TEXT = 8 << 20
 _MOST_TOKENS = 2_000_000
 _MOST_NESTED = 16
+_LONGEST_NUMBER = 20
+_LARGEST = 1 << 60  # of a volume or a physical volume, in bytes
 _CRC_SEED = 0xF597A6CF
+_NAME = re.compile(r"(?!-|\.\.?\Z)[A-Za-z0-9_.+\-]{1,127}\Z")
 
 _TOKEN = re.compile(
     r'\s+|\#[^\n]*|(?P<string>"(?:[^"\\]|\\.)*")|(?P<number>-?\d+(?:\.\d+)?)'
@@ -103,6 +106,8 @@ def _value(kind: str, word: str) -> str | int | float:
     if kind == "string":
         return re.sub(r"\\(.)", r"\1", word[1:-1], flags=re.DOTALL)
     if kind == "number":
+        if len(word) > _LONGEST_NUMBER:
+            raise ReadFailed("LVM metadata with an absurd number")
         return float(word) if "." in word else int(word)
     raise ReadFailed("LVM metadata that cannot be parsed")
 
@@ -239,6 +244,8 @@ def _extents(
         if len(stripes) != 2 or stripes[0] not in places or not isinstance(stripes[1], int):
             raise ReadFailed(f"the logical volume {name} lies on no known physical volume")
         device, first, most = places[stripes[0]]
+        if max(first, (expected + count) * unit, most * unit) > _LARGEST:
+            raise ReadFailed(f"the logical volume {name} is of absurd size")
         if start != expected or not count or stripes[1] < 0 or stripes[1] + count > most:
             raise ReadFailed(f"the segments of the logical volume {name} do not fit")
         found.append(Extent(start * unit, count * unit, device, first + stripes[1] * unit))
@@ -249,6 +256,8 @@ def _extents(
 def _group(name: str, group: dict[str, Any], devices: dict[str, str]) -> VolumeGroup:
     if "EXPORTED" in _flags(group):
         raise NeedsAppliance(f"the volume group {name} is exported")
+    if not all(_NAME.match(each) for each in (name, *_section(group, "logical_volumes"))):
+        raise NeedsAppliance("a volume group or a logical volume has an impossible name")
     unit = _whole(group, "extent_size") * _SECTOR
     if not unit:
         raise ReadFailed("LVM metadata without extent_size")
@@ -260,6 +269,8 @@ def _group(name: str, group: dict[str, Any], devices: dict[str, str]) -> VolumeG
         if device is None or "MISSING" in _flags(section, "flags"):
             raise NeedsAppliance(f"a physical volume of the volume group {name} is missing")
         count = _whole(section, "pe_count")
+        if count * unit > _LARGEST:
+            raise ReadFailed(f"a physical volume of the volume group {name} is of absurd size")
         places[key] = (device, _whole(section, "pe_start") * _SECTOR, count)
         physical.append(PhysicalVolume(_dashed(uuid), device, count * unit))
     logical = []

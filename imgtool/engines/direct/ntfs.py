@@ -46,6 +46,7 @@ _EPOCH = 116444736000000000  # 1970 in units of 100 ns since 1601
 _MOST_RECORDS_A_FILE = 10_000
 _LARGEST_LIST = 256 * 1024
 _LARGEST_DIRECTORY = 1 << 30
+_LARGEST_BITMAP = 1 << 30  # eight thousand million clusters or records; and it may be all holes
 _OPEN_FILES = 64
 _CHUNK = 1024 * 1024
 _INTERIX = b"Intx"
@@ -155,12 +156,17 @@ class NtfsFilesystem(Filesystem):
         free = _zero_bits(self._stream(self._file(_BITMAP), DATA))
         possible = free * cluster // self._geometry.record
         table = self._file(_TABLE)
+        records = self._stream(table, BITMAP)
         bitmap = table.attributes[BITMAP, b""]
+        if not bitmap.size <= bitmap.allocated <= _LARGEST_BITMAP:
+            raise NeedsAppliance("the bitmap of NTFS's table has an impossible size")
         inodes = bitmap.allocated * 8 + possible
-        free_records = _zero_bits(self._stream(table, BITMAP))
+        free_records = _zero_bits(records)
         free_records += (bitmap.allocated - bitmap.size) * 8
         size = self._geometry.clusters * cluster
         used = inodes - free_records - possible
+        if free * cluster > size:
+            raise NeedsAppliance("the bitmap of NTFS is longer than the volume")
         return Usage(size, size - free * cluster, free * cluster, inodes, used)
 
     def lookup(self, inode: int, name: bytes) -> int:
@@ -327,6 +333,8 @@ _NEEDED = frozenset(
 
 
 def _zero_bits(stream: Stream) -> int:
+    if stream.size > _LARGEST_BITMAP:
+        raise NeedsAppliance("a bitmap of NTFS is too large")
     ones = 0
     for offset in range(0, stream.size, _CHUNK):
         ones += int.from_bytes(stream.read(offset, _CHUNK), "little").bit_count()

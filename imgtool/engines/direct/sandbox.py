@@ -23,7 +23,6 @@ from typing import IO, TYPE_CHECKING
 
 from imgtool.engines.direct import seccomp
 from imgtool.engines.direct.filesystem import NeedsAppliance
-from imgtool.errors import HostError
 from imgtool.image.chain import Chain
 from imgtool.image.host_file import node_driver
 from imgtool.image.places import printable
@@ -46,9 +45,7 @@ _START = (
 def _program(name: str) -> str:
     found = shutil.which(name)
     if found is None:
-        raise HostError(
-            "program not found", subject=name, hint="'imgtool doctor' says which package has it"
-        )
+        raise NeedsAppliance(f"{name} is not installed")
     return os.path.realpath(found)
 
 
@@ -135,7 +132,13 @@ def arguments(
     UID and GID that programs see as theirs.
     """
     modules = _module_folders()
-    words = ["bwrap", "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session"]
+    words = [
+        _program("bwrap"),
+        "--unshare-all",
+        "--unshare-user",
+        "--die-with-parent",
+        "--new-session",
+    ]
     words += ["--cap-drop", "ALL", "--uid", str(user), "--gid", str(user), "--hostname", "sandbox"]
     words += ["--clearenv", "--setenv", "LC_ALL", "C.UTF-8"]
     words += ["--ro-bind", "/usr/lib", "/usr/lib", "--symlink", "usr/lib", "/lib"]

@@ -210,6 +210,8 @@ class Tree:
     ) -> Iterator[Found]:
         """Everything below a directory: parents first, siblings sorted by name as bytes."""
         above = {place}
+        # A directory with two names, and each below it too, would make a walk as good as endless.
+        seen: dict[int, set[int]] = {}
         stack = [(place, self._listed(path, place, problem))]
         while stack:
             child = next(stack[-1][1], None)
@@ -222,6 +224,10 @@ class Tree:
             if child.place in above or len(stack) >= MOST_DEPTH:
                 problem(child.path, "a directory that contains itself, or nested too deeply")
                 continue
+            entered = seen.setdefault(child.place.mount, set())
+            if child.place.inode in entered:
+                raise NeedsAppliance("a directory that has two names")
+            entered.add(child.place.inode)
             above.add(child.place)
             stack.append((child.place, self._listed(child.path, child.place, problem)))
 

@@ -82,6 +82,9 @@ class Volumes:
                     ]
                     under = tuple(dict.fromkeys(e.physical for e in volume.extents))
                     device = f"/dev/{group.name}/{volume.name}"
+                    for e in volume.extents:
+                        if e.offset + e.length > self._sources[e.physical].size:
+                            raise NeedsAppliance(f"{device} is larger than its disks")
                     self._places[device] = tuple(
                         Place(at.disk, at.offset + e.offset, e.length)
                         for e in volume.extents

@@ -35,7 +35,7 @@ def inline_names(superblock: Superblock, number: int, fork: bytes) -> list[tuple
         length = fork[at]
         name = fork[at + 3 : at + 3 + length]
         end = at + 3 + length + extra + width
-        if end > len(fork) or not _may_be_a_name(name):
+        if end > len(fork) or not _may_be_a_name(name) or name in (b".", b".."):
             raise damaged
         found.append((name, int.from_bytes(fork[end - width : end], "big")))
         at = end
