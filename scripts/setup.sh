@@ -133,7 +133,8 @@ if ! venv_is_current; then
         "$python" -m venv --clear --system-site-packages "$venv"
     fi
     say "installing imgtool and its development tools in $venv"
-    (cd "$root" && "$venv/bin/python" -m pip install -q --no-warn-script-location -e '.[dev]') >&2
+    (cd "$root" && "$venv/bin/python" -m pip install -q --no-warn-script-location \
+        --config-settings editable_mode=compat -e '.[dev]') >&2
     "$venv/bin/python" -c 'import guestfs, nbd, parted' \
         || die "$venv does not see the bindings that the system's Python has"
     fingerprint > "$stamp"

@@ -41,7 +41,7 @@ _OS_RELEASE_IDS = {
     "ubuntu": "ubuntu",
     "void": "voidlinux",
 }
-# These say nothing to libguestfs, which goes on to the release files; tried with it.
+# These say nothing to libguestfs, which goes on to the release files.
 _IDS_PASSED_OVER = frozenset(("almalinux", "buildroot", "cirros", "linuxmint", "ol", "scientific"))
 _LSB_IDS = {
     "CoreOS": "coreos",
@@ -236,6 +236,7 @@ _TESTS: tuple[tuple[str, _Test], ...] = (
     ("/etc/slackware-version", _named("slackware")),
     ("/etc/ttylinux-target", _named("ttylinux")),
     ("/etc/SuSE-release", _suse),
+    ("/etc/SuSE-release", _just("suse-based")),
     ("/etc/cirros/version", _named("cirros")),
     ("/etc/br-version", _buildroot),
     ("/etc/alpine-release", _named("alpinelinux")),

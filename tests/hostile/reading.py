@@ -219,7 +219,7 @@ def _copy(guest: Guest, out: Path, seen: dict[bytes, Entry], problems: list[str]
 
 def is_sound(mutant: Mutant, image: Path) -> bool:
     """Whether the filesystem's own checker has nothing to say against it."""
-    checker = {"ext": ("e2fsck", "-fn"), "xfs": ("xfs_repair", "-n", "-f")}
+    checker = {"ext": ("e2fsck", "-fn"), "xfs": ("xfs_repair", "-n", "-f", "-o", "force_geometry")}
     command = checker.get(mutant.seed.filesystem or "")
     if command is None:
         return False

@@ -225,7 +225,9 @@ def _xfs(folder: Path, tree: Path, name: str, *options: object) -> Seed:
     environment = {"TEST_DIR": "/", "TEST_DEV": "none", "QA_CHECK_FS": "1"}
     _run("mkfs.xfs", "-q", "-f", "-p", prototype, *options, path, env=environment)
     content = path.read_bytes()
-    return Seed(name, content, tuple(_xfs_regions(content)), filesystem="xfs")
+    # Kernels of today do not mount the old version: nothing to compare with.
+    filesystem = "xfs" if content[101] & 15 == 5 else None
+    return Seed(name, content, tuple(_xfs_regions(content)), filesystem=filesystem)
 
 
 # FAT, NTFS, ISO 9660

@@ -1,4 +1,4 @@
-"""Hostile images: whatever is changed in one, reading it ends, in bounds, with an answer or an error.
+"""Hostile images: whatever is changed in one, reading it ends, and with an answer or an error.
 
 The long form makes more of them: `pytest -m long tests/hostile`. A run begins at a number, which it
 prints; IMGTOOL_SEED=NUMBER begins there again, and IMGTOOL_MUTANTS=COUNT says how many to make.
@@ -67,17 +67,43 @@ def _run(seeds: Sequence[Seed], first: int, count: int, scratch: Path) -> list[O
     return outcomes
 
 
-def test_every_sound_image_is_read(seeds: Sequence[Seed], tmp_path: Path) -> None:
-    """Otherwise nothing is learnt from what becomes of the others."""
-    unread = {}
+@pytest.fixture(scope="module")
+def sound(
+    seeds: Sequence[Seed], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Outcome, list[str] | None]]:
+    """What became of each image before anything was changed, and how the kernel's answer differs."""
+    found: dict[str, tuple[Outcome, list[str] | None]] = {}
     for number, seed in enumerate(seeds):
+        folder = tmp_path_factory.mktemp("one") / seed.name
         # An odd number, so that a layout is given where one is needed.
-        sound = mutant(seeds, number)._replace(seed=seed, number=15, content=seed.content)
-        outcome = read(sound, tmp_path / "one")
-        if outcome.how != "read" or not outcome.entries or outcome.defects:
-            unread[seed.name] = (outcome.how, outcome.reason, outcome.defects)
-        shutil.rmtree(tmp_path / "one")
+        made = mutant(seeds, number)._replace(seed=seed, number=15, content=seed.content)
+        outcome = read(made, folder)
+        differing = None
+        if _CAN_MOUNT and outcome.entries is not None and is_sound(made, folder / "image"):
+            differing = differences(folder / "image", outcome.entries)
+        found[seed.name] = outcome, differing
+        shutil.rmtree(folder)
+    return found
+
+
+def test_every_sound_image_is_read(sound: dict[str, tuple[Outcome, list[str] | None]]) -> None:
+    """Otherwise nothing is learnt from what becomes of the others."""
+    unread = {
+        name: (outcome.how, outcome.reason, outcome.defects)
+        for name, (outcome, _) in sound.items()
+        if outcome.how != "read" or not outcome.entries or outcome.defects
+    }
     assert unread == {}
+
+
+@pytest.mark.skipif(
+    not _CAN_MOUNT, reason="needs root and loop devices: the kernel's own mount is the reference"
+)
+def test_what_is_read_of_the_sound_images_is_what_the_kernel_shows(
+    seeds: Sequence[Seed], sound: dict[str, tuple[Outcome, list[str] | None]]
+) -> None:
+    wrong = {seed.name: sound[seed.name][1] for seed in seeds if seed.filesystem is not None}
+    assert wrong == {"ext4": [], "ext4-4k": [], "ext3": [], "ext2": [], "xfs": []}
 
 
 def test_some_hostile_images_end_in_an_answer_or_an_error(
@@ -95,22 +121,3 @@ def test_many_hostile_images_end_in_an_answer_or_an_error(
     first = os.environ.get("IMGTOOL_SEED")
     start = random.SystemRandom().randrange(10**9) if first is None else int(first)
     _run(seeds, start, int(os.environ.get("IMGTOOL_MUTANTS", _LONG)), tmp_path)
-
-
-@pytest.mark.skipif(
-    not _CAN_MOUNT, reason="needs root and loop devices: the kernel's own mount is the reference"
-)
-def test_what_is_read_of_the_sound_images_is_what_the_kernel_shows(
-    seeds: Sequence[Seed], tmp_path: Path
-) -> None:
-    wrong = {}
-    for number, seed in enumerate(seeds):
-        if seed.filesystem is None:
-            continue
-        sound = mutant(seeds, number)._replace(seed=seed, content=seed.content)
-        outcome = read(sound, tmp_path / "one")
-        assert outcome.entries is not None
-        assert is_sound(sound, tmp_path / "one" / "image")
-        wrong[seed.name] = differences(tmp_path / "one" / "image", outcome.entries)
-        shutil.rmtree(tmp_path / "one")
-    assert wrong == {"ext4": [], "ext4-4k": [], "ext3": [], "ext2": [], "xfs": [], "xfs-4": []}

@@ -1,4 +1,4 @@
-"""What a guest's files say of its operating system; what is expected is what libguestfs said."""
+"""What a guest's files say of its operating system, as libguestfs would say it."""
 
 from __future__ import annotations
 
@@ -157,6 +157,10 @@ RELEASES = {
     "sles 11": (
         {"/etc/SuSE-release": "SUSE Linux Enterprise Server 11\nVERSION = 11\nPATCHLEVEL = 4\n"},
         ("sles", "11.4", "SUSE Linux Enterprise Server 11", "rpm", "zypper"),
+    ),
+    "a SuSE-release too long to read": (
+        {"/etc/SuSE-release": "openSUSE 13.2\n" + "x" * (3 << 20)},
+        ("suse-based", None, None, "rpm", "zypper"),
     ),
     "alpine": (
         ident("alpine", "Alpine Linux v3.19", "3.19.1"),

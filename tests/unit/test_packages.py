@@ -1,4 +1,4 @@
-"""Package lists read from a guest's own database; what is expected is what libguestfs listed."""
+"""Package lists read from a guest's own database, as libguestfs would list them."""
 
 from __future__ import annotations
 

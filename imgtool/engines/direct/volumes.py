@@ -74,7 +74,13 @@ class Volumes:
             found += self._on_disk(number, disk)
         members = [block for block in found if block.type == "LVM2_member"]
         if members:
-            self._groups = lvm.volume_groups([(b.device, self._sources[b.device]) for b in members])
+            try:
+                self._groups = lvm.volume_groups(
+                    [(b.device, self._sources[b.device]) for b in members]
+                )
+            except ReadFailed as error:
+                # What else is on the disks can be read; LVM itself knows what is left of these.
+                raise NeedsAppliance(str(error)) from error
             for group in self._groups:
                 for volume in group.logical:
                     parts = [

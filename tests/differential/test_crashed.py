@@ -1,0 +1,150 @@
+"""A guest that died with its journal full: read at once, as the kernel would mount it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from imgtool import open_guest
+from imgtool.errors import ImageError
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or not Path("/dev/loop-control").exists(),
+    reason="needs root and loop devices: a filesystem is crashed by copying it while mounted",
+)
+
+
+@contextlib.contextmanager
+def mounted(image: Path, place: Path, options: str = "rw") -> Iterator[Path]:
+    """The image, mounted by the kernel; on a device that can be written, so that it recovers."""
+    place.mkdir()
+    device = subprocess.run(
+        ["losetup", "--find", "--show", image], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    try:
+        subprocess.run(["mount", "-o", options, device, place], check=True)
+        try:
+            yield place
+        finally:
+            subprocess.run(["umount", place], check=True)
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+def crashed(tmp_path: Path, kind: str) -> Path:
+    """An image as it is when the power goes: files, links and deletions only in the journal."""
+    live, image = tmp_path / "live.img", tmp_path / f"{kind}.img"
+    with live.open("wb") as file:
+        file.truncate(128 << 20)
+    subprocess.run(["mke2fs", "-q", "-b", "4096", "-t", kind, live], check=True)
+    with mounted(live, tmp_path / "live") as root:
+        (root / "kept").write_bytes(b"from before\n")
+        (root / "gone").write_bytes(b"deleted before the crash\n")
+        (root / "folder").mkdir()
+        os.sync()
+        held = (root / "held").open("wb")  # deleted but open: an orphan for the journal
+        held.write(bytes(100_000))
+        held.flush()
+        for number in range(200):
+            (root / "folder" / f"file {number}").write_bytes(b"%d\n" % number * 50)
+        (root / "link").symlink_to("folder/file 7")
+        (root / "gone").unlink()
+        (root / "held").unlink()
+        for name in ("folder", "."):
+            descriptor = os.open(root / name, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        for path in (root / "folder").iterdir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        shutil.copyfile(live, image)
+        held.close()
+    features = subprocess.run(["dumpe2fs", "-h", image], capture_output=True, check=True).stdout
+    assert b"needs_recovery" in features
+    return image
+
+
+@pytest.mark.parametrize("kind", ["ext3", "ext4"])
+def test_it_is_read_as_the_kernel_would_mount_it(tmp_path, kind):
+    image = crashed(tmp_path, kind)
+    before = (hashlib.sha256(image.read_bytes()).hexdigest(), image.stat().st_mtime_ns)
+    with open_guest(image, format="raw", engine="direct") as guest:
+        ours = {
+            entry.path: (entry.mode, entry.size, entry.mtime_ns, entry.nlink, entry.checksum)
+            for entry in guest.walk("/", checksum="sha256")
+        }
+        (usage,) = guest.usage()
+    assert (hashlib.sha256(image.read_bytes()).hexdigest(), image.stat().st_mtime_ns) == before
+    theirs = {}
+    with mounted(image, tmp_path / "kernel", "ro") as root:
+        space = os.statvfs(root)
+        for path in root.rglob("*"):
+            about = path.lstat()
+            plain = path.is_file() and not path.is_symlink()
+            checksum = hashlib.sha256(path.read_bytes()).hexdigest() if plain else None
+            name = b"/" + os.fsencode(path.relative_to(root))
+            kept = (about.st_mode, about.st_size, about.st_mtime_ns, about.st_nlink, checksum)
+            theirs[name] = kept
+    assert ours == theirs
+    assert b"/folder/file 199" in ours
+    assert b"/gone" not in ours
+    assert usage.size == space.f_blocks * space.f_frsize
+    assert usage.used == (space.f_blocks - space.f_bfree) * space.f_frsize
+    assert usage.available == space.f_bavail * space.f_frsize
+    assert usage.inodes_used == space.f_files - space.f_ffree
+
+
+def test_a_crashed_partition_behind_an_overlay(tmp_path):
+    image = crashed(tmp_path, "ext4")
+    disk = tmp_path / "disk.raw"
+    with disk.open("wb") as file:
+        file.truncate(160 << 20)
+    table = "label: gpt\nstart=8192, size=262144\n"
+    subprocess.run(["sfdisk", "-q", disk], input=table.encode(), check=True)
+    with disk.open("rb+") as file:
+        file.seek(8192 * 512)
+        file.write(image.read_bytes())
+    overlay = tmp_path / "overlay.qcow2"
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", disk.name, overlay],
+        check=True,
+    )
+    with open_guest(overlay, engine="direct") as guest:
+        assert guest.read_bytes("/link") == b"7\n" * 50
+
+
+def test_a_journal_that_cannot_be_replayed_is_refused(tmp_path):
+    image = crashed(tmp_path, "ext4")
+    offset = subprocess.run(
+        ["debugfs", "-R", "bmap <8> 0", image], capture_output=True, check=True
+    ).stdout
+    with image.open("rb+") as file:
+        file.seek(int(offset.split()[-1]) * 4096)
+        file.write(b"\xff" * 4096)  # the journal's own superblock
+    with (
+        pytest.raises(ImageError, match="journal"),
+        open_guest(image, format="raw", engine="direct") as guest,
+    ):
+        list(guest.walk("/"))
+
+
+def test_the_command_says_what_it_did(tmp_path):
+    image = crashed(tmp_path, "ext4")
+    done = subprocess.run(
+        ["imgtool", "ls", image, "/folder", "-v", "-o", "json", "--format", "raw"],
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )
+    assert len(json.loads(done.stdout)) == 200
+    assert b"engine: direct" in done.stderr
+    assert b"journal: replayed" in done.stderr
