@@ -13,6 +13,7 @@ from imgtool.errors import RefusedError, UsageError
 from imgtool.guest.guest import Guest
 from imgtool.guest.keys import Key, parse_key
 from imgtool.guest.model import Mount
+from imgtool.guest.partitions import partitions_of
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.locks import refuse_if_in_use, warn_if_written
 
@@ -193,15 +194,20 @@ def _drives(
             subject=chains[0].active.path,
             hint="write the backing format into the overlay: qemu-img rebase -u -F FORMAT -b BASE",
         )
+    # A table with 4096-byte sectors is seen only on a disk that has them.
+    sectors = [_sectors(chain, snapshot) for chain in chains]
     if snapshot is None and by_name:
 
         def add_files(handle: Any) -> None:
             # Nothing was written: there is nothing to sync when the appliance goes.
             handle.set_autosync(write)
-            for chain in chains:
+            for chain, size in zip(chains, sectors, strict=True):
                 active = chain.active
                 handle.add_drive_opts(
-                    str(active.path.absolute()), format=active.format, readonly=not write
+                    str(active.path.absolute()),
+                    format=active.format,
+                    readonly=not write,
+                    **size,
                 )
 
         return add_files
@@ -212,9 +218,14 @@ def _drives(
 
     def add_servers(handle: Any) -> None:
         handle.set_autosync(False)
-        for socket in sockets:
+        for socket, size in zip(sockets, sectors, strict=True):
             handle.add_drive_opts(
-                "", format="raw", readonly=True, protocol="nbd", server=[f"unix:{socket}"]
+                "", format="raw", readonly=True, protocol="nbd", server=[f"unix:{socket}"], **size
             )
 
     return add_servers
+
+
+def _sectors(chain: Chain, snapshot: str | None) -> dict[str, int]:
+    table = partitions_of(chain, snapshot=snapshot).partitions
+    return {"blocksize": 4096} if any(row.sector_size == 4096 for row in table) else {}

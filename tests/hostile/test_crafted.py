@@ -42,6 +42,34 @@ def test_directories_with_two_names_are_not_walked_for_ever(tmp_path: Path) -> N
     assert "two names" in outcome.reason
 
 
+def _nested(image: Path, depth: int, files: int) -> bytes:
+    """A filesystem with directories of long names inside each other, and files in the last."""
+    options = ("-t", "ext2", "-b", "1024", "-N", "2000")
+    subprocess.run(["mke2fs", "-q", "-F", *options, image, "8M"], check=True)
+    name = "d" * 250
+    lines = [f"mkdir {name}\ncd {name}"] * depth
+    lines += [f"write /dev/null {number}" for number in range(files)]
+    script = "\n".join([*lines, ""]).encode()
+    subprocess.run(
+        ["debugfs", "-w", "-f", "-", image], input=script, check=True, capture_output=True
+    )
+    return image.read_bytes()
+
+
+def test_many_long_paths_are_told_in_several_parts(tmp_path: Path) -> None:
+    outcome = _outcome(_nested(tmp_path / "ext2", 64, 600), tmp_path)
+    assert (outcome.how, outcome.defects) == ("read", ())
+    assert outcome.entries is not None
+    assert len(outcome.entries) == 64 + 600 + 1  # lost+found
+
+
+def test_paths_that_only_grow_are_not_followed_for_ever(tmp_path: Path) -> None:
+    outcome = _outcome(_nested(tmp_path / "ext2", 1600, 3), tmp_path)
+    assert outcome.defects == ()
+    assert "a path of more than" in outcome.reason
+    assert outcome.seconds < 15
+
+
 def test_a_table_of_ntfs_without_its_bitmap_is_refused(tmp_path: Path) -> None:
     image = tmp_path / "ntfs"
     image.write_bytes(bytes(4 * MIB))
@@ -81,6 +109,12 @@ def test_impossible_names_of_lvm_are_refused(name: str) -> None:
     group: dict[str, Any] = {"extent_size": 1, "logical_volumes": {name: {}}}
     with pytest.raises(NeedsAppliance):
         lvm._group("group", group, {})
+
+
+def test_more_volumes_than_can_be_looked_at_are_refused() -> None:
+    volumes = {f"volume{number}": {} for number in range(40_000)}
+    with pytest.raises(NeedsAppliance):
+        lvm._group("group", {"extent_size": 1, "logical_volumes": volumes}, {})
 
 
 def _posix(**fields: bytes) -> Any:

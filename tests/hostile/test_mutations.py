@@ -56,6 +56,8 @@ def _run(seeds: Sequence[Seed], first: int, count: int, scratch: Path) -> list[O
             found += differences(image, outcome.entries)[:3]
         defects += [f"{made}: {line}" for line in found]
         shutil.rmtree(folder)
+        if len(outcomes) % 100 == 0:
+            print(f"{len(outcomes)} images, {len(defects)} defects", flush=True)
     how = Counter(outcome.how for outcome in outcomes)
     print(
         f"{count} images: {how['read']} read, {how['damaged']} damaged, {how['refused']} refused; "
@@ -71,7 +73,7 @@ def _run(seeds: Sequence[Seed], first: int, count: int, scratch: Path) -> list[O
 def sound(
     seeds: Sequence[Seed], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Outcome, list[str] | None]]:
-    """What became of each image before anything was changed, and how the kernel's answer differs."""
+    """What became of each image before it was changed, and how the kernel's answer differs."""
     found: dict[str, tuple[Outcome, list[str] | None]] = {}
     for number, seed in enumerate(seeds):
         folder = tmp_path_factory.mktemp("one") / seed.name

@@ -31,7 +31,7 @@ class AnswerStream(io.RawIOBase):
             frame = next(self._frames, None)
             if frame is None:
                 return 0
-            if not isinstance(frame, bytes):
+            if not isinstance(frame, (bytes, bytearray)):
                 raise EngineError("the direct engine's worker failed: no data")
             self._held = memoryview(frame)
         count = min(len(buffer), len(self._held))

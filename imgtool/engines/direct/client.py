@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import fcntl
 import json
 import os
 import select
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import IO, TYPE_CHECKING, Any
 
 from imgtool import interrupt
@@ -24,6 +27,19 @@ if TYPE_CHECKING:
 SILENCE = 60.0  # seconds without a byte from a worker that owes an answer
 _LARGEST = (1 << 63) - 1
 _LONGEST_LINE = 4096
+_PIPE = 1 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+@cache
+def _keep_memory() -> None:
+    """Buffers of a megabyte come and go; to give each back to the kernel costs more than to fill
+    it.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 128 << 20)
 
 
 class WorkerFailed(EngineError):
@@ -36,24 +52,32 @@ class _Answers:
     def __init__(self, descriptor: int, silence: float) -> None:
         self._descriptor = descriptor
         self._silence = silence
-        self._held = bytearray()
+        # Fewer, larger parts; a system that allows no more than it gave is slower, not wrong.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE)
 
     def read(self, length: int) -> bytes:
         """Exactly `length` bytes, or fewer at the end."""
-        while len(self._held) < length:
-            deadline = time.monotonic() + self._silence
-            while not select.select([self._descriptor], [], [], 0.25)[0]:
-                if interrupt.pending():
-                    raise Interrupted("interrupted")
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-            data = os.read(self._descriptor, max(1 << 16, length - len(self._held)))
-            if not data:
+        found = bytearray(length)
+        view = memoryview(found)
+        done = 0
+        while done < length:
+            self._wait()
+            count = os.readv(self._descriptor, [view[done:]])
+            if not count:
                 break
-            self._held += data
-        found = bytes(self._held[:length])
-        del self._held[:length]
-        return found
+            done += count
+        view.release()
+        del found[done:]
+        return found  # type: ignore[return-value]  # as good as bytes, and not copied
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + self._silence
+        while not select.select([self._descriptor], [], [], 0.25)[0]:
+            if interrupt.pending():
+                raise Interrupted("interrupted")
+            if time.monotonic() > deadline:
+                raise TimeoutError
 
 
 class Client:
@@ -68,6 +92,7 @@ class Client:
         silence: float = SILENCE,
     ) -> None:
         assert process.stdin is not None and process.stdout is not None
+        _keep_memory()
         self._requests = process.stdin
         self._answers: Any = _Answers(process.stdout.fileno(), silence)
         self._process = process
@@ -113,6 +138,8 @@ class Client:
         self._heard(self._ask, body)
         while True:
             kind, payload = self._heard(protocol.receive, self._answers)
+            if kind == protocol.ALIVE:
+                continue
             if kind in (protocol.END, protocol.ERROR):
                 break
             yield kind, payload

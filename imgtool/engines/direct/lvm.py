@@ -27,6 +27,7 @@ _IGNORED = 1
 _LARGEST_TEXT = 8 << 20
 _MOST_TOKENS = 2_000_000
 _MOST_NESTED = 16
+_MOST_VOLUMES = 1000  # each is looked at
 _LONGEST_NUMBER = 20
 _LARGEST = 1 << 60  # of a volume or a physical volume, in bytes
 _CRC_SEED = 0xF597A6CF
@@ -258,6 +259,8 @@ def _group(name: str, group: dict[str, Any], devices: dict[str, str]) -> VolumeG
         raise NeedsAppliance(f"the volume group {name} is exported")
     if not all(_NAME.match(each) for each in (name, *_section(group, "logical_volumes"))):
         raise NeedsAppliance("a volume group or a logical volume has an impossible name")
+    if len(_section(group, "logical_volumes")) > _MOST_VOLUMES:
+        raise NeedsAppliance(f"the volume group {name} has too many logical volumes")
     unit = _whole(group, "extent_size") * _SECTOR
     if not unit:
         raise ReadFailed("LVM metadata without extent_size")

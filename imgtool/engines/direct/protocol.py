@@ -18,7 +18,8 @@ JSON = b"J"  # a part of the answer
 DATA = b"D"  # raw bytes of the answer
 ERROR = b"E"  # the answer is, or ends with, an error: {"kind": ..., "message": ..., ...}
 END = b"."  # the answer is complete
-_KINDS = (JSON, DATA, ERROR, END)
+ALIVE = b"~"  # nothing yet, but at work
+_KINDS = (JSON, DATA, ERROR, END, ALIVE)
 
 # What is told of a block device, in this order.
 BLOCK = (

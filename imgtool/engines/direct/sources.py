@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from imgtool.engines.direct.filesystem import ReadFailed, Source
@@ -50,6 +52,8 @@ class Disk:
             if first == last:
                 return self._block(first)[start : start + length]
             return (self._block(first) + self._block(last))[start : start + length]
+        if 0 < length <= _LARGEST_READ:
+            return self._fetched(offset, length)
         return b"".join(
             self._fetched(at, min(_LARGEST_READ, offset + length - at))
             for at in range(offset, offset + length, _LARGEST_READ)
@@ -59,7 +63,7 @@ class Disk:
         kept = self._kept.get(number)
         if kept is None:
             start = number * _BLOCK
-            kept = self._fetched(start, min(_BLOCK, self._size - start))
+            kept = bytes(self._fetched(start, min(_BLOCK, self._size - start)))
             self._kept[number] = kept
             if len(self._kept) > _KEPT_BLOCKS:
                 self._kept.popitem(last=False)
@@ -69,7 +73,8 @@ class Disk:
 
     def _fetched(self, offset: int, length: int) -> bytes:
         try:
-            return bytes(self._nbd.pread(length, offset))
+            # A bytearray, which is as good as bytes here and need not be copied.
+            return self._nbd.pread(length, offset)  # type: ignore[no-any-return]
         except self._error as error:
             raise ReadFailed(f"QEMU cannot read the image: {error}") from error
 
@@ -103,6 +108,7 @@ class Joined:
         for source, offset, length in parts:
             self._parts.append((start, length, source, offset))
             start += length
+        self._starts = [part[0] for part in self._parts]
         self._size = start
 
     @property
@@ -115,8 +121,11 @@ class Joined:
         if offset < 0 or length < 0 or offset + length > self._size:
             raise ReadFailed("past the end of the volume")
         pieces = []
-        for start, size, source, at in self._parts:
-            if length and start <= offset < start + size:
+        first = max(0, bisect_right(self._starts, offset) - 1)
+        for start, size, source, at in islice(self._parts, first, None):
+            if not length:
+                break
+            if start <= offset < start + size:
                 wanted = min(length, start + size - offset)
                 pieces.append(source.read(at + offset - start, wanted))
                 offset += wanted

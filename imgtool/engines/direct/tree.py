@@ -22,6 +22,8 @@ from imgtool.engines.direct.filesystem import (
 MOST_LINKS = 40
 MOST_DEPTH = 2000
 _LONGEST_PATH = 1 << 20
+# Each name at the end of a long path repeats it: a small image could fill the host's disk.
+_LONGEST_WALKED = 16 << 10
 _CACHED_DIRECTORIES = 64
 _CACHED_NAMES = 20_000
 
@@ -224,6 +226,8 @@ class Tree:
             if child.place in above or len(stack) >= MOST_DEPTH:
                 problem(child.path, "a directory that contains itself, or nested too deeply")
                 continue
+            if len(child.path) > _LONGEST_WALKED:
+                raise NeedsAppliance(f"a path of more than {_LONGEST_WALKED} bytes")
             entered = seen.setdefault(child.place.mount, set())
             if child.place.inode in entered:
                 raise NeedsAppliance("a directory that has two names")

@@ -22,9 +22,11 @@ class WorkerVolume:
     def read(self, path: str, limit: int = SMALL_FILE) -> bytes | None:
         """The first `limit` bytes of a regular file; None if there is none."""
         found = self._client.one("small", path=path, limit=limit)
-        if found is not None and (not isinstance(found, bytes) or len(found) > limit):
+        if found is None:
+            return None
+        if not isinstance(found, (bytes, bytearray)) or len(found) > limit:
             raise EngineError("the direct engine's worker failed: more than was asked for")
-        return found
+        return bytes(found)
 
     def is_dir(self, path: str) -> bool:
         """Whether the path is a directory; any case where the filesystem ignores it."""

@@ -23,7 +23,10 @@ from imgtool.engines.direct.tree_files import TreeFiles, pieces
 from imgtool.engines.direct.volumes import Volumes
 
 _BATCH = 500
+_NAMES = 256 << 10
+_MOST_RANGES = 150_000  # what fits in one frame
 _LARGEST_SMALL = 1 << 20
+_SIGN_OF_LIFE = 256  # pieces of a file that is summed
 
 
 class Refused(Exception):
@@ -159,8 +162,11 @@ class Worker:
         if deep and (reason := tree.touches_refused(real)):
             raise NeedsAppliance(reason)
         batch: list[list[Any]] = []
+        names = 0  # bytes: far down, a few paths fill a frame
 
         def problem(at: bytes, reason: str) -> None:
+            nonlocal names
+            names += len(at)
             batch.append([protocol.text(at), reason])
 
         found = tree.walk if deep else tree.children
@@ -172,10 +178,12 @@ class Worker:
                 except ReadFailed as error:
                     problem(child.path, str(error))
             batch.append(_row(child, summed))
-            if len(batch) >= _BATCH or checksum is not None:
+            names += len(child.path) + len(child.target or b"")
+            if len(batch) >= _BATCH or names >= _NAMES or checksum is not None:
                 self._json(batch)
                 self._out.flush()
                 batch.clear()
+                names = 0
         if batch:
             self._json(batch)
 
@@ -194,8 +202,11 @@ class Worker:
             raise Refused
         digest = hashlib.new(kind, usedforsecurity=False)
         filesystem = self._mounted.filesystem(found.place)
-        for piece in pieces(filesystem, found, 0, found.node.size):
+        for number, piece in enumerate(pieces(filesystem, found, 0, found.node.size)):
             digest.update(piece)
+            if number % _SIGN_OF_LIFE == _SIGN_OF_LIFE - 1:
+                protocol.send(self._out, protocol.ALIVE)
+                self._out.flush()
         return digest.hexdigest()
 
     def do_checksum(self, path: str, kind: str) -> str:
@@ -228,7 +239,10 @@ class Worker:
     def do_ranges(self, path: str) -> list[list[int]]:
         """Where a regular file has data."""
         filesystem, found = self._regular(path)
-        return [list(stretch) for stretch in filesystem.ranges(found.place.inode)]
+        ranges = filesystem.ranges(found.place.inode)
+        if len(ranges) > _MOST_RANGES:
+            raise NeedsAppliance("a sparse file in too many pieces")
+        return [list(stretch) for stretch in ranges]
 
     # What is installed
 

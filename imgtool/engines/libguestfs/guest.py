@@ -313,7 +313,8 @@ class LibguestfsGuest(Guest):
             return inspection.operating_systems(
                 self.handle, self.volumes.blocks(), packages=packages
             )
-        except EngineError as error:
+        except inspection.InspectionFailed as error:
+            self.unmount_layout()  # it leaves behind what it had mounted
             layout = self.layout
             if layout.root is None:
                 raise

@@ -12,6 +12,10 @@ from imgtool.guest.blocks import Block
 from imgtool.guest.model import Application, OperatingSystem
 
 
+class InspectionFailed(EngineError):
+    """libguestfs's inspection gave up on the whole guest."""
+
+
 def _known(call: Callable[[str], str], root: str) -> str | None:
     try:
         value = call(root)
@@ -65,7 +69,7 @@ def operating_systems(
     try:
         roots = guest_names(blocks, handle.inspect_os()).values()
     except RuntimeError as error:
-        raise EngineError(f"inspection failed: {reason(error)}") from error
+        raise InspectionFailed(f"inspection failed: {reason(error)}") from error
     found = []
     for root in roots:
         listed = handle.inspect_get_mountpoints(root)
