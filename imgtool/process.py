@@ -184,4 +184,6 @@ def spawn(
             process.wait()
         for stream in (process.stdin, process.stdout, process.stderr):
             if stream is not None:
-                stream.close()
+                # What could not be sent to a program that is gone is of no interest.
+                with contextlib.suppress(OSError):
+                    stream.close()

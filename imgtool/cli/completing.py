@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,8 @@ def inward_paths(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def _host_paths(incomplete: str) -> list[str]:
     directory, slash, begun = incomplete.rpartition("/")
+    if not all(_plain(os.fsencode(part)) for part in directory.split("/") if part):
+        return []
     with contextlib.suppress(OSError), os.scandir(directory or slash or ".") as entries:
         return sorted(
             f"{directory}{slash}{entry.name}" + ("/" if entry.is_dir() else "")
@@ -68,6 +71,8 @@ def _found(given: dict[str, Any], incomplete: str) -> Iterator[str]:
             yield "/"
         return
     directory, _, begun = incomplete.rpartition("/")
+    if not all(_plain(os.fsencode(part)) for part in directory.split("/") if part):
+        return
     with open_guest(
         image,
         add=given.get("add") or (),
@@ -103,8 +108,11 @@ def _names(guest: Guest, directory: str, begun: str) -> list[str]:
 
 
 def _plain(name: bytes) -> bool:
-    """Whether a name can stand in a prompt: a hostile one must not steer the terminal."""
+    """Whether a name can stand on a command line as it is.
+
+    The shells' completion scripts quote nothing: any other character could run as a command.
+    """
     try:
-        return name.decode().isprintable()
+        return re.fullmatch(r"[\w.,+@%=-]+", name.decode()) is not None
     except UnicodeDecodeError:
         return False

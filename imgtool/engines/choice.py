@@ -102,7 +102,7 @@ class ChosenGuest(Guest):
             stream = self._asked(lambda guest: stack.enter_context(question(guest)))
             try:
                 yield stream
-            except NeedsAppliance as error:
+            except (NeedsAppliance, WorkerFailed) as error:
                 raise _too_late(error) from error
 
     @property

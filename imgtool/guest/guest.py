@@ -144,9 +144,13 @@ class Guest(ABC):
 
     def read_bytes(self, path: str | bytes, limit: int | None = None) -> bytes:
         """A whole small file; `EngineError` if it is longer than `limit`."""
-        with self.open(path) as stream:
-            content = stream.read() if limit is None else stream.read(limit + 1)
-        if limit is not None and len(content) > limit:
+        if limit is None:
+            with self.open(path) as stream:
+                return stream.read()
+        # A part, since the whole may be a hole without end.
+        with self.open_range(path, 0, limit + 1) as stream:
+            content = stream.read(limit + 1)
+        if len(content) > limit:
             raise EngineError(f"the file is longer than {limit} bytes", subject=path)
         return content
 

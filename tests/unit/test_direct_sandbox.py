@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
@@ -48,6 +47,9 @@ attempt("the image for writing", lambda: open("/images/0", "r+b"))
 for place in ("/", "/images", "/usr/lib", "/python/own/imgtool", "/dev", "/dev/shm", "/proc"):
     attempt("write in " + place, lambda: open(place + "/x", "w"))
 attempt("more than the scratch", lambda: open("/tmp/x", "wb").write(bytes(1 << 30)))
+for name in ("kernel/core_pattern", "vm/swappiness", "kernel/modprobe"):
+    attempt("sysctl " + name, lambda: open("/proc/sys/" + name, "r+b"))
+attempt("namespace by clone", lambda: call(56, 0x10000000 | 17, 0, 0, 0, 0))
 attempt("mount", lambda: call(165, b"none", b"/tmp", b"tmpfs", 0, 0))
 attempt("namespace", lambda: call(272, 0x10000000))
 attempt("trace", lambda: call(101, 16, 1, 0, 0))
@@ -74,17 +76,15 @@ def inside(image: Path, monkeypatch: pytest.MonkeyPatch, program: str, **given: 
     monkeypatch.setattr(sandbox, "_START", program)
     chain = open_chain(image)
     images = sandbox.Images([chain])
-    with tempfile.TemporaryFile() as said:
-        with sandbox.sandboxed(images, said) as process:
-            assert process.stdin and process.stdout
-            argv = sandbox.server(chain, images, snapshot=None, force_share=False)
-            for line in (argv, given):
-                process.stdin.write(json.dumps(line).encode() + b"\n")
-            process.stdin.flush()
-            answer = process.stdout.read()
-        images.close()
-        said.seek(0)
-        assert answer, said.read().decode()
+    with sandbox.sandboxed(images) as process:
+        assert process.stdin and process.stdout and process.stderr
+        argv = sandbox.server(chain, images, snapshot=None, force_share=False)
+        for line in (argv, given):
+            process.stdin.write(json.dumps(line).encode() + b"\n")
+        process.stdin.flush()
+        answer = process.stdout.read()
+        assert answer, process.stderr.read().decode()
+    images.close()
     return answer
 
 
@@ -150,8 +150,8 @@ def test_files_of_several_users_need_the_appliance(tmp_path):
 def conversation(image: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> WorkerFailed:
     monkeypatch.setattr(sandbox, "_START", program)
     images = sandbox.Images([open_chain(image)])
-    with tempfile.TemporaryFile() as said, sandbox.sandboxed(images, said) as process:
-        client = Client(process, said, image=str(image), silence=1.0)
+    with sandbox.sandboxed(images) as process:
+        client = Client(process, image=str(image), silence=1.0)
         with pytest.raises(WorkerFailed) as failed:
             client.one("open", disks=[])
         with pytest.raises(WorkerFailed, match="not ready"):
@@ -183,8 +183,8 @@ def test_a_worker_that_fails_is_an_error_in_time(image, monkeypatch, program, re
 
 def test_the_worker_dies_with_its_conversation(image):
     images = sandbox.Images([open_chain(image)])
-    with tempfile.TemporaryFile() as said, sandbox.sandboxed(images, said) as process:
-        client = Client(process, said, image=str(image))
+    with sandbox.sandboxed(images) as process:
+        client = Client(process, image=str(image))
         chain = open_chain(image)
         argv = sandbox.server(chain, images, snapshot=None, force_share=False)
         assert str(image) not in " ".join(argv)

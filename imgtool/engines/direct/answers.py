@@ -11,13 +11,15 @@ from typing import Any
 
 from imgtool.engines.direct import protocol
 from imgtool.engines.direct.client import Client
-from imgtool.errors import EngineError
+
+_MOST_ROWS = 8 << 30  # bytes: some fifty million entries
 
 
 class AnswerStream(io.RawIOBase):
     """Frames of data as a file."""
 
-    def __init__(self, frames: Iterator[Any]) -> None:
+    def __init__(self, client: Client, frames: Iterator[Any]) -> None:
+        self._client = client
         self._frames = frames
         self._held = memoryview(b"")
 
@@ -32,7 +34,7 @@ class AnswerStream(io.RawIOBase):
             if frame is None:
                 return 0
             if not isinstance(frame, (bytes, bytearray)):
-                raise EngineError("the direct engine's worker failed: no data")
+                raise self._client.failure("no data")
             self._held = memoryview(frame)
         count = min(len(buffer), len(self._held))
         buffer[:count] = self._held[:count]
@@ -49,6 +51,8 @@ def spooled(client: Client, frames: Iterator[bytes]) -> Iterator[Iterator[Any]]:
     with tempfile.SpooledTemporaryFile(max_size=8 << 20, prefix="imgtool-") as spool:
         for payload in frames:
             spool.write(len(payload).to_bytes(4, "big") + payload)
+            if spool.tell() > _MOST_ROWS:
+                raise client.failure("an answer that does not end")
         spool.seek(0)
 
         def rows() -> Iterator[Any]:
@@ -56,7 +60,7 @@ def spooled(client: Client, frames: Iterator[bytes]) -> Iterator[Iterator[Any]]:
                 payload = spool.read(int.from_bytes(head, "big"))
                 batch = client.checked(partial(protocol.parsed, payload))
                 if not isinstance(batch, list):
-                    raise EngineError("the direct engine's worker failed: no rows")
+                    raise client.failure("no rows")
                 yield from batch
 
         yield rows()

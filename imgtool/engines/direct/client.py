@@ -7,16 +7,17 @@ import ctypes
 import fcntl
 import json
 import os
+import re
 import select
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import cache, partial
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from imgtool import interrupt
 from imgtool.engines.direct import protocol
 from imgtool.engines.direct.filesystem import NeedsAppliance
-from imgtool.errors import EngineError, ImageError, Interrupted, NotInGuestError
+from imgtool.errors import EngineError, ImageError, ImgtoolError, Interrupted, NotInGuestError
 from imgtool.guest.blocks import Block
 from imgtool.guest.model import Application, Entry, OperatingSystem
 from imgtool.image.places import printable
@@ -28,6 +29,8 @@ SILENCE = 60.0  # seconds without a byte from a worker that owes an answer
 _LARGEST = (1 << 63) - 1
 _LONGEST_LINE = 4096
 _PIPE = 1 << 20
+_MOST_PASSED = 256 << 20  # bytes of an answer that was stopped
+_MOST_ALIVE = 1 << 16  # signs of life for one answer: 16 TiB of a file that is summed
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -42,8 +45,10 @@ def _keep_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 128 << 20)
 
 
-class WorkerFailed(EngineError):
-    """The worker died, hung, or answered nonsense."""
+class WorkerFailed(ImgtoolError):
+    """The worker died, hung, or answered nonsense. Not an error of the guest that a caller goes on
+    after: the appliance is asked instead.
+    """
 
 
 class _Answers:
@@ -61,8 +66,9 @@ class _Answers:
         found = bytearray(length)
         view = memoryview(found)
         done = 0
+        deadline = time.monotonic() + self._silence
         while done < length:
-            self._wait()
+            self._wait(deadline)
             count = os.readv(self._descriptor, [view[done:]])
             if not count:
                 break
@@ -71,8 +77,7 @@ class _Answers:
         del found[done:]
         return found  # type: ignore[return-value]  # as good as bytes, and not copied
 
-    def _wait(self) -> None:
-        deadline = time.monotonic() + self._silence
+    def _wait(self, deadline: float) -> None:
         while not select.select([self._descriptor], [], [], 0.25)[0]:
             if interrupt.pending():
                 raise Interrupted("interrupted")
@@ -86,7 +91,6 @@ class Client:
     def __init__(
         self,
         process: subprocess.Popen[bytes],
-        said: IO[bytes],
         *,
         image: str,
         silence: float = SILENCE,
@@ -96,12 +100,12 @@ class Client:
         self._requests = process.stdin
         self._answers: Any = _Answers(process.stdout.fileno(), silence)
         self._process = process
-        self._said = said
         self._image = image
         self._busy = False
         self._broken = False
 
-    def _failure(self, reason: str) -> EngineError:
+    def failure(self, reason: str) -> WorkerFailed:
+        """End the worker; the error that says why."""
         self._broken = True
         self._process.kill()
         return WorkerFailed(
@@ -110,7 +114,7 @@ class Client:
             hint="read it through the appliance: --engine libguestfs",
         )
 
-    def request(self, do: str, **arguments: object) -> Iterator[Any]:
+    def request(self, do: str, **arguments: object) -> Generator[Any, None, None]:
         """The parts of an answer: JSON values as such, data as bytes; errors as `frames`."""
         for kind, payload in self.frames(do, **arguments):
             yield (
@@ -119,33 +123,55 @@ class Client:
                 else self.checked(partial(protocol.parsed, payload))
             )
 
-    def payloads(self, do: str, **arguments: object) -> Iterator[bytes]:
+    def payloads(self, do: str, **arguments: object) -> Generator[bytes, None, None]:
         """The parts of an answer as they arrived; errors as `frames`."""
-        for _, payload in self.frames(do, **arguments):
-            yield payload
+        with contextlib.closing(self.frames(do, **arguments)) as frames:
+            for _, payload in frames:
+                yield payload
 
-    def frames(self, do: str, **arguments: object) -> Iterator[tuple[bytes, bytes]]:
+    def frames(self, do: str, **arguments: object) -> Generator[tuple[bytes, bytes], None, None]:
         """The frames of an answer, their kinds (JSON or DATA) and payloads.
 
         Raises `NeedsAppliance`, `NotInGuestError`, `EngineError` or `ImageError` as the worker
-        says, and `EngineError` for a worker that dies, hangs or answers nonsense. An answer that
-        is not read to its end costs the worker its life at the next request.
+        says, and `WorkerFailed` for a worker that dies, hangs or answers nonsense. An answer that
+        is not read to its end is stopped.
         """
         if self._broken or self._busy:
-            raise self._failure("it is not ready")
+            raise self.failure("it is not ready")
         self._busy = True
         body = json.dumps({"do": do, **arguments}).encode("ascii")
         self._heard(self._ask, body)
-        while True:
-            kind, payload = self._heard(protocol.receive, self._answers)
-            if kind == protocol.ALIVE:
-                continue
-            if kind in (protocol.END, protocol.ERROR):
-                break
-            yield kind, payload
-        self._busy = False
+        alive = 0
+        try:
+            while True:
+                kind, payload = self._heard(protocol.receive, self._answers)
+                if kind == protocol.ALIVE:
+                    alive += 1
+                    if payload or alive > _MOST_ALIVE:
+                        raise self.failure("it does not come to an end")
+                    continue
+                if kind in (protocol.END, protocol.ERROR):
+                    self._busy = False
+                    break
+                yield kind, payload
+        finally:
+            if self._busy and not self._broken:
+                self._stop()
         if kind == protocol.ERROR:
             raise self.checked(lambda: self._told(protocol.parsed(payload)))
+
+    def _stop(self) -> None:
+        """Tell the worker that nobody reads the rest of its answer."""
+        self._heard(self._ask, b"")
+        passed = 0
+        while True:
+            kind, payload = self._heard(protocol.receive, self._answers)
+            if kind in (protocol.END, protocol.ERROR):
+                self._busy = False
+                return
+            passed += len(payload) + 1
+            if passed > _MOST_PASSED:
+                raise self.failure("it does not stop")
 
     def _ask(self, body: bytes) -> None:
         self._requests.write(len(body).to_bytes(4, "big") + body)
@@ -156,15 +182,19 @@ class Client:
         try:
             return action(*arguments)
         except TimeoutError as error:
-            raise self._failure("it does not answer") from error
+            raise self.failure("it does not answer") from error
         except (protocol.BadMessage, OSError) as error:
-            raise self._failure(self._last_words() or str(error)) from error
+            raise self.failure(self._last_words() or str(error)) from error
 
     def _last_words(self) -> str:
-        """The last line on the worker's standard error."""
-        self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - _LONGEST_LINE))
-        lines = self._said.read().decode("utf-8", "replace").strip().splitlines()
-        return printable(lines[-1]) if lines else ""
+        """The last line on the worker's standard error, of as much as fits into its pipe."""
+        assert self._process.stderr is not None
+        said = b""
+        with contextlib.suppress(OSError):
+            os.set_blocking(self._process.stderr.fileno(), False)
+            said = os.read(self._process.stderr.fileno(), _PIPE)
+        lines = said.decode("utf-8", "replace").strip().splitlines()
+        return printable(lines[-1][:_LONGEST_LINE]) if lines else ""
 
     def _told(self, error: Any) -> Exception:
         if not isinstance(error, dict):
@@ -188,10 +218,12 @@ class Client:
 
     def one(self, do: str, **arguments: object) -> Any:
         """An answer of exactly one value, or None for an empty answer."""
-        values = list(self.request(do, **arguments))
-        if len(values) > 1:
-            raise self._failure("an answer of several parts")
-        return values[0] if values else None
+        found: list[Any] = []
+        for value in self.request(do, **arguments):
+            if found:
+                raise self.failure("an answer of several parts")
+            found.append(value)
+        return found[0] if found else None
 
     # Values with a form
 
@@ -199,8 +231,11 @@ class Client:
         """What `make` makes of an answer; nonsense in it is the worker's failure."""
         try:
             return make()
-        except (protocol.BadMessage, TypeError, ValueError, KeyError, IndexError) as error:
-            raise self._failure("its answer makes no sense") from error
+        except (
+            *(protocol.BadMessage, TypeError, ValueError, LookupError),
+            *(AttributeError, OverflowError),
+        ) as error:
+            raise self.failure("its answer makes no sense") from error
 
 
 def whole(value: object, least: int = 0, most: int = _LARGEST) -> int:
@@ -241,16 +276,26 @@ def block(row: Any) -> Block:
     )
 
 
+def real_path(value: object) -> bytes:
+    """An absolute path without odd components."""
+    raw = protocol.name(value)
+    parts = raw.split(b"/")[1:]
+    if not raw.startswith(b"/") or b"\0" in raw:
+        raise protocol.BadMessage("no path")
+    if raw != b"/" and any(part in (b"", b".", b"..") for part in parts):
+        raise protocol.BadMessage("no path")
+    return raw
+
+
 def entry(row: Any) -> Entry:
     """An entry as the worker tells of it."""
     path, mount, inode, mode, uid, gid, size, mtime, blocks, nlink, rdev, target, checksum = row
-    raw = protocol.name(path)
-    if not raw.startswith(b"/") or b"\0" in raw:
-        raise protocol.BadMessage("no path")
-    if any(part in (b"", b".", b"..") for part in raw.split(b"/")[1:]) and raw != b"/":
-        raise protocol.BadMessage("no path")
+    if target is not None and "\0" in target:
+        raise protocol.BadMessage("no target")
+    if checksum is not None and not re.fullmatch(r"[0-9a-f]{32,64}", checksum):
+        raise protocol.BadMessage("no checksum")
     return Entry(
-        path=raw,
+        path=real_path(path),
         mode=whole(mode, most=0o177777),
         uid=whole(uid, most=0xFFFFFFFF),
         gid=whole(gid, most=0xFFFFFFFF),

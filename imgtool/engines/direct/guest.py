@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 from imgtool.engines.direct import client as wire
 from imgtool.engines.direct import protocol, replay
 from imgtool.engines.direct.answers import AnswerStream, spooled
-from imgtool.engines.direct.client import Client
+from imgtool.engines.direct.client import Client, WorkerFailed
 from imgtool.engines.direct.filesystem import NeedsAppliance
 from imgtool.engines.direct.volumes_client import WorkerVolume, WorkerVolumes
 from imgtool.errors import EngineError, ImgtoolError, NotInGuestError, UsageError
@@ -61,6 +61,8 @@ class DirectGuest(Guest):
         self._volumes = WorkerVolumes(client, self._blocks)
         if self._given and any(mount.fstype or mount.options for mount in self._given):
             raise NeedsAppliance("mount options are given")
+        if self._given and self._given[0].mountpoint != "/":
+            raise NeedsAppliance("nothing is to be mounted at /, or not first")
 
     @property
     def disk_sizes(self) -> list[int]:
@@ -76,9 +78,9 @@ class DirectGuest(Guest):
         ):
             if len(places) != 1:
                 raise NeedsAppliance(f"the journal of {printable(str(device))} lies in pieces")
-            disk, offset, size = self._client.checked(partial(_numbers, places[0]))
+            disk, offset, size = self._client.checked(partial(_numbers, places[0], 3))
             if disk >= len(self.disk_sizes) or offset + size > self.disk_sizes[disk]:
-                raise EngineError("the direct engine's worker failed: a place on no disk")
+                raise self._client.failure("a place on no disk")
             found.append((disk, offset, size))
         return found
 
@@ -126,7 +128,7 @@ class DirectGuest(Guest):
                     subject=mount.source,
                     hint="it has: " + ", ".join(sorted(known)),
                 )
-        list(self._client.request("look", device=self._given[0].source))
+        self._client.one("look", device=self._given[0].source)
         windows = WorkerVolume(self._client).is_dir("/Windows/System32")
         return Layout(self._given, os_type="windows" if windows else None)
 
@@ -149,7 +151,7 @@ class DirectGuest(Guest):
             "mount", mounts=[[mount.source, mount.mountpoint] for mount in mounts]
         )
         if not isinstance(said, list) or len(said) != len(mounts):
-            raise EngineError("the direct engine's worker failed: not what was asked for")
+            raise self._client.failure("not what was asked for")
         return said
 
     # Reading
@@ -176,7 +178,7 @@ class DirectGuest(Guest):
         at = self._at(path)
         with self._about(at):
             found = self._client.one("resolve", path=at)
-        return cast(bytes, self._client.checked(lambda: protocol.name(found)))
+        return cast(bytes, self._client.checked(lambda: wire.real_path(found)))
 
     def lstat(self, path: str | bytes) -> Entry:
         """One path as it is; a symbolic link is not followed."""
@@ -236,13 +238,11 @@ class DirectGuest(Guest):
     @contextlib.contextmanager
     def _streamed(self, at: str, do: str, **arguments: object) -> Iterator[BinaryIO]:
         frames = self._client.request(do, path=at, **arguments)
-        with self._about(at):
+        with self._about(at), contextlib.closing(frames):
             # A refusal comes now, not when somebody reads.
             first = list(itertools.islice(frames, 1))
-            stream = AnswerStream(itertools.chain(first, frames))
+            stream = AnswerStream(self._client, itertools.chain(first, frames))
             yield cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
-            for _ in frames:
-                pass
 
     def open(self, path: str | bytes) -> AbstractContextManager[BinaryIO]:
         """A regular file's bytes as a stream; links are followed inside the guest."""
@@ -271,7 +271,7 @@ class DirectGuest(Guest):
             rows = self._client.one("ranges", path=at)
         return cast(
             Sequence[tuple[int, int]],
-            self._client.checked(lambda: [(a, b) for a, b in map(_numbers, rows)]),
+            self._client.checked(lambda: [(a, b) for a, b in (_numbers(row, 2) for row in rows)]),
         )
 
     # Whole guests
@@ -279,6 +279,8 @@ class DirectGuest(Guest):
     def _mountpoints(self) -> dict[str, str]:
         try:
             return {mount.source: mount.mountpoint for mount in self.layout.mounts}
+        except WorkerFailed:
+            raise
         except ImgtoolError:
             return {}  # no operating system, or several: the devices are listed all the same
 
@@ -351,7 +353,7 @@ class DirectGuest(Guest):
                 continue
             numbers = self._client.one("usage", device=device)
             size, used, available, inodes, inodes_used = self._client.checked(
-                partial(_numbers, numbers)
+                partial(_numbers, numbers, 5)
             )
             rows.append(
                 SpaceUsage(
@@ -389,7 +391,9 @@ class DirectGuest(Guest):
         return tuple(found)
 
 
-def _numbers(row: Any) -> list[int]:
+def _numbers(row: Any, count: int) -> list[int]:
+    if len(row) != count:
+        raise protocol.BadMessage("more or fewer numbers than were asked for")
     return [wire.whole(number) for number in row]
 
 

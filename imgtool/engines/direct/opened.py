@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,10 +47,9 @@ def open_direct(
                 )
                 for number, chain in enumerate(chains)
             ]
-            said = inner.enter_context(tempfile.TemporaryFile(prefix="imgtool-"))
-            process = inner.enter_context(sandbox.sandboxed(images, said))
+            process = inner.enter_context(sandbox.sandboxed(images))
             return DirectGuest(
-                Client(process, said, image=image),
+                Client(process, image=image),
                 image=image,
                 disks=disks,
                 mounts=mounts,
@@ -72,5 +70,5 @@ def open_direct(
         overlays = stack.enter_context(replay.recovered(chains, images, guest.disk_sizes, journals))
         log.info("journal: replayed in %.3f s", time.monotonic() - started_at)
         for overlay in overlays.values():
-            images.add(overlay)
+            images.add_made(overlay)
         yield started(overlays, stack)

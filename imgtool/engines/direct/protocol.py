@@ -32,7 +32,7 @@ class BadMessage(Exception):
     """What arrived is not what this protocol allows."""
 
 
-def send(stream: BinaryIO, kind: bytes, payload: bytes = b"") -> None:
+def send(stream: BinaryIO, kind: bytes, payload: bytes | bytearray = b"") -> None:
     """Write one frame; the caller flushes."""
     stream.write(_HEAD.pack(kind, len(payload)))
     stream.write(payload)

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from imgtool.engines.direct import seccomp
 from imgtool.engines.direct.filesystem import NeedsAppliance
@@ -96,9 +96,20 @@ class Images:
             raise NeedsAppliance(f"{printable(path)} is a block device")
         name = f"/images/{len(self.names)}"
         try:
-            self.descriptors[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.descriptors[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise NeedsAppliance(f"{printable(path)}: {error.strerror}") from error
+        self.names[path] = name
+
+    def add_made(self, path: Path) -> None:
+        """A file that another sandbox made: it has to be one, and nobody else's."""
+        name = f"/images/{len(self.names)}"
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+        self.descriptors[name] = descriptor
+        about = os.fstat(descriptor)
+        owner = self.owner[0] if self.owner else os.geteuid()
+        if not stat.S_ISREG(about.st_mode) or about.st_nlink != 1 or about.st_uid != owner:
+            raise NeedsAppliance("the overlay with its journal is not one")
         self.names[path] = name
 
     def _choose_owner(self) -> None:
@@ -155,7 +166,9 @@ def arguments(
     words += ["--ro-bind", _python(), _PYTHON]
     for name in programs:
         words += ["--ro-bind", _program(name), f"/usr/bin/{name}"]
-    words += ["--proc", "/proc", "--dev", "/dev", *options, "--remount-ro", "/dev"]
+    # /proc/sys would be writable for root: its kernel asks for the user, not for capabilities.
+    words += ["--proc", "/proc", "--remount-ro", "/proc"]
+    words += ["--dev", "/dev", *options, "--remount-ro", "/dev"]
     words += ["--size", "4096", "--tmpfs", "/dev/shm", "--remount-ro", "/dev/shm"]
     words += ["--size", str(SCRATCH), "--tmpfs", "/tmp"]
     for folder, seen in modules.items():
@@ -210,12 +223,10 @@ def program_filter(*, mounts: bool = False) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def sandboxed(
-    images: Images, said: IO[bytes], *, memory: int = MEMORY
-) -> Iterator[subprocess.Popen[bytes]]:
+def sandboxed(images: Images, *, memory: int = MEMORY) -> Iterator[subprocess.Popen[bytes]]:
     """The worker, running; requests go to its stdin, answers come from its stdout.
 
-    What it and QEMU write to standard error goes to the file `said`.
+    What it and QEMU say is in the pipe of its stderr, which holds no more than a pipe does.
     """
     with (
         program_filter() as descriptor,
@@ -225,7 +236,7 @@ def sandboxed(
             pass_fds=[*images.descriptors.values(), descriptor],
             stdin=PIPE,
             stdout=PIPE,
-            stderr=said.fileno(),
+            stderr=PIPE,
             owner=images.owner,
         ) as process,
     ):

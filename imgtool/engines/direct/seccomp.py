@@ -16,7 +16,7 @@ import platform
 import struct
 from collections.abc import Iterable
 
-_LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_LOAD, _EQUAL, _AT_LEAST, _ANY_OF, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL = 0x7FFF0000, 0x80000000
 _EPERM, _ENOSYS = 0x00050000 | 1, 0x00050000 | 38
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16
@@ -98,7 +98,6 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
     "faccessat2": (439, 439),
     "statx": (332, 291),
     "getrandom": (318, 278),
-    "memfd_create": (319, 279),
     "fadvise64": (221, 223),
     "rseq": (334, 293),
     "prlimit64": (302, 261),
@@ -143,7 +142,17 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
     "quotactl": (179, 60),
     "acct": (163, 89),
     "syslog": (103, 116),
+    "fspick": (433, 433),
+    "pidfd_getfd": (438, 438),
+    "fanotify_init": (300, 262),
+    "memfd_secret": (447, 447),
+    "execveat": (322, 281),
 }
+_CLONE, _CLONE3 = (56, 220), (435, 435)
+# Flags of clone(2) for new namespaces: mount, cgroup, UTS, IPC, user, PID, network.
+_NAMESPACES = (
+    0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
+)
 _NEVER = tuple(_CALLS)[tuple(_CALLS).index("ptrace") :]
 _WORKER = tuple(_CALLS)[: tuple(_CALLS).index("socket")]
 _MOUNTS = ("mount", "umount2")
@@ -181,6 +190,17 @@ def tree_filter(*, mounts: bool = False) -> bytes:
     program = _start()
     for number in _numbers(name for name in _NEVER if not (mounts and name in _MOUNTS)):
         program += [_statement(_EQUAL, number, 0, 1), _statement(_RETURN, _EPERM)]
+    # No namespaces by clone(2), whose flags are seen; clone3(2) hides them, and libc does without.
+    column = _ARCHITECTURES[platform.machine()][1]
+    program += [
+        _statement(_EQUAL, _CLONE3[column], 0, 1),
+        _statement(_RETURN, _ENOSYS),
+        _statement(_EQUAL, _CLONE[column], 0, 4),
+        _statement(_LOAD, _FIRST_ARGUMENT),
+        _statement(_ANY_OF, _NAMESPACES, 0, 1),
+        _statement(_RETURN, _EPERM),
+        _statement(_RETURN, _ALLOW),
+    ]
     # socket(2) for AF_UNIX alone.
     (socket,) = _numbers(("socket",))
     program += [

@@ -136,7 +136,8 @@ class Joined:
 @contextlib.contextmanager
 def excerpt(source: Source, windows: Sequence[tuple[int, int]]) -> Iterator[int]:
     """A file descriptor of a sparse copy of a source, with only the `windows` (offset, length)."""
-    descriptor = os.memfd_create("excerpt")
+    # In /tmp, whose size is limited; memory without a name is not.
+    descriptor = os.open("/tmp", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         os.ftruncate(descriptor, source.size)
         for offset, length in windows:

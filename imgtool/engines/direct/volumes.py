@@ -179,3 +179,6 @@ class Volumes:
             return opened(self._sources[device])
         except NeedsAppliance as error:
             raise type(error)(f"{device} ({block.type}): {error}") from error
+        except ReadFailed as error:
+            # Whether the kernel mounts it all the same is for the kernel to say.
+            raise NeedsAppliance(f"{device} ({block.type}) is damaged: {error}") from error

@@ -25,7 +25,7 @@ class WorkerVolume:
         if found is None:
             return None
         if not isinstance(found, (bytes, bytearray)) or len(found) > limit:
-            raise EngineError("the direct engine's worker failed: more than was asked for")
+            raise self._client.failure("more than was asked for")
         return bytes(found)
 
     def is_dir(self, path: str) -> bool:
@@ -55,7 +55,7 @@ class WorkerVolumes:
         if any(block.device == source and block.type is None for block in self._blocks):
             raise EngineError("no known filesystem", subject=source)
         try:
-            list(self._client.request("look", device=source))
+            self._client.one("look", device=source)
         except NeedsAppliance as error:
             self.refused[source] = str(error)
             raise EngineError(str(error), subject=source) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import resource
+import select
 import stat
 import sys
 import tarfile
@@ -26,6 +27,7 @@ _BATCH = 500
 _NAMES = 256 << 10
 _MOST_RANGES = 150_000  # what fits in one frame
 _LARGEST_SMALL = 1 << 20
+_PART = 1 << 20
 _SIGN_OF_LIFE = 256  # pieces of a file that is summed
 
 
@@ -33,22 +35,34 @@ class Refused(Exception):
     """A request that cannot be: the parent is not who it should be."""
 
 
+class Stopped(Exception):
+    """The parent does not want the rest of an answer."""
+
+
 class Worker:
     """The state of one conversation: disks, volumes, and the tree that was mounted."""
 
     def __init__(self, out: BinaryIO) -> None:
         self._out = out
+        self._asked = select.poll()
+        self._asked.register(sys.stdin.fileno(), select.POLLIN)
         self._volumes: Volumes | None = None
         self._tree: Tree | None = None
 
     def serve(self, requests: BinaryIO) -> None:
         """Answer requests until there are no more."""
         while head := requests.read(4):
-            request = protocol.parsed(requests.read(int.from_bytes(head, "big")))
+            length = int.from_bytes(head, "big")
+            if not length:
+                continue  # a stop for an answer that had come to its end
+            request = protocol.parsed(requests.read(length))
             try:
                 answer = getattr(self, "do_" + request.pop("do"))(**request)
                 if answer is not None:
                     self._json(answer)
+                protocol.send(self._out, protocol.END)
+            except Stopped:
+                requests.read(4)
                 protocol.send(self._out, protocol.END)
             except Missing:
                 self._error("missing", "no such file or directory in the guest")
@@ -67,8 +81,10 @@ class Worker:
     def _json(self, value: object) -> None:
         protocol.send_json(self._out, protocol.JSON, value)
 
-    def _data(self, data: bytes) -> None:
+    def _data(self, data: bytes | bytearray) -> None:
         protocol.send(self._out, protocol.DATA, data)
+        if self._asked.poll(0):  # it only ever says one thing while it waits for an answer
+            raise Stopped
 
     # Disks and volumes
 
@@ -124,13 +140,18 @@ class Worker:
                 tree.mount(protocol.name(mountpoint), filesystem)
             except Missing:
                 reason = "there is no such directory"
+            except ReadFailed as error:
+                raise NeedsAppliance(f"{mountpoint} cannot be looked up: {error}") from error
             said.append(reason)
         self._tree = tree
         return said
 
     def do_usage(self, device: str) -> list[int]:
         """The numbers of statvfs for one filesystem."""
-        return list(self._filesystem(device).usage())
+        try:
+            return list(self._filesystem(device).usage())
+        except ReadFailed as error:
+            raise NeedsAppliance(f"{device} is damaged: {error}") from error
 
     # Names
 
@@ -279,7 +300,7 @@ class Worker:
         def problem(at: bytes, reason: str) -> None:
             raise ReadFailed(f"{protocol.text(at)}: {reason}")
 
-        self._data(_header(b"./", tree.lstat(real), None))
+        held = bytearray(_header(b"./", tree.lstat(real), None))
         for child in tree.walk(raw or b"/", place, problem):
             if child.path in left_out:
                 continue
@@ -291,15 +312,21 @@ class Worker:
                 linked.setdefault(child.place, relative)
             if stat.S_ISSOCK(child.node.mode):
                 continue
-            self._data(_header(relative, child, first))
+            held += _header(relative, child, first)
+            if len(held) >= _PART:
+                self._data(held)
+                held = bytearray()
             if regular and first is None:
                 size = 0
                 filesystem = tree.filesystem(child.place)
                 for piece in pieces(filesystem, child, 0, child.node.size):
-                    self._data(piece)
+                    held += piece
                     size += len(piece)
-                self._data(bytes(-size % tarfile.BLOCKSIZE))
-        self._data(bytes(2 * tarfile.BLOCKSIZE))
+                    if len(held) >= _PART:
+                        self._data(held)
+                        held = bytearray()
+                held += bytes(-size % tarfile.BLOCKSIZE)
+        self._data(held + bytes(2 * tarfile.BLOCKSIZE))
 
 
 def _row(found: Found, checksum: str | None) -> list[Any]:
