@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -26,6 +27,18 @@ ENGINES = ("auto", "direct", "libguestfs")
 
 def _say_nothing(line: str) -> None:
     log.warning("%s", line)
+
+
+def _once(notice: Callable[[str], None]) -> Callable[[str], None]:
+    """Two engines that look at one guest find the same things odd: each is said once."""
+    said: set[str] = set()
+
+    def say(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            notice(line)
+
+    return say
 
 
 def open_images(
@@ -73,12 +86,15 @@ def open_guest(
     if engine not in ENGINES:
         raise UsageError(f"no such engine; choose from {', '.join(ENGINES)}", subject=engine)
     wanted = [key if isinstance(key, Key) else parse_key(key) for key in keys]
+    started = time.monotonic()
     chains = open_images([image, *add], format=format, backing_dirs=backing_dirs)
+    notice = _once(notice)
     for chain in chains:
         if snapshot is not None:
             chain.snapshot(snapshot)
         if line := warn_if_written(chain):
             notice(line)
+    log.info("chain: checked in %.3f s", time.monotonic() - started)
 
     def appliance() -> AbstractContextManager[Guest]:
         return _appliance(

@@ -137,5 +137,7 @@ if ! venv_is_current; then
         --config-settings editable_mode=compat -e '.[dev]') >&2
     "$venv/bin/python" -c 'import guestfs, nbd, parted' \
         || die "$venv does not see the bindings that the system's Python has"
+    # The worker of the direct engine runs where nothing can be compiled into a cache.
+    "$venv/bin/python" -m compileall -q "$root/imgtool"
     fingerprint > "$stamp"
 fi

@@ -177,7 +177,8 @@ def partitions(
     debug: options.Debug = False,
 ) -> None:
     """Show the partition table: start, size and offset of each partition, in bytes."""
-    from imgtool.guest.partitions import disk_name, partitions_of
+    from imgtool.guest.partition_table import disk_name
+    from imgtool.guest.partitions import partitions_of
     from imgtool.opening import open_images
 
     request = Request.of(locals())

@@ -60,6 +60,16 @@ class _Entry:
         return self.type in EXTENDED
 
 
+def disk_name(number: int) -> str:
+    """The name of a guest's disk, counted from 0: /dev/sda ... /dev/sdz, /dev/sdaa ..."""
+    letters = ""
+    number += 1
+    while number:
+        number, rest = divmod(number - 1, 26)
+        letters = chr(ord("a") + rest) + letters
+    return f"/dev/sd{letters}"
+
+
 def partition_device(disk: str, number: int) -> str:
     """The device of a partition: `/dev/sda1`, but `/dev/nbd0p1` after a digit."""
     return f"{disk}p{number}" if disk[-1:].isdigit() else f"{disk}{number}"

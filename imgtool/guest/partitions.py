@@ -7,16 +7,6 @@ from imgtool.image.chain import Chain
 from imgtool.image.contents import open_contents
 
 
-def disk_name(number: int) -> str:
-    """The name of a guest's disk, counted from 0: /dev/sda ... /dev/sdz, /dev/sdaa ..."""
-    letters = ""
-    number += 1
-    while number:
-        number, rest = divmod(number - 1, 26)
-        letters = chr(ord("a") + rest) + letters
-    return f"/dev/sd{letters}"
-
-
 def partitions_of(
     chain: Chain, *, device: str = "/dev/sda", snapshot: str | None = None
 ) -> PartitionTable:

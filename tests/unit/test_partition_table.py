@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from imgtool.guest.model import Partition
-from imgtool.guest.partition_table import examine, partition_device, read_table
+from imgtool.guest.partition_table import disk_name, examine, partition_device, read_table
 from imgtool.guest.partition_types import EXTENDED, GPT_TYPES, MSDOS_TYPES
-from imgtool.guest.partitions import disk_name
 
 SIZE = 64 << 20
 LINUX = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"

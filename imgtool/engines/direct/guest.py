@@ -53,7 +53,9 @@ class DirectGuest(Guest):
         self._notice = notice
         self._mounted = False
         self._layout: Layout | None = None
+        started = time.monotonic()
         answer = client.one("open", disks=[list(argv) for argv in disks])
+        log.info("sandbox: worker, QEMU and volumes ready in %.3f s", time.monotonic() - started)
         self._blocks: tuple[Block, ...] = client.checked(
             lambda: tuple(wire.block(row) for row in answer["blocks"])
         )

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from imgtool.engines.direct.filesystem import NeedsAppliance, Source
 from imgtool.engines.direct.sources import excerpt
 
-_HEAD = 1 << 20 | 1 << 17  # beyond the first MiB: btrfs, HFS+, ZFS, nilfs, ...
+_HEAD = 640 << 10  # the probes farthest from the start: ZFS at 256 KiB, UDF at 512 KiB
 _TAIL = 1 << 20
 _MOST_FAT = 24 << 20
 _RECORDS = 64 << 10

@@ -144,7 +144,7 @@ def excerpt(source: Source, windows: Sequence[tuple[int, int]]) -> Iterator[int]
             offset = max(0, min(offset, source.size))
             length = min(length, source.size - offset)
             data = source.read(offset, length)
-            if data.strip(b"\0"):
+            if data != bytes(len(data)):
                 os.pwrite(descriptor, data, offset)
         yield descriptor
     finally:

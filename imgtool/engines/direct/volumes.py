@@ -14,9 +14,8 @@ from imgtool.engines.direct.signatures import identify
 from imgtool.engines.direct.sources import Joined, Stretch
 from imgtool.guest.blocks import Block, in_order
 from imgtool.guest.model import Partition
-from imgtool.guest.partition_table import Read, examine
+from imgtool.guest.partition_table import Read, disk_name, examine
 from imgtool.guest.partition_types import EXTENDED
-from imgtool.guest.partitions import disk_name
 
 # The reader of each type that libblkid names.
 _READERS = {

@@ -12,7 +12,7 @@ from typing import Any
 
 from imgtool.errors import EngineError
 from imgtool.guest.blocks import Block, in_order
-from imgtool.guest.partitions import disk_name
+from imgtool.guest.partition_table import disk_name
 
 _COLUMNS = "KNAME,PKNAME,NAME,TYPE,HCTL,SIZE,FSTYPE,LABEL,UUID,PARTUUID,PARTLABEL,PARTTYPE"
 _SEPARATOR = "--logical-volumes--"
