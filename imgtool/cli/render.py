@@ -24,6 +24,8 @@ def escaped(name: bytes) -> str:
         text = name.decode("utf-8")
     except UnicodeDecodeError:
         text = name.decode("utf-8", "surrogateescape")
+    if text.isprintable() and " " not in text and "\\" not in text:
+        return text  # nearly every name
     shown = []
     for character in text:
         code = ord(character)
