@@ -17,6 +17,7 @@ from imgtool.engines.direct.fat import FatFilesystem
 from imgtool.engines.direct.filesystem import Filesystem, NeedsAppliance, ReadFailed, Usage
 from imgtool.engines.direct.iso import IsoFilesystem
 from imgtool.engines.direct.ntfs import NtfsFilesystem
+from imgtool.engines.libguestfs.launch import launched
 from tests.differential.matrix_other import Image, make_images
 
 pytestmark = pytest.mark.appliance
@@ -153,15 +154,14 @@ def reference(
     images: dict[str, Image], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, tuple[Walk, Usage]]]:
     """What the appliance says of every image, from one launch."""
-    import guestfs
-
     work = tmp_path_factory.mktemp("reference")
-    g = guestfs.GuestFS(python_return_dict=True)
-    try:
-        read = [image for image in images.values() if image.refused is None]
+    read = [image for image in images.values() if image.refused is None]
+
+    def add(handle: Any) -> None:
         for image in read:
-            g.add_drive_opts(str(image.path), format="raw", readonly=True)
-        g.launch()
+            handle.add_drive_opts(str(image.path), format="raw", readonly=True)
+
+    with launched(add, notice=print) as g:
         said: dict[str, tuple[Walk, Usage]] = {}
         for image, device in zip(read, g.list_devices(), strict=True):
             assert g.vfs_type(device) == image.type
@@ -169,8 +169,6 @@ def reference(
             said[image.path.name] = appliance_walk(g, work), _usage(g.statvfs("/"))
             g.umount_all()
         yield said
-    finally:
-        g.close()
 
 
 def test_every_name_attribute_and_byte_is_the_appliances(images, reference):
