@@ -21,6 +21,14 @@ def _mountpoints(guest: LibguestfsGuest) -> dict[str, str]:
         return {}  # no operating system, or several: the devices are listed all the same
 
 
+def _measured(guest: LibguestfsGuest, device: str) -> dict[str, int]:
+    guest.handle.mount_ro(device, "/")
+    try:
+        return dict(guest.handle.statvfs("/"))
+    finally:
+        guest.handle.umount_all()
+
+
 def usage(guest: LibguestfsGuest) -> tuple[SpaceUsage, ...]:
     """One row for every filesystem but swap and containers."""
     rows: list[SpaceUsage] = []
@@ -32,7 +40,7 @@ def usage(guest: LibguestfsGuest) -> tuple[SpaceUsage, ...]:
             continue
         mountpoint = mountpoints.get(device)
         try:
-            guest.handle.mount_ro(device, "/")
+            numbers = guest.volumes.space.get(device) or _measured(guest, device)
         except RuntimeError as error:
             block = guest.volumes.block(device)
             if kind is None and block is not None and block.parttype == BIOS_BOOT:
@@ -42,10 +50,6 @@ def usage(guest: LibguestfsGuest) -> tuple[SpaceUsage, ...]:
             said = said.rsplit("failed: ", 1)[-1].rstrip(".")
             rows.append(SpaceUsage(guest.image, device, mountpoint, kind, error=said))
             continue
-        try:
-            numbers = guest.handle.statvfs("/")
-        finally:
-            guest.handle.umount_all()
         unit = numbers["frsize"] or numbers["bsize"]
         files = numbers["files"]
         rows.append(

@@ -89,6 +89,8 @@ class ApplianceVolumes:
         self._opened: set[str] = set()
         self._blocks: tuple[Block, ...] | None = None
         self._filesystems: tuple[Device, ...] | None = None
+        # What statvfs said while a filesystem was mounted to be looked into: a mount takes longer.
+        self.space: dict[str, dict[str, int]] = {}
 
     def blocks(self) -> Sequence[Block]:
         """The block devices, with what is in the encrypted ones that a key opens."""
@@ -162,6 +164,8 @@ class ApplianceVolumes:
         except RuntimeError as error:
             raise EngineError(reason(error), subject=source) from error
         try:
+            with contextlib.suppress(RuntimeError):
+                self.space[source] = self._handle.statvfs("/")
             yield ApplianceVolume(self._handle, self._calls)
         finally:
             self._handle.umount_all()
