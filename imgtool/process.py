@@ -13,6 +13,7 @@ import logging
 import os
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -64,7 +65,14 @@ class ProgramFailed(HostError):
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     """The environment that programs get: what is kept, the C locale, and `extra`."""
     kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
-    return {**kept, "LC_ALL": "C.UTF-8", **(extra or {})}
+    # blkid and e2fsck are where Debian's ordinary users do not look.
+    path = os.pathsep.join((kept.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
+    return {**kept, "PATH": path, "LC_ALL": "C.UTF-8", **(extra or {})}
+
+
+def find(program: str) -> str | None:
+    """Where `run` and `spawn` find a program; None if they do not."""
+    return shutil.which(program, path=environment()["PATH"])
 
 
 def _prepare_child(

@@ -96,6 +96,8 @@ def main() -> None:
         try:
             status = _run(sys.argv[1:])
             sys.stdout.flush()
+        except KeyboardInterrupt:  # before the command itself, or after it
+            status = ExitStatus.INTERRUPTED
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else ExitStatus.FAILED
         if status == ExitStatus.INTERRUPTED or (interrupt.pending() and status != ExitStatus.DONE):

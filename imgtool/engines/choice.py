@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import BinaryIO, TypeVar
 
+from imgtool import interrupt
 from imgtool.engines.direct.client import WorkerFailed
 from imgtool.engines.direct.filesystem import NeedsAppliance
-from imgtool.errors import EngineError, ImageError
+from imgtool.errors import EngineError, ImageError, ImgtoolError, Interrupted
 from imgtool.guest.guest import Guest, OnProblem
 from imgtool.guest.model import Device, Entry, Layout, OperatingSystem, SpaceUsage
 
@@ -20,8 +21,10 @@ _Answer = TypeVar("_Answer")
 Opener = Callable[[], AbstractContextManager[Guest]]
 
 
-def _too_late(error: Exception) -> EngineError:
+def _too_late(error: Exception) -> ImgtoolError:
     """What remains to be said if a part of the answer is out already."""
+    if interrupt.pending():
+        return Interrupted("interrupted")
     return EngineError(
         f"the direct engine cannot go on: {error}", hint="read it with --engine libguestfs"
     )
@@ -61,6 +64,8 @@ class ChosenGuest(Guest):
         return self._guest.engine
 
     def _switch(self, error: Exception) -> None:
+        if interrupt.pending():  # no appliance is started after Ctrl-C
+            raise Interrupted("interrupted") from error
         if self._direct is None:
             raise error
         self._direct.close()

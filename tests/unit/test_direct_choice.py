@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from imgtool import interrupt
 from imgtool.engines.choice import ChosenGuest
 from imgtool.engines.direct.client import WorkerFailed
 from imgtool.engines.direct.filesystem import NeedsAppliance
-from imgtool.errors import EngineError, ImageError, NotInGuestError
+from imgtool.errors import EngineError, ImageError, Interrupted, NotInGuestError
 from imgtool.guest.model import Entry
 
 
@@ -129,4 +130,12 @@ def test_nothing_is_said_twice_if_a_refusal_comes_late(made):
     assert next(found).name == b"first"
     with pytest.raises(EngineError, match="too late"):
         next(found)
+    assert chosen.launches == []
+
+
+def test_no_appliance_is_started_after_ctrl_c(made, monkeypatch):
+    chosen = made(refuses=NeedsAppliance("it is btrfs"))
+    monkeypatch.setattr(interrupt, "pending", lambda: True)
+    with pytest.raises(Interrupted):
+        chosen.guest.lstat("/x")
     assert chosen.launches == []

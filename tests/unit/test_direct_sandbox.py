@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -192,3 +194,26 @@ def test_the_worker_dies_with_its_conversation(image):
         pid = process.pid
     images.close()
     assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize("after", [0.5, 1.0])
+def test_ctrl_c_ends_a_direct_command_at_once_with_one_line(tmp_path, after):
+    image = tmp_path / "disk.img"
+    (tmp_path / "root").mkdir()
+    with (tmp_path / "root/sparse").open("wb") as file:
+        file.truncate(1 << 40)
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    subprocess.run(
+        ["mke2fs", "-q", "-t", "ext4", "-b", "4096", "-d", tmp_path / "root", image], check=True
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "imgtool", "ls", "-R", "--checksum", "sha256", image, "/"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert said == b"imgtool: error: interrupted\n"

@@ -154,9 +154,13 @@ class Client:
                     self._busy = False
                     break
                 yield kind, payload
+        except GeneratorExit:
+            if not interrupt.pending():
+                self._stop()
+            raise
         finally:
             if self._busy and not self._broken:
-                self._stop()
+                self.failure("interrupted")  # perhaps within a frame: nothing more is heard
         if kind == protocol.ERROR:
             raise self.checked(lambda: self._told(protocol.parsed(payload)))
 
@@ -245,6 +249,13 @@ def whole(value: object, least: int = 0, most: int = _LARGEST) -> int:
     return value
 
 
+def digest(value: object) -> str:
+    """A checksum in hexadecimal."""
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{32,64}", value):
+        raise protocol.BadMessage("no checksum")
+    return value
+
+
 def string(value: object) -> str:
     """A string of reasonable length."""
     if not isinstance(value, str) or len(value) > _LONGEST_LINE:
@@ -292,8 +303,6 @@ def entry(row: Any) -> Entry:
     path, mount, inode, mode, uid, gid, size, mtime, blocks, nlink, rdev, target, checksum = row
     if target is not None and "\0" in target:
         raise protocol.BadMessage("no target")
-    if checksum is not None and not re.fullmatch(r"[0-9a-f]{32,64}", checksum):
-        raise protocol.BadMessage("no checksum")
     return Entry(
         path=real_path(path),
         mode=whole(mode, most=0o177777),
@@ -307,7 +316,7 @@ def entry(row: Any) -> Entry:
         device=whole(mount),
         rdev=whole(rdev, most=(1 << 64) - 1),
         target=None if target is None else protocol.name(target),
-        checksum=_optional(checksum),
+        checksum=None if checksum is None else digest(checksum),
     )
 
 

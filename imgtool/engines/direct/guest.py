@@ -162,7 +162,8 @@ class DirectGuest(Guest):
         path = protocol.text(self.path(typed))
         self._mount_layout()
         if self.windows:
-            path = wire.string(self._client.one("spelling", path=path))
+            found = self._client.one("spelling", path=path)
+            path = protocol.text(self._client.checked(partial(protocol.name, found)))
         return path
 
     @contextlib.contextmanager
@@ -226,7 +227,7 @@ class DirectGuest(Guest):
         at = self._regular(path)
         with self._about(at):
             found = self._client.one("checksum", path=at, kind=kind)
-        return cast(str, self._client.checked(lambda: wire.string(found)))
+        return cast(str, self._client.checked(lambda: wire.digest(found)))
 
     def _regular(self, path: str | bytes) -> str:
         found = self.resolve(path)

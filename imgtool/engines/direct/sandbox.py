@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import stat
 import sys
 import sysconfig
@@ -26,7 +25,7 @@ from imgtool.engines.direct.filesystem import NeedsAppliance
 from imgtool.image.chain import Chain
 from imgtool.image.host_file import node_driver
 from imgtool.image.places import printable
-from imgtool.process import PIPE, Limits, spawn
+from imgtool.process import PIPE, Limits, find, spawn
 
 if TYPE_CHECKING:
     import subprocess
@@ -48,7 +47,7 @@ _START = (
 
 
 def _program(name: str) -> str:
-    found = shutil.which(name)
+    found = find(name)
     if found is None:
         raise NeedsAppliance(f"{name} is not installed")
     return os.path.realpath(found)
@@ -104,8 +103,11 @@ class Images:
     def add_made(self, path: Path) -> None:
         """A file that another sandbox made: it has to be one, and nobody else's."""
         name = f"/images/{len(self.names)}"
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
-        self.descriptors[name] = descriptor
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+        try:
+            descriptor = self.descriptors[name] = os.open(path, flags)
+        except OSError as error:
+            raise NeedsAppliance("the overlay with its journal is not one") from error
         about = os.fstat(descriptor)
         owner = self.owner[0] if self.owner else os.geteuid()
         if not stat.S_ISREG(about.st_mode) or about.st_nlink != 1 or about.st_uid != owner:

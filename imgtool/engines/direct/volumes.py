@@ -67,7 +67,7 @@ class Volumes:
         self._sources: dict[str, Source] = {}
         self._places: dict[str, tuple[Place, ...]] = {}
         self._groups: tuple[lvm.VolumeGroup, ...] = ()
-        self._open: dict[str, Filesystem | NeedsAppliance | ReadFailed] = {}
+        self._open: dict[str, Filesystem | NeedsAppliance] = {}
         found: list[Block] = []
         for number, disk in enumerate(disks):
             found += self._on_disk(number, disk)
@@ -148,17 +148,17 @@ class Volumes:
                     self.filesystem(block.device)
                 except NeedsJournal:
                     found.append((block.device, self._places[block.device]))
-                except (NeedsAppliance, ReadFailed):
+                except NeedsAppliance:
                     continue
         return found
 
     def filesystem(self, device: str) -> Filesystem:
-        """The filesystem on a device, open. Raises `NeedsAppliance`, or `ReadFailed` for damage."""
+        """The filesystem on a device, open. Raises `NeedsAppliance`, also for damage."""
         known = self._open.get(device)
         if known is None:
             try:
                 known = self._opened(device)
-            except (NeedsAppliance, ReadFailed) as error:
+            except NeedsAppliance as error:
                 known = error
             self._open[device] = known
         if isinstance(known, Exception):

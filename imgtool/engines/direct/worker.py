@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import resource
 import select
 import stat
@@ -359,14 +360,8 @@ def _header(name: bytes, found: Found, link: bytes | None) -> bytes:
     elif member.type == tarfile.REGTYPE:
         member.size = node.size
     elif member.type in (tarfile.CHRTYPE, tarfile.BLKTYPE):
-        member.devmajor, member.devminor = _device(node.rdev)
+        member.devmajor, member.devminor = os.major(node.rdev), os.minor(node.rdev)
     return member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-
-
-def _device(number: int) -> tuple[int, int]:
-    import os
-
-    return os.major(number), os.minor(number)
 
 
 def main() -> None:
