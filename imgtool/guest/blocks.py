@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 from imgtool.guest.model import Device
@@ -68,18 +68,21 @@ def in_order(blocks: Sequence[Block]) -> tuple[Block, ...]:
 
 
 def filesystems_on(
-    blocks: Sequence[Block], subvolumes: Callable[[str], Sequence[Device]]
+    blocks: Sequence[Block],
+    subvolumes: Callable[[str], Sequence[Device]],
+    opened: Container[str] = (),
 ) -> tuple[Device, ...]:
     """What is listed as filesystems: each with its type or None, a btrfs before its `subvolumes`.
 
-    Left out are disks with partitions, partitions that never hold one, and parts of LVM and md.
+    Left out are disks with partitions, partitions that never hold one, parts of LVM and md, and
+    encrypted devices that are `opened`, what is in them being listed.
     """
     rows: list[Device] = []
     split = {parent for block in blocks for parent in block.parents}
     for block in blocks:
         if block.kind == "device" and block.device in split and block.type is None:
             continue
-        if block.holds_none or block.type in _MEMBERS:
+        if block.holds_none or block.type in _MEMBERS or block.device in opened:
             continue
         rows.append(Device("filesystem", block.device, block.type))
         if block.type == "btrfs":

@@ -7,7 +7,7 @@ import pytest
 from imgtool.engines.libguestfs.blocks import list_blocks, parsed
 from imgtool.engines.libguestfs.volumes import guest_names
 from imgtool.errors import EngineError
-from imgtool.guest.blocks import Block
+from imgtool.guest.blocks import Block, filesystems_on
 
 COLUMNS = [
     "KNAME",
@@ -126,3 +126,18 @@ def test_an_appliance_that_does_not_answer_is_an_engine_failure() -> None:
 
     with pytest.raises(EngineError, match="cannot be listed"):
         list_blocks(Handle())
+
+
+def test_an_opened_device_is_replaced_by_what_is_in_it() -> None:
+    found = blocks(
+        disk("sda", 0),
+        part("sda1", "sda", fstype="crypto_LUKS"),
+        line(kname="dm-0", pkname="sda1", name="imgtool-luks0", type="crypt", fstype="ext4"),
+        disk("sdb", 1),
+    )
+
+    def listed(*opened: str) -> list[str]:
+        return [d.device for d in filesystems_on(list(found.values()), lambda name: (), opened)]
+
+    assert listed() == ["/dev/sda1", "/dev/mapper/imgtool-luks0"]
+    assert listed("/dev/sda1") == ["/dev/mapper/imgtool-luks0"]

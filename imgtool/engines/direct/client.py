@@ -116,12 +116,12 @@ class Client:
 
     def request(self, do: str, **arguments: object) -> Generator[Any, None, None]:
         """The parts of an answer: JSON values as such, data as bytes; errors as `frames`."""
-        for kind, payload in self.frames(do, **arguments):
-            yield (
-                payload
-                if kind == protocol.DATA
-                else self.checked(partial(protocol.parsed, payload))
-            )
+        with contextlib.closing(self.frames(do, **arguments)) as frames:
+            for kind, payload in frames:
+                if kind != protocol.DATA:
+                    yield self.checked(partial(protocol.parsed, payload))
+                else:
+                    yield payload
 
     def payloads(self, do: str, **arguments: object) -> Generator[bytes, None, None]:
         """The parts of an answer as they arrived; errors as `frames`."""
@@ -155,7 +155,7 @@ class Client:
                     break
                 yield kind, payload
         except GeneratorExit:
-            if not interrupt.pending():
+            if not (self._broken or interrupt.pending()):
                 self._stop()
             raise
         finally:

@@ -138,8 +138,7 @@ class ApplianceVolumes:
     def filesystems(self) -> Sequence[Device]:
         """The filesystems; LUKS devices that a key opens are replaced by what is in them."""
         if self._filesystems is None:
-            closed = [block for block in self.blocks() if block.device not in self._opened]
-            self._filesystems = filesystems_on(closed, self._subvolumes)
+            self._filesystems = filesystems_on(self.blocks(), self._subvolumes, self._opened)
         return self._filesystems
 
     def _subvolumes(self, device: str) -> list[Device]:
