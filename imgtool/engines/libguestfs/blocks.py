@@ -16,12 +16,20 @@ from imgtool.guest.partition_table import disk_name
 
 _COLUMNS = "KNAME,PKNAME,NAME,TYPE,HCTL,SIZE,FSTYPE,LABEL,UUID,PARTUUID,PARTLABEL,PARTTYPE"
 _SEPARATOR = "--logical-volumes--"
-# Volumes that LVM itself shows and activates: no parts of thin pools, mirrors and snapshots.
-_SCRIPT = (
-    f"udevadm settle; LC_ALL=C lsblk -b -P -o {_COLUMNS}; echo {_SEPARATOR}; "
-    "if lsblk -n -o FSTYPE | grep -q LVM2_member; then lvm lvs -o vg_name,lv_name "
-    "-S 'lv_role=public && lv_skip_activation!=yes' --noheadings --separator / 2>/dev/null; fi"
-)
+# Filesystems' modules are loaded meanwhile: an emulated kernel takes seconds over that of XFS.
+# Of the volumes those that LVM itself shows and activates: no parts of thin pools, mirrors and
+# snapshots.
+_SCRIPT = f"""udevadm settle
+listed=$(LC_ALL=C lsblk -b -P -o {_COLUMNS})
+for module in vfat xfs btrfs; do
+    case $listed in *"FSTYPE=\\"$module\\""*) modprobe -q $module ;; esac
+done >/dev/null 2>&1 &
+printf '%s\\n' "$listed" {_SEPARATOR}
+case $listed in *'FSTYPE="LVM2_member"'*)
+    lvm lvs -o vg_name,lv_name -S 'lv_role=public && lv_skip_activation!=yes' \
+        --noheadings --separator / 2>/dev/null ;;
+esac
+"""
 _PAIR = re.compile(r'([A-Z]+)="([^"]*)"')
 _ESCAPED = re.compile(rb"\\x([0-9a-fA-F]{2})")
 
