@@ -16,6 +16,7 @@ from imgtool.guest.keys import Key, parse_key
 from imgtool.guest.model import Mount
 from imgtool.guest.partitions import partitions_of
 from imgtool.image.chain import Chain, open_chain
+from imgtool.image.dependants import refuse_if_base
 from imgtool.image.locks import refuse_if_in_use, warn_if_written
 
 if TYPE_CHECKING:
@@ -144,13 +145,14 @@ def open_guest_to_write(
 ) -> Iterator[LibguestfsGuest]:
     """Open a guest to change it, through the appliance; options and errors as for `open_guest`.
 
-    Raises `RefusedError` for an image that is in use. What was written is in the image once the
-    block has ended without an error.
+    Raises `RefusedError` for an image that is in use, or the base of overlays. What was
+    written is in the image once the block has ended without an error.
     """
     wanted = [key if isinstance(key, Key) else parse_key(key) for key in keys]
     chains = open_images([image, *add], format=format, backing_dirs=backing_dirs)
     for chain in chains:
         refuse_if_in_use(chain)
+        refuse_if_base(chain, backing_dirs)
     with _appliance(
         chains,
         image=str(image),

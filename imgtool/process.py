@@ -195,3 +195,25 @@ def spawn(
                 # What could not be sent to a program that is gone is of no interest.
                 with contextlib.suppress(OSError):
                     stream.close()
+
+
+def leave_running(argv: Sequence[str | Path], log_file: Path) -> subprocess.Popen[bytes]:
+    """Start a program that goes on when imgtool has ended; it writes what it says to `log_file`.
+
+    Whoever calls this has written down how to find and end it.
+    """
+    words = [str(word) for word in argv]
+    log.debug("leave running: %s", shlex.join(words))
+    with log_file.open("wb") as said:
+        try:
+            return subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                env=environment(),
+                cwd="/",
+                start_new_session=True,
+            )
+        except FileNotFoundError as error:
+            raise _missing(words[0]) from error

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from imgtool import __version__, interrupt
-from imgtool.cli import copying, images, inspecting, listing, render, space
+from imgtool.cli import copying, images, inspecting, listing, mounting, render, space
 from imgtool.errors import ExitStatus, ImgtoolError
 
 app = typer.Typer(
@@ -46,6 +46,10 @@ for command in (
     listing.cat,
     copying.copy_out,
     copying.copy_in,
+    mounting.mount,
+    mounting.umount,
+    mounting.mounts,
+    mounting.cleanup,
     images.info,
     inspecting.inspect,
     inspecting.doctor,

@@ -1,0 +1,90 @@
+"""Which filesystems the host's kernel is asked to mount, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from imgtool.errors import EngineError, HostError
+from imgtool.mount import kernel
+from imgtool.process import Limits, run
+
+_MOMENT = Limits(memory=1 << 30, cpu=20, wall=30)
+
+# libblkid's type: the kernel's name, and what is always given. Names are shown as UTF-8.
+_TYPES = {
+    "ext2": ("ext4", ""),
+    "ext3": ("ext4", ""),
+    "ext4": ("ext4", ""),
+    "xfs": ("xfs", "nouuid"),
+    "btrfs": ("btrfs", ""),
+    "vfat": ("vfat", "iocharset=utf8"),
+    "exfat": ("exfat", "iocharset=utf8"),
+    "ntfs": ("ntfs3", "iocharset=utf8"),
+    "iso9660": ("iso9660", "iocharset=utf8"),
+    "udf": ("udf", "iocharset=utf8"),
+    "squashfs": ("squashfs", ""),
+    "erofs": ("erofs", ""),
+    "f2fs": ("f2fs", ""),
+    "hfsplus": ("hfsplus", ""),
+}
+_NOT_FILES = {
+    "swap": "it is swap space",
+    "LVM2_member": "it is a physical volume of LVM: name the volume, --lv VG/LV",
+    "crypto_LUKS": "it is encrypted: --via fuse with --key",
+    "linux_raid_member": "it is a part of a RAID: --via fuse",
+    "BitLocker": "it is encrypted with BitLocker",
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A filesystem as the kernel is told of it."""
+
+    type: str
+    data: str
+
+
+def type_at(path: str, offset: int = 0, size: int = 0) -> str | None:
+    """What libblkid says that a stretch of a file or device is; None for nothing known."""
+    argv = ["blkid", "-p", "-o", "value", "-s", "TYPE"]
+    if offset or size:
+        argv += ["--offset", str(offset), "--size", str(size)]
+    # Status 2: nothing found; 8: two things found, so that it is neither.
+    done = run([*argv, path], limits=_MOMENT, ok=(0, 2, 8))
+    return done.stdout.decode("utf-8", "replace").strip() or None
+
+
+def kind_of(found: str | None, subject: str) -> Kind:
+    """How to mount a filesystem of this type. Raises `EngineError` if it is none."""
+    known = _TYPES.get(found or "")
+    if known is None:
+        reason = _NOT_FILES.get(found or "")
+        raise EngineError(
+            reason or (f"a {found} cannot be mounted" if found else "no known filesystem"),
+            subject=subject,
+        )
+    return Kind(*known)
+
+
+def refusal(error: OSError, kind: Kind, subject: str) -> EngineError | HostError:
+    """Why the kernel did not mount it, as the user is told."""
+    import errno
+
+    if error.errno == errno.ENODEV:
+        return HostError(
+            f"the kernel does not know the filesystem {kind.type}",
+            subject=subject,
+            hint=f"modprobe {kind.type}, or --via fuse",
+        )
+    if error.errno == errno.EUCLEAN or error.errno == errno.EINVAL:
+        return EngineError(
+            f"the kernel refuses this {kind.type}: {error.strerror}",
+            subject=subject,
+            hint="it may be damaged, or newer than this kernel: see dmesg, or try --via fuse",
+        )
+    return EngineError(f"it cannot be mounted: {error.strerror}", subject=subject)
+
+
+def has_type(name: str) -> bool:
+    """Whether the kernel has this filesystem now, or a module of it."""
+    return name in kernel.filesystem_types()

@@ -1,0 +1,230 @@
+"""The journal of a host mount: what was done to the host, written down before it is done.
+
+Every host mount has a folder of its own in `state_folder()`, with `journal.json` in it, and beside
+it whatever files the mechanism needs. Whoever works on a mount holds the lock of its folder: a
+mount that is not finished and whose lock is free was left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from imgtool.errors import HostError, RefusedError
+from imgtool.mount.step import Step
+from imgtool.mount.steps import from_json
+
+MAKING, MOUNTED, UNMAKING = "mounting", "mounted", "unmounting"
+_FAILPOINT = "IMGTOOL_MOUNT_FAILPOINT"
+
+
+def state_folder() -> Path:
+    """Where the journals of this user are: `/run/imgtool`, or in the user's runtime folder."""
+    if os.geteuid() == 0:
+        return Path("/run/imgtool")
+    runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/imgtool-{os.geteuid()}"
+    return Path(runtime) / "imgtool"
+
+
+def boot_id() -> str:
+    """The kernel's name for this boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _private(folder: Path) -> Path:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022 or folder.is_symlink():
+        raise HostError(
+            "it belongs to somebody else, or others can write to it",
+            subject=folder,
+            hint="remove it, or set XDG_RUNTIME_DIR to a folder of your own",
+        )
+    return folder
+
+
+def failpoint(name: str) -> None:
+    """Where the tests kill imgtool: at the point that the environment names."""
+    if os.environ.get(_FAILPOINT) == name:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass
+class Journal:
+    """One host mount. `created` is in nanoseconds since 1970; `images` are absolute paths.
+
+    `steps` are in the order in which they were done.
+    """
+
+    folder: Path
+    images: list[str]
+    mountpoint: str
+    mechanism: str
+    writable: bool
+    user: int
+    created: int
+    boot: str
+    state: str = MAKING
+    steps: list[Step] = field(default_factory=list)
+    _lock: int | None = None
+
+    @property
+    def id(self) -> str:
+        """The name of its folder, which all that it makes carries."""
+        return self.folder.name
+
+    @classmethod
+    def start(
+        cls, images: Sequence[Path], mountpoint: Path, mechanism: str, writable: bool
+    ) -> Journal:
+        """A new journal, locked. Nothing else was done yet."""
+        folder = _private(state_folder()) / secrets.token_hex(6)
+        folder.mkdir(mode=0o700)
+        journal = cls(
+            folder=folder,
+            images=[str(image) for image in images],
+            mountpoint=str(mountpoint),
+            mechanism=mechanism,
+            writable=writable,
+            user=os.getuid(),
+            created=time.time_ns(),
+            boot=boot_id(),
+        )
+        journal._try_lock()
+        journal.save()
+        return journal
+
+    @classmethod
+    def read(cls, folder: Path) -> Journal | None:
+        """The journal in a folder; None if it is gone, or not complete, which the first step
+        cannot be either."""
+        try:
+            known = json.loads((folder / "journal.json").read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        known["steps"] = [from_json(step) for step in known["steps"]]
+        return cls(folder=folder, **known)
+
+    def save(self) -> None:
+        """Write it, whole or not at all."""
+        known = {k: v for k, v in self.__dict__.items() if k not in ("folder", "steps", "_lock")}
+        known["steps"] = [step.to_json() for step in self.steps]
+        draft = self.folder / "journal.draft"
+        draft.write_text(json.dumps(known))
+        draft.replace(self.folder / "journal.json")
+
+    # The lock
+
+    def _try_lock(self) -> bool:
+        descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        self._lock = descriptor
+        return True
+
+    def unlock(self) -> None:
+        """Let others work on the mount."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody else works on it at this moment."""
+        if self._lock is not None:
+            return False
+        if self._try_lock():
+            self.unlock()
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Work on it alone. Raises `RefusedError` if somebody else does."""
+        if not self._try_lock():
+            raise RefusedError("another imgtool works on this mount", subject=self.mountpoint)
+        try:
+            yield
+        finally:
+            self.unlock()
+
+    # The steps
+
+    def do(self, step: Step) -> None:
+        """Write a step down, then do it."""
+        self.steps.append(step)
+        self.save()
+        failpoint(f"before {step.kind}")
+        step.do(self.save)
+        self.save()
+        failpoint(f"after {step.kind}")
+
+    def finished(self) -> None:
+        """The mount is there."""
+        self.state = MOUNTED
+        self.save()
+        failpoint("finished")
+
+    def undo(self) -> None:
+        """Undo everything, last step first, and remove the folder.
+
+        A step that cannot be undone, such as a mount that is in use, raises; what was undone
+        before it is no longer in the journal, so that this can be repeated.
+        """
+        self.state = UNMAKING
+        self.save()
+        while self.steps:
+            step = self.steps[-1]
+            # After a reboot nothing is left but the files.
+            if self.boot == boot_id():
+                failpoint(f"before undoing {step.kind}")
+                step.undo()
+                failpoint(f"after undoing {step.kind}")
+            self.steps.pop()
+            self.save()
+        failpoint("before removing")
+        shutil.rmtree(self.folder)
+
+    def left_behind(self) -> bool:
+        """Whether it is nobody's any more: not finished and not worked on, broken, or of an
+        earlier boot."""
+        if self.boot != boot_id():
+            return True
+        if self.busy:
+            return False
+        return self.state != MOUNTED or bool(self.broken())
+
+    def broken(self) -> list[str]:
+        """What of it is not there any more, one line each."""
+        return [line for step in self.steps if (line := step.broken()) is not None]
+
+
+def journals() -> list[Journal]:
+    """All journals of this user, oldest first; a folder without one is removed."""
+    found = []
+    root = state_folder()
+    for folder in sorted(root.iterdir()) if root.is_dir() else ():
+        journal = Journal.read(folder)
+        if journal is not None:
+            found.append(journal)
+    return sorted(found, key=lambda journal: journal.created)
+
+
+def empty_folders() -> list[Path]:
+    """Folders of journals that were never written: nothing was done, and they can go."""
+    root = state_folder()
+    if not root.is_dir():
+        return []
+    return [folder for folder in root.iterdir() if not (folder / "journal.json").exists()]

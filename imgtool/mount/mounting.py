@@ -1,0 +1,457 @@
+"""`mount`, `umount`, `cleanup`: from an image to files under a directory, and back to nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from imgtool.errors import (
+    EngineError,
+    HostError,
+    ImgtoolError,
+    NotInGuestError,
+    RefusedError,
+    UsageError,
+)
+from imgtool.guest.model import Mount
+from imgtool.guest.partitions import partitions_of
+from imgtool.image.chain import Chain
+from imgtool.image.dependants import refuse_if_base
+from imgtool.image.locks import refuse_if_in_use, warn_if_written
+from imgtool.mount import filesystems, kernel, mapper_steps, plan, steps
+from imgtool.mount.journal import Journal, empty_folders, journals
+from imgtool.mount.mechanisms import MECHANISMS, Mechanism, no_device_mapper
+from imgtool.mount.plan import Disk, Item, Volume
+from imgtool.process import Limits, find, run
+
+log = logging.getLogger(__name__)
+
+FUSE = "fuse"
+VIA = ("auto", FUSE, *(mechanism.name for mechanism in MECHANISMS))
+_READ_ONLY_DEVICE = (errno.EROFS, errno.EACCES)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be mounted where, as the user says it; `partition` and `lv` name one filesystem,
+    `mounts` a layout; without them the guest's own layout is looked for."""
+
+    image: Path
+    mountpoint: Path
+    via: str = "auto"
+    partition: int | None = None
+    lv: str | None = None
+    writable: bool = False
+    executable: bool = False
+    force: bool = False
+    add: Sequence[Path] = ()
+    format: str | None = None
+    mounts: Sequence[Mount] = ()
+    root: str | None = None
+    keys: Sequence[str] = ()
+    backing_dirs: Sequence[Path] = ()
+    notice: Callable[[str], None] = field(default=lambda line: log.warning("%s", line))
+
+
+class _NeedsOverlay(Exception):
+    """The kernel wants to write to what is read-only: a journal is to be replayed."""
+
+
+def _target(path: Path) -> Path:
+    target = Path(os.path.realpath(path))  # as mountinfo will show it
+    if not target.exists():
+        raise UsageError("no such directory", subject=path, hint=f"mkdir {path}")
+    if not target.is_dir():
+        raise UsageError("not a directory", subject=path)
+    if kernel.mounted_at(str(target)) is not None:
+        raise RefusedError(
+            "something is mounted there already",
+            subject=path,
+            hint="'imgtool mounts' lists imgtool's own; imgtool umount, or another directory",
+        )
+    if any(target.iterdir()):
+        raise RefusedError(
+            "the directory is not empty", subject=path, hint="mount at an empty directory"
+        )
+    return target
+
+
+def _unusable(mechanism: type[Mechanism], chains: Sequence[Chain]) -> str | None:
+    formats = {link.format for chain in chains for link in chain.links}
+    if mechanism.raw_only and formats != {"raw"}:
+        return f"it takes raw images, and this is {', '.join(sorted(formats - {'raw'}))}"
+    return mechanism.missing()
+
+
+def _fuse_missing() -> str | None:
+    if not Path("/dev/fuse").exists():
+        return "the kernel has no FUSE"
+    try:
+        import guestfs  # noqa: F401
+    except ImportError:
+        return "libguestfs's Python bindings are not installed"
+    if not any(os.access(kernel, os.R_OK) for kernel in Path("/boot").glob("vmlinu*")):
+        return "no kernel for the appliance can be read in /boot"
+    return None
+
+
+def choose(via: str, chains: Sequence[Chain]) -> type[Mechanism] | None:
+    """The mechanism; None for `fuse`. `auto` takes the first that works, least risk first.
+
+    In the appliance a hostile filesystem meets a kernel that is thrown away. Of the others, which
+    all let the host's own kernel read it, those come first that leave least behind if all fails.
+    """
+    why_not: list[str] = []
+    for name, mechanism in ((FUSE, None), *((m.name, m) for m in MECHANISMS)):
+        if via not in ("auto", name):
+            continue
+        reason = _fuse_missing() if mechanism is None else _unusable(mechanism, chains)
+        if reason is None:
+            for line in why_not:
+                log.info("mechanism: not %s", line)
+            log.info("mechanism: %s", name)
+            return mechanism
+        why_not.append(f"{name}: {reason}")
+    hint = "'imgtool doctor' explains" if via == "auto" else "--via auto takes what works here"
+    raise HostError("it cannot be mounted here: " + "; ".join(why_not), hint=hint)
+
+
+def _check_images(wanted: Wanted, chains: Sequence[Chain]) -> None:
+    for chain in chains:
+        if wanted.writable:
+            refuse_if_in_use(chain)
+            refuse_if_base(chain, wanted.backing_dirs)
+        elif line := warn_if_written(chain):
+            wanted.notice(line)
+    for journal in journals():
+        shared = {str(path) for chain in chains for path in chain.files} & set(journal.images)
+        if shared and (wanted.writable or journal.writable):
+            raise RefusedError(
+                f"it is mounted at {journal.mountpoint}"
+                + (", to be written" if journal.writable else ""),
+                subject=", ".join(sorted(shared)),
+                hint=f"imgtool umount {journal.mountpoint}",
+            )
+
+
+def _items(wanted: Wanted, disks: Sequence[Disk]) -> list[Item]:
+    if wanted.partition is not None:
+        return [Item(plan.partition(disks, wanted.partition))]
+    if wanted.lv is not None:
+        return [Item(plan.volume(wanted.lv))]
+    if wanted.mounts and not any(m.source.startswith("btrfsvol:") for m in wanted.mounts):
+        return [
+            Item(plan.source_of(m.source, disks), m.mountpoint, m.fstype, None, m.options)
+            for m in wanted.mounts
+        ]
+    from imgtool.opening import open_guest
+
+    with open_guest(
+        wanted.image,
+        add=wanted.add,
+        format=wanted.format,
+        mounts=wanted.mounts,
+        root=wanted.root,
+        keys=wanted.keys,
+        backing_dirs=wanted.backing_dirs,
+        notice=wanted.notice,
+    ) as guest:
+        return plan.items_of(guest.layout, disks, [row.device for row in guest.devices()])
+
+
+class _Mounter:
+    """One attempt to mount the items."""
+
+    def __init__(self, wanted: Wanted, mechanism: Mechanism, target: Path) -> None:
+        self._wanted = wanted
+        self._mechanism = mechanism
+        self._journal = mechanism.journal
+        self._target = target
+        self._groups: dict[str, mapper_steps.Group] = {}
+
+    def mount(self, items: Sequence[Item], host: set[str]) -> None:
+        """All items; `host` are names and UUIDs of the host's own volume groups."""
+        self._mechanism.start()
+        needed = dict.fromkeys(i.source.group for i in items if isinstance(i.source, Volume))
+        if needed:
+            self._activate(list(needed), host)
+        for number, item in enumerate(items):
+            try:
+                self._mount(item)
+            except (EngineError, HostError, NotInGuestError) as error:
+                if number == 0 or self._wanted.mounts:
+                    raise
+                self._wanted.notice(f"{item.at} is not shown: {error}")
+        self._mechanism.release()
+
+    def _activate(self, needed: Sequence[str], host: set[str]) -> None:
+        devices = [
+            self._mechanism.block(place)
+            for disk in self._mechanism.disks
+            for place in disk.places
+            if filesystems.type_at(
+                self._mechanism.disk(place.disk), place.offset, place.size if place.number else 0
+            )
+            == "LVM2_member"
+        ]
+        listed = (
+            mapper_steps.lvm(
+                devices, "pvs", "--noheadings", "--separator", "|", "-o", "pv_name,vg_name,vg_uuid"
+            )
+            if devices
+            else ""
+        )
+        members: dict[str, list[str]] = {}
+        uuids: dict[str, set[str]] = {}
+        for line in listed.splitlines():
+            device, group, uuid = line.strip().split("|")
+            members.setdefault(group, []).append(device)
+            uuids.setdefault(group, set()).add(uuid)
+        for number, group in enumerate(needed):
+            if group not in members:
+                there = ", ".join(sorted(name for name in members if name)) or "none"
+                raise NotInGuestError(
+                    "no such volume group", subject=group, hint=f"volume groups: {there}"
+                )
+            if len(uuids[group]) > 1:
+                raise HostError(
+                    "two volume groups have this name", subject=group, hint="--via fuse"
+                )
+            clone = not self._wanted.writable
+            if not clone and (group in host or uuids[group] & host):
+                raise RefusedError(
+                    "the host, or another mount, has a volume group of this name or UUID",
+                    subject=group,
+                    hint="mount it without --rw, which uses a renamed clone, or --via fuse --rw",
+                )
+            name = f"imgtool_{self._journal.id}_{number}" if clone else group
+            step = mapper_steps.Group(members[group], group, name, clone)
+            self._journal.do(step)
+            self._groups[group] = step
+
+    def _device(self, item: Item) -> str:
+        source = item.source
+        if isinstance(source, Volume):
+            node = self._groups[source.group].volume(source.name)
+            if not Path(node).exists():
+                raise NotInGuestError("no such logical volume", subject=source)
+            log.info("%s: %s", source, node)
+            return node
+        device = self._mechanism.block(source)
+        log.info(
+            "%s: offset %d (%d * 512), size %d: %s",
+            source,
+            source.offset,
+            source.offset // 512,
+            source.size,
+            device,
+        )
+        return device
+
+    def _place(self, at: str) -> Path:
+        """Where an item goes. No component may be a link: it would lead out into the host."""
+        place = self._target
+        for part in at.split("/"):
+            if part in ("", "."):
+                continue
+            place = place / part
+            if part == ".." or place.is_symlink() or not place.is_dir():
+                raise EngineError("the guest has no such directory to mount it at", subject=at)
+        return place
+
+    def _mount(self, item: Item) -> None:
+        place = self._place(item.at)
+        device = self._device(item)
+        found = item.fstype or filesystems.type_at(device)
+        subject = f"{item.source}"
+        kind = filesystems.kind_of(found, subject)
+        flags = kernel.MS_NOSUID | kernel.MS_NODEV
+        flags |= 0 if self._wanted.executable else kernel.MS_NOEXEC
+        flags |= 0 if self._wanted.writable else kernel.MS_RDONLY
+        data = [kind.data, *self._data(item)]
+        step = steps.Filesystem(
+            device, str(place), kind.type, flags, ",".join(word for word in data if word)
+        )
+        if self._wanted.writable and kind.type == "ntfs3" and not self._wanted.force:
+            self._refuse_hibernated(step)
+        try:
+            self._journal.do(step)
+        except OSError as error:
+            if isinstance(error, ImgtoolError):
+                raise
+            if error.errno in _READ_ONLY_DEVICE and not (
+                self._mechanism.overlays or self._wanted.writable
+            ):
+                raise _NeedsOverlay from error
+            raise filesystems.refusal(error, kind, subject) from error
+
+    def _refuse_hibernated(self, step: steps.Filesystem) -> None:
+        looked = dataclasses.replace(step, flags=step.flags | kernel.MS_RDONLY)
+        self._journal.do(looked)
+        asleep = False
+        try:
+            with (Path(looked.target) / "hiberfil.sys").open("rb") as file:
+                asleep = file.read(4).lower() == b"hibr"
+        except OSError:
+            log.info("no hiberfil.sys can be read")
+        looked.undo()
+        if asleep:
+            raise RefusedError(
+                "Windows is hibernated: to write to it would lose data",
+                subject=self._wanted.image,
+                hint="start and shut down the guest, or --force if its memory does not matter",
+            )
+
+    @staticmethod
+    def _data(item: Item) -> Iterator[str]:
+        if item.subvolume is not None:
+            yield f"subvol={item.subvolume}"
+        general = ("ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "defaults")
+        yield from (word for word in item.options.split(",") if word and word not in general)
+
+
+def _host_groups() -> set[str]:
+    """Names and UUIDs of the host's volume groups, and names of those that are mapped."""
+    found: set[str] = set()
+    for argv in (
+        ["lvm", "vgs", "--noheadings", "-o", "vg_name,vg_uuid"],
+        ["dmsetup", "info", "-c", "--noheadings", "-o", "vg_name"],
+    ):
+        try:
+            found.update(run(argv, limits=Limits(wall=60)).stdout.decode().split())
+        except HostError as error:
+            log.info("the host's volume groups: %s", error)
+    return found
+
+
+def _request(wanted: Wanted, target: Path) -> dict[str, Any]:
+    mounts = list(wanted.mounts)
+    if wanted.partition is not None:
+        mounts = [Mount(f"/dev/sda{wanted.partition}", "/")]
+    elif wanted.lv is not None:
+        mounts = [Mount(f"/dev/{plan.volume(wanted.lv)}", "/")]
+    return {
+        "image": str(wanted.image.absolute()),
+        "add": [str(path.absolute()) for path in wanted.add],
+        "format": wanted.format,
+        "mounts": [dataclasses.asdict(mount) for mount in mounts],
+        "root": wanted.root,
+        "keys": list(wanted.keys),
+        "backing_dirs": [str(path.absolute()) for path in wanted.backing_dirs],
+        "target": str(target),
+        "writable": wanted.writable,
+    }
+
+
+def mount(wanted: Wanted) -> Journal:
+    """Mount what is wanted; it stays until `unmount`. Whatever fails is undone.
+
+    Raises `RefusedError` where data would be at risk or the mount point is in use, `HostError`
+    where the host lacks something, `NotInGuestError` for a partition, volume or system that is not
+    there, `EngineError` for a filesystem that the kernel refuses.
+    """
+    from imgtool.opening import open_images
+
+    if wanted.via not in VIA:
+        raise UsageError(f"no such mechanism; choose from {', '.join(VIA)}", subject=wanted.via)
+    target = _target(wanted.mountpoint)
+    started = time.monotonic()
+    chains = open_images(
+        [wanted.image, *wanted.add], format=wanted.format, backing_dirs=wanted.backing_dirs
+    )
+    _check_images(wanted, chains)
+    mechanism = choose(wanted.via, chains)
+    images = [path for chain in chains for path in chain.files]
+    if mechanism is None:
+        journal = Journal.start(images, target, FUSE, wanted.writable)
+        try:
+            journal.do(steps.Appliance(str(journal.folder), str(target), _request(wanted, target)))
+            journal.finished()
+        except BaseException:
+            journal.undo()
+            raise
+        finally:
+            journal.unlock()
+        log.info("mounted in %.2f s", time.monotonic() - started)
+        return journal
+
+    disks = [
+        Disk(number, chain.active.virtual_size, tuple(partitions_of(chain).partitions))
+        for number, chain in enumerate(chains)
+    ]
+    items = _items(wanted, disks)
+    volumes = any(isinstance(item.source, Volume) for item in items)
+    if volumes and (reason := no_device_mapper() or (None if find("lvm") else "lvm is missing")):
+        raise HostError(
+            f"logical volumes cannot be activated here: {reason}",
+            subject=wanted.image,
+            hint="--via fuse, or imgtool copy-out",
+        )
+    host = _host_groups() if volumes and wanted.writable else set()
+    # The clone of a volume group is written to, and so is what QEMU serves: on an overlay.
+    overlays = not wanted.writable and (volumes or not mechanism.raw_only)
+    while True:
+        journal = Journal.start(images, target, mechanism.name, wanted.writable)
+        try:
+            made = mechanism(chains, disks, journal, wanted.writable, overlays)
+            _Mounter(wanted, made, target).mount(items, host)
+            journal.finished()
+        except BaseException as error:
+            journal.undo()
+            if isinstance(error, _NeedsOverlay):
+                log.info("a journal has to be replayed: on an overlay")
+                overlays = True
+                continue
+            raise
+        finally:
+            journal.unlock()
+        log.info("mounted in %.2f s", time.monotonic() - started)
+        return journal
+
+
+def unmount(mountpoint: Path) -> None:
+    """Undo the mount at this directory, all of it; nothing holds the image when this returns.
+
+    Raises `RefusedError` if it is in use, `ImgtoolError` if it is not a mount of imgtool.
+    """
+    target = os.path.realpath(mountpoint)
+    for journal in reversed(journals()):
+        if journal.mountpoint == target:
+            with journal.locked():
+                journal.undo()
+            return
+    raise ImgtoolError(
+        "imgtool has mounted nothing there", subject=mountpoint, hint="'imgtool mounts' lists them"
+    )
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """A mount that was left behind; `error` if it could not be undone."""
+
+    journal: Journal
+    error: ImgtoolError | None = None
+
+
+def clean_up() -> list[Cleaned]:
+    """Undo what is left of mounts that nobody finished, that broke, or of an earlier boot."""
+    done = []
+    for journal in reversed(journals()):
+        if not journal.left_behind():
+            continue
+        try:
+            with journal.locked():
+                journal.undo()
+            done.append(Cleaned(journal))
+        except ImgtoolError as error:
+            done.append(Cleaned(journal, error))
+    for folder in empty_folders():
+        folder.rmdir()
+    return done

@@ -1,0 +1,196 @@
+"""The steps that QEMU's programs do: overlays, the storage daemon's exports, nbd devices."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from imgtool.errors import HostError, ImageError
+from imgtool.mount import kernel
+from imgtool.mount.step import Save, Step
+from imgtool.process import Limits, ProgramFailed, find, run
+
+_MOMENT = Limits(wall=60)
+# QEMU with a chain of 200 links stays far below this.
+_SERVER_LIMITS = Limits(memory=8 << 30, wall=120)
+
+
+@dataclass
+class Overlay(Step):
+    """A throw-away overlay: an empty qcow2 file of `size` bytes."""
+
+    kind: ClassVar[str] = "overlay"
+    path: str
+    size: int
+
+    def do(self, save: Save) -> None:
+        """Make the file. QEMU is told what it stands on when it is opened, not here."""
+        run(["qemu-img", "create", "-q", "-f", "qcow2", self.path, str(self.size)], limits=_MOMENT)
+
+    def undo(self) -> None:
+        """Remove the file."""
+        Path(self.path).unlink(missing_ok=True)
+
+
+def _servers(program: str, folder: str) -> list[int]:
+    """The processes of a program that were started for the mount with this folder."""
+    return [
+        pid
+        for pid in kernel.processes_naming(folder)
+        if Path((kernel.command_of(pid) or [""])[0]).name == program
+    ]
+
+
+def _said(error: ProgramFailed) -> str:
+    lines = error.stderr.strip().splitlines()
+    return lines[-1].split(": ", 1)[-1] if lines else str(error)
+
+
+@dataclass
+class Export(Step):
+    """Disks as files, through QEMU's storage daemon and FUSE.
+
+    `nodes` are its `--blockdev` arguments, `points` the file of each node that is named `diskN`.
+    """
+
+    kind: ClassVar[str] = "export"
+    folder: str
+    nodes: list[str]
+    points: dict[str, str]
+    writable: bool
+
+    def do(self, save: Save) -> None:
+        """Start the daemon; it answers once this returns."""
+        argv = ["qemu-storage-daemon", "--daemonize", "--pidfile", f"{self.folder}/storage.pid"]
+        for node in self.nodes:
+            argv += ["--blockdev", node]
+        for number, (node, point) in enumerate(self.points.items()):
+            Path(point).touch()
+            options = f"type=fuse,id=export{number},node-name={node},mountpoint={point}"
+            argv += ["--export", options + (",writable=on" if self.writable else "")]
+        try:
+            run(argv, limits=_SERVER_LIMITS)
+        except ProgramFailed as error:
+            raise ImageError(f"QEMU cannot serve it: {_said(error)}") from error
+
+    def _alive(self) -> list[int]:
+        return _servers("qemu-storage-daemon", self.folder)
+
+    def undo(self) -> None:
+        """End the daemon, which writes what it holds, and what it leaves when it was killed."""
+        for pid in self._alive():
+            kernel.end_process(pid)
+        for point in self.points.values():
+            while kernel.mounted_at(point):
+                with contextlib.suppress(OSError):
+                    kernel.unmount(point, kernel.MNT_DETACH)
+            Path(point).unlink(missing_ok=True)
+        Path(self.folder, "storage.pid").unlink(missing_ok=True)
+
+    def broken(self) -> str | None:
+        """Whether the daemon is gone."""
+        return None if self._alive() else "qemu-storage-daemon is gone"
+
+
+@dataclass
+class Nbd(Step):
+    """A disk as a kernel nbd device, through qemu-nbd."""
+
+    kind: ClassVar[str] = "nbd"
+    folder: str
+    image: str
+    index: int
+    writable: bool
+    number: int | None = None
+
+    @property
+    def device(self) -> str:
+        """The node of the device."""
+        return f"/dev/nbd{self.number}"
+
+    def _pidfile(self) -> str:
+        return f"{self.folder}/nbd{self.index}.pid"
+
+    @staticmethod
+    def _free() -> list[int]:
+        numbers = []
+        for entry in Path("/sys/block").glob("nbd*"):
+            if not (entry / "pid").exists() and (entry / "size").read_text().strip() == "0":
+                numbers.append(int(entry.name.removeprefix("nbd")))
+        return sorted(numbers)
+
+    def do(self, save: Save) -> None:
+        """Connect a device that is free, and wait until its size is known."""
+        if not Path("/sys/block/nbd0").exists():
+            with contextlib.suppress(HostError):
+                run(["modprobe", "nbd", "max_part=64"], limits=_MOMENT)
+        tried: list[str] = []
+        for number in self._free():
+            self.number = number
+            save()
+            argv = ["qemu-nbd", f"--connect={self.device}", f"--pid-file={self._pidfile()}"]
+            argv += [] if self.writable else ["--read-only"]
+            try:
+                run([*argv, self.image], limits=_SERVER_LIMITS)
+            except ProgramFailed as error:
+                tried.append(_said(error))
+                if "busy" not in error.stderr.lower():
+                    break
+                continue
+            kernel.wait_until(self._has_size, f"{self.device} does not get a size")
+            self._settle()
+            return
+        raise HostError(
+            f"no nbd device could be connected: {tried[-1]}" if tried else "no nbd device is free",
+            hint="modprobe nbd, or --via export",
+        )
+
+    def _has_size(self) -> bool:
+        return Path(f"/sys/block/nbd{self.number}/size").read_text().strip() != "0"
+
+    def _settle(self) -> None:
+        """Make the kernel look for partitions, and wait until it did."""
+        if find("blockdev"):
+            with contextlib.suppress(HostError):
+                run(["blockdev", "--rereadpt", self.device], limits=_MOMENT)
+        if find("udevadm"):
+            with contextlib.suppress(HostError):
+                run(["udevadm", "settle", "--timeout=10"], limits=_MOMENT)
+
+    def _served(self) -> list[int]:
+        """Our servers of this device."""
+        return [
+            pid
+            for pid in _servers("qemu-nbd", self.folder)
+            if f"--connect={self.device}" in kernel.command_of(pid)
+        ]
+
+    def _connected(self) -> bool:
+        """Whether the kernel's device is served by our own qemu-nbd."""
+        try:
+            thread = Path(f"/sys/block/nbd{self.number}/pid").read_text().strip()
+            lines = Path(f"/proc/{thread}/status").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        group = next(int(line.split()[1]) for line in lines if line.startswith("Tgid:"))
+        return self.folder in " ".join(kernel.command_of(group))
+
+    def undo(self) -> None:
+        """Disconnect it if it is ours, and wait for the kernel and for QEMU."""
+        if self.number is None:
+            return
+        servers = self._served()
+        if self._connected():
+            with contextlib.suppress(HostError):
+                run(["qemu-nbd", f"--disconnect={self.device}"], limits=_MOMENT)
+            kernel.wait_until(lambda: not self._connected(), f"{self.device} is still connected")
+        for pid in servers:
+            # It ends by itself once the kernel let go, and writes what it holds before.
+            kernel.await_end(pid)
+        Path(self._pidfile()).unlink(missing_ok=True)
+
+    def broken(self) -> str | None:
+        """Whether the device is no longer connected."""
+        return None if self._connected() else f"{self.device} is no longer connected"
