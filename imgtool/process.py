@@ -197,7 +197,9 @@ def spawn(
                     stream.close()
 
 
-def leave_running(argv: Sequence[str | Path], log_file: Path) -> subprocess.Popen[bytes]:
+def leave_running(
+    argv: Sequence[str | Path], log_file: Path, *, env: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
     """Start a program that goes on when imgtool has ended; it writes what it says to `log_file`.
 
     Whoever calls this has written down how to find and end it.
@@ -211,7 +213,7 @@ def leave_running(argv: Sequence[str | Path], log_file: Path) -> subprocess.Pope
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=said,
-                env=environment(),
+                env=environment(env),
                 cwd="/",
                 start_new_session=True,
             )

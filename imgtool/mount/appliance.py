@@ -5,14 +5,18 @@ The guest's filesystems are read by the appliance's kernel, not by the host's. N
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from imgtool import interrupt
 from imgtool.errors import ExitStatus, HostError, ImgtoolError, RefusedError
 from imgtool.mount import kernel
 from imgtool.process import ProgramFailed, leave_running, run
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from imgtool.engines.libguestfs.guest import LibguestfsGuest
 
 _READY, _FAILED, _REQUEST = "ready", "failed.json", "request.json"
+_WRITING = 600.0  # seconds that an emulated appliance may take to write what it holds
 
 
 class ApplianceFailed(ImgtoolError):
@@ -35,7 +40,8 @@ def start(folder: Path, request: dict[str, Any]) -> None:
     """Start the process that serves `request`, and wait until the mount is there."""
     (folder / _REQUEST).write_text(json.dumps(request))
     argv = [sys.executable, "-m", "imgtool.mount.appliance", str(folder)]
-    process = leave_running(argv, folder / "appliance.log")
+    # It is imgtool itself, for which the user may have set more than other programs get to see.
+    process = leave_running(argv, folder / "appliance.log", env=dict(os.environ))
     ready, failed = folder / _READY, folder / _FAILED
     while not ready.exists():
         if process.poll() is not None:
@@ -44,6 +50,44 @@ def start(folder: Path, request: dict[str, Any]) -> None:
             said = (folder / "appliance.log").read_text(errors="replace").strip().splitlines()
             raise HostError(f"the appliance ended: {said[-1] if said else 'no reason given'}")
         time.sleep(0.02)
+
+
+def stop(folder: Path, target: str, *, writable: bool, servers: Callable[[], list[int]]) -> None:
+    """Unmount it, or end the launch, and wait until the appliance has closed the image.
+
+    Raises `RefusedError` if the mount is in use, `HostError` if the appliance does not end while it
+    may have something to write, `ApplianceFailed` if it could not write it.
+    """
+    served = (folder / _READY).exists()
+    if not served:
+        for pid in servers():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + (_WRITING if served and writable else kernel.PATIENCE)
+    while (running := servers()) and time.monotonic() < deadline:
+        # A launch that was about to end mounts it all the same.
+        if _mounted(target):
+            unmount(target)
+        time.sleep(0.02)
+    if running and served and writable:
+        raise HostError(
+            f"the appliance is still writing after {_WRITING} s", hint="wait, then try again"
+        )
+    for pid in running:
+        kernel.end_process(pid)
+    if _mounted(target):  # its process was killed
+        unmount(target)
+    failed = folder / _FAILED
+    if served and writable and failed.exists():
+        error = ApplianceFailed(json.loads(failed.read_text()))
+        failed.unlink()  # said once
+        error.hint = "what was written last may be missing; imgtool cleanup ends the mount"
+        raise error
+
+
+def _mounted(target: str) -> bool:
+    found = kernel.mounted_at(target)
+    return found is not None and found.fstype.startswith("fuse")
 
 
 def unmount(target: str) -> None:
@@ -96,10 +140,13 @@ def _serve(request: dict[str, Any], ready: Path) -> None:
 
 
 def main() -> None:
-    """Serve the request in the folder until somebody unmounts it."""
+    """Serve the request in the folder until somebody unmounts it; SIGTERM ends a launch."""
     folder = Path(sys.argv[1])
+    request = json.loads((folder / _REQUEST).read_text())
+    (folder / _REQUEST).unlink()  # keys may be in it
     try:
-        _serve(json.loads((folder / _REQUEST).read_text()), folder / _READY)
+        with interrupt.watch():
+            _serve(request, folder / _READY)
     except (ImgtoolError, RuntimeError) as error:
         known = {
             "message": str(error),

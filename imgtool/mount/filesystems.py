@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 from imgtool.errors import EngineError, HostError
@@ -86,5 +87,8 @@ def refusal(error: OSError, kind: Kind, subject: str) -> EngineError | HostError
 
 
 def has_type(name: str) -> bool:
-    """Whether the kernel has this filesystem now, or a module of it."""
+    """Whether the kernel has this filesystem, which it may have to load."""
+    if name not in kernel.filesystem_types():
+        with contextlib.suppress(HostError):
+            run(["modprobe", "-q", name], limits=_MOMENT)
     return name in kernel.filesystem_types()

@@ -31,8 +31,9 @@ def state_folder() -> Path:
     """Where the journals of this user are: `/run/imgtool`, or in the user's runtime folder."""
     if os.geteuid() == 0:
         return Path("/run/imgtool")
-    runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/imgtool-{os.geteuid()}"
-    return Path(runtime) / "imgtool"
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    # Right below /tmp, where nobody else can rename it.
+    return Path(runtime) / "imgtool" if runtime else Path(f"/tmp/imgtool-{os.geteuid()}")
 
 
 def boot_id() -> str:
@@ -58,10 +59,36 @@ def failpoint(name: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _lock(folder: Path, *, wait: bool) -> int | None:
+    """A descriptor that holds the lock of a folder; None if it is taken and `wait` is not given."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextlib.contextmanager
+def _no_other_starts(root: Path) -> Iterator[None]:
+    """While the block runs, nobody else is between a journal's folder and its first line."""
+    descriptor = _lock(root, wait=True)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 @dataclass
 class Journal:
-    """One host mount. `created` is in nanoseconds since 1970; `images` are absolute paths.
+    """One host mount. `created` is in nanoseconds since 1970.
 
+    `images` are the absolute paths of all files of the images, `written` those that are written to.
     `steps` are in the order in which they were done.
     """
 
@@ -69,7 +96,7 @@ class Journal:
     images: list[str]
     mountpoint: str
     mechanism: str
-    writable: bool
+    written: list[str]
     user: int
     created: int
     boot: str
@@ -82,25 +109,32 @@ class Journal:
         """The name of its folder, which all that it makes carries."""
         return self.folder.name
 
+    @property
+    def writable(self) -> bool:
+        """Whether it was mounted to be written to."""
+        return bool(self.written)
+
     @classmethod
     def start(
-        cls, images: Sequence[Path], mountpoint: Path, mechanism: str, writable: bool
+        cls, images: Sequence[Path], mountpoint: Path, mechanism: str, written: Sequence[Path] = ()
     ) -> Journal:
         """A new journal, locked. Nothing else was done yet."""
-        folder = _private(state_folder()) / secrets.token_hex(6)
-        folder.mkdir(mode=0o700)
+        root = _private(state_folder())
+        folder = root / secrets.token_hex(6)
         journal = cls(
             folder=folder,
             images=[str(image) for image in images],
             mountpoint=str(mountpoint),
             mechanism=mechanism,
-            writable=writable,
+            written=[str(image) for image in written],
             user=os.getuid(),
             created=time.time_ns(),
             boot=boot_id(),
         )
-        journal._try_lock()
-        journal.save()
+        with _no_other_starts(root):
+            folder.mkdir(mode=0o700)
+            journal._try_lock()
+            journal.save()
         return journal
 
     @classmethod
@@ -125,14 +159,11 @@ class Journal:
     # The lock
 
     def _try_lock(self) -> bool:
-        descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return False
-        self._lock = descriptor
-        return True
+            self._lock = _lock(self.folder, wait=False)
+        except FileNotFoundError:
+            return True  # it is gone, and so is whoever worked on it
+        return self._lock is not None
 
     def unlock(self) -> None:
         """Let others work on the mount."""
@@ -151,12 +182,18 @@ class Journal:
         return True
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Work on it alone. Raises `RefusedError` if somebody else does."""
+    def locked(self) -> Iterator[bool]:
+        """Work on it alone, as it is by then; False if somebody else undid it meanwhile.
+
+        Raises `RefusedError` if somebody else works on it.
+        """
         if not self._try_lock():
             raise RefusedError("another imgtool works on this mount", subject=self.mountpoint)
         try:
-            yield
+            known = Journal.read(self.folder)
+            if known is not None:
+                self.state, self.steps = known.state, known.steps
+            yield known is not None
         finally:
             self.unlock()
 
@@ -212,7 +249,7 @@ class Journal:
 
 
 def journals() -> list[Journal]:
-    """All journals of this user, oldest first; a folder without one is removed."""
+    """All journals of this user, oldest first."""
     found = []
     root = state_folder()
     for folder in sorted(root.iterdir()) if root.is_dir() else ():
@@ -222,9 +259,19 @@ def journals() -> list[Journal]:
     return sorted(found, key=lambda journal: journal.created)
 
 
-def empty_folders() -> list[Path]:
-    """Folders of journals that were never written: nothing was done, and they can go."""
+def remove_empty_folders() -> None:
+    """Remove the folders of journals that were never written, or that were just to be removed."""
     root = state_folder()
     if not root.is_dir():
-        return []
-    return [folder for folder in root.iterdir() if not (folder / "journal.json").exists()]
+        return
+    with _no_other_starts(root):
+        for folder in root.iterdir():
+            with contextlib.suppress(OSError):  # somebody else removes it
+                if (folder / "journal.json").exists():
+                    continue
+                lock = _lock(folder, wait=False)
+                if lock is not None:
+                    try:
+                        shutil.rmtree(folder)
+                    finally:
+                        os.close(lock)

@@ -51,10 +51,11 @@ def _unescaped(text: str) -> str:
     return os.fsdecode(raw)
 
 
-def mounts() -> list[MountInfo]:
-    """What is mounted, in the order in which it was."""
+def mounts(process: int | str = "self") -> list[MountInfo]:
+    """What is mounted where this process is, in the order in which it was."""
     found = []
-    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).splitlines():
+    # Not splitlines(): the kernel escapes the line feed in a name, and no other line separator.
+    for line in os.fsdecode(Path(f"/proc/{process}/mountinfo").read_bytes()).split("\n")[:-1]:
         words = line.split(" ")
         after = words[words.index("-") + 1 :]
         found.append(
@@ -159,6 +160,30 @@ def _uses(process: Path, device: int, target: str) -> bool:
     return False
 
 
+def _named(process: Path) -> str:
+    return f"{(process / 'comm').read_text().strip()} (process {process.name})"
+
+
+def still_mounted(source: str) -> list[str]:
+    """Where a device is mounted besides: directories here, processes with mounts of their own.
+
+    A sandbox or container that started during a mount has a copy of it, which stays there until it
+    ends, where the host's mounts are not shared with it.
+    """
+    found = [row.target for row in mounts() if row.source == source]
+    seen = {os.readlink("/proc/self/ns/mnt")}  # noqa: PTH115
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            with contextlib.suppress(OSError):
+                namespace = os.readlink(process / "ns/mnt")  # noqa: PTH115
+                if namespace in seen:
+                    continue
+                seen.add(namespace)
+                if any(row.source == source for row in mounts(process.name)):
+                    found.append(f"in a sandbox or container, {_named(process)}")
+    return found
+
+
 def users_of(target: str) -> list[str]:
     """The processes that hold a mounted filesystem, as `NAME (PID)`."""
     try:
@@ -170,6 +195,5 @@ def users_of(target: str) -> list[str]:
     for process in Path("/proc").iterdir():
         if process.name not in own and process.name.isdigit() and _uses(process, device, target):
             with contextlib.suppress(OSError):
-                name = (process / "comm").read_text().strip()
-                found.append(f"{name} (process {process.name})")
+                found.append(_named(process))
     return found

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imgtool.errors import HostError
-from imgtool.mount.kernel import wait_until
+from imgtool.mount.kernel import PATIENCE, wait_until
 
 _SET_FD, _CLR_FD, _GET_STATUS64, _CONFIGURE = 0x4C00, 0x4C01, 0x4C05, 0x4C0A
 _GET_FREE = 0x4C82
@@ -118,7 +118,7 @@ def attach(
     return device
 
 
-def detach(number: int, mark: str) -> None:
+def detach(number: int, mark: str, limit: float = PATIENCE) -> None:
     """Detach a loop device if it is the marked one, and wait until it is free."""
 
     def ours() -> bool:
@@ -133,4 +133,4 @@ def detach(number: int, mark: str) -> None:
             fcntl.ioctl(descriptor, _CLR_FD)
     finally:
         os.close(descriptor)
-    wait_until(lambda: not ours(), f"/dev/loop{number} is still attached")
+    wait_until(lambda: not ours(), f"/dev/loop{number} is still attached", limit)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from imgtool.errors import HostError, RefusedError
+from imgtool.mount import udev
 from imgtool.mount.step import Save, Step
 from imgtool.process import Limits, ProgramFailed, run
 
@@ -31,7 +32,7 @@ def _mapped(pattern: str) -> list[str]:
 
 def device_mapper_environment() -> dict[str, str]:
     """For the programs of device-mapper: without udev nobody else makes the nodes."""
-    return {} if Path("/run/udev/control").exists() else {"DM_DISABLE_UDEV": "1"}
+    return {} if udev.running() else {"DM_DISABLE_UDEV": "1"}
 
 
 def _unmap(names: Callable[[], list[str]]) -> None:

@@ -81,6 +81,7 @@ class Mechanism:
             size=0 if whole else place.size,
             writable=self.writable or self.overlays,
             mark=f"imgtool {self.journal.id} {len(self._loops)}",
+            id=self.journal.id,
         )
         self.journal.do(step)
         self._loops.append(step)
@@ -117,6 +118,11 @@ class Mechanism:
         return list(points.values())
 
 
+def _load(module: str) -> None:
+    with contextlib.suppress(HostError):
+        run(["modprobe", module], limits=Limits(wall=30))
+
+
 def _misc_device(name: str) -> bool:
     lines = Path("/proc/misc").read_text().splitlines()
     return any(line.split()[-1] == name for line in lines)
@@ -125,8 +131,7 @@ def _misc_device(name: str) -> bool:
 def no_device_mapper() -> str | None:
     """Why there is no device-mapper, in one line; None if there is."""
     if not _misc_device("device-mapper"):
-        with contextlib.suppress(HostError):
-            run(["modprobe", "dm-mod"], limits=Limits(wall=30))
+        _load("dm-mod")
         if not _misc_device("device-mapper"):
             return "the kernel has no device-mapper (modprobe dm-mod)"
     return _without("dmsetup")
@@ -144,11 +149,16 @@ def _not_root() -> str | None:
 
 
 def _no_loop() -> str | None:
-    return None if Path("/dev/loop-control").exists() else "the kernel has no loop devices"
+    if not Path("/dev/loop-control").exists():
+        _load("loop")
+    found = Path("/dev/loop-control").exists()
+    return None if found else "the kernel has no loop devices (modprobe loop)"
 
 
 def _no_fuse() -> str | None:
-    return None if Path("/dev/fuse").exists() else "the kernel has no FUSE"
+    if not Path("/dev/fuse").exists():
+        _load("fuse")
+    return None if Path("/dev/fuse").exists() else "the kernel has no FUSE (modprobe fuse)"
 
 
 class LoopMechanism(Mechanism):

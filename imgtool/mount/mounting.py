@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from imgtool.image.chain import Chain
 from imgtool.image.dependants import refuse_if_base
 from imgtool.image.locks import refuse_if_in_use, warn_if_written
 from imgtool.mount import filesystems, kernel, mapper_steps, plan, steps
-from imgtool.mount.journal import Journal, empty_folders, journals
+from imgtool.mount.journal import Journal, journals, remove_empty_folders
 from imgtool.mount.mechanisms import MECHANISMS, Mechanism, no_device_mapper
 from imgtool.mount.plan import Disk, Item, Volume
 from imgtool.process import Limits, find, run
@@ -130,15 +131,58 @@ def _check_images(wanted: Wanted, chains: Sequence[Chain]) -> None:
             refuse_if_base(chain, wanted.backing_dirs)
         elif line := warn_if_written(chain):
             wanted.notice(line)
+    _refuse_if_mounted(wanted, chains)
+
+
+def _written(wanted: Wanted, chains: Sequence[Chain]) -> list[Path]:
+    """The files that the mount will write to: of a chain the active image's alone."""
+    return [path for chain in chains for path in chain.active.files] if wanted.writable else []
+
+
+def _identities(paths: Iterable[str | Path]) -> set[tuple[int, int]]:
+    found = set()
+    for path in paths:
+        with contextlib.suppress(OSError):  # gone by now
+            status = os.stat(path)  # noqa: PTH116
+            found.add((status.st_dev, status.st_ino))
+    return found
+
+
+def _refuse_if_mounted(wanted: Wanted, chains: Sequence[Chain], besides: str = "") -> None:
+    used = _identities(path for chain in chains for path in chain.files)
+    written = _identities(_written(wanted, chains))
     for journal in journals():
-        shared = {str(path) for chain in chains for path in chain.files} & set(journal.images)
-        if shared and (wanted.writable or journal.writable):
+        conflict = (written & _identities(journal.images)) | (used & _identities(journal.written))
+        if journal.id != besides and conflict:
+            shared = [path for path in journal.images if _identities([path]) & conflict]
             raise RefusedError(
                 f"it is mounted at {journal.mountpoint}"
                 + (", to be written" if journal.writable else ""),
-                subject=", ".join(sorted(shared)),
+                subject=", ".join(shared),
                 hint=f"imgtool umount {journal.mountpoint}",
             )
+
+
+def _start(wanted: Wanted, chains: Sequence[Chain], target: Path, mechanism: str) -> Journal:
+    """A new journal, unless another mount is in the way. Raises `RefusedError`.
+
+    It is written before the others are looked at, so that of two mounts at the same time neither
+    overlooks the other. What an earlier one left behind at this directory is undone.
+    """
+    images = [path for chain in chains for path in chain.files]
+    journal = Journal.start(images, target, mechanism, _written(wanted, chains))
+    try:
+        for other in journals():
+            if other.mountpoint == str(target) and other.id != journal.id:
+                with other.locked() as there:
+                    if there:
+                        other.undo()
+        _refuse_if_mounted(wanted, chains, besides=journal.id)
+    except BaseException:
+        journal.undo()
+        journal.unlock()
+        raise
+    return journal
 
 
 def _items(wanted: Wanted, disks: Sequence[Disk]) -> list[Item]:
@@ -178,6 +222,7 @@ class _Mounter:
 
     def mount(self, items: Sequence[Item], host: set[str]) -> None:
         """All items; `host` are names and UUIDs of the host's own volume groups."""
+        self._journal.do(steps.Guard(self._journal.id))
         self._mechanism.start()
         needed = dict.fromkeys(i.source.group for i in items if isinstance(i.source, Volume))
         if needed:
@@ -270,15 +315,18 @@ class _Mounter:
         place = self._place(item.at)
         device = self._device(item)
         found = item.fstype or filesystems.type_at(device)
-        subject = f"{item.source}"
+        source = item.source
+        subject = f"{source}"
         kind = filesystems.kind_of(found, subject)
         flags = kernel.MS_NOSUID | kernel.MS_NODEV
         flags |= 0 if self._wanted.executable else kernel.MS_NOEXEC
         flags |= 0 if self._wanted.writable else kernel.MS_RDONLY
         data = [kind.data, *self._data(item)]
-        step = steps.Filesystem(
-            device, str(place), kind.type, flags, ",".join(word for word in data if word)
-        )
+        make = steps.Filesystem
+        if kind.type == "ntfs3" and not filesystems.has_type("ntfs3") and find("ntfs-3g"):
+            log.info("%s: the kernel has no driver for NTFS: by ntfs-3g", source)
+            make, data = steps.NtfsProgram, data[1:]
+        step = make(device, str(place), kind.type, flags, ",".join(word for word in data if word))
         if self._wanted.writable and kind.type == "ntfs3" and not self._wanted.force:
             self._refuse_hibernated(step)
         try:
@@ -286,9 +334,11 @@ class _Mounter:
         except OSError as error:
             if isinstance(error, ImgtoolError):
                 raise
-            if error.errno in _READ_ONLY_DEVICE and not (
-                self._mechanism.overlays or self._wanted.writable
-            ):
+            # btrfs says EIO where it has a log to replay.
+            dirty = error.errno in _READ_ONLY_DEVICE or (
+                kind.type == "btrfs" and error.errno == errno.EIO
+            )
+            if dirty and not (self._mechanism.overlays or self._wanted.writable):
                 raise _NeedsOverlay from error
             raise filesystems.refusal(error, kind, subject) from error
 
@@ -312,6 +362,12 @@ class _Mounter:
     @staticmethod
     def _data(item: Item) -> Iterator[str]:
         if item.subvolume is not None:
+            if "," in item.subvolume:  # what follows would be an option, of the guest's choice
+                raise EngineError(
+                    "the kernel takes no subvolume with a comma in its name",
+                    subject=item.subvolume,
+                    hint="--via fuse",
+                )
             yield f"subvol={item.subvolume}"
         general = ("ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "defaults")
         yield from (word for word in item.options.split(",") if word and word not in general)
@@ -350,6 +406,16 @@ def _request(wanted: Wanted, target: Path) -> dict[str, Any]:
     }
 
 
+def _undo_after(error: BaseException, journal: Journal) -> None:
+    """Undo what was done before an error, which is the one that the user is told."""
+    try:
+        journal.undo()
+    except ImgtoolError as another:
+        log.info("undoing it failed too: %s", another)
+        if isinstance(error, ImgtoolError):
+            error.hint = f"not all of it could be undone ({another}): imgtool cleanup"
+
+
 def mount(wanted: Wanted) -> Journal:
     """Mount what is wanted; it stays until `unmount`. Whatever fails is undone.
 
@@ -368,14 +434,13 @@ def mount(wanted: Wanted) -> Journal:
     )
     _check_images(wanted, chains)
     mechanism = choose(wanted.via, chains)
-    images = [path for chain in chains for path in chain.files]
     if mechanism is None:
-        journal = Journal.start(images, target, FUSE, wanted.writable)
+        journal = _start(wanted, chains, target, FUSE)
         try:
             journal.do(steps.Appliance(str(journal.folder), str(target), _request(wanted, target)))
             journal.finished()
-        except BaseException:
-            journal.undo()
+        except BaseException as error:
+            _undo_after(error, journal)
             raise
         finally:
             journal.unlock()
@@ -398,13 +463,13 @@ def mount(wanted: Wanted) -> Journal:
     # The clone of a volume group is written to, and so is what QEMU serves: on an overlay.
     overlays = not wanted.writable and (volumes or not mechanism.raw_only)
     while True:
-        journal = Journal.start(images, target, mechanism.name, wanted.writable)
+        journal = _start(wanted, chains, target, mechanism.name)
         try:
             made = mechanism(chains, disks, journal, wanted.writable, overlays)
             _Mounter(wanted, made, target).mount(items, host)
             journal.finished()
         except BaseException as error:
-            journal.undo()
+            _undo_after(error, journal)
             if isinstance(error, _NeedsOverlay):
                 log.info("a journal has to be replayed: on an overlay")
                 overlays = True
@@ -424,8 +489,9 @@ def unmount(mountpoint: Path) -> None:
     target = os.path.realpath(mountpoint)
     for journal in reversed(journals()):
         if journal.mountpoint == target:
-            with journal.locked():
-                journal.undo()
+            with journal.locked() as there:
+                if there:
+                    journal.undo()
             return
     raise ImgtoolError(
         "imgtool has mounted nothing there", subject=mountpoint, hint="'imgtool mounts' lists them"
@@ -447,11 +513,13 @@ def clean_up() -> list[Cleaned]:
         if not journal.left_behind():
             continue
         try:
-            with journal.locked():
+            with journal.locked() as there:
+                # Others may have finished or undone it since it was read.
+                if not there or not journal.left_behind():
+                    continue
                 journal.undo()
             done.append(Cleaned(journal))
         except ImgtoolError as error:
             done.append(Cleaned(journal, error))
-    for folder in empty_folders():
-        folder.rmdir()
+    remove_empty_folders()
     return done

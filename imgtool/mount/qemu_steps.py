@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from imgtool.errors import HostError, ImageError
-from imgtool.mount import kernel
+from imgtool.mount import kernel, udev
 from imgtool.mount.step import Save, Step
 from imgtool.process import Limits, ProgramFailed, find, run
 
@@ -130,6 +130,7 @@ class Nbd(Step):
         for number in self._free():
             self.number = number
             save()
+            udev.keep_away(Path(self.folder).name, f"nbd{number}")
             argv = ["qemu-nbd", f"--connect={self.device}", f"--pid-file={self._pidfile()}"]
             argv += [] if self.writable else ["--read-only"]
             try:
@@ -155,9 +156,7 @@ class Nbd(Step):
         if find("blockdev"):
             with contextlib.suppress(HostError):
                 run(["blockdev", "--rereadpt", self.device], limits=_MOMENT)
-        if find("udevadm"):
-            with contextlib.suppress(HostError):
-                run(["udevadm", "settle", "--timeout=10"], limits=_MOMENT)
+        udev.settle()
 
     def _served(self) -> list[int]:
         """Our servers of this device."""
@@ -183,8 +182,7 @@ class Nbd(Step):
             return
         servers = self._served()
         if self._connected():
-            with contextlib.suppress(HostError):
-                run(["qemu-nbd", f"--disconnect={self.device}"], limits=_MOMENT)
+            run(["qemu-nbd", "--disconnect", self.device], limits=_MOMENT)
             kernel.wait_until(lambda: not self._connected(), f"{self.device} is still connected")
         for pid in servers:
             # It ends by itself once the kernel let go, and writes what it holds before.

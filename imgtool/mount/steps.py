@@ -9,11 +9,30 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from imgtool.errors import HostError, ImgtoolError, RefusedError
-from imgtool.mount import kernel, loop
+from imgtool.errors import EngineError, HostError, ImgtoolError, RefusedError
+from imgtool.mount import kernel, loop, udev
 from imgtool.mount.mapper_steps import Group, Mapping
 from imgtool.mount.qemu_steps import Export, Nbd, Overlay
 from imgtool.mount.step import Save, Step
+from imgtool.process import Limits, ProgramFailed, run
+
+_SANDBOX_ENDS = 10.0  # seconds for a sandbox that copied the host's mounts, such as imgtool's own
+
+
+@dataclass
+class Guard(Step):
+    """udev's rule for the devices of the mount with this id."""
+
+    kind: ClassVar[str] = "guard"
+    id: str
+
+    def do(self, save: Save) -> None:
+        """Write it; the devices are added as they are chosen."""
+        udev.keep_away(self.id)
+
+    def undo(self) -> None:
+        """Remove it."""
+        udev.let_go(self.id)
 
 
 @dataclass
@@ -26,6 +45,7 @@ class Loop(Step):
     size: int
     writable: bool
     mark: str
+    id: str
     sector_size: int = 0
     number: int | None = None
 
@@ -43,6 +63,7 @@ class Loop(Step):
         for _ in range(64):
             self.number = loop.free_number()
             save()
+            udev.keep_away(self.id, f"loop{self.number}")
             self._descriptor = loop.attach(
                 self.number,
                 self.path,
@@ -65,8 +86,20 @@ class Loop(Step):
     def undo(self) -> None:
         """Detach it if it is still the one that was attached."""
         self.release()
-        if self.number is not None:
-            loop.detach(self.number, self.mark)
+        if self.number is None:
+            return
+        try:
+            loop.detach(self.number, self.mark, limit=_SANDBOX_ENDS)
+        except HostError as error:
+            places = kernel.still_mounted(self.device)
+            if not places:
+                loop.detach(self.number, self.mark)
+                return
+            raise RefusedError(
+                f"{self.device} is still mounted: " + ", ".join(places[:10]),
+                subject=self.path,
+                hint="unmount it there, or end the process, then try again",
+            ) from error
 
     def broken(self) -> str | None:
         """Whether the device is somebody else's by now, or nobody's."""
@@ -93,10 +126,16 @@ class Filesystem(Step):
         found = kernel.mounted_at(self.target)
         return found is not None and found.source == self.source
 
+    def _covered(self) -> bool:
+        rows = [row for row in kernel.mounts() if row.target == self.target]
+        return any(row.source == self.source for row in rows[:-1])
+
     def undo(self) -> None:
         """Unmount it. Raises `RefusedError`, naming who uses it, if it is in use."""
         for _ in range(50):
             if not self._there():
+                if self._covered():
+                    raise RefusedError("something else is mounted over it", subject=self.target)
                 return
             try:
                 kernel.unmount(self.target)
@@ -123,6 +162,43 @@ class Filesystem(Step):
 
 
 @dataclass
+class NtfsProgram(Filesystem):
+    """A mounted NTFS, by ntfs-3g where the kernel has no driver of its own."""
+
+    kind: ClassVar[str] = "ntfs-3g"
+
+    def do(self, save: Save) -> None:
+        """Start the program, which goes on in the background. Raises `EngineError`."""
+        words = [
+            ("ro" if self.flags & kernel.MS_RDONLY else "rw"),
+            "nosuid",
+            "nodev",
+            *(["noexec"] if self.flags & kernel.MS_NOEXEC else []),
+            self.data,
+        ]
+        argv = ["ntfs-3g", "-o", ",".join(word for word in words if word), self.source, self.target]
+        try:
+            run(argv, limits=Limits(wall=60))
+        except ProgramFailed as error:
+            lines = [line for line in error.stderr.strip().splitlines() if line]
+            raise EngineError(f"ntfs-3g: {lines[0] if lines else error}") from error
+
+    def _served(self) -> list[int]:
+        return [
+            pid
+            for pid in kernel.processes_naming(self.target)
+            if Path(kernel.command_of(pid)[0]).name in ("ntfs-3g", "mount.ntfs")
+        ]
+
+    def undo(self) -> None:
+        """Unmount it, and wait until the program has closed the device."""
+        served = self._served()
+        super().undo()
+        for pid in served:
+            kernel.await_end(pid)
+
+
+@dataclass
 class Appliance(Step):
     """A FUSE mount that libguestfs's appliance serves, by a process of its own.
 
@@ -133,6 +209,10 @@ class Appliance(Step):
     folder: str
     target: str
     request: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the keys of encrypted devices, which nothing needs later."""
+        return {**super().to_json(), "request": {**self.request, "keys": []}}
 
     def do(self, save: Save) -> None:
         """Start the process and wait until the mount is there."""
@@ -155,13 +235,12 @@ class Appliance(Step):
         """Unmount it and wait until the appliance has closed the image."""
         from imgtool.mount import appliance
 
-        servers = self._servers()
-        if self._there():
-            appliance.unmount(self.target)
-        for pid in servers:
-            kernel.await_end(pid)
-        for name in ("request.json", "ready"):
-            Path(self.folder, name).unlink(missing_ok=True)
+        appliance.stop(
+            Path(self.folder),
+            self.target,
+            writable=bool(self.request["writable"]),
+            servers=self._servers,
+        )
 
     def broken(self) -> str | None:
         """Whether the process is gone."""
@@ -169,7 +248,19 @@ class Appliance(Step):
 
 
 _KINDS: dict[str, type[Step]] = {
-    step.kind: step for step in (Overlay, Export, Nbd, Loop, Mapping, Group, Filesystem, Appliance)
+    step.kind: step
+    for step in (
+        Guard,
+        Overlay,
+        Export,
+        Nbd,
+        Loop,
+        Mapping,
+        Group,
+        Filesystem,
+        NtfsProgram,
+        Appliance,
+    )
 }
 
 
