@@ -111,6 +111,7 @@ class Case:
     memory_limit: float | None = None  # MB
     whole_tree: bool = False  # the memory is that of imgtool and of all that it started
     prepare: Callable[[Place], None] = nothing  # before each run, not measured
+    finish: Callable[[Place], None] = nothing  # after each run, not measured
     make_image: Callable[[Path], Path] | None = None  # in this folder; the guest where None
     install: Callable[[], None] | None = None  # what only this case needs
     needs_guest: bool = True

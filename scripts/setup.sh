@@ -43,16 +43,27 @@ packages=(
     python3-venv python3-pip python3-libnbd python3-parted
 )
 case $(dpkg --print-architecture) in
-    amd64) packages+=(qemu-system-x86) kernel=linux-image-cloud-amd64 ;;
-    arm64) packages+=(qemu-system-arm qemu-efi-aarch64) kernel=linux-image-cloud-arm64 ;;
+    amd64)
+        packages+=(qemu-system-x86)
+        kernel=linux-image-cloud-amd64 full_kernel=linux-image-amd64
+        ;;
+    arm64)
+        packages+=(qemu-system-arm qemu-efi-aarch64)
+        kernel=linux-image-cloud-arm64 full_kernel=linux-image-arm64
+        ;;
     *) die "imgtool is set up on amd64 and arm64 only" ;;
 esac
-if grep -qx 'ID="\?ubuntu"\?' /etc/os-release; then kernel=linux-image-virtual; fi
+full_kernel_parts=(linux-image)
+if grep -qx 'ID="\?ubuntu"\?' /etc/os-release; then
+    kernel=linux-image-virtual full_kernel=linux-image-generic
+    full_kernel_parts+=(linux-modules linux-modules-extra)
+fi
 if [ $with_tests = yes ]; then
     packages+=(
         mmdebstrap dosfstools ntfs-3g xfsprogs btrfs-progs e2fsprogs exfatprogs mdadm
         cryptsetup-bin libhivex-bin python3-hivex fdisk parted psmisc attr strace shellcheck
         hyperfine zstd mtools xorriso genisoimage
+        kpartx kmod busybox-static file udev iproute2
     )
 fi
 
@@ -100,6 +111,33 @@ add_setfiles_to_appliance() {
     fi
 }
 
+# scripts/vm-run boots the kernel that has all modules. It is unpacked, not installed: in /boot,
+# supermin would take it for the appliance, which then starts later, and on the user's machine it
+# is not for tests to choose what is booted next.
+vm_kernel=${XDG_CACHE_HOME:-$HOME/.cache}/imgtool/vm-kernel
+has_vm_kernel() { compgen -G "$vm_kernel/lib/modules/*/modules.dep" > /dev/null; }
+fetch_vm_kernel() {
+    local version new package
+    version=$(apt-cache show --no-all-versions "$full_kernel" \
+        | sed -n 's/^Depends: .*\<linux-image-\([0-9][^ ,]*\).*/\1/p') || true
+    [ -n "$version" ] || die "apt does not know $full_kernel" "run apt-get update"
+    say "unpacking the kernel $version in $vm_kernel"
+    mkdir -p "${vm_kernel%/*}"
+    new=$(mktemp -d "$vm_kernel.XXXXXX")
+    (
+        trap 'rm -rf "$new"' EXIT
+        cd "$new"
+        apt-get -q -o APT::Sandbox::User=root download "${full_kernel_parts[@]/%/-$version}" >&2
+        for package in *.deb; do dpkg -x "$package" .; done
+        rm -- *.deb
+        [ -e lib ] || ln -s usr/lib lib # where newer packages have the modules
+        PATH=$PATH:/usr/sbin:/sbin depmod -b . "$version"
+        chmod 755 .
+        rm -rf "$vm_kernel"
+        mv -T "$new" "$vm_kernel"
+    )
+}
+
 fingerprint() {
     { echo "$root"; "$python" --version; cat "$root/scripts/setup.sh" "$root/pyproject.toml"; } \
         | sha256sum
@@ -113,16 +151,22 @@ exec 9< "$root"
 flock 9
 
 mapfile -t missing < <(missing_packages)
+needs_vm_kernel=no
+if [ $with_tests = yes ] && ! has_vm_kernel; then needs_vm_kernel=yes; fi
+
+apt=(env DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=600)
+if [ ${#missing[@]} -gt 0 ] || [ $needs_vm_kernel = yes ]; then
+    as_root "${apt[@]}" update >&2 || say "apt-get update failed: going on with the lists there are"
+fi
 if [ ${#missing[@]} -gt 0 ]; then
     say "installing ${missing[*]}"
-    apt=(env DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=600)
-    as_root "${apt[@]}" update >&2 || say "apt-get update failed: going on with the lists there are"
     as_root "${apt[@]}" install -y --no-install-recommends "${missing[@]}" >&2 9<&-
     mapfile -t missing < <(missing_packages)
     [ ${#missing[@]} -eq 0 ] || die "still not installed: ${missing[*]}"
 fi
 
 add_setfiles_to_appliance
+[ $needs_vm_kernel = no ] || fetch_vm_kernel
 
 if ! venv_is_current; then
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

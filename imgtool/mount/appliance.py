@@ -62,7 +62,8 @@ def stop(folder: Path, target: str, *, writable: bool, servers: Callable[[], lis
     if not served:
         for pid in servers():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+                if os.getsid(pid) == pid:  # not its child that ends QEMU should it be killed
+                    os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + (_WRITING if served and writable else kernel.PATIENCE)
     while (running := servers()) and time.monotonic() < deadline:
         # A launch that was about to end mounts it all the same.

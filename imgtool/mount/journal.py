@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from imgtool.errors import HostError, RefusedError
+from imgtool.errors import HostError, ImgtoolError, RefusedError
 from imgtool.mount.step import Step
 from imgtool.mount.steps import from_json
 
@@ -42,7 +42,14 @@ def boot_id() -> str:
 
 
 def _private(folder: Path) -> Path:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise HostError(
+            f"the folder for the journal cannot be made: {error.strerror}",
+            subject=folder,
+            hint="set XDG_RUNTIME_DIR to a folder of your own",
+        ) from error
     status = folder.lstat()
     if status.st_uid != os.geteuid() or status.st_mode & 0o022 or folder.is_symlink():
         raise HostError(
@@ -218,8 +225,10 @@ class Journal:
         """Undo everything, last step first, and remove the folder.
 
         A step that cannot be undone, such as a mount that is in use, raises; what was undone
-        before it is no longer in the journal, so that this can be repeated.
+        before it is no longer in the journal, so that this can be repeated. A mount of which
+        nothing was undone is as before.
         """
+        whole, before = len(self.steps), self.state
         self.state = UNMAKING
         self.save()
         while self.steps:
@@ -227,7 +236,13 @@ class Journal:
             # After a reboot nothing is left but the files.
             if self.boot == boot_id():
                 failpoint(f"before undoing {step.kind}")
-                step.undo()
+                try:
+                    step.undo()
+                except ImgtoolError:
+                    if len(self.steps) == whole:
+                        self.state = before
+                        self.save()
+                    raise
                 failpoint(f"after undoing {step.kind}")
             self.steps.pop()
             self.save()

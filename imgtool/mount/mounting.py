@@ -67,20 +67,29 @@ class _NeedsOverlay(Exception):
 
 def _target(path: Path) -> Path:
     target = Path(os.path.realpath(path))  # as mountinfo will show it
-    if not target.exists():
-        raise UsageError("no such directory", subject=path, hint=f"mkdir {path}")
-    if not target.is_dir():
-        raise UsageError("not a directory", subject=path)
-    if kernel.mounted_at(str(target)) is not None:
-        raise RefusedError(
-            "something is mounted there already",
+    try:
+        if not target.exists():
+            raise UsageError("no such directory", subject=path, hint=f"mkdir {path}")
+        if not target.is_dir():
+            raise UsageError("not a directory", subject=path)
+        if kernel.mounted_at(str(target)) is not None:
+            raise RefusedError(
+                "something is mounted there already",
+                subject=path,
+                hint="'imgtool mounts' lists imgtool's own; imgtool umount, or another directory",
+            )
+        if any(target.iterdir()):
+            raise RefusedError(
+                "the directory is not empty", subject=path, hint="mount at an empty directory"
+            )
+    except ImgtoolError:
+        raise
+    except OSError as error:
+        raise HostError(
+            f"it cannot be looked into: {error.strerror}",
             subject=path,
-            hint="'imgtool mounts' lists imgtool's own; imgtool umount, or another directory",
-        )
-    if any(target.iterdir()):
-        raise RefusedError(
-            "the directory is not empty", subject=path, hint="mount at an empty directory"
-        )
+            hint="mount at a directory of your own",
+        ) from error
     return target
 
 
@@ -308,7 +317,7 @@ class _Mounter:
                 continue
             place = place / part
             if part == ".." or place.is_symlink() or not place.is_dir():
-                raise EngineError("the guest has no such directory to mount it at", subject=at)
+                raise NotInGuestError("the guest has no such directory to mount it at", subject=at)
         return place
 
     def _mount(self, item: Item) -> None:

@@ -118,6 +118,9 @@ def source_of(device: str, disks: Sequence[Disk]) -> Place | Volume:
             if matched["number"]:
                 return partition(disks, int(matched["number"]), disk)
             return Place(disk, None, 0, disks[disk].size)
+        raise NotInGuestError(
+            "the guest has no such disk", subject=device, hint=f"its disks: {', '.join(names)}"
+        )
     matched = _VOLUME.fullmatch(device)
     if matched:
         return Volume(matched["group"], matched["name"])
