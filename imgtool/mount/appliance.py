@@ -128,7 +128,13 @@ def _serve(request: dict[str, Any], ready: Path) -> None:
 
     def serve(guest: LibguestfsGuest) -> None:
         guest.mount_layout()
-        guest.handle.mount_local(request["target"], readonly=not request["writable"])
+        options = [
+            *([] if request["writable"] else ["ro"]),
+            *([] if request["executable"] else ["noexec"]),
+        ]
+        guest.handle.mount_local(
+            request["target"], readonly=not request["writable"], options=",".join(options)
+        )
         ready.touch()
         guest.handle.mount_local_run()
 

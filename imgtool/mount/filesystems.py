@@ -11,11 +11,13 @@ from imgtool.process import Limits, run
 
 _MOMENT = Limits(memory=1 << 30, cpu=20, wall=30)
 
+# An ext4 may say in its superblock that the kernel is to panic where it is damaged.
+_NO_PANIC = "errors=remount-ro"
 # libblkid's type: the kernel's name, and what is always given. Names are shown as UTF-8.
 _TYPES = {
-    "ext2": ("ext4", ""),
-    "ext3": ("ext4", ""),
-    "ext4": ("ext4", ""),
+    "ext2": ("ext4", _NO_PANIC),
+    "ext3": ("ext4", _NO_PANIC),
+    "ext4": ("ext4", _NO_PANIC),
     "xfs": ("xfs", "nouuid"),
     "btrfs": ("btrfs", ""),
     "vfat": ("vfat", "iocharset=utf8"),

@@ -194,6 +194,10 @@ def _start(wanted: Wanted, chains: Sequence[Chain], target: Path, mechanism: str
     return journal
 
 
+def _disk(number: int, chain: Chain) -> Disk:
+    return Disk(number, chain.active.virtual_size, tuple(partitions_of(chain).partitions))
+
+
 def _items(wanted: Wanted, disks: Sequence[Disk]) -> list[Item]:
     if wanted.partition is not None:
         return [Item(plan.partition(disks, wanted.partition))]
@@ -412,6 +416,7 @@ def _request(wanted: Wanted, target: Path) -> dict[str, Any]:
         "backing_dirs": [str(path.absolute()) for path in wanted.backing_dirs],
         "target": str(target),
         "writable": wanted.writable,
+        "executable": wanted.executable,
     }
 
 
@@ -444,6 +449,8 @@ def mount(wanted: Wanted) -> Journal:
     _check_images(wanted, chains)
     mechanism = choose(wanted.via, chains)
     if mechanism is None:
+        if wanted.partition is not None:  # sooner than the appliance could tell
+            plan.partition([_disk(0, chains[0])], wanted.partition)
         journal = _start(wanted, chains, target, FUSE)
         try:
             journal.do(steps.Appliance(str(journal.folder), str(target), _request(wanted, target)))
@@ -456,10 +463,7 @@ def mount(wanted: Wanted) -> Journal:
         log.info("mounted in %.2f s", time.monotonic() - started)
         return journal
 
-    disks = [
-        Disk(number, chain.active.virtual_size, tuple(partitions_of(chain).partitions))
-        for number, chain in enumerate(chains)
-    ]
+    disks = [_disk(number, chain) for number, chain in enumerate(chains)]
     items = _items(wanted, disks)
     volumes = any(isinstance(item.source, Volume) for item in items)
     if volumes and (reason := no_device_mapper() or (None if find("lvm") else "lvm is missing")):

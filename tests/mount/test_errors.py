@@ -96,8 +96,9 @@ def test_a_link_and_a_relative_path_to_it(image, place, tmp_path):
 # What is named
 
 
-def test_no_such_partition(image, place):
-    words = ("mount", image.path, place, "--via", "loop", "-p", "7")
+@pytest.mark.parametrize("via", ["loop", "export", "fuse"])
+def test_no_such_partition(image, place, via):
+    words = ("mount", image.path, place, "--via", via, "-p", "7")
     fails(5, *words, says="no partition 7 (/dev/sda)", hint="it has: 1 (")
 
 

@@ -73,7 +73,7 @@ def test_read_and_written(images, place, tmp_path):
     done = imgtool(*words, limit=PATIENCE)
     assert done.status == 0, done.err
     assert mount_at(place).type == "fuse"
-    assert {"nosuid", "nodev"} <= mount_at(place).options
+    assert {"rw", "nosuid", "nodev", "noexec"} <= mount_at(place).options
     (row,) = good("mounts", "-o", "jsonl").rows
     assert (row["state"], row["mechanism"], row["mode"]) == ("healthy", "fuse", "rw")
     assert tree(place) == expected
@@ -186,7 +186,7 @@ def test_an_ordinary_user(images, user):
     done = user.imgtool("mount", image.path, place, "-v", *image.chosen)
     assert done.status == 0, done.err
     assert "mechanism: fuse" in done.err
-    assert {"nosuid", "nodev"} <= mount_at(place).options
+    assert {"ro", "nosuid", "nodev", "noexec"} <= mount_at(place).options
     (folder,) = (user.home / "run" / "imgtool").iterdir()
     assert folder.stat().st_mode & 0o077 == 0
     (row,) = user.imgtool("mounts", "-o", "jsonl").rows

@@ -16,6 +16,7 @@ from tests.mount.host import (
     imgtool,
     mount_at,
     mounts,
+    run,
     state_of,
     tree,
 )
@@ -192,6 +193,21 @@ def test_mount_options_of_the_guest_are_not_taken(tmp_path, place):
     here("umount", place)
     assert {"ro", "nosuid", "nodev", "noexec"} <= options
     assert not {"errors=panic", "data=journal"} & options
+
+
+def test_a_filesystem_cannot_ask_for_a_panic(tmp_path, place):
+    """What the kernel does about errors is not for the guest's superblock to say."""
+    image = make_filesystem(tmp_path / "panic.raw", "ext4", None)
+    run("tune2fs", "-e", "panic", "-E", "mount_opts=errors=panic", image)
+    before = state_of([image])
+    for via in ("loop", "export"):
+        here("mount", image, place, "--via", via, "-m", "/dev/sda")
+        device = Path(mount_at(place).source).name
+        options = Path(f"/proc/fs/ext4/{device}/options").read_text().splitlines()
+        here("umount", place)
+        assert "errors=remount-ro" in options
+        assert "errors=panic" not in options
+    assert state_of([image]) == before
 
 
 # Clones
