@@ -78,7 +78,7 @@ def mount(
     With every mechanism but fuse the host's own kernel reads the guest's filesystem, and a hostile
     one can attack it: use fuse for images that you do not trust.
     """
-    from imgtool.mount.mounting import Wanted
+    from imgtool.mount.mounter import Wanted
     from imgtool.mount.mounting import mount as mount_it
 
     request = Request.of(locals())

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from imgtool.errors import (
-    EngineError,
     HostError,
     ImgtoolError,
-    NotInGuestError,
     RefusedError,
     UsageError,
 )
@@ -26,9 +23,10 @@ from imgtool.guest.partitions import partitions_of
 from imgtool.image.chain import Chain
 from imgtool.image.dependants import refuse_if_base
 from imgtool.image.locks import refuse_if_in_use, warn_if_written
-from imgtool.mount import filesystems, kernel, mapper_steps, plan, steps
+from imgtool.mount import kernel, plan, steps
 from imgtool.mount.journal import Journal, journals, remove_empty_folders
 from imgtool.mount.mechanisms import MECHANISMS, Mechanism, no_device_mapper
+from imgtool.mount.mounter import Mounter, NeedsOverlay, Wanted
 from imgtool.mount.plan import Disk, Item, Volume
 from imgtool.process import Limits, find, run
 
@@ -36,33 +34,6 @@ log = logging.getLogger(__name__)
 
 FUSE = "fuse"
 VIA = ("auto", FUSE, *(mechanism.name for mechanism in MECHANISMS))
-_READ_ONLY_DEVICE = (errno.EROFS, errno.EACCES)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is to be mounted where, as the user says it; `partition` and `lv` name one filesystem,
-    `mounts` a layout; without them the guest's own layout is looked for."""
-
-    image: Path
-    mountpoint: Path
-    via: str = "auto"
-    partition: int | None = None
-    lv: str | None = None
-    writable: bool = False
-    executable: bool = False
-    force: bool = False
-    add: Sequence[Path] = ()
-    format: str | None = None
-    mounts: Sequence[Mount] = ()
-    root: str | None = None
-    keys: Sequence[str] = ()
-    backing_dirs: Sequence[Path] = ()
-    notice: Callable[[str], None] = field(default=lambda line: log.warning("%s", line))
-
-
-class _NeedsOverlay(Exception):
-    """The kernel wants to write to what is read-only: a journal is to be replayed."""
 
 
 def _target(path: Path) -> Path:
@@ -223,169 +194,6 @@ def _items(wanted: Wanted, disks: Sequence[Disk]) -> list[Item]:
         return plan.items_of(guest.layout, disks, [row.device for row in guest.devices()])
 
 
-class _Mounter:
-    """One attempt to mount the items."""
-
-    def __init__(self, wanted: Wanted, mechanism: Mechanism, target: Path) -> None:
-        self._wanted = wanted
-        self._mechanism = mechanism
-        self._journal = mechanism.journal
-        self._target = target
-        self._groups: dict[str, mapper_steps.Group] = {}
-
-    def mount(self, items: Sequence[Item], host: set[str]) -> None:
-        """All items; `host` are names and UUIDs of the host's own volume groups."""
-        self._journal.do(steps.Guard(self._journal.id))
-        self._mechanism.start()
-        needed = dict.fromkeys(i.source.group for i in items if isinstance(i.source, Volume))
-        if needed:
-            self._activate(list(needed), host)
-        for number, item in enumerate(items):
-            try:
-                self._mount(item)
-            except (EngineError, HostError, NotInGuestError) as error:
-                if number == 0 or self._wanted.mounts:
-                    raise
-                self._wanted.notice(f"{item.at} is not shown: {error}")
-        self._mechanism.release()
-
-    def _activate(self, needed: Sequence[str], host: set[str]) -> None:
-        devices = [
-            self._mechanism.block(place)
-            for disk in self._mechanism.disks
-            for place in disk.places
-            if filesystems.type_at(
-                self._mechanism.disk(place.disk), place.offset, place.size if place.number else 0
-            )
-            == "LVM2_member"
-        ]
-        listed = (
-            mapper_steps.lvm(
-                devices, "pvs", "--noheadings", "--separator", "|", "-o", "pv_name,vg_name,vg_uuid"
-            )
-            if devices
-            else ""
-        )
-        members: dict[str, list[str]] = {}
-        uuids: dict[str, set[str]] = {}
-        for line in listed.splitlines():
-            device, group, uuid = line.strip().split("|")
-            members.setdefault(group, []).append(device)
-            uuids.setdefault(group, set()).add(uuid)
-        for number, group in enumerate(needed):
-            if group not in members:
-                there = ", ".join(sorted(name for name in members if name)) or "none"
-                raise NotInGuestError(
-                    "no such volume group", subject=group, hint=f"volume groups: {there}"
-                )
-            if len(uuids[group]) > 1:
-                raise HostError(
-                    "two volume groups have this name", subject=group, hint="--via fuse"
-                )
-            clone = not self._wanted.writable
-            if not clone and (group in host or uuids[group] & host):
-                raise RefusedError(
-                    "the host, or another mount, has a volume group of this name or UUID",
-                    subject=group,
-                    hint="mount it without --rw, which uses a renamed clone, or --via fuse --rw",
-                )
-            name = f"imgtool_{self._journal.id}_{number}" if clone else group
-            step = mapper_steps.Group(members[group], group, name, clone)
-            self._journal.do(step)
-            self._groups[group] = step
-
-    def _device(self, item: Item) -> str:
-        source = item.source
-        if isinstance(source, Volume):
-            node = self._groups[source.group].volume(source.name)
-            if not Path(node).exists():
-                raise NotInGuestError("no such logical volume", subject=source)
-            log.info("%s: %s", source, node)
-            return node
-        device = self._mechanism.block(source)
-        log.info(
-            "%s: offset %d (%d * 512), size %d: %s",
-            source,
-            source.offset,
-            source.offset // 512,
-            source.size,
-            device,
-        )
-        return device
-
-    def _place(self, at: str) -> Path:
-        """Where an item goes. No component may be a link: it would lead out into the host."""
-        place = self._target
-        for part in at.split("/"):
-            if part in ("", "."):
-                continue
-            place = place / part
-            if part == ".." or place.is_symlink() or not place.is_dir():
-                raise NotInGuestError("the guest has no such directory to mount it at", subject=at)
-        return place
-
-    def _mount(self, item: Item) -> None:
-        place = self._place(item.at)
-        device = self._device(item)
-        found = item.fstype or filesystems.type_at(device)
-        source = item.source
-        subject = f"{source}"
-        kind = filesystems.kind_of(found, subject)
-        flags = kernel.MS_NOSUID | kernel.MS_NODEV
-        flags |= 0 if self._wanted.executable else kernel.MS_NOEXEC
-        flags |= 0 if self._wanted.writable else kernel.MS_RDONLY
-        data = [kind.data, *self._data(item)]
-        make = steps.Filesystem
-        if kind.type == "ntfs3" and not filesystems.has_type("ntfs3") and find("ntfs-3g"):
-            log.info("%s: the kernel has no driver for NTFS: by ntfs-3g", source)
-            make, data = steps.NtfsProgram, data[1:]
-        step = make(device, str(place), kind.type, flags, ",".join(word for word in data if word))
-        if self._wanted.writable and kind.type == "ntfs3" and not self._wanted.force:
-            self._refuse_hibernated(step)
-        try:
-            self._journal.do(step)
-        except OSError as error:
-            if isinstance(error, ImgtoolError):
-                raise
-            # btrfs says EIO where it has a log to replay.
-            dirty = error.errno in _READ_ONLY_DEVICE or (
-                kind.type == "btrfs" and error.errno == errno.EIO
-            )
-            if dirty and not (self._mechanism.overlays or self._wanted.writable):
-                raise _NeedsOverlay from error
-            raise filesystems.refusal(error, kind, subject) from error
-
-    def _refuse_hibernated(self, step: steps.Filesystem) -> None:
-        looked = dataclasses.replace(step, flags=step.flags | kernel.MS_RDONLY)
-        self._journal.do(looked)
-        asleep = False
-        try:
-            with (Path(looked.target) / "hiberfil.sys").open("rb") as file:
-                asleep = file.read(4).lower() == b"hibr"
-        except OSError:
-            log.info("no hiberfil.sys can be read")
-        looked.undo()
-        if asleep:
-            raise RefusedError(
-                "Windows is hibernated: to write to it would lose data",
-                subject=self._wanted.image,
-                hint="start and shut down the guest, or --force if its memory does not matter",
-            )
-
-    @staticmethod
-    def _data(item: Item) -> Iterator[str]:
-        if item.subvolume is not None:
-            if "," in item.subvolume:  # what follows would be an option, of the guest's choice
-                raise EngineError(
-                    "the kernel takes no subvolume with a comma in its name",
-                    subject=item.subvolume,
-                    hint="--via fuse",
-                )
-            yield f"subvol={item.subvolume}"
-        general = ("ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "defaults")
-        yield from (word for word in item.options.split(",") if word and word not in general)
-
-
 def _host_groups() -> set[str]:
     """Names and UUIDs of the host's volume groups, and names of those that are mapped."""
     found: set[str] = set()
@@ -479,11 +287,11 @@ def mount(wanted: Wanted) -> Journal:
         journal = _start(wanted, chains, target, mechanism.name)
         try:
             made = mechanism(chains, disks, journal, wanted.writable, overlays)
-            _Mounter(wanted, made, target).mount(items, host)
+            Mounter(wanted, made, target).mount(items, host)
             journal.finished()
         except BaseException as error:
             _undo_after(error, journal)
-            if isinstance(error, _NeedsOverlay):
+            if isinstance(error, NeedsOverlay):
                 log.info("a journal has to be replayed: on an overlay")
                 overlays = True
                 continue

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from imgtool.mount.journal import journals
-from imgtool.mount.mounting import Wanted, mount, unmount
+from imgtool.mount.mounter import Wanted
+from imgtool.mount.mounting import mount, unmount
 from tests.mount.host import loops, mounts, processes, state_of
 from tests.mount.images import Image
 

@@ -10,7 +10,8 @@ import pytest
 
 from imgtool.errors import HostError, RefusedError
 from imgtool.mount import steps
-from imgtool.mount.mounting import Wanted, mount, unmount
+from imgtool.mount.mounter import Wanted
+from imgtool.mount.mounting import mount, unmount
 from tests.mount.host import Done, here, imgtool, loops, mount_at, mounts, run
 from tests.mount.images import attached, blank, divide
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.mount.mounting import Wanted, mount, unmount
+from imgtool.mount.mounter import Wanted
+from imgtool.mount.mounting import mount, unmount
 from tests.mount.host import (
     as_the_engine_reads_it,
     good,

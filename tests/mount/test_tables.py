@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.mount.mounting import Wanted, mount, unmount
+from imgtool.mount.mounter import Wanted
+from imgtool.mount.mounting import mount, unmount
 from tests.mount.host import good, here, imgtool, loops, mount_at, run, state_of
 from tests.mount.images import FORMATS, blank, divide, make_filesystem, put
 

@@ -12,7 +12,7 @@ import pytest
 
 from imgtool.errors import EngineError, HostError, NotInGuestError, UsageError
 from imgtool.guest.model import Layout, Mount, Partition
-from imgtool.mount import filesystems, mounting
+from imgtool.mount import filesystems, mounter, mounting
 from imgtool.mount.mechanisms import MECHANISMS
 from imgtool.mount.plan import Disk, Item, Place, Volume, items_of, partition, source_of, volume
 
@@ -146,7 +146,7 @@ def test_a_layout_becomes_items():
 
 
 def options_of(item: Item) -> list[str]:
-    return list(mounting._Mounter._data(item))
+    return list(mounter.Mounter._data(item))
 
 
 def test_mount_options():
@@ -286,4 +286,4 @@ def test_none_works(machine):
 
 def test_no_mechanism_of_this_name(tmp_path):
     with pytest.raises(UsageError, match="no such mechanism"):
-        mounting.mount(mounting.Wanted(Path("image"), tmp_path, via="ftp"))
+        mounting.mount(mounter.Wanted(Path("image"), tmp_path, via="ftp"))

@@ -114,6 +114,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             *("env", f"IMGTOOL_VM_IMAGES={images}"),
             *(".venv/bin/python", "-m", "pytest", "-v", "-p", "no:cacheprovider"),
             *(f"--junitxml={report}", "-o", "junit_logging=out-err"),
+            *("-o", "faulthandler_timeout=300"),  # tells where a test hangs
             # What passed leaves no images in /tmp, which is memory.
             *("-o", "tmp_path_retention_policy=failed"),
             *chosen,

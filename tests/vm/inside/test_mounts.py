@@ -21,7 +21,8 @@ import pytest
 from imgtool.errors import RefusedError
 from imgtool.guest.model import Mount
 from imgtool.mount.journal import journals
-from imgtool.mount.mounting import Wanted, clean_up, mount, unmount
+from imgtool.mount.mounter import Wanted
+from imgtool.mount.mounting import clean_up, mount, unmount
 from tests.vm.images import FILES, GROUP, KINDS, MIB, PARTITIONS
 from tests.vm.inside.machine import loop_device, run, sparse
 
