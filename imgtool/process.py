@@ -1,4 +1,4 @@
-"""The one place that starts programs: `run()` to the end, `spawn()` for a server.
+"""The one place that starts programs: `run()` to the end, `spawn()` for a server; and finds them.
 
 Programs get an argument list (never a shell string), a scrubbed environment with the C locale, no
 standard input unless given, and die with imgtool. Limits on memory, CPU time and wall time make
@@ -219,3 +219,23 @@ def leave_running(
             )
         except FileNotFoundError as error:
             raise _missing(words[0]) from error
+
+
+def command_of(pid: int) -> list[str]:
+    """The words of a process's command line; none if it is gone."""
+    try:
+        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [os.fsdecode(word) for word in raw.split(b"\0")[:-1]]
+
+
+def processes_naming(text: str) -> list[int]:
+    """The processes whose command line has this in it, but for this one."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(PermissionError):
+                if any(text in word for word in command_of(int(entry.name))):
+                    found.append(int(entry.name))
+    return found

@@ -62,7 +62,10 @@ def mount(
         bool, typer.Option("--exec", help="Let programs of the guest be run on the host.")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="With --rw: also a hibernated Windows.")
+        bool,
+        typer.Option(
+            "--force", help="With --rw: also a hibernated Windows; what it had in memory is lost."
+        ),
     ] = False,
     add: options.Add = None,
     format: options.Format = None,
@@ -195,5 +198,6 @@ def cleanup(
         if cleaned.error is not None:
             failures.add(cleaned.error)
         else:
-            print(f"undone: {cleaned.journal.mountpoint} ({cleaned.journal.images[0]})")
+            journal = cleaned.journal
+            print(render.plain(f"undone: {journal.mountpoint} ({journal.images[0]})"))
     failures.finish()

@@ -67,7 +67,7 @@ def stop(folder: Path, target: str, *, writable: bool, servers: Callable[[], lis
     deadline = time.monotonic() + (_WRITING if served and writable else kernel.PATIENCE)
     while (running := servers()) and time.monotonic() < deadline:
         # A launch that was about to end mounts it all the same.
-        if _mounted(target):
+        if is_mounted(target):
             unmount(target)
         time.sleep(0.02)
     if running and served and writable:
@@ -76,7 +76,7 @@ def stop(folder: Path, target: str, *, writable: bool, servers: Callable[[], lis
         )
     for pid in running:
         kernel.end_process(pid)
-    if _mounted(target):  # its process was killed
+    if is_mounted(target):  # its process was killed
         unmount(target)
     failed = folder / _FAILED
     if served and writable and failed.exists():
@@ -86,7 +86,8 @@ def stop(folder: Path, target: str, *, writable: bool, servers: Callable[[], lis
         raise error
 
 
-def _mounted(target: str) -> bool:
+def is_mounted(target: str) -> bool:
+    """Whether a FUSE filesystem is mounted at this directory."""
     found = kernel.mounted_at(target)
     return found is not None and found.fstype.startswith("fuse")
 

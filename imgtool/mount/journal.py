@@ -215,6 +215,12 @@ class Journal:
         self.save()
         failpoint(f"after {step.kind}")
 
+    def undo_last(self) -> None:
+        """Undo the last step, which was done for a look only."""
+        self.steps[-1].undo()
+        self.steps.pop()
+        self.save()
+
     def finished(self) -> None:
         """The mount is there."""
         self.state = MOUNTED

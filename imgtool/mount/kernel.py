@@ -16,7 +16,7 @@ from pathlib import Path
 from imgtool.errors import HostError
 
 _libc = ctypes.CDLL(None, use_errno=True)
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 PATIENCE = 60.0  # seconds until something that should happen at once is given up
 
@@ -37,10 +37,8 @@ def wait_until(done: Callable[[], bool], what: str, limit: float = PATIENCE) -> 
 
 @dataclass(frozen=True)
 class MountInfo:
-    """A line of /proc/self/mountinfo; `device` is MAJOR:MINOR."""
+    """A line of /proc/self/mountinfo."""
 
-    id: int
-    device: str
     target: str
     fstype: str
     source: str
@@ -58,9 +56,7 @@ def mounts(process: int | str = "self") -> list[MountInfo]:
     for line in os.fsdecode(Path(f"/proc/{process}/mountinfo").read_bytes()).split("\n")[:-1]:
         words = line.split(" ")
         after = words[words.index("-") + 1 :]
-        found.append(
-            MountInfo(int(words[0]), words[2], _unescaped(words[4]), after[0], _unescaped(after[1]))
-        )
+        found.append(MountInfo(_unescaped(words[4]), after[0], _unescaped(after[1])))
     return found
 
 
@@ -91,26 +87,6 @@ def filesystem_types() -> set[str]:
 
 
 # Processes
-
-
-def command_of(pid: int) -> list[str]:
-    """The words of a process's command line; none if it is gone."""
-    try:
-        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-    return [os.fsdecode(word) for word in raw.split(b"\0")[:-1]]
-
-
-def processes_naming(text: str) -> list[int]:
-    """The processes whose command line has this in it, but for this one."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            with contextlib.suppress(PermissionError):
-                if any(text in word for word in command_of(int(entry.name))):
-                    found.append(int(entry.name))
-    return found
 
 
 def end_process(pid: int, *, gently: float = PATIENCE) -> None:

@@ -12,13 +12,12 @@ import errno
 import fcntl
 import os
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 
 from imgtool.errors import HostError
 from imgtool.mount.kernel import PATIENCE, wait_until
 
-_SET_FD, _CLR_FD, _GET_STATUS64, _CONFIGURE = 0x4C00, 0x4C01, 0x4C05, 0x4C0A
+_CLR_FD, _GET_STATUS64, _CONFIGURE = 0x4C01, 0x4C05, 0x4C0A
 _GET_FREE = 0x4C82
 _READ_ONLY, _AUTOCLEAR = 1, 4
 # struct loop_info64: device, inode, rdevice, offset, sizelimit; number, encryption, its key's size,
@@ -26,16 +25,6 @@ _READ_ONLY, _AUTOCLEAR = 1, 4
 _INFO = struct.Struct("=5Q4I64s64s32s2Q")
 _CONFIG = struct.Struct("=2I")
 _TRIES = 64
-
-
-@dataclass(frozen=True)
-class LoopStatus:
-    """What an attached loop device says of itself; `offset` and `size` (0: to the end) in bytes."""
-
-    offset: int
-    size: int
-    read_only: bool
-    mark: str
 
 
 def _node(number: int) -> Path:
@@ -63,8 +52,8 @@ def free_number() -> int:
     return int(number)
 
 
-def status(number: int) -> LoopStatus | None:
-    """What is attached to a loop device; None if nothing is."""
+def mark_of(number: int) -> str | None:
+    """The mark, or file name, of what is attached to a loop device; None if nothing is."""
     try:
         descriptor = os.open(_node(number), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -75,9 +64,8 @@ def status(number: int) -> LoopStatus | None:
         return None
     finally:
         os.close(descriptor)
-    values = _INFO.unpack(raw)
-    mark = values[9].rstrip(b"\0").decode("utf-8", "replace")
-    return LoopStatus(values[3], values[4], bool(values[8] & _READ_ONLY), mark)
+    name: bytes = _INFO.unpack(raw)[9]
+    return name.rstrip(b"\0").decode("utf-8", "replace")
 
 
 def attach(
@@ -88,7 +76,6 @@ def attach(
     size: int,
     writable: bool,
     mark: str,
-    sector_size: int = 0,
 ) -> int | None:
     """Attach a stretch of a file to a loop device that is free; None if it no longer is.
 
@@ -104,7 +91,7 @@ def attach(
             info = _INFO.pack(
                 0, 0, 0, offset, size, 0, 0, 0, flags, mark.encode()[:63], b"", b"", 0, 0
             )
-            config = _CONFIG.pack(backing, sector_size) + info + bytes(64)
+            config = _CONFIG.pack(backing, 0) + info + bytes(64)
             fcntl.ioctl(device, _CONFIGURE, config)
         finally:
             os.close(backing)
@@ -122,8 +109,7 @@ def detach(number: int, mark: str, limit: float = PATIENCE) -> None:
     """Detach a loop device if it is the marked one, and wait until it is free."""
 
     def ours() -> bool:
-        found = status(number)
-        return found is not None and found.mark == mark
+        return mark_of(number) == mark
 
     if not ours():
         return

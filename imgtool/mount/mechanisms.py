@@ -23,8 +23,6 @@ from imgtool.mount.journal import Journal
 from imgtool.mount.plan import Disk, Place
 from imgtool.process import Limits, find, run
 
-NBD_PARTITIONS = 64
-
 
 def _node(chain: Chain, name: str, *, writable: bool, overlay: Path | None) -> dict[str, Any]:
     """A disk as QEMU's -blockdev takes it, on an overlay if one is given."""

@@ -169,10 +169,12 @@ class Mounter:
         if kind.type == "ntfs3" and not filesystems.has_type("ntfs3") and find("ntfs-3g"):
             log.info("%s: the kernel has no driver for NTFS: by ntfs-3g", source)
             make, data = steps.NtfsProgram, data[1:]
+            if self._wanted.writable and self._wanted.force:
+                data.append("remove_hiberfile")
         step = make(device, str(place), kind.type, flags, ",".join(word for word in data if word))
-        if self._wanted.writable and kind.type == "ntfs3" and not self._wanted.force:
-            self._refuse_hibernated(step)
         try:
+            if self._wanted.writable and kind.type == "ntfs3" and not self._wanted.force:
+                self._refuse_hibernated(step)
             self._journal.do(step)
         except OSError as error:
             if isinstance(error, ImgtoolError):
@@ -194,7 +196,7 @@ class Mounter:
                 asleep = file.read(4).lower() == b"hibr"
         except OSError:
             log.info("no hiberfil.sys can be read")
-        looked.undo()
+        self._journal.undo_last()
         if asleep:
             raise RefusedError(
                 "Windows is hibernated: to write to it would lose data",

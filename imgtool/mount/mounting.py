@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from imgtool.errors import (
     UsageError,
 )
 from imgtool.guest.model import Mount
+from imgtool.guest.partition_table import disk_name
 from imgtool.guest.partitions import partitions_of
 from imgtool.image.chain import Chain
 from imgtool.image.dependants import refuse_if_base
@@ -78,6 +79,8 @@ def _fuse_missing() -> str | None:
         import guestfs  # noqa: F401
     except ImportError:
         return "libguestfs's Python bindings are not installed"
+    if os.geteuid() != 0 and find("fusermount") is None:
+        return "fusermount is not installed"
     if not any(os.access(kernel, os.R_OK) for kernel in Path("/boot").glob("vmlinu*")):
         return "no kernel for the appliance can be read in /boot"
     return None
@@ -165,8 +168,11 @@ def _start(wanted: Wanted, chains: Sequence[Chain], target: Path, mechanism: str
     return journal
 
 
-def _disk(number: int, chain: Chain) -> Disk:
-    return Disk(number, chain.active.virtual_size, tuple(partitions_of(chain).partitions))
+def _disk(number: int, chain: Chain, notice: Callable[[str], None]) -> Disk:
+    table = partitions_of(chain, device=disk_name(number))
+    for problem in table.problems:
+        notice(problem)
+    return Disk(number, chain.active.virtual_size, tuple(table.partitions))
 
 
 def _items(wanted: Wanted, disks: Sequence[Disk]) -> list[Item]:
@@ -258,7 +264,7 @@ def mount(wanted: Wanted) -> Journal:
     mechanism = choose(wanted.via, chains)
     if mechanism is None:
         if wanted.partition is not None:  # sooner than the appliance could tell
-            plan.partition([_disk(0, chains[0])], wanted.partition)
+            plan.partition([_disk(0, chains[0], wanted.notice)], wanted.partition)
         journal = _start(wanted, chains, target, FUSE)
         try:
             journal.do(steps.Appliance(str(journal.folder), str(target), _request(wanted, target)))
@@ -271,7 +277,7 @@ def mount(wanted: Wanted) -> Journal:
         log.info("mounted in %.2f s", time.monotonic() - started)
         return journal
 
-    disks = [_disk(number, chain) for number, chain in enumerate(chains)]
+    disks = [_disk(number, chain, wanted.notice) for number, chain in enumerate(chains)]
     items = _items(wanted, disks)
     volumes = any(isinstance(item.source, Volume) for item in items)
     if volumes and (reason := no_device_mapper() or (None if find("lvm") else "lvm is missing")):

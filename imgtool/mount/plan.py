@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +10,6 @@ from imgtool.errors import HostError, NotInGuestError, UsageError
 from imgtool.guest.layout import BTRFS_VOLUME, btrfs_device
 from imgtool.guest.model import Layout, Partition
 from imgtool.guest.partition_table import disk_name
-
-log = logging.getLogger(__name__)
 
 _PARTITION = re.compile(r"/dev/(?P<disk>sd[a-z]+)(?P<number>[0-9]*)")
 _VOLUME = re.compile(r"/dev/(?!mapper/)(?P<group>[^/]+)/(?P<name>[^/]+)")

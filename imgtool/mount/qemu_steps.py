@@ -10,7 +10,7 @@ from typing import ClassVar
 from imgtool.errors import HostError, ImageError
 from imgtool.mount import kernel, udev
 from imgtool.mount.step import Save, Step
-from imgtool.process import Limits, ProgramFailed, find, run
+from imgtool.process import Limits, ProgramFailed, command_of, find, processes_naming, run
 
 _MOMENT = Limits(wall=60)
 # QEMU with a chain of 200 links stays far below this.
@@ -38,8 +38,8 @@ def _servers(program: str, folder: str) -> list[int]:
     """The processes of a program that were started for the mount with this folder."""
     return [
         pid
-        for pid in kernel.processes_naming(folder)
-        if Path((kernel.command_of(pid) or [""])[0]).name == program
+        for pid in processes_naming(folder)
+        if Path((command_of(pid) or [""])[0]).name == program
     ]
 
 
@@ -137,6 +137,7 @@ class Nbd(Step):
                 run([*argv, self.image], limits=_SERVER_LIMITS)
             except ProgramFailed as error:
                 tried.append(_said(error))
+                udev.leave_alone(Path(self.folder).name, f"nbd{number}")
                 if "busy" not in error.stderr.lower():
                     break
                 continue
@@ -163,7 +164,7 @@ class Nbd(Step):
         return [
             pid
             for pid in _servers("qemu-nbd", self.folder)
-            if f"--connect={self.device}" in kernel.command_of(pid)
+            if f"--connect={self.device}" in command_of(pid)
         ]
 
     def _connected(self) -> bool:
@@ -174,7 +175,7 @@ class Nbd(Step):
         except (FileNotFoundError, ProcessLookupError):
             return False
         group = next(int(line.split()[1]) for line in lines if line.startswith("Tgid:"))
-        return self.folder in " ".join(kernel.command_of(group))
+        return self.folder in " ".join(command_of(group))
 
     def undo(self) -> None:
         """Disconnect it if it is ours, and wait for the kernel and for QEMU."""

@@ -14,7 +14,7 @@ from imgtool.mount import kernel, loop, udev
 from imgtool.mount.mapper_steps import Group, Mapping
 from imgtool.mount.qemu_steps import Export, Nbd, Overlay
 from imgtool.mount.step import Save, Step
-from imgtool.process import Limits, ProgramFailed, run
+from imgtool.process import Limits, ProgramFailed, command_of, processes_naming, run
 
 _SANDBOX_ENDS = 10.0  # seconds for a sandbox that copied the host's mounts, such as imgtool's own
 
@@ -46,7 +46,6 @@ class Loop(Step):
     writable: bool
     mark: str
     id: str
-    sector_size: int = 0
     number: int | None = None
 
     def __post_init__(self) -> None:
@@ -63,7 +62,8 @@ class Loop(Step):
         for _ in range(64):
             self.number = loop.free_number()
             save()
-            udev.keep_away(self.id, f"loop{self.number}")
+            name = f"loop{self.number}"
+            udev.keep_away(self.id, name)
             self._descriptor = loop.attach(
                 self.number,
                 self.path,
@@ -71,10 +71,10 @@ class Loop(Step):
                 size=self.size,
                 writable=self.writable,
                 mark=self.mark,
-                sector_size=self.sector_size,
             )
             if self._descriptor is not None:
                 return
+            udev.leave_alone(self.id, name)
         raise HostError("no loop device is free", subject=self.path)
 
     def release(self) -> None:
@@ -103,8 +103,8 @@ class Loop(Step):
 
     def broken(self) -> str | None:
         """Whether the device is somebody else's by now, or nobody's."""
-        found = loop.status(self.number) if self.number is not None else None
-        return None if found and found.mark == self.mark else f"{self.device} is gone"
+        found = loop.mark_of(self.number) if self.number is not None else None
+        return None if found == self.mark else f"{self.device} is gone"
 
 
 @dataclass
@@ -168,7 +168,10 @@ class NtfsProgram(Filesystem):
     kind: ClassVar[str] = "ntfs-3g"
 
     def do(self, save: Save) -> None:
-        """Start the program, which goes on in the background. Raises `EngineError`."""
+        """Start the program, which goes on in the background.
+
+        Raises `EngineError`, and `RefusedError` where it would not write.
+        """
         words = [
             ("ro" if self.flags & kernel.MS_RDONLY else "rw"),
             "nosuid",
@@ -182,12 +185,19 @@ class NtfsProgram(Filesystem):
         except ProgramFailed as error:
             lines = [line for line in error.stderr.strip().splitlines() if line]
             raise EngineError(f"ntfs-3g: {lines[0] if lines else error}") from error
+        # It falls back to that by itself where it holds writing for dangerous.
+        if not self.flags & kernel.MS_RDONLY and os.statvfs(self.target).f_flag & os.ST_RDONLY:
+            raise RefusedError(
+                "ntfs-3g refuses to write to it: it was not shut down cleanly",
+                subject=self.source,
+                hint="start and shut down the guest, or mount it without --rw",
+            )
 
     def _served(self) -> list[int]:
         return [
             pid
-            for pid in kernel.processes_naming(self.target)
-            if Path(kernel.command_of(pid)[0]).name in ("ntfs-3g", "mount.ntfs")
+            for pid in processes_naming(self.target)
+            if Path(command_of(pid)[0]).name in ("ntfs-3g", "mount.ntfs")
         ]
 
     def undo(self) -> None:
@@ -223,13 +233,9 @@ class Appliance(Step):
     def _servers(self) -> list[int]:
         return [
             pid
-            for pid in kernel.processes_naming(self.folder)
-            if "imgtool.mount.appliance" in kernel.command_of(pid)
+            for pid in processes_naming(self.folder)
+            if "imgtool.mount.appliance" in command_of(pid)
         ]
-
-    def _there(self) -> bool:
-        found = kernel.mounted_at(self.target)
-        return found is not None and found.fstype.startswith("fuse")
 
     def undo(self) -> None:
         """Unmount it and wait until the appliance has closed the image."""
@@ -244,7 +250,10 @@ class Appliance(Step):
 
     def broken(self) -> str | None:
         """Whether the process is gone."""
-        return None if self._servers() and self._there() else "its appliance is gone"
+        from imgtool.mount import appliance
+
+        there = self._servers() and appliance.is_mounted(self.target)
+        return None if there else "its appliance is gone"
 
 
 _KINDS: dict[str, type[Step]] = {

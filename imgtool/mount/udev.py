@@ -31,30 +31,48 @@ def _reload() -> None:
         run(["udevadm", "control", "--reload"], limits=_MOMENT)
 
 
+def _rule_for(device: str) -> str:
+    return (
+        f'SUBSYSTEM=="block", KERNEL=="{device}|{device}p*", '
+        'ENV{UDEV_DISABLE_PERSISTENT_STORAGE_RULES_FLAG}="1", ENV{UDISKS_IGNORE}="1"'
+    )
+
+
+def _files(mount_id: str) -> list[Path]:
+    return [_RULES / name.format(id=mount_id) for name in _NAMES]
+
+
+def _write(mount_id: str, lines: list[str]) -> None:
+    for rules in _files(mount_id):
+        draft = rules.with_suffix(".draft")
+        draft.write_text("\n".join(dict.fromkeys(lines)) + "\n")
+        draft.replace(rules)
+    _reload()
+
+
+def _lines(mount_id: str) -> list[str]:
+    rules = _files(mount_id)[0]
+    return rules.read_text().splitlines() if rules.exists() else []
+
+
 def keep_away(mount_id: str, *devices: str) -> None:
     """Write the rule for these devices, by kernel name, and for what the mount itself maps."""
     if not running():
         return
     _RULES.mkdir(exist_ok=True)
-    files = [_RULES / name.format(id=mount_id) for name in _NAMES]
-    lines = files[0].read_text().splitlines() if files[0].exists() else []
-    if not lines:
-        lines = [
-            "# Written by imgtool; gone with the mount.",
-            f'SUBSYSTEM=="block", ENV{{DM_NAME}}=="*imgtool?{mount_id}*", '
-            'ENV{DM_UDEV_DISABLE_DISK_RULES_FLAG}="1", '
-            'ENV{DM_UDEV_DISABLE_OTHER_RULES_FLAG}="1", ENV{UDISKS_IGNORE}="1"',
-        ]
-    for device in devices:
-        lines.append(
-            f'SUBSYSTEM=="block", KERNEL=="{device}|{device}p*", '
-            'ENV{UDEV_DISABLE_PERSISTENT_STORAGE_RULES_FLAG}="1", ENV{UDISKS_IGNORE}="1"'
-        )
-    for rules in files:
-        draft = rules.with_suffix(".draft")
-        draft.write_text("\n".join(dict.fromkeys(lines)) + "\n")
-        draft.replace(rules)
-    _reload()
+    lines = _lines(mount_id) or [
+        "# Written by imgtool; gone with the mount.",
+        f'SUBSYSTEM=="block", ENV{{DM_NAME}}=="*imgtool?{mount_id}*", '
+        'ENV{DM_UDEV_DISABLE_DISK_RULES_FLAG}="1", '
+        'ENV{DM_UDEV_DISABLE_OTHER_RULES_FLAG}="1", ENV{UDISKS_IGNORE}="1"',
+    ]
+    _write(mount_id, lines + [_rule_for(device) for device in devices])
+
+
+def leave_alone(mount_id: str, device: str) -> None:
+    """Take a device out of the rule: somebody else was faster, and it is theirs."""
+    if running():
+        _write(mount_id, [line for line in _lines(mount_id) if line != _rule_for(device)])
 
 
 def settle() -> None:
@@ -67,9 +85,9 @@ def settle() -> None:
 def let_go(mount_id: str) -> None:
     """Remove the rule."""
     found = False
-    for name in _NAMES:
+    for rules in _files(mount_id):
         for suffix in (".rules", ".draft"):
-            rules = (_RULES / name.format(id=mount_id)).with_suffix(suffix)
+            rules = rules.with_suffix(suffix)
             if rules.exists():
                 found = True
                 rules.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ STEPS = (
     Export(ODD, ['{"driver": "raw"}'], {"disk0": ODD, "disk1": "/x"}, False),
     Nbd(ODD, "json:{}", 1, True, number=7),
     Nbd(ODD, "json:{}", 0, False),
-    Loop(ODD, 1 << 20, 0, True, "imgtool abc 0", "abc", sector_size=4096, number=12),
+    Loop(ODD, 1 << 20, 0, True, "imgtool abc 0", "abc", number=12),
     Loop(ODD, 0, 512, False, "imgtool abc 1", "abc"),
     Mapping("/dev/loop3", "-imgtool-abc-", True),
     Group(["/dev/loop3", "/dev/nbd0p2"], "vg-0", "imgtool_abc_0", True, uuid="ab12"),

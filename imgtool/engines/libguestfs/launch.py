@@ -13,17 +13,20 @@ import json
 import logging
 import os
 import platform
+import secrets
 import shutil
 import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from imgtool import interrupt
 from imgtool.errors import HostError, Interrupted
+from imgtool.process import processes_naming
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,9 @@ EMULATION_LIMIT = 600.0
 # allocates, AppArmor, audit and the mitigations against other users' programs are a sixth of an
 # emulated launch. More udev workers than there are processors only wait for each other.
 _KERNEL_OPTIONS = "init_on_alloc=0 apparmor=0 audit=0 mitigations=off udev.children-max=2"
+
+# What each handle's appliance is called, for as long as there is the handle.
+_names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 _DOCTOR = "run 'imgtool doctor --launch' to see what is missing"
 
@@ -95,7 +101,10 @@ def new_handle(*, debug: bool = False) -> Any:
     # Ctrl-C goes to imgtool alone, which decides what happens to the appliance.
     handle.set_pgroup(True)
     handle.set_smp(min(2, os.cpu_count() or 1))
-    handle.set_append(_KERNEL_OPTIONS)
+    given = handle.get_append()  # of the environment, LIBGUESTFS_APPEND
+    handle.set_append(f"{_KERNEL_OPTIONS} {given}" if given else _KERNEL_OPTIONS)
+    _names[handle] = f"imgtool-{secrets.token_hex(8)}"
+    handle.set_identifier(_names[handle])
     if debug:
         handle.set_trace(True)
         handle.set_verbose(True)
@@ -103,19 +112,34 @@ def new_handle(*, debug: bool = False) -> Any:
 
 
 def kill(handle: Any) -> None:
-    """Stop the appliance at once, from any thread; the call under way then fails."""
-    with contextlib.suppress(RuntimeError, ProcessLookupError):
-        os.kill(handle.get_pid(), signal.SIGKILL)
+    """Stop the appliance at once, from any thread; the call under way then fails.
+
+    It is found by the name that its kernel is told: libguestfs answers no question about a handle,
+    not even for the process, while a call of it is under way.
+    """
+    for pid in processes_naming(f"guestfs_identifier={_names[handle]}"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _try(handle: Any, limit: float) -> None:
-    timer = threading.Timer(limit, kill, (handle,))
+    ended = threading.Event()
+
+    def stop() -> None:
+        while not ended.wait(0.05):  # it may be about to start
+            kill(handle)
+
+    def later() -> None:
+        threading.Thread(target=stop, daemon=True).start()
+
+    timer = threading.Timer(limit, stop)
     timer.daemon = True
-    with interrupt.on_interrupt(lambda: kill(handle)):
+    with interrupt.on_interrupt(later):
         timer.start()
         try:
             handle.launch()
         finally:
+            ended.set()
             timer.cancel()
         if interrupt.pending():
             raise Interrupted("interrupted")
