@@ -23,6 +23,7 @@ SMALL_FILE = 256 * 1024
 CONTAINERS = frozenset(
     ("swap", "LVM2_member", "linux_raid_member", "crypto_LUKS", "BitLocker", "ldm", "unknown")
 )
+BUILT_IN = frozenset(("ext2", "ext3", "ext4"))
 BTRFS_VOLUME = "btrfsvol:"
 
 
@@ -135,7 +136,8 @@ def survey(volumes: Volumes) -> Findings:
     filesystems = tuple(volumes.filesystems())
     roots: list[Root] = []
     failures: dict[str, str] = {}
-    for filesystem in filesystems:
+    # Those first that every kernel knows without a module: the appliance is still loading others.
+    for filesystem in sorted(filesystems, key=lambda f: f.type not in BUILT_IN):
         if filesystem.type in CONTAINERS:
             continue
         try:
@@ -146,6 +148,8 @@ def survey(volumes: Volumes) -> Findings:
             continue
         if root is not None:
             roots.append(root)
+    order = [filesystem.device for filesystem in filesystems]
+    roots.sort(key=lambda root: order.index(root.source))
     return Findings(filesystems, tuple(_without_snapshots(roots, filesystems)), failures)
 
 

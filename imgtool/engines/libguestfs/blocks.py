@@ -20,15 +20,15 @@ _SEPARATOR = "--logical-volumes--"
 # Of the volumes those that LVM itself shows and activates: no parts of thin pools, mirrors and
 # snapshots.
 _SCRIPT = f"""udevadm settle
+lvm lvs -o vg_name,lv_name -S 'lv_role=public && lv_skip_activation!=yes' \
+    --noheadings --separator / >/run/imgtool-volumes 2>/dev/null &
+volumes=$!
 listed=$(LC_ALL=C lsblk -b -P -o {_COLUMNS})
 for module in vfat xfs btrfs; do
     case $listed in *"FSTYPE=\\"$module\\""*) modprobe -q $module ;; esac
 done >/dev/null 2>&1 &
 printf '%s\\n' "$listed" {_SEPARATOR}
-case $listed in *'FSTYPE="LVM2_member"'*)
-    lvm lvs -o vg_name,lv_name -S 'lv_role=public && lv_skip_activation!=yes' \
-        --noheadings --separator / 2>/dev/null ;;
-esac
+case $listed in *'FSTYPE="LVM2_member"'*) wait $volumes; cat /run/imgtool-volumes ;; esac
 """
 _PAIR = re.compile(r'([A-Z]+)="([^"]*)"')
 _ESCAPED = re.compile(rb"\\x([0-9a-fA-F]{2})")
