@@ -15,8 +15,9 @@ from typing import Any
 
 from imgtool.errors import ImageError, NotInGuestError, RefusedError
 from imgtool.image.host_file import file_node, node_driver
-from imgtool.image.info import ImageInfo, Snapshot, probe
+from imgtool.image.info import PROBE_LIMITS, ImageInfo, Snapshot, ask_qemu, probe
 from imgtool.image.places import Places, printable
+from imgtool.process import ProgramFailed, TimedOut, run
 
 MAX_LINKS = 200
 
@@ -146,7 +147,7 @@ def open_chain(
     """
     path = Path(path).absolute()
     places = Places.around(path, backing_dirs)
-    link = probe(path, format=format, places=places)
+    link = probe(path, format=format, places=places, by_header=True)
     if link.probed and link.format != "raw" and link.backing and path.suffix == ".raw":
         # A guest can write any header to its raw disk; the name says which of the two to believe.
         raise RefusedError(
@@ -166,7 +167,7 @@ def open_chain(
                 subject=printable(link.path),
             )
         seen.add(_identity(below))
-        above, link = link, probe(below, format=link.backing_format, places=places)
+        above, link = link, probe(below, format=link.backing_format, places=places, by_header=True)
         if link.probed and link.format != "raw":
             problems.append(
                 f"{printable(above.path)} names no format for its backing file;"
@@ -174,4 +175,19 @@ def open_chain(
             )
         links.append(link)
         problems += link.problems
-    return Chain(tuple(links), tuple(problems))
+    chain = Chain(tuple(links), tuple(problems))
+    _have_qemu_open(chain)
+    return chain
+
+
+def _have_qemu_open(chain: Chain) -> None:
+    """Raise `ImageError` where QEMU cannot open a link of which only the header was read."""
+    if not any(link.by_header for link in chain.links):
+        return
+    try:
+        run(["qemu-io", "-r", "-U", "-c", "length", chain.filename()], limits=PROBE_LIMITS)
+    except (ProgramFailed, TimedOut):
+        for link in chain.links:  # it does not say which link it means
+            if link.by_header:
+                ask_qemu(link.path, str(link.path), link.format)
+        raise

@@ -1,7 +1,8 @@
 """What one image file is, without opening any file that it names.
 
-`qemu-img info` answers, under limits, after the header was searched for names of files that QEMU
-would open as well. The format is probed here, once; everything later passes it on.
+A qcow2 header tells it by itself. For the rest `qemu-img info` answers, under limits, after the
+header was searched for names of files that QEMU would open as well. The format is probed here,
+once; everything later passes it on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from imgtool.image import qcow2, vmdk
 from imgtool.image.host_file import file_node, node_driver, open_host_file
 from imgtool.image.locks import in_use_for_writing
 from imgtool.image.places import Places, printable
+from imgtool.image.qcow2_snapshots import read_snapshots
 from imgtool.process import Limits, ProgramFailed, TimedOut, run
 
 FORMATS = ("raw", "qcow2", "qcow", "qed", "vmdk", "vdi", "vpc", "vhdx")
@@ -47,7 +49,8 @@ class ImageInfo:
     """One file of a chain; sizes in bytes.
 
     `path` is absolute, as it was named. `driver` is QEMU's for the file below the format: file or
-    host_device. `probed` says that the format was guessed from the content. `backing` and
+    host_device. `probed` says that the format was guessed from the content, `by_header` that QEMU
+    was not asked whether it can open this. `backing` and
     `data_file` are the names as written in the header; `data_path` is where the latter is.
     `problems` are lines for the user.
     """
@@ -58,6 +61,7 @@ class ImageInfo:
     actual_size: int
     driver: str = "file"
     probed: bool = False
+    by_header: bool = False
     cluster_size: int | None = None
     compat: str | None = None
     encrypted: bool = False
@@ -91,7 +95,11 @@ def _vmdk_extents(file: BinaryIO, path: Path, places: Places) -> tuple[Path, ...
     return tuple(extents)
 
 
-def _ask_qemu(path: Path, description: str, format: str | None) -> dict[str, Any]:
+def ask_qemu(path: Path, description: str, format: str | None) -> dict[str, Any]:
+    """What `qemu-img info` says of the image at `path`, which is described to it as `description`.
+
+    Raises `ImageError` with QEMU's own reason where it cannot open it.
+    """
     argv = ["qemu-img", "info", "--force-share", "--output=json"]
     if format is not None:
         argv += ["-f", format]
@@ -155,13 +163,57 @@ def _check_complete(file: BinaryIO, path: Path, header: qcow2.Qcow2Header) -> tu
     )
 
 
-def _problems(path: Path, answer: dict[str, Any], corrupt: bool) -> tuple[str, ...]:
+def _problems(path: Path, *, corrupt: bool, dirty: bool) -> tuple[str, ...]:
     problems = []
     if corrupt:
         problems.append("marked corrupt by QEMU")
-    if answer.get("dirty-flag"):
+    if dirty:
         problems.append("not closed properly: in use, or its QEMU crashed")
     return tuple(f"{printable(path)}: {problem}" for problem in problems)
+
+
+def _told_by_header(
+    file: BinaryIO, path: Path, header: qcow2.Qcow2Header, driver: str, probed: bool
+) -> ImageInfo | None:
+    """The image, by its header alone; None where only QEMU knows what to make of it."""
+    if header.has_data_file or header.encrypted or not header.sound or not header.virtual_size:
+        return None
+    try:
+        # QEMU writes both in the encoding of the system; so what is not text is QEMU's to judge.
+        backing = None if header.backing is None else header.backing.decode()
+        named = None if header.backing_format is None else header.backing_format.decode()
+    except UnicodeDecodeError:
+        return None
+    rows = read_snapshots(file, header)
+    if rows is None or (named is not None and named not in FORMATS):
+        return None
+    problems = _problems(path, corrupt=header.corrupt, dirty=header.dirty)
+    return ImageInfo(
+        path=path,
+        format="qcow2",
+        virtual_size=header.virtual_size,
+        actual_size=os.fstat(file.fileno()).st_blocks * 512,
+        driver=driver,
+        probed=probed,
+        by_header=True,
+        cluster_size=header.cluster_size,
+        compat="1.1" if header.version == 3 else "0.10",
+        dirty=header.dirty,
+        corrupt=header.corrupt,
+        backing=backing,
+        backing_format=named,
+        snapshots=tuple(
+            Snapshot(
+                id=row.id.decode(errors="replace"),
+                name=row.name.decode(errors="replace"),
+                time=row.time,
+                vm_state_size=row.vm_state_size,
+                vm_clock=row.vm_clock,
+            )
+            for row in rows
+        ),
+        problems=problems + _check_complete(file, path, header),
+    )
 
 
 def probe(
@@ -170,8 +222,11 @@ def probe(
     format: str | None = None,
     places: Places | None = None,
     backing_dirs: Sequence[str | Path] = (),
+    by_header: bool = False,
 ) -> ImageInfo:
     """What the file at `path` is; `format` given means that the content is not asked.
+
+    With `by_header` a qcow2 header is believed: whether QEMU opens the image is left to the caller.
 
     Neither backing files nor, before they are known to lie in `places` (by default those around
     the image and `backing_dirs`), data files and extents are opened. Raises `ImageError` for what
@@ -188,10 +243,12 @@ def probe(
         if file.seek(0, os.SEEK_END) == 0:
             raise ImageError("empty file", subject=printable(path))
         places = places or Places.around(path, backing_dirs)
-        return _probe_open_file(file, path, format, places)
+        return _probe_open_file(file, path, format, places, by_header)
 
 
-def _probe_open_file(file: BinaryIO, path: Path, format: str | None, places: Places) -> ImageInfo:
+def _probe_open_file(
+    file: BinaryIO, path: Path, format: str | None, places: Places, by_header: bool
+) -> ImageInfo:
     file.seek(0)
     start = file.read(_PROBED_BYTES)
     driver = "host_device" if stat.S_ISBLK(os.fstat(file.fileno()).st_mode) else "file"
@@ -202,6 +259,8 @@ def _probe_open_file(file: BinaryIO, path: Path, format: str | None, places: Pla
         header = qcow2.read_header(file)
     if header is not None:
         _check_snapshot_table(file, path, header)
+        if by_header and (told := _told_by_header(file, path, header, driver, format is None)):
+            return told
     if header is not None and header.data_file is not None:
         data_file = os.fsdecode(header.data_file)
         data_path = places.follow(data_file, of=path, role="data file")
@@ -219,7 +278,7 @@ def _probe_open_file(file: BinaryIO, path: Path, format: str | None, places: Pla
     ):
         extents = _vmdk_extents(file, path, places)
 
-    answer = _ask_qemu(path, description, probed_as)
+    answer = ask_qemu(path, description, probed_as)
     found = answer["format"]
     if found not in FORMATS:
         raise ImageError(
@@ -231,7 +290,7 @@ def _probe_open_file(file: BinaryIO, path: Path, format: str | None, places: Pla
         raise ImageError("an image of a disk of no size", subject=printable(path))
     specific: dict[str, Any] = answer.get("format-specific", {}).get("data", {})
     corrupt = bool(specific.get("corrupt", False))
-    problems = _problems(path, answer, corrupt)
+    problems = _problems(path, corrupt=corrupt, dirty=bool(answer.get("dirty-flag")))
     if found == "qcow2" and header is not None:
         problems += _check_complete(file, path, header)
     return ImageInfo(

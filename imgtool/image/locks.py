@@ -1,4 +1,4 @@
-"""Who has an image open: the locks that QEMU takes on bytes of every image file.
+"""Who has an image open: the locks that QEMU takes on bytes of every image file, and the kernel.
 
 QEMU shares permissions over a file by locking single bytes, never ranges that hold data: byte
 100 + N is locked by whoever has permission N, byte 200 + N by whoever does not let others have it
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from imgtool.errors import RefusedError
+from imgtool.image.attached import attached_to
 
 if TYPE_CHECKING:
     from imgtool.image.chain import Chain
@@ -24,15 +25,20 @@ if TYPE_CHECKING:
 _HELD, _NOT_SHARED = 100, 200
 _WRITE, _RESIZE = 1, 3
 _LAST_PERMISSION = 63
+_HINTS = {
+    False: "shut the guest down, or end that process, then try again",
+    True: "unmount it, and detach the device (losetup -d); 'imgtool mounts' lists imgtool's own",
+}
 _FLOCK = struct.Struct("hhqqi0q")  # struct flock of 64-bit Linux
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that has the image open through QEMU's block layer.
+    """A process that has the image open through QEMU's block layer, or a block device of the host.
 
     `pid` and `program` are None where the locks are there but their process is out of sight (of
-    another user, or of another container). `exclusive`: it does not let others write.
+    another user, or of another container); `pid` alone for a device, which `program` describes.
+    `exclusive`: it does not let others write, or relies on nobody doing so.
     """
 
     pid: int | None
@@ -42,7 +48,7 @@ class Holder:
 
     def __str__(self) -> str:
         if self.pid is None:
-            return "a process that cannot be seen from here"
+            return self.program or "a process that cannot be seen from here"
         return f"{self.program or 'a process'}, process {self.pid}"
 
 
@@ -96,16 +102,30 @@ def _locks_of_process(process: Path, identity: tuple[int, int]) -> set[int]:
     return locked
 
 
-def holders(path: str | Path) -> tuple[Holder, ...]:
-    """The processes that hold QEMU's locks on the file at `path`.
+def _by_the_kernel(path: Path) -> list[Holder]:
+    """The loop devices over the file, and the mounts of a device; all rely on nobody writing."""
+    return [
+        Holder(pid=None, program=found.program, writes=found.writes, exclusive=True)
+        for found in attached_to(path)
+    ]
 
-    Locks whose process cannot be seen give one holder without a process id. The empty tuple also
-    stands for a file system that knows no locks: see `in_use_for_writing`.
+
+def holders(path: str | Path) -> tuple[Holder, ...]:
+    """The processes that hold QEMU's locks on the file at `path`, and the host's block devices
+    that stand on it; writers first.
+
+    Locks whose process cannot be seen give one holder without a process id. Where the file system
+    knows no locks, QEMU's processes are not among them: see `in_use_for_writing`.
     """
     path = Path(path)
+    found = [*_by_locks(path), *_by_the_kernel(path)]
+    return tuple(sorted(found, key=lambda holder: (not holder.writes, holder.pid or 0)))
+
+
+def _by_locks(path: Path) -> list[Holder]:
     locked = _locked_bytes(path)
     if not locked:
-        return ()
+        return []
     status = path.stat()
     found = []
     for process in Path("/proc").iterdir():
@@ -119,21 +139,20 @@ def holders(path: str | Path) -> tuple[Holder, ...]:
     explained = any(holder.writes for holder in found) or not _holder(None, None, locked).writes
     if not found or not explained:
         found.append(_holder(None, None, locked))
-    return tuple(sorted(found, key=lambda holder: (not holder.writes, holder.pid or 0)))
+    return found
 
 
 def in_use_for_writing(path: str | Path) -> Holder | Literal["unknown"] | None:
     """Who may write to the file right now; "unknown" where the file system knows no locks."""
-    locked = _locked_bytes(Path(path))
-    if locked is None:
-        return "unknown"
-    if not _holder(None, None, locked).writes:
-        return None
-    return next((holder for holder in holders(path) if holder.writes), None)
+    path = Path(path)
+    locked = _locked_bytes(path)
+    found = _by_locks(path) if locked and _holder(None, None, locked).writes else []
+    writer = next((holder for holder in (*found, *_by_the_kernel(path)) if holder.writes), None)
+    return "unknown" if writer is None and locked is None else writer
 
 
 def refuse_if_in_use(chain: Chain) -> None:
-    """Raise `RefusedError` if writing to the active image would meet another process.
+    """Raise `RefusedError` if writing to the active image would meet another process, or a device.
 
     On the active image that is one that writes, or one that relies on nobody writing; on the files
     below it, one that writes.
@@ -145,7 +164,7 @@ def refuse_if_in_use(chain: Chain) -> None:
                 raise RefusedError(
                     f"the image is in use by {holder}",
                     subject=path,
-                    hint="shut the guest down, or end that process, then try again",
+                    hint=_HINTS[holder.pid is None and holder.program is not None],
                 )
 
 

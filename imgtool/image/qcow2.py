@@ -1,4 +1,5 @@
-"""The few things in a qcow2 header that must be known before, or that are not checked by, QEMU.
+"""What a qcow2 header says, read without QEMU: what must be known before QEMU opens anything that
+is named in it, what it does not check, and what ten thousand images are told apart by.
 
 Layout: docs/interop/qcow2.txt in QEMU's sources.
 """
@@ -15,9 +16,12 @@ _HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3_FIELDS = struct.Struct(">QQQII")
 _V2_LENGTH, _V3_LENGTH = 72, 104
 _SNAPSHOT_LENGTH = 40  # without names and extra data
-_DATA_FILE_BIT = 1 << 2
+_DIRTY_BIT, _CORRUPT_BIT, _DATA_FILE_BIT = 1 << 0, 1 << 1, 1 << 2
 _EXTENSION_DATA_FILE = 0x44415441
+_EXTENSION_BACKING_FORMAT = 0xE2792ACA
 _EXTENSION_END = 0
+_LONGEST_BACKING_NAME = 1023
+_SECTOR = 512
 _OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 
 # A table of 64 empty refcount blocks describes nothing; then the image is taken as complete.
@@ -27,12 +31,15 @@ _MAX_TABLE = 32 << 20
 
 @dataclass(frozen=True)
 class Qcow2Header:
-    """What is read of the header; sizes and offsets in bytes.
+    """What is read of the header; sizes and offsets in bytes, names as they stand there.
 
-    `snapshots_end` is where the table of snapshots ends at the earliest, 0 if there is none.
+    `snapshots` is how many there are, `snapshots_offset` where their table starts, and
+    `snapshots_end` where it ends at the earliest, 0 if there is none. `sound` is False where the
+    name of the backing file lies where QEMU does not take it.
     """
 
     version: int
+    virtual_size: int
     cluster_size: int
     l1_offset: int
     l1_size: int
@@ -40,21 +47,28 @@ class Qcow2Header:
     refcount_table_size: int
     refcount_bits: int
     snapshots: int
+    snapshots_offset: int
     snapshots_end: int
+    backing: bytes | None
+    backing_format: bytes | None
     data_file: bytes | None
+    has_data_file: bool
+    encrypted: bool
+    dirty: bool
+    corrupt: bool
+    sound: bool
 
 
-def _data_file(area: bytes) -> bytes | None:
-    name = None
+def _extensions(area: bytes) -> dict[int, bytes]:
+    found = {}
     at = 0
     while at + 8 <= len(area):
         kind, length = struct.unpack_from(">II", area, at)
         if kind == _EXTENSION_END:
             break
-        if kind == _EXTENSION_DATA_FILE:
-            name = area[at + 8 : at + 8 + length]  # the last one wins, as in QEMU
+        found[kind] = area[at + 8 : at + 8 + length]  # the last one wins, as in QEMU
         at += 8 + (length + 7) // 8 * 8
-    return name
+    return found
 
 
 def read_header(file: BinaryIO) -> Qcow2Header | None:
@@ -64,7 +78,7 @@ def read_header(file: BinaryIO) -> Qcow2Header | None:
     if len(first) < _HEADER.size or not first.startswith(MAGIC):
         return None
     fields = _HEADER.unpack_from(first)
-    version, backing_offset, cluster_bits = fields[1], fields[2], fields[4]
+    version, backing_offset, backing_length, cluster_bits, size, crypt = fields[1:7]
     l1_entries, l1_offset, table_offset, table_clusters = fields[7:11]
     snapshots, snapshots_offset = fields[11:13]
     if version not in (2, 3) or not 9 <= cluster_bits <= 21:
@@ -77,13 +91,24 @@ def read_header(file: BinaryIO) -> Qcow2Header | None:
         features, _, _, refcount_order, length = _V3_FIELDS.unpack_from(first, _V2_LENGTH)
     if refcount_order > 6:
         return None
-    data_file = None
-    if features & _DATA_FILE_BIT and length < cluster_size:
+    extensions: dict[int, bytes] = {}
+    if length < cluster_size:
         end = min(backing_offset or cluster_size, cluster_size)
         file.seek(length)
-        data_file = _data_file(file.read(max(end - length, 0)))
+        extensions = _extensions(file.read(max(end - length, 0)))
+    backing = None
+    sound = True
+    if backing_offset:
+        sound = (
+            backing_length <= _LONGEST_BACKING_NAME
+            and backing_offset + backing_length <= cluster_size
+        )
+        if sound and backing_length:
+            file.seek(backing_offset)
+            backing = file.read(backing_length)
     return Qcow2Header(
         version=version,
+        virtual_size=size // _SECTOR * _SECTOR,
         cluster_size=cluster_size,
         l1_offset=l1_offset,
         l1_size=l1_entries * 8,
@@ -91,8 +116,16 @@ def read_header(file: BinaryIO) -> Qcow2Header | None:
         refcount_table_size=table_clusters * cluster_size,
         refcount_bits=1 << refcount_order,
         snapshots=snapshots,
+        snapshots_offset=snapshots_offset,
         snapshots_end=snapshots_offset + snapshots * _SNAPSHOT_LENGTH if snapshots else 0,
-        data_file=data_file,
+        backing=backing,
+        backing_format=extensions.get(_EXTENSION_BACKING_FORMAT) if backing else None,
+        data_file=extensions.get(_EXTENSION_DATA_FILE) if features & _DATA_FILE_BIT else None,
+        has_data_file=bool(features & _DATA_FILE_BIT),
+        encrypted=crypt != 0,
+        dirty=bool(features & _DIRTY_BIT),
+        corrupt=bool(features & _CORRUPT_BIT),
+        sound=sound,
     )
 
 
@@ -112,7 +145,8 @@ def size_needed(file: BinaryIO, header: Qcow2Header) -> int:
     file.seek(header.refcount_table_offset)
     table = file.read(min(header.refcount_table_size, _MAX_TABLE))
     looked_at = 0
-    for at in range(len(table) - 8, -8, -8):
+    end = (len(table.rstrip(b"\0")) + 7) // 8 * 8
+    for at in range(end - 8, -8, -8):
         block = int.from_bytes(table[at : at + 8], "big") & _OFFSET_MASK
         if block == 0:
             continue
