@@ -25,10 +25,6 @@ if TYPE_CHECKING:
 _HELD, _NOT_SHARED = 100, 200
 _WRITE, _RESIZE = 1, 3
 _LAST_PERMISSION = 63
-_HINTS = {
-    False: "shut the guest down, or end that process, then try again",
-    True: "unmount it, and detach the device (losetup -d); 'imgtool mounts' lists imgtool's own",
-}
 _FLOCK = struct.Struct("hhqqi0q")  # struct flock of 64-bit Linux
 
 
@@ -50,6 +46,13 @@ class Holder:
         if self.pid is None:
             return self.program or "a process that cannot be seen from here"
         return f"{self.program or 'a process'}, process {self.pid}"
+
+    @property
+    def hint(self) -> str:
+        """What to do where it is in the way."""
+        if self.pid is None and self.program is not None:
+            return "unmount it and detach the device; 'imgtool mounts' lists imgtool's own"
+        return "shut the guest down, or end that process, then try again"
 
 
 def _holder(pid: int | None, program: str | None, locked: set[int]) -> Holder:
@@ -111,8 +114,8 @@ def _by_the_kernel(path: Path) -> list[Holder]:
 
 
 def holders(path: str | Path) -> tuple[Holder, ...]:
-    """The processes that hold QEMU's locks on the file at `path`, and the host's block devices
-    that stand on it; writers first.
+    """The processes that hold QEMU's locks on the file at `path`, and the devices of the host that
+    stand on it; writers first.
 
     Locks whose process cannot be seen give one holder without a process id. Where the file system
     knows no locks, QEMU's processes are not among them: see `in_use_for_writing`.
@@ -164,7 +167,7 @@ def refuse_if_in_use(chain: Chain) -> None:
                 raise RefusedError(
                     f"the image is in use by {holder}",
                     subject=path,
-                    hint=_HINTS[holder.pid is None and holder.program is not None],
+                    hint=holder.hint,
                 )
 
 

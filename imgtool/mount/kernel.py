@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import re
 import select
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from imgtool.errors import HostError
+from imgtool.mountinfo import MountInfo, mounts
 
 _libc = ctypes.CDLL(None, use_errno=True)
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
@@ -33,31 +32,6 @@ def wait_until(done: Callable[[], bool], what: str, limit: float = PATIENCE) -> 
 
 
 # Mounts
-
-
-@dataclass(frozen=True)
-class MountInfo:
-    """A line of /proc/self/mountinfo."""
-
-    target: str
-    fstype: str
-    source: str
-
-
-def _unescaped(text: str) -> str:
-    raw = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), os.fsencode(text))
-    return os.fsdecode(raw)
-
-
-def mounts(process: int | str = "self") -> list[MountInfo]:
-    """What is mounted where this process is, in the order in which it was."""
-    found = []
-    # Not splitlines(): the kernel escapes the line feed in a name, and no other line separator.
-    for line in os.fsdecode(Path(f"/proc/{process}/mountinfo").read_bytes()).split("\n")[:-1]:
-        words = line.split(" ")
-        after = words[words.index("-") + 1 :]
-        found.append(MountInfo(_unescaped(words[4]), after[0], _unescaped(after[1])))
-    return found
 
 
 def mounted_at(target: str) -> MountInfo | None:
