@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from imgtool import __version__, interrupt
-from imgtool.cli import copying, images, inspecting, listing, mounting, render, space
+from imgtool.cli import chains, copying, images, inspecting, listing, mounting, render, space
 from imgtool.errors import ExitStatus, ImgtoolError
 
 app = typer.Typer(
@@ -55,6 +55,8 @@ for command in (
     inspecting.doctor,
 ):
     app.command()(command)
+
+app.add_typer(chains.app, name="chain")
 
 
 def _run(arguments: list[str]) -> int:

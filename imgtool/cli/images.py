@@ -82,7 +82,7 @@ def info(
     links = [
         {
             **row,
-            "path": ("" if number == 0 else "  " * (number - 1) + "<- ") + row["path"],
+            "path": ("" if number == 0 else "  " * (number - 1) + "-> ") + row["path"],
             "virtual_size": size(row["virtual_size"]),
             "actual_size": size(row["actual_size"]),
             "state": ",".join(s for s in ("encrypted", "dirty", "corrupt") if row[s]) or None,

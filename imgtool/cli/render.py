@@ -168,6 +168,11 @@ def emit(
     out.flush()
 
 
+def text(content: str) -> None:
+    """Lines on stdout that are no rows; names in them were made safe by `plain`."""
+    sys.stdout.write(content)
+
+
 def message(kind: str, text: str) -> None:
     """A line on stderr: `imgtool: error: ...`."""
     print(f"imgtool: {kind}: {plain(text)}", file=sys.stderr, flush=True)

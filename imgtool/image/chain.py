@@ -8,7 +8,7 @@ chain with a driver written at every level, so that nothing is left for it to gu
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,14 +137,11 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def open_chain(
+def follow_chain(
     path: str | Path, *, format: str | None = None, backing_dirs: Sequence[str | Path] = ()
-) -> Chain:
-    """Follow the chain that starts at `path`, the active image, which has `format` if given.
-
-    Raises `ImageError` for a link that is missing, damaged or met twice, and `RefusedError` for
-    one that is outside the folders a chain may use (`Places.around`) or not a local file.
-    """
+) -> Iterator[tuple[ImageInfo, tuple[str, ...]]]:
+    """The links of the chain that starts at `path`, each with its problems, as far as they can be
+    followed: the errors are those of `open_chain`, raised where the next link would come."""
     path = Path(path).absolute()
     places = Places.around(path, backing_dirs)
     link = probe(path, format=format, places=places, by_header=True)
@@ -155,10 +152,10 @@ def open_chain(
             subject=printable(path),
             hint=f"say which it is: --format raw or --format {link.format}",
         )
-    links, problems = [link], list(link.problems)
+    yield link, link.problems
     seen = {_identity(path)}
     while link.backing is not None:
-        if len(links) == MAX_LINKS:
+        if len(seen) == MAX_LINKS:
             raise RefusedError(f"a chain of more than {MAX_LINKS} links", subject=printable(path))
         below = _next_path(link, places)
         if _identity(below) in seen:
@@ -167,14 +164,33 @@ def open_chain(
                 subject=printable(link.path),
             )
         seen.add(_identity(below))
-        above, link = link, probe(below, format=link.backing_format, places=places, by_header=True)
+        above, link = (
+            link,
+            probe(below, format=link.backing_format, places=places, by_header=True),
+        )
+        problems = link.problems
         if link.probed and link.format != "raw":
-            problems.append(
+            guessed = (
                 f"{printable(above.path)} names no format for its backing file;"
                 f" it was taken as {link.format} from its content"
             )
+            problems = (guessed, *problems)
+        yield link, problems
+
+
+def open_chain(
+    path: str | Path, *, format: str | None = None, backing_dirs: Sequence[str | Path] = ()
+) -> Chain:
+    """Follow the chain that starts at `path`, the active image, which has `format` if given.
+
+    Raises `ImageError` for a link that is missing, damaged or met twice, and `RefusedError` for
+    one that is outside the folders a chain may use (`Places.around`) or not a local file.
+    """
+    links: list[ImageInfo] = []
+    problems: list[str] = []
+    for link, lines in follow_chain(path, format=format, backing_dirs=backing_dirs):
         links.append(link)
-        problems += link.problems
+        problems += lines
     chain = Chain(tuple(links), tuple(problems))
     _have_qemu_open(chain)
     return chain

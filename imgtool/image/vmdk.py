@@ -1,4 +1,4 @@
-"""Which further files a VMDK makes QEMU open: its extents.
+"""Which further files a VMDK makes QEMU open, its extents, and which one it stands on.
 
 Layout: "Virtual Disk Format 5.0" by VMware; which lines count is QEMU's block/vmdk.c. Where QEMU
 reads a line loosely, this reads it more loosely: naming a file too many is harmless here.
@@ -6,12 +6,14 @@ reads a line loosely, this reads it more loosely: naming a file too many is harm
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from typing import BinaryIO
 
 SPARSE_MAGIC = b"KDMV"
 _DESCRIPTOR_LIMIT = 1 << 20
+_PARENT = re.compile(rb'^\s*parentFileNameHint\s*=\s*"([^\n\r"]+)"', re.MULTILINE)
 _EXTENT = re.compile(rb'(?:FLAT|SPARSE|VMFS|ZERO)\s*"([^\n\r"]+)')
 
 
@@ -46,3 +48,22 @@ def extent_names(file: BinaryIO) -> tuple[bytes, ...]:
         at = embedded
     file.seek(at)
     return tuple(dict.fromkeys(_EXTENT.findall(file.read(_DESCRIPTOR_LIMIT))))
+
+
+def parent_name(file: BinaryIO) -> str | None:
+    """The name, as written, of the file that this one stands on; None if there is none."""
+    file.seek(0)
+    start = file.read(512)
+    at = 0
+    if start.startswith(SPARSE_MAGIC):
+        if len(start) < 44:
+            return None
+        sector, sectors = struct.unpack_from("<QQ", start, 28)
+        at = sector * 512
+        if not sector or not sectors or at >= 1 << 62:
+            return None
+    elif not looks_like_descriptor(start):
+        return None
+    file.seek(at)
+    found = _PARENT.search(file.read(_DESCRIPTOR_LIMIT))
+    return os.fsdecode(found[1]) if found else None
