@@ -10,7 +10,20 @@ from typing import Annotated
 import typer
 
 from imgtool import __version__, interrupt
-from imgtool.cli import chains, copying, images, inspecting, listing, mounting, render, space
+from imgtool.cli import (
+    chains,
+    copying,
+    diffing,
+    images,
+    inspecting,
+    listing,
+    mounting,
+    overlaying,
+    render,
+    single,
+    snapshotting,
+    space,
+)
 from imgtool.errors import ExitStatus, ImgtoolError
 
 app = typer.Typer(
@@ -51,12 +64,24 @@ for command in (
     mounting.mounts,
     mounting.cleanup,
     images.info,
+    single.check,
+    single.create,
+    single.convert,
+    single.resize,
+    overlaying.compact,
+    single.recover,
+    diffing.diff,
     inspecting.inspect,
     inspecting.doctor,
 ):
     app.command()(command)
 
-app.add_typer(chains.app, name="chain")
+for group, name in (
+    (chains.app, "chain"),
+    (snapshotting.app, "snapshot"),
+    (overlaying.app, "overlay"),
+):
+    app.add_typer(group, name=name)
 
 
 def _run(arguments: list[str]) -> int:

@@ -17,6 +17,7 @@ from imgtool.errors import ImageError, NotInGuestError, RefusedError
 from imgtool.image.host_file import file_node, node_driver
 from imgtool.image.info import PROBE_LIMITS, ImageInfo, Snapshot, ask_qemu, probe
 from imgtool.image.places import Places, printable
+from imgtool.image.record import unfinished_commit
 from imgtool.process import ProgramFailed, TimedOut, run
 
 MAX_LINKS = 200
@@ -123,12 +124,16 @@ class Chain:
 
 def _next_path(link: ImageInfo, places: Places) -> Path:
     path = places.follow(str(link.backing), of=link.path, role="backing file")
-    if not path.exists():
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.EACCES:
+            return path  # what cannot be said of it is said where it is opened
         raise ImageError(
             f"its backing file '{printable(str(link.backing))}' is missing",
             subject=printable(link.path),
             hint=f"it should be at {printable(path)}",
-        )
+        ) from error
     return path
 
 
@@ -143,6 +148,9 @@ def follow_chain(
     """The links of the chain that starts at `path`, each with its problems, as far as they can be
     followed: the errors are those of `open_chain`, raised where the next link would come."""
     path = Path(path).absolute()
+    if (overlay := unfinished_commit(path)) is not None:
+        # The image holds a part of what the overlay has all of, until the commit is finished.
+        path, format = overlay, "qcow2"
     places = Places.around(path, backing_dirs)
     link = probe(path, format=format, places=places, by_header=True)
     if link.probed and link.format != "raw" and link.backing and path.suffix == ".raw":

@@ -2,50 +2,99 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from imgtool.errors import RefusedError
 from imgtool.image import headers
 from imgtool.image.chain import Chain
+from imgtool.image.headers import Header
 from imgtool.image.places import Places, printable
+from imgtool.image.record import is_ours
 
 log = logging.getLogger(__name__)
 
 IMAGE_DIRS_VARIABLE = "IMGTOOL_IMAGE_DIRS"
 _MOST_FILES = 100_000
 
+Identity = tuple[int, int]
+OnError = Callable[[Path, OSError], None]
 
-def files_below(folder: Path) -> Iterator[Path]:
+
+def _passed_over(path: Path, error: OSError) -> None:
+    log.info("%s: not looked at for images: %s", path, error)
+
+
+def files_below(folder: Path, on_error: OnError = _passed_over) -> Iterator[Path]:
     """Every regular file in a folder and the folders below it; links to folders are not followed.
 
-    A folder that cannot be read is passed over.
+    A folder that cannot be read is passed over, after `on_error` was told.
     """
     pending = [folder]
     while pending:
-        yield from _files_in(pending.pop(), pending)
+        yield from _files_in(pending.pop(), pending, on_error)
 
 
-def _files_in(folder: Path, below: list[Path] | None = None) -> Iterator[Path]:
+def _files_in(
+    folder: Path, below: list[Path] | None = None, on_error: OnError = _passed_over
+) -> Iterator[Path]:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if below is not None and entry.is_dir(follow_symlinks=False):
-                    below.append(Path(entry.path))
-                elif entry.is_file():
-                    yield Path(entry.path)
+                with contextlib.suppress(OSError):  # a symlink that leads in a circle, or astray
+                    if below is not None and entry.is_dir(follow_symlinks=False):
+                        below.append(Path(entry.path))
+                    elif entry.is_file() and not is_ours(entry.name):
+                        yield Path(entry.path)
     except OSError as error:
-        log.info("%s: not looked at for images: %s", folder, error)
+        on_error(folder, error)
 
 
-def _candidates(path: Path, backing_dirs: Sequence[str | Path]) -> Iterator[Path]:
-    for folder in Places.around(path, backing_dirs).folders:
-        yield from _files_in(folder)
-    for named in os.environ.get(IMAGE_DIRS_VARIABLE, "").split(":"):
-        if named:
-            yield from files_below(Path(named))
+class Overlays:
+    """Which overlays stand on which images; each folder and each file is read once."""
+
+    def __init__(self, backing_dirs: Sequence[str | Path] = ()) -> None:
+        self._backing_dirs = backing_dirs
+        self._folders: set[Path] = set()
+        self._files = 0
+        self._above: dict[Identity, dict[Identity, Path]] = {}
+
+    def add(self, header: Header) -> None:
+        """Take note of what an image stands on."""
+        with contextlib.suppress(OSError, ValueError):  # it stands on nothing that is there
+            if (below := headers.base_of(header)) is not None:
+                named = below.stat()
+                above = self._above.setdefault((named.st_dev, named.st_ino), {})
+                above.setdefault(header.identity, header.path)
+
+    def on(self, path: Path) -> list[Path]:
+        """The images that name `path` as their backing file: those of `overlays_on`, and those
+        that were added."""
+        base = path.stat()
+        folders = Places.around(path, self._backing_dirs).folders
+        self._look_in(folders, _files_in)
+        named = os.environ.get(IMAGE_DIRS_VARIABLE, "").split(":")
+        self._look_in([Path(folder) for folder in named if folder], files_below)
+        return sorted(self._above.get((base.st_dev, base.st_ino), {}).values())
+
+    def _look_in(
+        self, folders: Sequence[Path], files: Callable[[Path], Iterator[Path]]
+    ) -> None:
+        for folder in folders:
+            if folder in self._folders:
+                continue
+            self._folders.add(folder)
+            for file in files(folder):
+                self._files += 1
+                if self._files > _MOST_FILES:
+                    log.warning("more than %d files to look for overlays in", _MOST_FILES)
+                    return
+                with contextlib.suppress(OSError):  # gone, or unreadable
+                    if (header := headers.read(file)) is not None:
+                        self.add(header)
 
 
 def overlays_on(path: Path, backing_dirs: Sequence[str | Path] = ()) -> list[Path]:
@@ -54,21 +103,7 @@ def overlays_on(path: Path, backing_dirs: Sequence[str | Path] = ()) -> list[Pat
     Looked at are the folders that a chain may use, without what is below them, and those of
     IMGTOOL_IMAGE_DIRS with all that is below: an overlay in another folder is not found.
     """
-    base = path.stat()
-    found = {}
-    for number, file in enumerate(_candidates(path, backing_dirs)):
-        if number == _MOST_FILES:
-            log.warning("%s: more than %d files to look for overlays in", path, _MOST_FILES)
-            break
-        try:
-            header = headers.read(file)
-            below = headers.base_of(header) if header else None
-            named = below.stat() if below else None
-        except (OSError, ValueError):
-            continue  # gone, unreadable, or it stands on nothing that is there
-        if header and named and (named.st_dev, named.st_ino) == (base.st_dev, base.st_ino):
-            found[header.identity] = file
-    return sorted(found.values())
+    return Overlays(backing_dirs).on(path)
 
 
 def refuse_if_base(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from imgtool.image import qcow2, vmdk
+from imgtool.image.places import protocol_of
 
 _MAGICS = (
     (0, b"QED\0", "qed"),
@@ -26,6 +27,7 @@ _MAGICS = (
 )
 _PROBED = 512
 _LONGEST_NAME = 1023  # the longest that QEMU takes
+_LOCAL = ("file", "host_device")
 _QCOW_PLACE = struct.Struct(">QI")
 _QED_PLACE = struct.Struct("<II")
 _QED_HAS_BACKING, _QED_NO_PROBE = 1, 4
@@ -38,7 +40,9 @@ class Header:
 
     `format` is None for a file that is no image but perhaps a raw one. `virtual_size` in bytes,
     None where it takes more than the header to know it. `backing` is the name as written,
-    `backing_format` None where the header names none. `identity` is the file's device and inode.
+    `backing_format` None where the header names none. `identity` is the file's device and inode,
+    `modified` the time of its last change in nanoseconds, 0 for a block device, which tells none.
+    `damaged`: QEMU would not take the header.
     """
 
     path: Path
@@ -53,6 +57,7 @@ class Header:
     snapshots: int = 0
     dirty: bool = False
     corrupt: bool = False
+    damaged: bool = False
 
 
 def _name(file: BinaryIO, offset: int, length: int) -> str | None:
@@ -82,10 +87,10 @@ def _told(file: BinaryIO, start: bytes, format: str) -> dict[str, Any]:
             "dirty": header.dirty,
             "corrupt": header.corrupt,
         }
-    if format in ("qcow2", "qcow") and len(start) >= 20:
+    if format in ("qcow2", "qcow"):
         # A header that QEMU would refuse still tells what its image stood on.
-        backing = _name(file, *_QCOW_PLACE.unpack_from(start, 8))
-        return {"backing": backing, "backing_format": None}
+        backing = _name(file, *_QCOW_PLACE.unpack_from(start, 8)) if len(start) >= 20 else None
+        return {"backing": backing, "damaged": format == "qcow2"}
     if format == "qed" and len(start) >= _QED_FIELDS.size:
         fields = _QED_FIELDS.unpack_from(start)
         features, size, offset, length = fields[4], fields[8], fields[9], fields[10]
@@ -98,24 +103,41 @@ def _told(file: BinaryIO, start: bytes, format: str) -> dict[str, Any]:
 
 
 def read(path: Path) -> Header | None:
-    """The header of the file at `path`; None for what is no file. Raises `OSError`."""
-    if not stat.S_ISREG(path.stat().st_mode):
+    """The header of the file or block device at `path`; None for anything else.
+
+    Raises `OSError`.
+    """
+    kind = path.stat().st_mode
+    if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
         return None
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb", buffering=_PROBED) as file:
         status = os.fstat(descriptor)
         start = file.read(_PROBED)
         format = _format(start)
-        told = _told(file, start, format) if format else {"virtual_size": status.st_size}
+        device = stat.S_ISBLK(status.st_mode)
+        size = file.seek(0, os.SEEK_END) if device else status.st_size
+        told = _told(file, start, format) if format else {"virtual_size": size}
         return Header(
             path=path,
             identity=(status.st_dev, status.st_ino),
             format=format,
-            size=status.st_size,
-            actual_size=status.st_blocks * 512,
-            modified=status.st_mtime_ns,
+            size=size,
+            actual_size=size if device else status.st_blocks * 512,
+            modified=0 if device else status.st_mtime_ns,
             **told,
         )
+
+
+def is_newer(base: int, overlay: int) -> bool:
+    """Whether a base was changed after its overlay, by their times in nanoseconds.
+
+    A time in whole seconds is one of a file system that knows no finer ones, or of a copy that
+    lost the rest; then the seconds alone are compared.
+    """
+    if base % 10**9 == 0 or overlay % 10**9 == 0:
+        base, overlay = base // 10**9, overlay // 10**9
+    return base > overlay
 
 
 def _file_in(node: object) -> str | None:
@@ -143,7 +165,10 @@ def base_of(header: Header) -> Path | None:
             return None
         if name is None:
             return None
-    name = name.removeprefix("file:")
+    elif protocol_of(name) in _LOCAL:
+        name = name.partition(":")[2]
+    elif protocol_of(name) is not None:
+        return None
     if not name or "\0" in name:
         return None
     return header.path.parent / name

@@ -24,7 +24,7 @@ def printable(name: str | Path) -> str:
     )
 
 
-def _protocol(name: str) -> str | None:
+def protocol_of(name: str) -> str | None:
     """The protocol of a file name, by QEMU's rule: what stands before a colon before any slash."""
     head, colon, _ = name.partition("/")[0].partition(":")
     return head if colon else None
@@ -46,6 +46,10 @@ class Places:
         folders += [Path(folder) for folder in named.split(":") if folder]
         return cls(tuple(dict.fromkeys(folder.resolve() for folder in folders)))
 
+    def hold(self, real: Path) -> bool:
+        """Whether a path without symlinks is in one of the folders, or below."""
+        return any(real.is_relative_to(folder) for folder in self.folders)
+
     def follow(self, name: str, *, of: Path, role: str) -> Path:
         """The absolute path of the file that the header of `of` names as its `role`.
 
@@ -53,7 +57,7 @@ class Places:
         name that leaves the allowed folders or is not a plain file name.
         """
         shown = printable(name)
-        protocol = _protocol(name)
+        protocol = protocol_of(name)
         if protocol == "file":
             name = name.removeprefix("file:")
         elif protocol is not None:
@@ -72,7 +76,7 @@ class Places:
             raise ImageError(
                 f"its {role} '{shown}' leads nowhere", subject=printable(of)
             ) from error
-        if not any(real.is_relative_to(folder) for folder in self.folders):
+        if not self.hold(real):
             raise RefusedError(
                 f"its {role} '{shown}' is outside the folders that a chain may use",
                 subject=printable(of),

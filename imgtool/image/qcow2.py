@@ -17,6 +17,8 @@ _V3_FIELDS = struct.Struct(">QQQII")
 _V2_LENGTH, _V3_LENGTH = 72, 104
 _SNAPSHOT_LENGTH = 40  # without names and extra data
 _DIRTY_BIT, _CORRUPT_BIT, _DATA_FILE_BIT = 1 << 0, 1 << 1, 1 << 2
+_FEATURES_OF_ANY_QEMU = _DIRTY_BIT | _CORRUPT_BIT | _DATA_FILE_BIT
+_LARGEST_L1 = 32 << 20
 _EXTENSION_DATA_FILE = 0x44415441
 _EXTENSION_BACKING_FORMAT = 0xE2792ACA
 _EXTENSION_END = 0
@@ -34,8 +36,8 @@ class Qcow2Header:
     """What is read of the header; sizes and offsets in bytes, names as they stand there.
 
     `snapshots` is how many there are, `snapshots_offset` where their table starts, and
-    `snapshots_end` where it ends at the earliest, 0 if there is none. `sound` is False where the
-    name of the backing file lies where QEMU does not take it.
+    `snapshots_end` where it ends at the earliest, 0 if there is none. `sound` is False where QEMU
+    does not take the header, or only QEMU knows whether it does.
     """
 
     version: int
@@ -97,15 +99,21 @@ def read_header(file: BinaryIO) -> Qcow2Header | None:
         file.seek(length)
         extensions = _extensions(file.read(max(end - length, 0)))
     backing = None
-    sound = True
-    if backing_offset:
-        sound = (
-            backing_length <= _LONGEST_BACKING_NAME
-            and backing_offset + backing_length <= cluster_size
-        )
-        if sound and backing_length:
-            file.seek(backing_offset)
-            backing = file.read(backing_length)
+    placed = (
+        backing_length <= _LONGEST_BACKING_NAME and backing_offset + backing_length <= cluster_size
+    )
+    if backing_offset and backing_length and placed:
+        file.seek(backing_offset)
+        backing = file.read(backing_length)
+    sound = (
+        (placed or not backing_offset)
+        and not features & ~_FEATURES_OF_ANY_QEMU
+        and (_V3_LENGTH <= length <= cluster_size or version == 2)
+        and 0 < table_offset
+        and 0 < table_clusters
+        and not (table_offset | l1_offset) % cluster_size
+        and -(-size // (cluster_size * (cluster_size // 8))) <= l1_entries <= _LARGEST_L1 // 8
+    )
     return Qcow2Header(
         version=version,
         virtual_size=size // _SECTOR * _SECTOR,

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 SPARSE_MAGIC = b"KDMV"
 _DESCRIPTOR_LIMIT = 1 << 20
+_PARENT_LIMIT = 64 << 10  # QEMU reads 10 KiB
 _PARENT = re.compile(rb'^\s*parentFileNameHint\s*=\s*"([^\n\r"]+)"', re.MULTILINE)
 _EXTENT = re.compile(rb'(?:FLAT|SPARSE|VMFS|ZERO)\s*"([^\n\r"]+)')
 
@@ -54,16 +55,16 @@ def parent_name(file: BinaryIO) -> str | None:
     """The name, as written, of the file that this one stands on; None if there is none."""
     file.seek(0)
     start = file.read(512)
-    at = 0
+    at, length = 0, _PARENT_LIMIT
     if start.startswith(SPARSE_MAGIC):
         if len(start) < 44:
             return None
         sector, sectors = struct.unpack_from("<QQ", start, 28)
-        at = sector * 512
+        at, length = sector * 512, min(sectors * 512, length)
         if not sector or not sectors or at >= 1 << 62:
             return None
     elif not looks_like_descriptor(start):
         return None
     file.seek(at)
-    found = _PARENT.search(file.read(_DESCRIPTOR_LIMIT))
+    found = _PARENT.search(file.read(length))
     return os.fsdecode(found[1]) if found else None

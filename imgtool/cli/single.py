@@ -1,0 +1,181 @@
+"""`check`, `convert`, `resize`, `create` and `recover`: single images."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from imgtool.cli import options, render, working
+from imgtool.cli.options import Output
+from imgtool.cli.session import set_up_logging
+from imgtool.errors import ExitStatus
+
+CHECK_FIELDS = ("path", "format", "sound", "corruptions", "leaks", "errors", "supported")
+
+
+class Repair(StrEnum):
+    """What is mended."""
+
+    leaks = "leaks"
+    all = "all"
+
+
+class MadeFormat(StrEnum):
+    """Formats that can be made."""
+
+    qcow2 = "qcow2"
+    raw = "raw"
+    vmdk = "vmdk"
+    vdi = "vdi"
+    vpc = "vpc"
+    vhdx = "vhdx"
+
+
+def check(
+    image: options.Image,
+    repair: Annotated[
+        Repair | None,
+        typer.Option("--repair", help="Mend lost space (leaks), or all that is wrong."),
+    ] = None,
+    dry_run: working.DryRun = False,
+    output: options.OutputOption = Output.table,
+    format: options.Format = None,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Check the tables of one image; status 3 if they are damaged.
+
+    'imgtool chain check' checks all that it stands on too, and says what each thing means.
+    """
+    from imgtool.image.chain import open_chain
+    from imgtool.image.checking import UnsupportedCheck, check_metadata
+    from imgtool.image.single import plan_repair
+
+    set_up_logging(verbose=verbose, debug=debug)
+    if repair is not None:
+        working.carry_out(
+            lambda: plan_repair(image, repair.value, format=format, backing_dirs=backing_dir or ()),
+            image,
+            dry_run=dry_run,
+        )
+    link = open_chain(image, format=format, backing_dirs=backing_dir or ()).active
+    row: dict[str, Any] = {**render.named("path", bytes(link.path)), "format": link.format}
+    try:
+        result = check_metadata(link)
+    except UnsupportedCheck:
+        row.update(sound=None, corruptions=None, leaks=None, errors=None, supported=False)
+    else:
+        row.update(
+            sound=result.sound,
+            corruptions=result.corruptions,
+            leaks=result.leaks,
+            errors=result.errors,
+            supported=True,
+        )
+    columns = ["path", "format", "sound", "corruptions", "leaks", "errors"]
+    render.emit([row], CHECK_FIELDS, output, columns=columns, titles={"path": "image"})
+    if not row["supported"]:
+        render.message("note", f"{link.format} images have no tables that could be checked")
+    if row["sound"] is False:
+        raise SystemExit(int(ExitStatus.IMAGE_UNREADABLE))
+
+
+def convert(
+    image: options.Image,
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="The new image; no file yet.")],
+    to: Annotated[MadeFormat, typer.Option("--to", help="Its format.")] = MadeFormat.qcow2,
+    compress: Annotated[bool, typer.Option("--compress", help="Compress it.")] = False,
+    snapshot: options.Snapshot = None,
+    dry_run: working.DryRun = False,
+    force: working.Force = False,
+    format: options.Format = None,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Copy an image, with all that it stands on, into a new one of another format."""
+    from imgtool.image.single import plan_convert
+
+    set_up_logging(verbose=verbose, debug=debug)
+    working.carry_out(
+        lambda: plan_convert(
+            image,
+            new,
+            to=to.value,
+            compress=compress,
+            snapshot=snapshot,
+            format=format,
+            force=force,
+            backing_dirs=backing_dir or (),
+        ),
+        new,
+        dry_run=dry_run,
+    )
+
+
+def resize(
+    image: options.Image,
+    size: Annotated[
+        str, typer.Argument(metavar="SIZE", help="20G, or +5G to grow, -5G to shrink by it.")
+    ],
+    dry_run: working.DryRun = False,
+    force: working.Force = False,
+    format: options.Format = None,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Make the disk in an image larger, or smaller where nothing lies beyond.
+
+    Partitions and filesystems stay as they are. A smaller size that begins with a minus sign goes
+    after two dashes: imgtool resize disk.qcow2 -- -5G
+    """
+    from imgtool.guest.tail import refuse_to_cut
+    from imgtool.image.single import plan_resize
+
+    set_up_logging(verbose=verbose, debug=debug)
+    working.carry_out(
+        lambda: plan_resize(
+            image,
+            size,
+            refuse_to_cut=refuse_to_cut,
+            format=format,
+            force=force,
+            backing_dirs=backing_dir or (),
+        ),
+        image,
+        dry_run=dry_run,
+    )
+
+
+def create(
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="The new image; no file yet.")],
+    size: Annotated[str, typer.Argument(metavar="SIZE", help="Such as 20G or 512M.")],
+    to: Annotated[MadeFormat, typer.Option("--to", help="Its format.")] = MadeFormat.qcow2,
+    dry_run: working.DryRun = False,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Make an empty image. 'imgtool overlay create' makes one on a base."""
+    from imgtool.image.single import parse_size, plan_new
+
+    set_up_logging(verbose=verbose, debug=debug)
+    working.carry_out(
+        lambda: plan_new(new, parse_size(size), format=to.value), new, dry_run=dry_run
+    )
+
+
+def recover(
+    image: options.Image,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Finish or undo what was interrupted on an image."""
+    from imgtool.image.recovery import recover as settle
+
+    set_up_logging(verbose=verbose, debug=debug)
+    render.message("note", settle(image) or "nothing was interrupted on it")

@@ -1,0 +1,63 @@
+"""What the commands that work on an image share: show the plan, do it, say how long it took."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from imgtool.cli import render
+from imgtool.cli.session import warning
+
+if TYPE_CHECKING:
+    from imgtool.image.work import OnStep, Plan
+
+DryRun = Annotated[
+    bool, typer.Option("-n", "--dry-run", help="Say what would be done, and do nothing.")
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Do it though data may be lost, for who knows better.")
+]
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[OnStep | None]:
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn
+
+    columns = ("{task.description}", BarColumn(), TaskProgressColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("", total=1.0)
+        yield lambda name, part: bars.update(task, description=name, completed=part)
+
+
+def recovered(image: Path) -> None:
+    """Before an image is worked on: finish or undo what was interrupted on it, and say so."""
+    from imgtool.image.recovery import recover
+
+    line = recover(image)
+    if line:
+        render.message("note", line)
+
+
+def carry_out(make: Callable[[], Plan], *images: Path, dry_run: bool) -> None:
+    """Make a plan, show it, and unless `dry_run` do it; of `images` first settle what is open."""
+    if not dry_run:
+        for image in images:
+            recovered(image)
+    plan = make()
+    for line in plan.lines:
+        render.message("would" if dry_run else "to do", line)
+    if dry_run:
+        return
+    with _bar() as on_step:
+        work = plan.run(on_step, warning)
+    took = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in work.seconds.items())
+    render.message("done", took or "nothing was left to do")

@@ -1,0 +1,65 @@
+"""Whether a disk can be cut: what of the guest lies beyond a place on it."""
+
+from __future__ import annotations
+
+import json
+
+from imgtool.errors import RefusedError
+from imgtool.guest.partitions import partitions_of
+from imgtool.image.chain import Chain
+from imgtool.image.nbd import serve
+from imgtool.image.places import printable
+from imgtool.process import Limits, run
+
+_PIECE = 1 << 20
+
+
+def refuse_to_cut(chain: Chain, size: int) -> None:
+    """Raise `RefusedError` unless a disk of `size` bytes holds all that is on it.
+
+    That is proved where every partition ends before, and all that lies beyond reads as zeros; of a
+    disk without partitions it cannot be.
+    """
+    name = printable(chain.active.path)
+    rows = [row for row in partitions_of(chain).partitions if row.number is not None]
+    if not rows and _holds_data(chain, 0):
+        raise RefusedError(
+            "it has no partition table, so nothing tells where its content ends",
+            subject=name,
+            hint="make its filesystem smaller first, then add --force",
+        )
+    beyond = [row for row in rows if row.start + row.size > size]
+    if beyond:
+        last = max(row.start + row.size for row in rows)
+        raise RefusedError(
+            f"partition {beyond[0].number} would be cut: the last one ends at byte {last}",
+            subject=name,
+            hint=f"not below {last} bytes; or make the partition smaller in the guest first",
+        )
+    if _holds_data(chain, size):
+        gpt = any(row.table == "gpt" for row in rows)
+        raise RefusedError(
+            f"beyond byte {size} lies something that is not zeros"
+            + (": of a GPT, the second copy lies at the end of the disk" if gpt else ""),
+            subject=name,
+            hint="if it is worth nothing, add --force"
+            + (" and mend the table afterwards: sgdisk --move-second-header" if gpt else ""),
+        )
+
+
+def _holds_data(chain: Chain, start: int) -> bool:
+    """Whether anything but zeros is on the disk from `start` on."""
+    done = run(
+        ["qemu-img", "map", "-U", "--output=json", f"--start-offset={start}", chain.filename()],
+        limits=Limits(memory=4 << 30),
+    )
+    extents = [row for row in json.loads(done.stdout) if not row["zero"]]
+    if not extents:
+        return False
+    with serve(chain) as server:
+        for extent in extents:
+            end = extent["start"] + extent["length"]
+            for at in range(max(extent["start"], start), end, _PIECE):
+                if server.read(at, min(_PIECE, end - at)).strip(b"\0"):
+                    return True
+    return False

@@ -1,0 +1,139 @@
+"""Give back the space of an image's file that holds nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from imgtool.errors import ImageError, ImgtoolError
+from imgtool.image import qcow2
+from imgtool.image.chain import Chain, open_chain
+from imgtool.image.checking import check_metadata
+from imgtool.image.guards import refuse_if_not_writable, refuse_if_too_little_space
+from imgtool.image.host_file import open_host_file
+from imgtool.image.info import probe
+from imgtool.image.locks import refuse_if_in_use
+from imgtool.image.overlays import backing_name, convert
+from imgtool.image.places import printable
+from imgtool.image.qcow2_refcounts import used_ranges
+from imgtool.image.qemu_img import OnPart
+from imgtool.image.record import temporary_path
+from imgtool.image.work import Plan, Work, replace
+
+_PIECE = 64 << 10  # what reads as zeros becomes a hole, this much at a time
+
+
+def plan_compact(
+    path: Path,
+    *,
+    format: str | None = None,
+    force: bool = False,
+    backing_dirs: Sequence[str | Path] = (),
+) -> Plan:
+    """Write the image into a new file without what holds nothing, prove it, and swap it in.
+
+    Zeros become holes. An image with internal snapshots keeps them: then only clusters that
+    nothing uses any more become holes. Raises `ImageError` for other formats than raw and qcow2.
+    """
+    chain = open_chain(path, format=format, backing_dirs=backing_dirs)
+    active = chain.active
+    if active.format not in ("raw", "qcow2") or active.data_path is not None:
+        raise ImageError(
+            "only raw and qcow2 images in one file can be made smaller",
+            subject=printable(path),
+            hint="imgtool convert makes a qcow2 image of it",
+        )
+    if active.driver != "file":
+        raise ImageError("a block device cannot be made smaller", subject=printable(path))
+    refuse_if_in_use(chain)
+    refuse_if_not_writable(path)
+    space = active.actual_size + (1 << 20)
+    refuse_if_too_little_space(path.resolve().parent, space, force=force)
+    temporary = temporary_path(path)
+    keeps = bool(active.snapshots)
+    lines = (
+        f"copy what is in use of {printable(path)} into a new file (up to {space} bytes)"
+        + (f", its {len(active.snapshots)} snapshots with it" if keeps else ""),
+        "prove that it has the same content",
+        f"put it in the place of {printable(path)}",
+    )
+
+    def do(work: Work) -> None:
+        if keeps:
+            _copy_used(work, path, temporary)
+        elif active.format == "raw":
+            words: list[str | Path] = ["convert", "-q", "-O", "raw", chain.filename(), temporary]
+            work.qemu_img("compact", words, path)
+        else:
+            options = []
+            if len(chain.links) > 1:
+                below = chain.links[1]
+                options = ["-B", backing_name(below.path, temporary), "-F", below.format]
+            convert(work, "compact", chain, temporary, *options)
+        new = Chain((probe(temporary, format=active.format), *chain.links[1:]))
+        what = "the new file does not have the same content"
+        work.prove_same(chain.filename(), new.filename(), what, path)
+        replace(temporary, path)
+
+    return Plan(
+        "compact",
+        path.absolute(),
+        lines,
+        do,
+        space=space,
+        facts={"temporary": str(temporary)},
+    )
+
+
+def _copy_used(work: Work, path: Path, temporary: Path) -> None:
+    """Copy the clusters that are in use to where they were, and prove that they arrived."""
+    with open_host_file(path) as old, temporary.open("x+b") as new:
+        header = qcow2.read_header(old)
+        if header is None:
+            raise ImageError("its header cannot be read", subject=printable(path))
+        ranges = list(used_ranges(old, header))
+        with work.step("compact") as on_part:
+            os.truncate(new.fileno(), old.seek(0, os.SEEK_END))
+            _copy(old, new, ranges, on_part)
+        with work.step("proof") as on_part:
+            same = _same(old, new, ranges, on_part)
+    if not same or not check_metadata(probe(temporary, format="qcow2")).sound:
+        raise ImgtoolError("the proof failed: the copy differs", subject=printable(path))
+
+
+def _pieces(ranges: Sequence[tuple[int, int]], on_part: OnPart | None) -> Sequence[tuple[int, int]]:
+    pieces = [
+        (at, min(_PIECE, start + length - at))
+        for start, length in ranges
+        for at in range(start, start + length, _PIECE)
+    ]
+    if on_part is not None:
+        on_part(0.0)
+    return pieces
+
+
+def _copy(
+    old: BinaryIO, new: BinaryIO, ranges: Sequence[tuple[int, int]], on_part: OnPart | None
+) -> None:
+    pieces = _pieces(ranges, on_part)
+    for number, (at, length) in enumerate(pieces, 1):
+        content = os.pread(old.fileno(), length, at)
+        # A cluster of zeros is in use as well, and need not take space.
+        if content.strip(b"\0"):
+            os.pwrite(new.fileno(), content, at)
+        if on_part is not None:
+            on_part(number / len(pieces))
+
+
+def _same(
+    old: BinaryIO, new: BinaryIO, ranges: Sequence[tuple[int, int]], on_part: OnPart | None
+) -> bool:
+    pieces = _pieces(ranges, on_part)
+    for number, (at, length) in enumerate(pieces, 1):
+        if os.pread(old.fileno(), length, at) != os.pread(new.fileno(), length, at):
+            return False
+        if on_part is not None:
+            on_part(number / len(pieces))
+    return True

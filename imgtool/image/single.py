@@ -1,0 +1,167 @@
+"""Single images: made, converted, resized, checked and mended."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from imgtool.errors import ImageError, RefusedError, UsageError
+from imgtool.image.chain import Chain, open_chain
+from imgtool.image.checking import check_metadata
+from imgtool.image.guards import refuse_existing, refuse_if_too_little_space, refuse_to_write
+from imgtool.image.info import probe
+from imgtool.image.places import printable
+from imgtool.image.record import temporary_path
+from imgtool.image.work import Plan, Work, put_in_place
+
+Dirs = Sequence[str | Path]
+
+_SIZE = re.compile(r"(?P<sign>[+-]?)(?P<number>[0-9]+(?:\.[0-9]+)?)(?P<unit>[KMGTPE]?)(?:iB|B)?")
+_SECTOR = 512
+_LARGEST = 1 << 62
+# Written by QEMU as well as read.
+MADE = ("raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx")
+
+
+def parse_size(text: str, now: int = 0) -> int:
+    """`20G`, `512M`, `+1G`, `-1G` in bytes; units are powers of 1024. Raises `UsageError`."""
+    matched = _SIZE.fullmatch(text.strip())
+    if not matched:
+        raise UsageError("not a size", subject=printable(text), hint="such as 20G, 512M or +1G")
+    amount = int(float(matched["number"]) * 1024 ** " KMGTPE".index(matched["unit"] or " "))
+    size = {"": amount, "+": now + amount, "-": now - amount}[matched["sign"]]
+    if not 0 < size <= _LARGEST:
+        raise UsageError("not a size that an image can have", subject=printable(text))
+    return -(-size // _SECTOR) * _SECTOR
+
+
+def plan_new(path: Path, size: int, *, format: str = "qcow2") -> Plan:
+    """An empty image of `size` bytes."""
+    if format not in MADE:
+        raise UsageError(f"no image of format '{printable(format)}' can be made: {', '.join(MADE)}")
+    refuse_existing(path)
+    temporary = temporary_path(path)
+
+    def do(work: Work) -> None:
+        words: list[str | Path] = ["create", "-q", "-f", format, temporary, str(size)]
+        work.qemu_img("create", words, path)
+        put_in_place(temporary, path)
+
+    lines = (f"create {printable(path)}, {format}, {size} bytes",)
+    return Plan("create", path.absolute(), lines, do, facts={"temporary": str(temporary)})
+
+
+def plan_convert(
+    path: Path,
+    new: Path,
+    *,
+    to: str = "qcow2",
+    compress: bool = False,
+    snapshot: str | None = None,
+    format: str | None = None,
+    force: bool = False,
+    backing_dirs: Dirs = (),
+) -> Plan:
+    """Copy an image, with all that it stands on, into a new one of the format `to`.
+
+    `snapshot` takes it as it was then. Internal snapshots are not copied.
+    """
+    if to not in MADE:
+        raise UsageError(f"no image of format '{printable(to)}' can be made: {', '.join(MADE)}")
+    if compress and to not in ("qcow2", "vmdk"):
+        raise UsageError(f"a {to} image cannot be compressed")
+    chain = open_chain(path, format=format, backing_dirs=backing_dirs)
+    refuse_existing(new)
+    space = min(sum(link.actual_size for link in chain.links), chain.active.virtual_size)
+    refuse_if_too_little_space(new.absolute().parent, space, force=force)
+    temporary = temporary_path(new)
+    words: list[str | Path] = ["convert", "-q", "-O", to]
+    if compress:
+        words.append("-c")
+    if snapshot is not None:
+        taken = chain.snapshot(snapshot)
+        words += ["-l", f"snapshot.id={taken.id.replace(',', ',,')}"]
+    lines = [f"copy {printable(path)} into {printable(new)} as {to} (up to {space} bytes)"]
+    if snapshot is None:
+        lines.append("prove that it has the same content")
+
+    def do(work: Work) -> None:
+        work.qemu_img("convert", [*words, chain.filename(), temporary], path)
+        if snapshot is None:
+            made = Chain((probe(temporary, format=to),)).filename()
+            work.prove_same(chain.filename(), made, "the new image has another content", path)
+        put_in_place(temporary, new)
+
+    return Plan(
+        "convert",
+        new.absolute(),
+        tuple(lines),
+        do,
+        space=space,
+        facts={"temporary": str(temporary)},
+    )
+
+
+def plan_resize(
+    path: Path,
+    size: str,
+    *,
+    refuse_to_cut: Callable[[Chain, int], None],
+    format: str | None = None,
+    force: bool = False,
+    backing_dirs: Dirs = (),
+) -> Plan:
+    """Give the disk another size; it grows freely.
+
+    `refuse_to_cut` is called before it shrinks and raises `RefusedError` if something lies beyond.
+    """
+    chain = open_chain(path, format=format, backing_dirs=backing_dirs)
+    active = chain.active
+    if active.format not in ("raw", "qcow2"):
+        raise ImageError(
+            f"a {active.format} image cannot be resized",
+            subject=printable(path),
+            hint="imgtool convert makes a qcow2 image of it",
+        )
+    wanted = parse_size(size, active.virtual_size)
+    refuse_to_write(chain, backing_dirs, force=force)
+    shrinks = wanted < active.virtual_size
+    if shrinks and not force:
+        refuse_to_cut(chain, wanted)
+    lines = (f"make the disk in {printable(path)} {wanted} bytes instead of {active.virtual_size}",)
+    words: list[str | Path] = ["resize", "-q", "-f", active.format]
+    if shrinks:
+        words.append("--shrink")
+
+    def do(work: Work) -> None:
+        if wanted != active.virtual_size:
+            work.qemu_img("resize", [*words, path, str(wanted)], path)
+
+    return Plan("resize", path.absolute(), lines, do)
+
+
+def plan_repair(
+    path: Path,
+    what: Literal["leaks", "all"],
+    *,
+    format: str | None = None,
+    backing_dirs: Dirs = (),
+) -> Plan:
+    """Have QEMU mend the image's tables: lost space alone, or all that is wrong with them."""
+    chain = open_chain(path, format=format, backing_dirs=backing_dirs)
+    refuse_to_write(chain, backing_dirs, force=True)
+
+    def do(work: Work) -> None:
+        with work.step("repair"):
+            result = check_metadata(chain.active, repair=what)
+        if not result.sound:
+            raise RefusedError(
+                f"{result.corruptions} entries of its tables are wrong still",
+                subject=printable(path),
+                hint="imgtool check --repair all, on a copy",
+            )
+
+    lines = (f"mend the tables of {printable(path)} ({what})",)
+    return Plan("repair", path.absolute(), lines, do)

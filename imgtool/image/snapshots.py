@@ -1,0 +1,162 @@
+"""Internal snapshots of a qcow2 image: made, gone back to, deleted."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+from imgtool.errors import ImageError, NotInGuestError, RefusedError, UsageError
+from imgtool.image import qcow2
+from imgtool.image.chain import Chain, open_chain
+from imgtool.image.guards import refuse_to_write
+from imgtool.image.host_file import open_host_file
+from imgtool.image.info import Snapshot
+from imgtool.image.places import printable
+from imgtool.image.qcow2_refcounts import used_ranges
+from imgtool.image.qcow2_snapshots import read_snapshots, same_as_active
+from imgtool.image.work import Plan, Work
+
+Dirs = Sequence[str | Path]
+_LONGEST_NAME = 255  # bytes, what QEMU keeps of a name
+
+
+def with_snapshots(path: Path, *, format: str | None = None, backing_dirs: Dirs = ()) -> Chain:
+    """The chain of an image that can have internal snapshots; `ImageError` if it cannot."""
+    chain = open_chain(path, format=format, backing_dirs=backing_dirs)
+    if chain.active.format != "qcow2":
+        raise ImageError(
+            f"a {chain.active.format} image cannot have internal snapshots",
+            subject=printable(path),
+            hint="make an overlay on it (imgtool overlay create), or convert it to qcow2",
+        )
+    return chain
+
+
+def present_in(chain: Chain) -> Snapshot | None:
+    """The internal snapshot that holds the present state, made of the same clusters; or None."""
+    path = chain.active.path
+    with open_host_file(path) as file:
+        header = qcow2.read_header(file)
+        rows = read_snapshots(file, header) if header else None
+        for row in rows or ():
+            if header and same_as_active(file, header, row):
+                return chain.snapshot(row.id.decode(errors="replace"))
+    return None
+
+
+def _check_name(chain: Chain, name: str) -> None:
+    if not name or len(name.encode()) > _LONGEST_NAME or "\0" in name:
+        raise UsageError(
+            f"a name of a snapshot has 1 to {_LONGEST_NAME} bytes", subject=printable(name)
+        )
+    if any(name in (snapshot.name, snapshot.id) for snapshot in chain.active.snapshots):
+        raise RefusedError(
+            f"it has a snapshot '{printable(name)}' already",
+            subject=printable(chain.active.path),
+            hint="choose another name, or delete that one first",
+        )
+
+
+def plan_create(path: Path, name: str, *, backing_dirs: Dirs = ()) -> Plan:
+    """Keep the present state under a name."""
+    chain = with_snapshots(path, backing_dirs=backing_dirs)
+    refuse_to_write(chain, backing_dirs, force=True)  # what stands on it sees no change
+    _check_name(chain, name)
+
+    def do(work: Work) -> None:
+        work.qemu_img("create", ["snapshot", "-q", "-c", name, path], path)
+
+    lines = (f"keep the present state of {printable(path)} as '{printable(name)}'",)
+    return Plan("snapshot create", path.absolute(), lines, do)
+
+
+def plan_delete(path: Path, name: str, *, backing_dirs: Dirs = ()) -> Plan:
+    """Forget an internal snapshot. The file does not shrink; its space is used again."""
+    chain = with_snapshots(path, backing_dirs=backing_dirs)
+    refuse_to_write(chain, backing_dirs, force=True)
+    snapshot = chain.snapshot(name)
+
+    def do(work: Work) -> None:
+        work.qemu_img("delete", ["snapshot", "-q", "-d", _for_delete(chain, snapshot), path], path)
+
+    lines = (f"delete the snapshot '{printable(snapshot.name)}' of {printable(path)}",)
+    return Plan("snapshot delete", path.absolute(), lines, do)
+
+
+def plan_revert(
+    path: Path,
+    name: str,
+    *,
+    discard: bool = False,
+    save_as: str | None = None,
+    force: bool = False,
+    backing_dirs: Dirs = (),
+) -> Plan:
+    """Go back to an internal snapshot.
+
+    Raises `RefusedError` where the present state is in no snapshot and would be lost, unless
+    `discard`, or `save_as` keeps it under a name first; and where overlays stand on the image.
+    """
+    if discard and save_as is not None:
+        raise UsageError("--discard and --save-as contradict each other")
+    chain = with_snapshots(path, backing_dirs=backing_dirs)
+    refuse_to_write(chain, backing_dirs, force=force)
+    snapshot = chain.snapshot(name)
+    if save_as is not None:
+        _check_name(chain, save_as)
+    elif not discard and present_in(chain) is None:
+        raise RefusedError(
+            "the present state is in no snapshot and would be lost",
+            subject=printable(path),
+            hint="keep it with --save-as NAME, or give it up with --discard",
+        )
+    # Until the revert is complete the present state is kept in any case: it can be undone.
+    saved = save_as or f"imgtool-before-revert-{secrets.token_hex(4)}"
+    lines = [f"make '{printable(snapshot.name)}' the present state of {printable(path)}"]
+    if save_as is not None:
+        lines.insert(0, f"keep the present state as '{printable(save_as)}'")
+    argument = _for_revert(snapshot)
+
+    def do(work: Work) -> None:
+        work.qemu_img("save", ["snapshot", "-q", "-c", saved, path], path)
+        work.record.note(step="apply")
+        work.qemu_img("revert", ["snapshot", "-q", "-a", argument, path], path)
+        if save_as is None:
+            work.qemu_img("tidy up", ["snapshot", "-q", "-d", saved, path], path)
+
+    return Plan(
+        "revert",
+        path.absolute(),
+        tuple(lines),
+        do,
+        facts={"to": argument, "saved": saved, "temporary": save_as is None},
+    )
+
+
+def _for_revert(snapshot: Snapshot) -> str:
+    """How qemu-img is told to go back to this very snapshot: it looks for ids first, then names."""
+    return snapshot.id
+
+
+def _for_delete(chain: Chain, snapshot: Snapshot) -> str:
+    """How qemu-img is told to delete this very snapshot: it looks for names alone."""
+    same = [other for other in chain.active.snapshots if other.name == snapshot.name]
+    if same[0] is not snapshot:
+        raise NotInGuestError(
+            f"several snapshots are called '{printable(snapshot.name)}', and QEMU deletes the"
+            f" first of them, with id {same[0].id}",
+            subject=printable(chain.active.path),
+            hint=f"delete {same[0].id} first",
+        )
+    return snapshot.name
+
+
+def space_to_give_back(path: Path) -> int:
+    """How many bytes of an image's file hold nothing: about what `compact` gives back."""
+    with open_host_file(path) as file:
+        header = qcow2.read_header(file)
+        if header is None:
+            return 0
+        used = sum(length for _, length in used_ranges(file, header))
+    return max(path.stat().st_blocks * 512 - used, 0)
