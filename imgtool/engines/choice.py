@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import BinaryIO, TypeVar
 
@@ -12,7 +12,7 @@ from imgtool import interrupt
 from imgtool.engines.direct.client import WorkerFailed
 from imgtool.engines.direct.filesystem import NeedsAppliance
 from imgtool.errors import EngineError, ImageError, ImgtoolError, Interrupted
-from imgtool.guest.guest import Guest, OnProblem
+from imgtool.guest.guest import Guest, OnProblem, Stretches
 from imgtool.guest.model import Device, Entry, Layout, OperatingSystem, SpaceUsage
 
 log = logging.getLogger(__name__)
@@ -137,6 +137,29 @@ class ChosenGuest(Guest):
         """Everything below a directory: parents first, siblings sorted by name as bytes."""
         return self._listed(
             lambda guest: guest.walk(path, checksum=checksum, on_problem=on_problem)
+        )
+
+    def unshown(self) -> Mapping[str, str]:
+        """The mount points whose filesystems could not be mounted, and why."""
+        return self._guest.unshown()
+
+    def written(self, links: Sequence[int | None]) -> Stretches:
+        """Which stretches of each disk come from the topmost `links` of its chain."""
+        return self._asked(lambda guest: guest.written(links))
+
+    def walk_unshared(
+        self,
+        path: str | bytes,
+        *,
+        checksum: str,
+        written: Stretches,
+        on_problem: OnProblem | None = None,
+    ) -> Iterator[Entry]:
+        """`walk` with checksums, but not of files whose data are all outside `written`."""
+        return self._listed(
+            lambda guest: guest.walk_unshared(
+                path, checksum=checksum, written=written, on_problem=on_problem
+            )
         )
 
     def checksum(self, kind: str, path: str | bytes) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -22,6 +22,9 @@ from imgtool.guest.paths import guest_path
 OnProblem = Callable[[bytes, str], None]
 # Called with bytes done and bytes in all (0 where it is not known).
 OnProgress = Callable[[int, int], None]
+
+# Of each disk the stretches (start, end) in bytes, ascending; None where nothing is known.
+Stretches = Sequence[Sequence[tuple[int, int]] | None]
 
 CHECKSUMS = ("md5", "sha1", "sha256")
 
@@ -50,6 +53,13 @@ class Guest(ABC):
 
     def __init__(self) -> None:
         self._owners: Owners | None = None
+        self._unshown: dict[str, str] = {}
+
+    def unshown(self) -> Mapping[str, str]:
+        """The mount points whose filesystems could not be mounted, and why; known once a path was
+        looked up.
+        """
+        return self._unshown
 
     @property
     @abstractmethod
@@ -83,6 +93,28 @@ class Guest(ABC):
 
         Without `on_problem` the first unreadable entry raises; with it the walk goes on.
         """
+
+    def written(self, links: Sequence[int | None]) -> Stretches:
+        """Which stretches of each disk come from the topmost `links` of its chain.
+
+        None stands for all of a disk: for `links` of None, or where the engine cannot tell.
+        """
+        return [None for _ in links]
+
+    def walk_unshared(
+        self,
+        path: str | bytes,
+        *,
+        checksum: str,
+        written: Stretches,
+        on_problem: OnProblem | None = None,
+    ) -> Iterator[Entry]:
+        """`walk` with checksums, but not of files whose data are all outside `written`.
+
+        As far as the engine can tell: these have a `place` instead, the same one if their data are
+        the same stretches of the disks.
+        """
+        return self.walk(path, checksum=checksum, on_problem=on_problem)
 
     @abstractmethod
     def checksum(self, kind: str, path: str | bytes) -> str:

@@ -24,7 +24,8 @@ FILE_TYPES = {
 class Entry:
     """One name in a guest: what `lstat` says of it, its target, and its checksum if asked for.
 
-    `mode` is the whole `st_mode`; `blocks` counts 512-byte units really allocated.
+    `mode` is the whole `st_mode`; `blocks` counts 512-byte units really allocated. `place` stands
+    for where a file's data are on the disks, where that was asked for (`Guest.walk_unshared`).
     """
 
     path: bytes
@@ -40,6 +41,7 @@ class Entry:
     rdev: int = 0
     target: bytes | None = None
     checksum: str | None = None
+    place: str | None = None
 
     @property
     def type(self) -> str:

@@ -31,6 +31,8 @@ _LONGEST_LINE = 4096
 _PIPE = 1 << 20
 _MOST_PASSED = 256 << 20  # bytes of an answer that was stopped
 _MOST_ALIVE = 1 << 16  # signs of life for one answer: 16 TiB of a file that is summed
+# What is in no path: a NUL, and components that are empty, `.` or `..`
+_ODD = re.compile(rb"\0|/(?:\.\.?)?(?:/|\Z)")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -290,17 +292,15 @@ def block(row: Any) -> Block:
 def real_path(value: object) -> bytes:
     """An absolute path without odd components."""
     raw = protocol.name(value)
-    parts = raw.split(b"/")[1:]
-    if not raw.startswith(b"/") or b"\0" in raw:
-        raise protocol.BadMessage("no path")
-    if raw != b"/" and any(part in (b"", b".", b"..") for part in parts):
+    if not raw.startswith(b"/") or (raw != b"/" and _ODD.search(raw)):
         raise protocol.BadMessage("no path")
     return raw
 
 
 def entry(row: Any) -> Entry:
     """An entry as the worker tells of it."""
-    path, mount, inode, mode, uid, gid, size, mtime, blocks, nlink, rdev, target, checksum = row
+    path, mount, inode, mode, uid, gid, size, mtime, *others = row
+    blocks, nlink, rdev, target, checksum, place = others
     if target is not None and "\0" in target:
         raise protocol.BadMessage("no target")
     return Entry(
@@ -317,6 +317,7 @@ def entry(row: Any) -> Entry:
         rdev=whole(rdev, most=(1 << 64) - 1),
         target=None if target is None else protocol.name(target),
         checksum=None if checksum is None else digest(checksum),
+        place=None if place is None else digest(place),
     )
 
 

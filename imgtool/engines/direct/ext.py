@@ -163,6 +163,14 @@ class ExtFilesystem(Filesystem):
             found.append((start, end - start))
         return found
 
+    def runs(self, inode: int) -> Sequence[tuple[int, int, int]] | None:
+        """Where a regular file's data are on the volume; None if a part of its map is damaged."""
+        size = self._super.block_size
+        mapping = self._mapping(self._regular(inode))
+        if any(run.physical == DAMAGED for run in mapping):
+            return None
+        return [(run.logical * size, run.physical * size, run.length * size) for run in mapping]
+
     def usage(self) -> Usage:
         """statfs, from the free counts of all groups; the journal counts as overhead."""
         superblock = self._super

@@ -99,6 +99,12 @@ class Filesystem(ABC):
         Holes and unwritten extents are left out.
         """
 
+    def runs(self, inode: int) -> Sequence[tuple[int, int, int]] | None:
+        """Where a regular file's data are: offset in the file, offset on the volume, and length in
+        bytes, ascending; all else of it is zeros. None where the reader cannot tell.
+        """
+        return None
+
     @abstractmethod
     def usage(self) -> Usage:
         """The numbers of statvfs as the kernel computes them; `NeedsAppliance` if not certain."""

@@ -9,7 +9,7 @@ import itertools
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, BinaryIO, cast
@@ -22,7 +22,7 @@ from imgtool.engines.direct.filesystem import NeedsAppliance
 from imgtool.engines.direct.volumes_client import WorkerVolume, WorkerVolumes
 from imgtool.errors import EngineError, ImgtoolError, NotInGuestError, UsageError
 from imgtool.guest.blocks import BIOS_BOOT, Block
-from imgtool.guest.guest import CHECKSUMS, Guest, OnProblem
+from imgtool.guest.guest import CHECKSUMS, Guest, OnProblem, Stretches
 from imgtool.guest.layout import CONTAINERS, discover, survey
 from imgtool.guest.model import Device, Entry, Layout, Mount, OperatingSystem, SpaceUsage
 from imgtool.image.places import printable
@@ -43,10 +43,12 @@ class DirectGuest(Guest):
         disks: Sequence[Sequence[str]],
         mounts: Sequence[Mount] = (),
         root: str | None = None,
+        replayed: Collection[int] = (),
         notice: Callable[[str], None],
     ) -> None:
         super().__init__()
         self._client = client
+        self._replayed = replayed
         self.image = image
         self._given = tuple(mounts)
         self._root = root
@@ -144,6 +146,7 @@ class DirectGuest(Guest):
                 line = f"the filesystem cannot be mounted: {printable(str(reason))}"
                 if self._given:
                     raise EngineError(line, subject=mount.source)
+                self._unshown[mount.mountpoint] = f"{line} ({mount.source})"
                 self._notice(f"{mount.mountpoint} is not shown: {line} ({mount.source})")
         self._mounted = True
 
@@ -191,10 +194,17 @@ class DirectGuest(Guest):
         return cast(Entry, self._client.checked(lambda: wire.entry(row)))
 
     def _listed(
-        self, path: str | bytes, deep: bool, checksum: str | None, on_problem: OnProblem | None
+        self,
+        path: str | bytes,
+        deep: bool,
+        checksum: str | None,
+        on_problem: OnProblem | None,
+        written: Stretches | None = None,
     ) -> Iterator[Entry]:
         at = self._at(path)
-        frames = self._client.payloads("walk", path=at, deep=deep, checksum=checksum)
+        frames = self._client.payloads(
+            "walk", path=at, deep=deep, checksum=checksum, written=written
+        )
         with self._about(at), spooled(self._client, frames) as rows:
             for row in rows:
                 if isinstance(row, list) and len(row) == 2:
@@ -219,6 +229,27 @@ class DirectGuest(Guest):
     ) -> Iterator[Entry]:
         """Everything below a directory: parents first, siblings sorted by name as bytes."""
         return self._listed(path, True, checksum, on_problem)
+
+    def written(self, links: Sequence[int | None]) -> Stretches:
+        """Which stretches of each disk come from the topmost `links` of its chain."""
+        above = [
+            # What was replayed is in an overlay on top of them.
+            None if number is None else number + (disk in self._replayed)
+            for disk, number in enumerate(links)
+        ]
+        rows = self._client.one("written", links=above)
+        return cast(Stretches, self._client.checked(lambda: _stretches(rows, len(links))))
+
+    def walk_unshared(
+        self,
+        path: str | bytes,
+        *,
+        checksum: str,
+        written: Stretches,
+        on_problem: OnProblem | None = None,
+    ) -> Iterator[Entry]:
+        """`walk` with checksums, but not of files whose data are all outside `written`."""
+        return self._listed(path, True, checksum, on_problem, written)
 
     def checksum(self, kind: str, path: str | bytes) -> str:
         """The md5, sha1 or sha256 of a regular file, in hexadecimal."""
@@ -398,6 +429,18 @@ def _numbers(row: Any, count: int) -> list[int]:
     if len(row) != count:
         raise protocol.BadMessage("more or fewer numbers than were asked for")
     return [wire.whole(number) for number in row]
+
+
+def _stretches(rows: Any, count: int) -> list[list[tuple[int, int]] | None]:
+    found: list[list[tuple[int, int]] | None] = []
+    for row in rows:
+        pairs: list[tuple[int, int]] = []
+        for start, end in (_numbers(pair, 2) for pair in row or ()):
+            pairs.append((wire.whole(start, least=pairs[-1][1] if pairs else 0, most=end), end))
+        found.append(None if row is None else pairs)
+    if len(found) != count:
+        raise protocol.BadMessage("more or fewer disks than were asked for")
+    return found
 
 
 def _excluded(top: str, pattern: bytes) -> bytes:

@@ -54,6 +54,7 @@ def open_direct(
                 disks=disks,
                 mounts=mounts,
                 root=root,
+                replayed=overlays,
                 notice=notice,
             )
 

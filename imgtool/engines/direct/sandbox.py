@@ -202,7 +202,7 @@ def server(
 
     An `overlay` of the images stands on the chain.
     """
-    argv = ["/usr/bin/qemu-nbd", "--read-only", "--persistent"]
+    argv = ["/usr/bin/qemu-nbd", "--read-only", "--persistent", "--allocation-depth"]
     if snapshot is not None:
         # By id, since a name can hold what a command line cannot.
         argv.append("--load-snapshot=snapshot.id=" + chain.snapshot(snapshot).id.replace(",", ",,"))

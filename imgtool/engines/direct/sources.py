@@ -16,6 +16,11 @@ _LARGEST_READ = 16 << 20
 # Metadata is read in small pieces that lie together: whole blocks are read and kept.
 _BLOCK = 128 << 10
 _KEPT_BLOCKS = 256
+# Of every stretch QEMU says in which link of the chain it is: 0 in none, 1 in the active image.
+# docs/interop/nbd.txt in QEMU
+_DEPTH = "qemu:allocation-depth"
+_ASKED = 1 << 30
+_LARGEST_MAPPED = 16 << 40
 
 
 class CannotOpen(Exception):
@@ -30,6 +35,7 @@ class Disk:
 
         self._error: type[Exception] = nbd.Error
         self._nbd: Any = nbd.NBD()
+        self._nbd.add_meta_context(_DEPTH)
         try:
             self._nbd.connect_systemd_socket_activation(list(argv))
         except nbd.Error as error:
@@ -58,6 +64,37 @@ class Disk:
             self._fetched(at, min(_LARGEST_READ, offset + length - at))
             for at in range(offset, offset + length, _LARGEST_READ)
         )
+
+    def written(self, links: int, most: int) -> list[tuple[int, int]] | None:
+        """The stretches (start, end) in bytes that come from the topmost `links` of the chain.
+
+        None if QEMU does not tell, or if there are more than `most`.
+        """
+        found: list[tuple[int, int]] = []
+        if not links:
+            return found
+        if self._size > _LARGEST_MAPPED or not self._nbd.can_meta_context(_DEPTH):
+            return None
+        at = 0
+
+        def take(context: str, offset: int, pairs: Sequence[int], error: object) -> int:
+            nonlocal at
+            for length, depth in zip(pairs[::2], pairs[1::2], strict=True):
+                if 0 < depth <= links:
+                    begin = found.pop()[0] if found and found[-1][1] == at else at
+                    found.append((begin, at + length))
+                at += length
+            return 0
+
+        while at < self._size:
+            asked = at
+            try:
+                self._nbd.block_status(min(_ASKED, self._size - at), at, take)
+            except self._error:
+                return None
+            if at == asked or len(found) > most:
+                return None
+        return found
 
     def _block(self, number: int) -> bytes:
         kept = self._kept.get(number)

@@ -11,7 +11,7 @@ from imgtool.engines.direct import lvm
 from imgtool.engines.direct.ext_superblock import NeedsJournal
 from imgtool.engines.direct.filesystem import Filesystem, NeedsAppliance, ReadFailed, Source
 from imgtool.engines.direct.signatures import identify
-from imgtool.engines.direct.sources import Joined, Stretch
+from imgtool.engines.direct.sources import Disk, Joined, Stretch
 from imgtool.guest.blocks import Block, in_order
 from imgtool.guest.model import Partition
 from imgtool.guest.partition_table import Read, disk_name, examine
@@ -42,6 +42,7 @@ _ASSEMBLED = {
     "DM_integrity": "dm-integrity",
     "VDO": "VDO",
 }
+_MOST_STRETCHES = 100_000  # what fits in one frame
 _EXTENDED_SIZE = 1024  # what Linux gives an extended partition: room for a boot loader
 
 
@@ -63,7 +64,8 @@ class Place(NamedTuple):
 class Volumes:
     """What the disks of a guest hold."""
 
-    def __init__(self, disks: Sequence[Source]) -> None:
+    def __init__(self, disks: Sequence[Disk]) -> None:
+        self._disks = disks
         self._sources: dict[str, Source] = {}
         self._places: dict[str, tuple[Place, ...]] = {}
         self._groups: tuple[lvm.VolumeGroup, ...] = ()
@@ -150,6 +152,23 @@ class Volumes:
                     found.append((block.device, self._places[block.device]))
                 except NeedsAppliance:
                     continue
+        return found
+
+    def places(self, filesystem: Filesystem) -> tuple[Place, ...]:
+        """The stretches of disks that an open filesystem is on, one after the other."""
+        device = next(device for device, known in self._open.items() if known is filesystem)
+        return self._places[device]
+
+    def written(self, links: Sequence[int | None]) -> list[list[tuple[int, int]] | None]:
+        """Of each disk the stretches that come from the topmost `links` of its chain; None where
+        that is not known.
+        """
+        found = []
+        most = _MOST_STRETCHES
+        for disk, above in zip(self._disks, links, strict=True):
+            stretches = None if above is None else disk.written(above, most)
+            most -= len(stretches or ())
+            found.append(stretches)
         return found
 
     def filesystem(self, device: str) -> Filesystem:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from imgtool.engines.direct import protocol, seccomp
 from imgtool.engines.direct.filesystem import Filesystem, NeedsAppliance, ReadFailed
+from imgtool.engines.direct.shared import Shared
 from imgtool.engines.direct.sources import CannotOpen, Disk
 from imgtool.engines.direct.tree import Found, Missing, Tree
 from imgtool.engines.direct.tree_files import TreeFiles, pieces
@@ -104,16 +105,22 @@ class Worker:
         ]
         return {"blocks": blocks, "groups": groups}
 
-    def _filesystem(self, device: str) -> Filesystem:
+    @property
+    def _opened(self) -> Volumes:
         if self._volumes is None:
             raise Refused
-        return self._volumes.filesystem(device)
+        return self._volumes
+
+    def _filesystem(self, device: str) -> Filesystem:
+        return self._opened.filesystem(device)
 
     def do_journals(self) -> list[Any]:
         """Where the journals are that have to be replayed: device, and its stretches of disks."""
-        if self._volumes is None:
-            raise Refused
-        return self._volumes.journals()
+        return self._opened.journals()
+
+    def do_written(self, links: list[int | None]) -> list[Any]:
+        """Which stretches of the disks come from the topmost links of their chains."""
+        return self._opened.written(links)
 
     def do_look(self, device: str) -> None:
         """Mount one filesystem alone, to be looked into."""
@@ -172,10 +179,19 @@ class Worker:
 
     def do_lstat(self, path: str) -> list[Any]:
         """What lstat says of a path."""
-        return _row(self._mounted.lstat(protocol.name(path)), None)
+        return _row(self._mounted.lstat(protocol.name(path)))
 
-    def do_walk(self, path: str, deep: bool, checksum: str | None) -> None:
-        """What is in a directory, or everything below it: batches of rows and problems."""
+    def do_walk(
+        self,
+        path: str,
+        deep: bool,
+        checksum: str | None,
+        written: list[list[list[int]] | None] | None,
+    ) -> None:
+        """What is in a directory, or everything below it: batches of rows and problems.
+
+        A file that has nothing in the `written` stretches of the disks has its place, no checksum.
+        """
         raw = protocol.name(path)
         tree = self._mounted
         real, place = tree.resolve(raw)
@@ -191,17 +207,19 @@ class Worker:
             names += len(at)
             batch.append([protocol.text(at), reason])
 
+        shared = None if written is None else Shared(self._opened, tree, written)
         found = tree.walk if deep else tree.children
         for child in found(raw, place, problem):
-            summed = None
+            summed = at = None
             if checksum is not None and stat.S_ISREG(child.node.mode):
                 try:
-                    summed = self._sum(child, checksum)
+                    at = shared.place(child) if shared else None
+                    summed = self._sum(child, checksum) if at is None else None
                 except ReadFailed as error:
                     problem(child.path, str(error))
-            batch.append(_row(child, summed))
+            batch.append(_row(child, summed, at))
             names += len(child.path) + len(child.target or b"")
-            if len(batch) >= _BATCH or names >= _NAMES or checksum is not None:
+            if len(batch) >= _BATCH or names >= _NAMES or summed is not None:
                 self._json(batch)
                 self._out.flush()
                 batch.clear()
@@ -330,9 +348,9 @@ class Worker:
         self._data(held + bytes(2 * tarfile.BLOCKSIZE))
 
 
-def _row(found: Found, checksum: str | None) -> list[Any]:
+def _row(found: Found, checksum: str | None = None, at: str | None = None) -> list[Any]:
     target = None if found.target is None else protocol.text(found.target)
-    return [protocol.text(found.path), found.place.mount, *found.node, target, checksum]
+    return [protocol.text(found.path), found.place.mount, *found.node, target, checksum, at]
 
 
 _TAR_TYPES = {

@@ -165,6 +165,15 @@ class XfsFilesystem(Filesystem):
             found.append((begin, end - begin))
         return found
 
+    def runs(self, inode: int) -> Sequence[tuple[int, int, int]]:
+        file = self._of_kind(inode, stat.S_IFREG, "regular file")
+        size = self._superblock.block_size
+        return [
+            (extent.offset * size, extent.start, extent.blocks * size)
+            for extent in self._extents(file)
+            if not extent.unwritten
+        ]
+
     def usage(self) -> Usage:
         return self._superblock.usage()
 

@@ -170,6 +170,7 @@ class LibguestfsGuest(Guest):
             except EngineError as error:
                 if mount.mountpoint == "/" or self._given:
                     raise
+                self._unshown[mount.mountpoint] = str(error)
                 self._notice(f"{mount.mountpoint} is not shown: {error}")
         log.info("layout: mounted in %.1f s", time.monotonic() - started)
         self._mounted = True
