@@ -1,0 +1,269 @@
+"""`diff`."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from imgtool.cli import completing, options, render
+from imgtool.cli.options import Output
+from imgtool.cli.session import Failures, Request
+from imgtool.errors import ExitStatus, UsageError
+
+if TYPE_CHECKING:
+    from imgtool.compare.differences import Difference
+    from imgtool.compare.points import Point
+    from imgtool.guest.model import Entry
+
+_OF_EACH = ("type", "mode", "uid", "gid", "size", "mtime", "target", "rdev", "checksum")
+FIELDS = ("change", "path", "fields", *(f"{name}_{side}" for name in _OF_EACH for side in "ab"))
+
+
+def _device(entry: Entry) -> str | None:
+    if entry.type not in ("char", "block"):
+        return None
+    return f"{os.major(entry.rdev)},{os.minor(entry.rdev)}"
+
+
+def _side(entry: Entry | None, side: str) -> dict[str, Any]:
+    """One side of a row; every field None where the path is not there."""
+    if entry is None:
+        return {f"{name}_{side}": None for name in _OF_EACH}
+    target = f"target_{side}"
+    values = {
+        "type": entry.type,
+        "mode": f"{stat.S_IMODE(entry.mode):04o}",
+        "uid": entry.uid,
+        "gid": entry.gid,
+        "size": entry.size,
+        "mtime": render.timestamp(entry.mtime_ns),
+        "target": None,
+        "rdev": _device(entry),
+        "checksum": entry.checksum,
+    }
+    row = {f"{name}_{side}": value for name, value in values.items()}
+    return row if entry.target is None else {**row, **render.named(target, entry.target)}
+
+
+def row(difference: Difference) -> dict[str, Any]:
+    """The row of a difference for JSON and CSV: `_a` is what was before, `_b` what is after."""
+    sides = {**_side(difference.before, "a"), **_side(difference.after, "b")}
+    return {
+        "change": difference.change,
+        **render.named("path", difference.path),
+        "fields": list(difference.fields),
+        **{name: sides.pop(name) for name in FIELDS if name in sides},
+        **sides,  # names that are not UTF-8
+    }
+
+
+def _moments(before: Entry, after: Entry) -> tuple[str, str]:
+    """Both times, as exactly as it takes to tell them apart."""
+    one, other = (render.timestamp(entry.mtime_ns) for entry in (before, after))
+    if one[:19] != other[:19]:
+        return one[:19].replace("T", " "), other[:19].replace("T", " ")
+    return one[:-1].replace("T", " "), other[:-1].replace("T", " ")
+
+
+def _value(entry: Entry, field: str, human: bool) -> str:
+    if field == "mode":
+        return f"{stat.S_IMODE(entry.mode):04o}"
+    if field == "size":
+        return render.human(entry.size) if human else str(entry.size)
+    if field == "target":
+        return render.escaped(entry.target or b"")
+    if field == "rdev":
+        return str(_device(entry))
+    return str(getattr(entry, field))
+
+
+def _details(difference: Difference, human: bool) -> str:
+    before, after = difference.before, difference.after
+    if before is None or after is None:
+        entry = difference.entry
+        size = f" size {_value(entry, 'size', human)}" if entry.type == "file" else ""
+        target = f" -> {render.escaped(entry.target)}" if entry.target is not None else ""
+        summed = f" {entry.checksum}" if entry.checksum else ""
+        mode = _value(entry, "mode", human)
+        return f"{mode} {entry.uid}:{entry.gid}{size}{summed}{target}"
+    parts = []
+    for field in difference.fields:
+        if field == "content":
+            parts.append(field)
+            continue
+        if field == "mtime":
+            one, other = _moments(before, after)
+        else:
+            one, other = (_value(entry, field, human) for entry in (before, after))
+        parts.append(f"{field} {one} -> {other}")
+    return ", ".join(parts)
+
+
+def _line(difference: Difference, human: bool) -> str:
+    return (
+        f"{difference.change:<7}  {difference.entry.type:<9}  {render.escaped(difference.path)}"
+        f"  {_details(difference, human)}"
+    )
+
+
+def _write_text(text: bytes) -> None:
+    """A diff, byte for byte; on a terminal with nothing in it that steers one."""
+    sys.stdout.flush()
+    if sys.stdout.isatty():
+        for line in text.split(b"\n")[:-1]:
+            shown = (
+                render.plain(part.decode("utf-8", "surrogateescape")) for part in line.split(b"\t")
+            )
+            print("\t".join(shown))
+    else:
+        sys.stdout.buffer.write(text)
+        sys.stdout.buffer.flush()
+
+
+def diff(
+    image: Annotated[Path, typer.Argument(metavar="A", help="The image before.")],
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[B]", help="The image after; A itself if left out.")
+    ] = None,
+    path: Annotated[
+        str,
+        typer.Option(
+            "--path",
+            metavar="PATH",
+            help="Compare what is at this guest path and below.",
+            autocompletion=completing.guest_paths,
+        ),
+    ] = "/",
+    checksum: Annotated[
+        options.Checksum | None,
+        typer.Option("--checksum", help="Compare contents too; blocks in common are not read."),
+    ] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="A unified diff of each changed text file.")
+    ] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also sizes and times of directories.")
+    ] = False,
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help="Exit status 1 if there are differences.")
+    ] = False,
+    human: options.Human = False,
+    output: options.OutputOption = Output.table,
+    snapshot: Annotated[
+        str | None, typer.Option("--snapshot", metavar="NAME", help="A as at this snapshot.")
+    ] = None,
+    snapshot_b: Annotated[
+        str | None, typer.Option("--snapshot-b", metavar="NAME", help="B as at this snapshot.")
+    ] = None,
+    base: Annotated[
+        bool,
+        typer.Option("--against-base", help="Compare A with its backing image, which is before."),
+    ] = False,
+    add: Annotated[
+        list[Path] | None,
+        typer.Option("-a", "--add", metavar="IMAGE", help="A further disk of A."),
+    ] = None,
+    add_b: Annotated[
+        list[Path] | None, typer.Option("--add-b", metavar="IMAGE", help="A further disk of B.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", metavar="FMT", help="Take A as this format.")
+    ] = None,
+    format_b: Annotated[
+        str | None, typer.Option("--format-b", metavar="FMT", help="Take B as this format.")
+    ] = None,
+    mounts: options.Mounts = None,
+    root: options.Root = None,
+    key: options.Keys = None,
+    engine: options.EngineOption = options.Engine.auto,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> int:
+    """Compare the files of two guests, or of two points of one.
+
+    Of A and B; of A at --snapshot and at --snapshot-b, the one left out being now; or, with
+    --against-base, of the backing image of A and of A. Files of one size and time count as the
+    same without --checksum. A directory whose own size or time changed is listed with --all.
+    """
+    request = Request.of(locals())
+    if text and output is not Output.table:
+        raise UsageError("--text is a form of its own", hint="leave -o out")
+    before, after = _points(locals())
+    from imgtool.compare.comparing import compared, opened
+    from imgtool.compare.points import links_apart
+
+    failures = Failures(debug)
+
+    def problem(point: Point) -> Callable[[bytes, str], None]:
+        return lambda at, line: failures.problem(at, f"{point}: {line}")
+
+    with opened(_at(request, before).opened, _at(request, after).opened) as pair:
+        found = compared(
+            pair,
+            path,
+            checksum=checksum.value if checksum else None,
+            everything=everything,
+            links=links_apart(before, after) if checksum else None,
+            on_problem=(problem(before), problem(after)),
+        )
+        first = next(found, None)
+        every: Iterable[Difference] = () if first is None else itertools.chain([first], found)
+        if output is not Output.table:
+            render.emit(map(row, every), FIELDS, output)
+        else:
+            for difference in every:
+                print(_line(difference, human))
+                if text:
+                    with failures.caught():
+                        from imgtool.compare.text import text_difference
+
+                        _write_text(
+                            text_difference(
+                                pair.before, pair.after, difference, summed=checksum is not None
+                            )
+                        )
+    sys.stdout.flush()
+    failures.finish()
+    return ExitStatus.FAILED if exit_code and first is not None else ExitStatus.DONE
+
+
+def _points(given: dict[str, Any]) -> tuple[Point, Point]:
+    from imgtool.compare.points import Point, against_base, two_points
+
+    folders = tuple(given["backing_dir"] or ())
+    image, other = given["image"], given["other"]
+    snapshots = given["snapshot"], given["snapshot_b"]
+    before = Point(image, tuple(given["add"] or ()), given["format"], snapshots[0], folders)
+    if other is None and (given["add_b"] or given["format_b"]):
+        raise UsageError("--add-b and --format-b belong to a second image, and there is none")
+    if given["base"]:
+        if other is not None or any(name is not None for name in snapshots):
+            raise UsageError(
+                "--against-base compares one image as it is now with its backing image",
+                hint="leave out the second image and the snapshots",
+            )
+        return against_base(before)
+    after = None
+    if other is not None:
+        after = Point(other, tuple(given["add_b"] or ()), given["format_b"], None, folders)
+    return two_points(before, after, snapshot_after=snapshots[1])
+
+
+def _at(request: Request, point: Point) -> Request:
+    return dataclasses.replace(
+        request,
+        image=point.image,
+        add=point.add,
+        format=point.format,
+        snapshot=point.snapshot,
+        backing_dirs=point.backing_dirs,
+    )

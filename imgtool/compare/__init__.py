@@ -1,0 +1,1 @@
+"""Comparing two guests, or two points of one."""

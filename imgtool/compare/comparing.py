@@ -1,0 +1,240 @@
+"""`compared()`: from two points to the differences between their guests."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack
+from typing import TypeVar
+
+from imgtool.compare.differences import (
+    ADDED,
+    CHANGED,
+    REMOVED,
+    Difference,
+    Walk,
+    changed_fields,
+    merged,
+)
+from imgtool.errors import EngineError, NotInGuestError
+from imgtool.guest.guest import Guest, OnProblem, Stretches
+from imgtool.guest.model import Entry
+
+log = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
+Opener = Callable[[], AbstractContextManager[Guest]]
+Links = tuple[Sequence[int | None], Sequence[int | None]]
+
+
+class Pair:
+    """Two guests that are asked at the same time, each in a thread of its own.
+
+    The threads live as long as the guests: a program that was started dies with its thread.
+    """
+
+    def __init__(self, pools: Sequence[ThreadPoolExecutor]) -> None:
+        self._pools = pools
+        self.before: Guest
+        self.after: Guest
+
+    def both(
+        self, first: Callable[[], _Answer], second: Callable[[], _Answer]
+    ) -> tuple[_Answer, _Answer]:
+        """Two answers; the error of the first one that failed, once neither is under way."""
+        futures = [pool.submit(ask) for pool, ask in zip(self._pools, (first, second), strict=True)]
+        try:
+            return futures[0].result(), futures[1].result()
+        finally:
+            wait(futures)
+
+
+@contextlib.contextmanager
+def opened(before: Opener, after: Opener) -> Iterator[Pair]:
+    """Both guests, open; each opener is called in the thread of its side."""
+    with (
+        ThreadPoolExecutor(1) as first,
+        ThreadPoolExecutor(1) as second,
+        ExitStack() as one,
+        ExitStack() as other,
+    ):
+        pair = Pair((first, second))
+        pair.before, pair.after = pair.both(
+            lambda: one.enter_context(before()), lambda: other.enter_context(after())
+        )
+        yield pair
+
+
+def compared(
+    pair: Pair,
+    path: str | bytes = "/",
+    *,
+    checksum: str | None = None,
+    everything: bool = False,
+    links: Links | None = None,
+    on_problem: tuple[OnProblem, OnProblem],
+) -> Iterator[Difference]:
+    """The differences at a path and below it, in the order of a walk.
+
+    Files of one size and time are taken for the same unless a `checksum` (md5, sha1, sha256) is
+    to be compared too. `links` are those of each side's chains that the other one has not (see
+    `points.links_apart`): what comes from the others is not read. `on_problem` gets, for each
+    side, the paths that cannot be read: these are compared no further and in no difference.
+
+    Raises `NotInGuestError` if neither side has the path.
+    """
+    before, after = pair.before, pair.after
+    places = pair.both(lambda: _resolved(before, path), lambda: _resolved(after, path))
+    if places[0] is not None and places[0] == places[1]:
+        path = places[0]
+    tops = pair.both(lambda: _top(before, path), lambda: _top(after, path))
+    if tops[0] is None and tops[1] is None:
+        before.lstat(path)  # raises
+    walks = Walk(on_problem[0]), Walk(on_problem[1])
+    for guest, walk in zip((before, after), walks, strict=True):
+        for mountpoint, line in guest.unshown().items():
+            walk.hide(mountpoint.encode(), f"not compared: {line}")
+    written = None if checksum is None else _written(pair, links)
+    started = time.monotonic()
+
+    def begin(guest: Guest, walk: Walk, top: Entry | None) -> None:
+        walk.start(_entries(guest, walk.problem, top, checksum, written))
+
+    pair.both(
+        lambda: begin(before, walks[0], tops[0]),
+        lambda: begin(after, walks[1], tops[1]),
+    )
+    log.info("compared: both sides walked in %.3f s", time.monotonic() - started)
+    contents = _Contents(before, after, checksum, walks)
+    for one, other in merged(*walks):
+        if one is None or other is None:
+            yield Difference(
+                ADDED if one is None else REMOVED,
+                (),
+                one and contents.summed(before, one, walks[0]),
+                other and contents.summed(after, other, walks[1]),
+            )
+            continue
+        fields = changed_fields(one, other, everything=everything)
+        if not contents.same(one, other):
+            fields += ("content",)
+        if fields:
+            one, other = contents.both_summed(one, other)
+            yield Difference(CHANGED, fields, one, other)
+    log.info("content: %d files not read, since both sides share their blocks", contents.spared)
+
+
+def _top(guest: Guest, path: str | bytes) -> Entry | None:
+    try:
+        return guest.lstat(path)
+    except NotInGuestError:
+        return None
+
+
+def _resolved(guest: Guest, path: str | bytes) -> bytes | None:
+    try:
+        return guest.resolve(path)
+    except NotInGuestError:
+        return None
+
+
+def _entries(
+    guest: Guest,
+    problem: OnProblem,
+    top: Entry | None,
+    checksum: str | None,
+    written: Stretches | None,
+) -> Iterator[Entry]:
+    if top is None:
+        return iter(())
+    if top.type != "directory":
+        summed = checksum is not None and top.type == "file"
+        return iter([guest.summed(top, str(checksum), problem) if summed else top])
+    if checksum is not None and written is not None:
+        below = guest.walk_unshared(
+            top.path, checksum=checksum, written=written, on_problem=problem
+        )
+    else:
+        below = guest.walk(top.path, checksum=checksum, on_problem=problem)
+    # Its answer is begun here, in the thread of its side.
+    return itertools.chain([top], list(itertools.islice(below, 1)), below)
+
+
+def _written(pair: Pair, links: Links | None) -> Stretches | None:
+    """What either side has written above the links in common; None if they have nothing."""
+    if links is None or len(links[0]) != len(links[1]):
+        return None
+    if all(number is None for number in links[0]):
+        return None
+    started = time.monotonic()
+    one, other = pair.both(
+        lambda: pair.before.written(links[0]), lambda: pair.after.written(links[1])
+    )
+    found: list[Sequence[tuple[int, int]] | None] = []
+    for mine, theirs in zip(one, other, strict=True):
+        found.append(None if mine is None or theirs is None else _joined([*mine, *theirs]))
+    log.info(
+        "map: %d bytes differ in the chains, asked in %.3f s",
+        sum(end - start for row in found for start, end in row or ()),
+        time.monotonic() - started,
+    )
+    return None if all(row is None for row in found) else found
+
+
+def _joined(stretches: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for start, end in sorted(stretches):
+        if joined and joined[-1][1] >= start:
+            start, last = joined.pop()
+            end = max(end, last)
+        joined.append((start, end))
+    return joined
+
+
+class _Contents:
+    """What is known of the contents of files, from the walks and asked for besides."""
+
+    def __init__(
+        self, before: Guest, after: Guest, kind: str | None, walks: tuple[Walk, Walk]
+    ) -> None:
+        self._before = before
+        self._after = after
+        self._kind = kind
+        self._walks = walks
+        self.spared = 0
+
+    def same(self, one: Entry, other: Entry) -> bool:
+        """Whether the contents of a path are the same, as far as that is asked for and known."""
+        if self._kind is None or one.type != "file" or other.type != "file":
+            return True
+        if one.size != other.size:
+            return False
+        if one.place is not None and one.place == other.place:
+            self.spared += 1
+            return True
+        one, other = self.both_summed(one, other)
+        if one.checksum is None or other.checksum is None:
+            return True  # not known, which was said
+        return one.checksum == other.checksum
+
+    def both_summed(self, one: Entry, other: Entry) -> tuple[Entry, Entry]:
+        """Both entries with their checksums; what both have in one place is read once."""
+        first = self.summed(self._before, one, self._walks[0])
+        if one.place is not None and one.place == other.place and one.size == other.size:
+            return first, dataclasses.replace(other, checksum=first.checksum)
+        return first, self.summed(self._after, other, self._walks[1])
+
+    def summed(self, guest: Guest, entry: Entry, walk: Walk) -> Entry:
+        """The entry with its checksum, if one is asked for and was not tried already."""
+        if self._kind is None or entry.place is None or entry.checksum is not None:
+            return entry
+        try:
+            return dataclasses.replace(entry, checksum=guest.checksum(self._kind, entry.path))
+        except EngineError as error:
+            walk.say(entry.path, error.message)
+            return entry

@@ -1,0 +1,79 @@
+"""What scripts/bench measures of chains: points of one compared, against the virt tools."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from bench_cases import (
+    DIRECT,
+    IMGTOOL,
+    REPOSITORY,
+    CannotMeasure,
+    Case,
+    Command,
+    Peer,
+    Place,
+    finished,
+    image,
+    imgtool,
+    line,
+    put_overlay,
+    say,
+)
+
+# Files of the guest that an overlay changes.
+CHANGED = (
+    *("adduser.conf", "bash.bashrc", "bindresvport.blacklist", "debconf.conf", "deluser.conf"),
+    *("e2scrub.conf", "fstab", "gai.conf", "host.conf", "login.defs"),
+)
+
+
+def base(place: Place) -> str:
+    """What the image stands on, as a word of a command."""
+    return str(place.image.with_name("base.qcow2"))
+
+
+def make_changed(folder: Path) -> Path:
+    """An overlay on a copy of the guest, with ten files changed."""
+    say("changing ten files")
+    printed = finished([str(REPOSITORY / "scripts/make-guests"), "lvm.qcow2"])
+    below = shutil.copyfile(Path(printed.splitlines()[-1]) / "lvm.qcow2", folder / "base.qcow2")
+    overlay = folder / "overlay.qcow2"
+    put_overlay(below, overlay)
+    changed = []
+    for name in CHANGED:
+        words = [str(IMGTOOL), "cat", str(below), f"/etc/{name}"]
+        done = subprocess.run(words, stdout=subprocess.PIPE, check=False)
+        if done.returncode != 0:
+            raise CannotMeasure(f"the guest has no /etc/{name}")
+        changed.append(folder / name)
+        changed[-1].write_bytes(done.stdout + b"# changed\n")
+    finished([str(IMGTOOL), "copy-in", str(overlay), *map(str, changed), "/etc"])
+    return overlay
+
+
+def virt_diff(*words: str) -> Command:
+    """`virt-diff -a BASE -A OVERLAY WORDS...`."""
+    return line("virt-diff", *words, "-a", base, "-A", image)
+
+
+CHAIN_CASES = (
+    Case(
+        "diff",
+        imgtool("diff", "--against-base", image),
+        (Peer("virt-diff", virt_diff(), direct=1 / 30, appliance=True),),
+        engines=(DIRECT,),
+        limits={DIRECT: 2.0},
+        make_image=make_changed,
+    ),
+    Case(
+        "diff-checksum",
+        imgtool("diff", "--checksum", "md5", "--against-base", image),
+        (Peer("virt-diff", virt_diff("--checksum=md5"), direct=1 / 30, appliance=True),),
+        engines=(DIRECT,),
+        make_image=make_changed,
+        by_name=True,  # the peer takes minutes
+    ),
+)
