@@ -32,7 +32,7 @@ CHANGED = (
 
 def base(place: Place) -> str:
     """What the image stands on, as a word of a command."""
-    return str(place.image.with_name("base.qcow2"))
+    return str(place.image.parent / "base.qcow2")
 
 
 def make_changed(folder: Path) -> Path:
