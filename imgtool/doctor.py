@@ -89,6 +89,7 @@ def examine(
         _device(host, "loop devices", "loop", "loop-control", "loop-control"),
         _nbd(host),
         _device(host, "device-mapper", "dm_mod", "mapper/control", "device-mapper"),
+        *_mounts(),
     ]
     if launch and launcher is not None:
         checks.append(_launch(launcher))
@@ -394,6 +395,24 @@ def _nbd(host: Host) -> Check:
         fix = "sudo modprobe -r nbd; sudo modprobe nbd max_part=16"
         return Check("nbd devices", None, False, "loaded without partitions (max_part=0)", fix)
     return Check("nbd devices", True, False, "loaded")
+
+
+def _mounts() -> Iterator[Check]:
+    """What `mount --via` can do here, asked of the mounts themselves."""
+    from imgtool.mount.available import no_appliance, not_root
+    from imgtool.mount.mechanisms import MECHANISMS
+
+    ways = [("fuse", "every image", no_appliance(load=False))]
+    for mechanism in MECHANISMS:
+        images = "raw images" if mechanism.raw_only else "every image"
+        ways.append((mechanism.name, images, mechanism.missing(load=False)))
+    for name, images, missing in ways:
+        name = f"mount --via {name}"
+        if missing is None:
+            yield Check(name, True, False, images)
+        else:
+            fix = "run imgtool as root" if missing == not_root() else None
+            yield Check(name, None, False, missing, fix)
 
 
 def _launch(launcher: Callable[[], float]) -> Check:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FIELDS = (
     "image",
+    "snapshot",
     "mountpoint",
     "mechanism",
     "mode",
@@ -69,6 +70,7 @@ def mount(
     ] = False,
     add: options.Add = None,
     format: options.Format = None,
+    snapshot: options.Snapshot = None,
     mounts: options.Mounts = None,
     root: options.Root = None,
     key: options.Keys = None,
@@ -113,6 +115,7 @@ def mount(
             force=force,
             add=request.add,
             format=format,
+            snapshot=snapshot,
             mounts=[parse_mount(text) for text in request.mounts],
             root=root,
             keys=request.keys,
@@ -154,6 +157,7 @@ def _row(journal: Journal) -> dict[str, Any]:
         state = "broken" if broken else "healthy"
     return {
         "image": journal.images[0],
+        "snapshot": journal.snapshot,
         "mountpoint": journal.mountpoint,
         "mechanism": journal.mechanism,
         "mode": "rw" if journal.writable else "ro",
@@ -177,6 +181,8 @@ def mounts(
     rows = [_row(journal) for journal in journals()]
     shown = [{**row, "since": row["since"][:19] + "Z"} for row in rows]
     columns = ["mountpoint", "image", "mechanism", "mode", "devices", "since", "user", "state"]
+    if any(row["snapshot"] is not None for row in rows):
+        columns.insert(2, "snapshot")
     render.emit(rows, FIELDS, output, columns=columns, shown=shown)
     for row in rows:
         if row["state"] in ("broken", "left behind"):

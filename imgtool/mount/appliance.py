@@ -143,7 +143,9 @@ def _serve(request: dict[str, Any], ready: Path) -> None:
         with open_guest_to_write(request["image"], **common) as guest:
             serve(guest)
     else:
-        with open_guest(request["image"], engine="libguestfs", **common) as opened:
+        with open_guest(
+            request["image"], engine="libguestfs", snapshot=request["snapshot"], **common
+        ) as opened:
             serve(cast("LibguestfsGuest", opened))
 
 

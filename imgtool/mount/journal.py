@@ -96,7 +96,8 @@ class Journal:
     """One host mount. `created` is in nanoseconds since 1970.
 
     `images` are the absolute paths of all files of the images, `written` those that are written to.
-    `steps` are in the order in which they were done.
+    `steps` are in the order in which they were done. `snapshot` is the name of the internal
+    snapshot at which the images are shown.
     """
 
     folder: Path
@@ -109,6 +110,7 @@ class Journal:
     boot: str
     state: str = MAKING
     steps: list[Step] = field(default_factory=list)
+    snapshot: str | None = None
     _lock: int | None = None
 
     @property
@@ -123,7 +125,13 @@ class Journal:
 
     @classmethod
     def start(
-        cls, images: Sequence[Path], mountpoint: Path, mechanism: str, written: Sequence[Path] = ()
+        cls,
+        images: Sequence[Path],
+        mountpoint: Path,
+        mechanism: str,
+        written: Sequence[Path] = (),
+        *,
+        snapshot: str | None = None,
     ) -> Journal:
         """A new journal, locked. Nothing else was done yet."""
         root = _private(state_folder())
@@ -137,6 +145,7 @@ class Journal:
             user=os.getuid(),
             created=time.time_ns(),
             boot=boot_id(),
+            snapshot=snapshot,
         )
         with _no_other_starts(root):
             folder.mkdir(mode=0o700)

@@ -7,9 +7,7 @@ the kernel can replay a journal without a byte of the image changing.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +16,18 @@ from typing import Any, ClassVar
 from imgtool.errors import HostError
 from imgtool.image.chain import Chain
 from imgtool.image.locks import in_use_for_writing
-from imgtool.mount import kernel, mapper_steps, qemu_steps, steps
+from imgtool.mount import available, kernel, mapper_steps, qemu_steps, steps
 from imgtool.mount.journal import Journal
 from imgtool.mount.plan import Disk, Place
-from imgtool.process import Limits, find, run
 
 
-def _node(chain: Chain, name: str, *, writable: bool, overlay: Path | None) -> dict[str, Any]:
+def _shared(chain: Chain) -> bool:
+    """Whether a reader has to pass by the locks: somebody writes."""
+    return any(in_use_for_writing(path) is not None for path in chain.files)
+
+
+def _on_overlay(below: dict[str, Any], name: str, overlay: Path | None) -> dict[str, Any]:
     """A disk as QEMU's -blockdev takes it, on an overlay if one is given."""
-    shared = not writable and any(in_use_for_writing(path) is not None for path in chain.files)
-    below = chain.blockdev(read_only=not writable, force_share=shared)
     if overlay is None:
         return {**below, "node-name": name}
     return {
@@ -43,7 +43,7 @@ class Mechanism:
     """What the mechanisms share: the chains, the disks in them, and the journal of the mount.
 
     With `overlays` the disks stand on throw-away overlays and can be written to, though not
-    `writable`.
+    `writable`. With `snapshot` they are as they were at that internal snapshot.
     """
 
     name: ClassVar[str]
@@ -54,13 +54,17 @@ class Mechanism:
     journal: Journal
     writable: bool
     overlays: bool
+    snapshot: str | None = None
 
     def __post_init__(self) -> None:
         self._loops: list[steps.Loop] = []
 
     @classmethod
-    def missing(cls) -> str | None:
-        """Why this machine cannot do it, in one line; None if it can."""
+    def missing(cls, *, load: bool = True) -> str | None:
+        """Why this machine cannot do it, in one line; None if it can.
+
+        With `load` a module that the kernel lacks is loaded.
+        """
         raise NotImplementedError
 
     def start(self) -> None:
@@ -102,61 +106,35 @@ class Mechanism:
             paths.append(path)
         return paths
 
+    def _below(self, number: int, chain: Chain) -> dict[str, Any]:
+        """What a disk's overlay stands on, or the disk itself where there is none."""
+        shared = not self.writable and _shared(chain)
+        if self.snapshot is None:
+            return chain.blockdev(read_only=not self.writable, force_share=shared)
+        image = chain.filename(force_share=shared)
+        found = chain.snapshot(self.snapshot)
+        step = qemu_steps.Snapshot(str(self.journal.folder), image, number, found.id)
+        self.journal.do(step)
+        server = {"type": "unix", "path": step.socket}
+        return {"driver": "nbd", "server": server, "read-only": True}
+
+    def _nodes(self) -> dict[str, str]:
+        """Every disk as QEMU's -blockdev takes it, by the name of its node."""
+        found = {}
+        for disk, chain, overlay in zip(self.disks, self.chains, self._overlays(), strict=True):
+            name = f"disk{disk.number}"
+            node = _on_overlay(self._below(disk.number, chain), name, overlay)
+            found[name] = json.dumps(node, ensure_ascii=False)
+        return found
+
     def _exported(self) -> list[str]:
         """Every disk as a file, through QEMU's storage daemon."""
-        overlays = self._overlays()
-        nodes, points = [], {}
-        for disk, chain, overlay in zip(self.disks, self.chains, overlays, strict=True):
-            name = f"disk{disk.number}"
-            node = _node(chain, name, writable=self.writable, overlay=overlay)
-            nodes.append(json.dumps(node, ensure_ascii=False))
-            points[name] = str(self.journal.folder / name)
+        nodes = self._nodes()
+        points = {name: str(self.journal.folder / name) for name in nodes}
         writable = self.writable or self.overlays
-        self.journal.do(qemu_steps.Export(str(self.journal.folder), nodes, points, writable))
+        folder = str(self.journal.folder)
+        self.journal.do(qemu_steps.Export(folder, list(nodes.values()), points, writable))
         return list(points.values())
-
-
-def _load(module: str) -> None:
-    with contextlib.suppress(HostError):
-        run(["modprobe", module], limits=Limits(wall=30))
-
-
-def _misc_device(name: str) -> bool:
-    lines = Path("/proc/misc").read_text().splitlines()
-    return any(line.split()[-1] == name for line in lines)
-
-
-def no_device_mapper() -> str | None:
-    """Why there is no device-mapper, in one line; None if there is."""
-    if not _misc_device("device-mapper"):
-        _load("dm-mod")
-        if not _misc_device("device-mapper"):
-            return "the kernel has no device-mapper (modprobe dm-mod)"
-    return _without("dmsetup")
-
-
-def _without(*programs: str) -> str | None:
-    for program in programs:
-        if find(program) is None:
-            return f"{program} is not installed"
-    return None
-
-
-def _not_root() -> str | None:
-    return None if os.geteuid() == 0 else "only root can mount block devices"
-
-
-def _no_loop() -> str | None:
-    if not Path("/dev/loop-control").exists():
-        _load("loop")
-    found = Path("/dev/loop-control").exists()
-    return None if found else "the kernel has no loop devices (modprobe loop)"
-
-
-def _no_fuse() -> str | None:
-    if not Path("/dev/fuse").exists():
-        _load("fuse")
-    return None if Path("/dev/fuse").exists() else "the kernel has no FUSE (modprobe fuse)"
 
 
 class LoopMechanism(Mechanism):
@@ -166,9 +144,9 @@ class LoopMechanism(Mechanism):
     raw_only = True
 
     @classmethod
-    def missing(cls) -> str | None:
+    def missing(cls, *, load: bool = True) -> str | None:
         """Root and loop devices."""
-        return _not_root() or _no_loop()
+        return available.not_root() or available.no_loop(load=load)
 
     def start(self) -> None:
         """The files themselves, or on overlays what QEMU makes of them."""
@@ -187,9 +165,13 @@ class Kpartx(LoopMechanism):
     name = "kpartx"
 
     @classmethod
-    def missing(cls) -> str | None:
+    def missing(cls, *, load: bool = True) -> str | None:
         """Root, loop devices, device-mapper and kpartx."""
-        return super().missing() or _without("kpartx") or no_device_mapper()
+        return (
+            super().missing(load=load)
+            or available.no_program("kpartx")
+            or available.no_device_mapper(load=load)
+        )
 
     def start(self) -> None:
         """One loop device a disk."""
@@ -223,23 +205,19 @@ class NbdMechanism(Mechanism):
     name = "nbd"
 
     @classmethod
-    def missing(cls) -> str | None:
+    def missing(cls, *, load: bool = True) -> str | None:
         """Root, qemu-nbd and the module, loaded or to be loaded."""
-        release = os.uname().release
-        there = Path("/sys/block/nbd0").exists() or any(
-            Path("/lib/modules", release).glob("kernel/drivers/block/nbd.ko*")
-        )
-        absent = None if there else "the kernel has no nbd (modprobe nbd)"
-        return _not_root() or _without("qemu-nbd") or absent
+        return available.not_root() or available.no_program("qemu-nbd") or available.no_nbd()
 
     def start(self) -> None:
         """Connect every disk."""
         self._steps = []
-        for disk, chain, overlay in zip(self.disks, self.chains, self._overlays(), strict=True):
-            node = _node(chain, f"disk{disk.number}", writable=self.writable, overlay=overlay)
-            image = "json:" + json.dumps(node, ensure_ascii=False)
+        for disk, node in zip(self.disks, self._nodes().values(), strict=True):
             step = qemu_steps.Nbd(
-                str(self.journal.folder), image, disk.number, self.writable or self.overlays
+                str(self.journal.folder),
+                f"json:{node}",
+                disk.number,
+                self.writable or self.overlays,
             )
             self.journal.do(step)
             self._steps.append(step)
@@ -271,9 +249,14 @@ class ExportMechanism(Mechanism):
     name = "export"
 
     @classmethod
-    def missing(cls) -> str | None:
+    def missing(cls, *, load: bool = True) -> str | None:
         """Root, loop devices, FUSE and the daemon."""
-        return _not_root() or _no_loop() or _no_fuse() or _without("qemu-storage-daemon")
+        return (
+            available.not_root()
+            or available.no_loop(load=load)
+            or available.no_fuse(load=load)
+            or available.no_program("qemu-storage-daemon")
+        )
 
     def start(self) -> None:
         """One daemon for every disk."""

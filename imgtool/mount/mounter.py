@@ -30,7 +30,8 @@ _READ_ONLY_DEVICE = (errno.EROFS, errno.EACCES)
 @dataclass(frozen=True)
 class Wanted:
     """What is to be mounted where, as the user says it; `partition` and `lv` name one filesystem,
-    `mounts` a layout; without them the guest's own layout is looked for."""
+    `mounts` a layout; without them the guest's own layout is looked for. `snapshot` shows the disks
+    as they were at that internal snapshot."""
 
     image: Path
     mountpoint: Path
@@ -42,6 +43,7 @@ class Wanted:
     force: bool = False
     add: Sequence[Path] = ()
     format: str | None = None
+    snapshot: str | None = None
     mounts: Sequence[Mount] = ()
     root: str | None = None
     keys: Sequence[str] = ()

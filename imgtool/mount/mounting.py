@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from imgtool.image.chain import Chain
 from imgtool.image.dependants import refuse_if_base
 from imgtool.image.locks import refuse_if_in_use, warn_if_written
 from imgtool.mount import kernel, plan, steps
+from imgtool.mount.available import no_appliance, no_device_mapper
 from imgtool.mount.journal import Journal, journals, remove_empty_folders
-from imgtool.mount.mechanisms import MECHANISMS, Mechanism, no_device_mapper
+from imgtool.mount.mechanisms import MECHANISMS, Mechanism
 from imgtool.mount.mounter import Mounter, NeedsOverlay, Wanted
 from imgtool.mount.plan import Disk, Item, Volume
 from imgtool.process import Limits, find, run
@@ -72,20 +73,6 @@ def _unusable(mechanism: type[Mechanism], chains: Sequence[Chain]) -> str | None
     return mechanism.missing()
 
 
-def _fuse_missing() -> str | None:
-    if not Path("/dev/fuse").exists():
-        return "the kernel has no FUSE"
-    try:
-        import guestfs  # noqa: F401
-    except ImportError:
-        return "libguestfs's Python bindings are not installed"
-    if os.geteuid() != 0 and find("fusermount") is None:
-        return "fusermount is not installed"
-    if not any(os.access(kernel, os.R_OK) for kernel in Path("/boot").glob("vmlinu*")):
-        return "no kernel for the appliance can be read in /boot"
-    return None
-
-
 def choose(via: str, chains: Sequence[Chain]) -> type[Mechanism] | None:
     """The mechanism; None for `fuse`. `auto` takes the first that works, least risk first.
 
@@ -96,7 +83,7 @@ def choose(via: str, chains: Sequence[Chain]) -> type[Mechanism] | None:
     for name, mechanism in ((FUSE, None), *((m.name, m) for m in MECHANISMS)):
         if via not in ("auto", name):
             continue
-        reason = _fuse_missing() if mechanism is None else _unusable(mechanism, chains)
+        reason = no_appliance(load=True) if mechanism is None else _unusable(mechanism, chains)
         if reason is None:
             for line in why_not:
                 log.info("mechanism: not %s", line)
@@ -108,13 +95,13 @@ def choose(via: str, chains: Sequence[Chain]) -> type[Mechanism] | None:
 
 
 def _check_images(wanted: Wanted, chains: Sequence[Chain]) -> None:
+    _refuse_if_mounted(wanted, chains)  # first, since it knows what to do about it
     for chain in chains:
         if wanted.writable:
             refuse_if_in_use(chain)
             refuse_if_base(chain, wanted.backing_dirs)
         elif line := warn_if_written(chain):
             wanted.notice(line)
-    _refuse_if_mounted(wanted, chains)
 
 
 def _written(wanted: Wanted, chains: Sequence[Chain]) -> list[Path]:
@@ -153,7 +140,8 @@ def _start(wanted: Wanted, chains: Sequence[Chain], target: Path, mechanism: str
     overlooks the other. What an earlier one left behind at this directory is undone.
     """
     images = [path for chain in chains for path in chain.files]
-    journal = Journal.start(images, target, mechanism, _written(wanted, chains))
+    written = _written(wanted, chains)
+    journal = Journal.start(images, target, mechanism, written, snapshot=wanted.snapshot)
     try:
         for other in journals():
             if other.mountpoint == str(target) and other.id != journal.id:
@@ -168,10 +156,11 @@ def _start(wanted: Wanted, chains: Sequence[Chain], target: Path, mechanism: str
     return journal
 
 
-def _disk(number: int, chain: Chain, notice: Callable[[str], None]) -> Disk:
-    table = partitions_of(chain, device=disk_name(number))
+def _disk(number: int, chain: Chain, wanted: Wanted) -> Disk:
+    table = partitions_of(chain, device=disk_name(number), snapshot=wanted.snapshot)
     for problem in table.problems:
-        notice(problem)
+        wanted.notice(problem)
+    # At a snapshot too: QEMU shows a disk that was smaller then with zeros at its end.
     return Disk(number, chain.active.virtual_size, tuple(table.partitions))
 
 
@@ -191,6 +180,7 @@ def _items(wanted: Wanted, disks: Sequence[Disk]) -> list[Item]:
         wanted.image,
         add=wanted.add,
         format=wanted.format,
+        snapshot=wanted.snapshot,
         mounts=wanted.mounts,
         root=wanted.root,
         keys=wanted.keys,
@@ -224,6 +214,7 @@ def _request(wanted: Wanted, target: Path) -> dict[str, Any]:
         "image": str(wanted.image.absolute()),
         "add": [str(path.absolute()) for path in wanted.add],
         "format": wanted.format,
+        "snapshot": wanted.snapshot,
         "mounts": [dataclasses.asdict(mount) for mount in mounts],
         "root": wanted.root,
         "keys": list(wanted.keys),
@@ -255,16 +246,25 @@ def mount(wanted: Wanted) -> Journal:
 
     if wanted.via not in VIA:
         raise UsageError(f"no such mechanism; choose from {', '.join(VIA)}", subject=wanted.via)
+    if wanted.snapshot is not None and wanted.writable:
+        raise UsageError(
+            "a snapshot cannot be written to",
+            subject=wanted.snapshot,
+            hint="leave out --rw, or copy it to an image of its own: qemu-img convert -l SNAPSHOT",
+        )
     target = _target(wanted.mountpoint)
     started = time.monotonic()
     chains = open_images(
         [wanted.image, *wanted.add], format=wanted.format, backing_dirs=wanted.backing_dirs
     )
+    if wanted.snapshot is not None:
+        for chain in chains:
+            chain.snapshot(wanted.snapshot)
     _check_images(wanted, chains)
     mechanism = choose(wanted.via, chains)
     if mechanism is None:
         if wanted.partition is not None:  # sooner than the appliance could tell
-            plan.partition([_disk(0, chains[0], wanted.notice)], wanted.partition)
+            plan.partition([_disk(0, chains[0], wanted)], wanted.partition)
         journal = _start(wanted, chains, target, FUSE)
         try:
             journal.do(steps.Appliance(str(journal.folder), str(target), _request(wanted, target)))
@@ -277,7 +277,7 @@ def mount(wanted: Wanted) -> Journal:
         log.info("mounted in %.2f s", time.monotonic() - started)
         return journal
 
-    disks = [_disk(number, chain, wanted.notice) for number, chain in enumerate(chains)]
+    disks = [_disk(number, chain, wanted) for number, chain in enumerate(chains)]
     items = _items(wanted, disks)
     volumes = any(isinstance(item.source, Volume) for item in items)
     if volumes and (reason := no_device_mapper() or (None if find("lvm") else "lvm is missing")):
@@ -292,7 +292,9 @@ def mount(wanted: Wanted) -> Journal:
     while True:
         journal = _start(wanted, chains, target, mechanism.name)
         try:
-            made = mechanism(chains, disks, journal, wanted.writable, overlays)
+            made = mechanism(
+                chains, disks, journal, wanted.writable, overlays, snapshot=wanted.snapshot
+            )
             Mounter(wanted, made, target).mount(items, host)
             journal.finished()
         except BaseException as error:

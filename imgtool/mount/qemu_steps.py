@@ -1,4 +1,5 @@
-"""The steps that QEMU's programs do: overlays, the storage daemon's exports, nbd devices."""
+"""The steps that QEMU's programs do: overlays, servers of a snapshot, the storage daemon's exports,
+nbd devices."""
 
 from __future__ import annotations
 
@@ -46,6 +47,54 @@ def _servers(program: str, folder: str) -> list[int]:
 def _said(error: ProgramFailed) -> str:
     lines = error.stderr.strip().splitlines()
     return lines[-1].split(": ", 1)[-1] if lines else str(error)
+
+
+@dataclass
+class Snapshot(Step):
+    """A disk as it was at an internal snapshot, served on a socket for the steps after this one.
+
+    `image` is what qemu-nbd opens, `id` the snapshot's. Only qemu-nbd can open one: the block layer
+    that the storage daemon and its like are given has no option for it.
+    """
+
+    kind: ClassVar[str] = "snapshot"
+    folder: str
+    image: str
+    index: int
+    id: str
+
+    @property
+    def socket(self) -> str:
+        """Where it is served."""
+        return f"{self.folder}/snapshot{self.index}.socket"
+
+    def _pidfile(self) -> str:
+        return f"{self.folder}/snapshot{self.index}.pid"
+
+    def do(self, save: Save) -> None:
+        """Start the server; it listens once this returns."""
+        argv = ["qemu-nbd", "--fork", "--read-only", "--persistent", f"--socket={self.socket}"]
+        # By id, since a name can hold what a command line cannot.
+        argv += ["--load-snapshot=snapshot.id=" + self.id.replace(",", ",,")]
+        try:
+            run([*argv, f"--pid-file={self._pidfile()}", self.image], limits=_SERVER_LIMITS)
+        except ProgramFailed as error:
+            raise ImageError(f"QEMU cannot read the snapshot: {_said(error)}") from error
+
+    def _alive(self) -> list[int]:
+        ours = f"--socket={self.socket}"
+        return [pid for pid in _servers("qemu-nbd", self.folder) if ours in command_of(pid)]
+
+    def undo(self) -> None:
+        """End the server, and wait until it has closed the image."""
+        for pid in self._alive():
+            kernel.end_process(pid)
+        for left in (self.socket, self._pidfile()):
+            Path(left).unlink(missing_ok=True)
+
+    def broken(self) -> str | None:
+        """Whether the server is gone."""
+        return None if self._alive() else "the server of the snapshot is gone"
 
 
 @dataclass

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 from imgtool.errors import EngineError, HostError, ImgtoolError, RefusedError
 from imgtool.mount import kernel, loop, udev
 from imgtool.mount.mapper_steps import Group, Mapping
-from imgtool.mount.qemu_steps import Export, Nbd, Overlay
+from imgtool.mount.qemu_steps import Export, Nbd, Overlay, Snapshot
 from imgtool.mount.step import Save, Step
+from imgtool.mountinfo import mounts
 from imgtool.process import Limits, ProgramFailed, command_of, processes_naming, run
 
 _SANDBOX_ENDS = 10.0  # seconds for a sandbox that copied the host's mounts, such as imgtool's own
@@ -127,7 +128,7 @@ class Filesystem(Step):
         return found is not None and found.source == self.source
 
     def _covered(self) -> bool:
-        rows = [row for row in kernel.mounts() if row.target == self.target]
+        rows = [row for row in mounts() if row.target == self.target]
         return any(row.source == self.source for row in rows[:-1])
 
     def undo(self) -> None:
@@ -261,6 +262,7 @@ _KINDS: dict[str, type[Step]] = {
     for step in (
         Guard,
         Overlay,
+        Snapshot,
         Export,
         Nbd,
         Loop,

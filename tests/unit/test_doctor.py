@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,8 @@ import pytest
 from imgtool import doctor
 from imgtool.doctor import Check, Host, examine
 from imgtool.errors import HostError, UsageError
+from imgtool.mount import available
+from imgtool.mount.mechanisms import MECHANISMS
 
 KERNEL = "6.1.0-9-cloud-amd64"
 PROGRAMS = (
@@ -370,6 +372,41 @@ def test_an_ordinary_user_needs_fusermount_for_fuse(machine: Host) -> None:
         found = check(machine, "FUSE")
     assert found.ok is None
     assert found.fix == "sudo apt-get install fuse3"
+
+
+def test_every_way_to_mount_is_asked_and_no_module_is_loaded(
+    machine: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def answer(name: str, reason: str | None) -> Callable[..., str | None]:
+        def missing(*, load: bool = True) -> str | None:
+            asked.append((name, load))
+            return reason
+
+        return missing
+
+    for mechanism in MECHANISMS:
+        reason = "no luck here" if mechanism.name == "nbd" else None
+        monkeypatch.setattr(mechanism, "missing", answer(mechanism.name, reason))
+    monkeypatch.setattr(available, "no_appliance", answer("fuse", None))
+    for name in ("fuse", "export"):
+        assert check(machine, f"mount --via {name}").found == "every image"
+    assert check(machine, "mount --via loop") == Check(
+        "mount --via loop", True, False, "raw images"
+    )
+    assert check(machine, "mount --via nbd") == Check(
+        "mount --via nbd", None, False, "no luck here"
+    )
+    assert {name for name, _ in asked} == {"fuse", *(way.name for way in MECHANISMS)}
+    assert not any(load for _, load in asked)
+
+
+def test_an_ordinary_user_is_told_what_only_root_can_mount(machine: Host) -> None:
+    with ordinary_user():
+        found = check(machine, "mount --via loop")
+    assert (found.ok, found.fix) == (None, "run imgtool as root")
+    assert "root" in found.found
 
 
 def test_a_launch_is_reported_with_its_seconds(machine: Host) -> None:

@@ -16,7 +16,7 @@ from imgtool.mount import journal as journal_module
 from imgtool.mount import mounting, steps
 from imgtool.mount.journal import MAKING, MOUNTED, UNMAKING, Journal, journals, state_folder
 from imgtool.mount.mapper_steps import Group, Mapping
-from imgtool.mount.qemu_steps import Export, Nbd, Overlay
+from imgtool.mount.qemu_steps import Export, Nbd, Overlay, Snapshot
 from imgtool.mount.step import Save, Step
 from imgtool.mount.steps import Appliance, Filesystem, Guard, Loop, NtfsProgram, from_json
 
@@ -25,6 +25,7 @@ REQUEST: dict[str, Any] = {"image": ODD, "add": [], "keys": ["all:key:secret"], 
 STEPS = (
     Guard("abc"),
     Overlay(ODD, 1 << 40),
+    Snapshot(ODD, "json:{}", 1, "7,8"),
     Export(ODD, ['{"driver": "raw"}'], {"disk0": ODD, "disk1": "/x"}, False),
     Nbd(ODD, "json:{}", 1, True, number=7),
     Nbd(ODD, "json:{}", 0, False),
@@ -115,20 +116,22 @@ def test_keys_are_not_in_it():
 
 
 def test_a_step_of_another_version():
-    known = {**STEPS[5].to_json(), "later": "unknown"}
-    assert from_json(known) == STEPS[5]
+    known = {**STEPS[6].to_json(), "later": "unknown"}
+    assert from_json(known) == STEPS[6]
     with pytest.raises(ImgtoolError, match="unknown kind: later"):
         from_json({"kind": "later"})
 
 
 @pytest.mark.parametrize("written", [False, True])
 def test_a_journal_comes_back_as_it_was(written):
-    journal = Journal.start([Path(ODD)], Path(ODD), "export", [Path(ODD)] if written else ())
+    files = [Path(ODD)] if written else ()
+    journal = Journal.start([Path(ODD)], Path(ODD), "export", files, snapshot=ODD)
     journal.steps.extend(STEPS)
     journal.save()
     (found,) = journals()
     assert found.folder == journal.folder
     assert found.steps == list(STEPS)
+    assert found.snapshot == ODD
     assert (found.images, found.mountpoint, found.writable) == ([ODD], ODD, written)
     assert (found.state, found.user, found.boot) == (MAKING, os.getuid(), journal.boot)
     assert found.id == journal.folder.name

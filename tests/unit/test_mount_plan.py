@@ -220,10 +220,10 @@ def machine(monkeypatch, caplog):
         def missing(name: str) -> str | None:
             return None if name in names else f"no {name} here"
 
-        monkeypatch.setattr(mounting, "_fuse_missing", lambda: missing("fuse"))
+        monkeypatch.setattr(mounting, "no_appliance", lambda load: missing("fuse"))
         for mechanism in MECHANISMS:
             name = mechanism.name
-            monkeypatch.setattr(mechanism, "missing", lambda name=name: missing(name))
+            monkeypatch.setattr(mechanism, "missing", lambda *, load=True, name=name: missing(name))
 
     return only
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 MIB = 1 << 20
 GROUP = "guest-vg"
+SNAPSHOT = "before"
 KINDS = ("ext4", "xfs", "btrfs", "vfat", "ntfs")
 SIZES = {"ext4": 32, "xfs": 48, "btrfs": 112, "vfat": 40, "ntfs": 16}  # MiB
 PARTITIONS = {"ext4": 1, "xfs": 5, "vfat": 6, "ntfs": 7, "btrfs": 8}
@@ -109,7 +110,8 @@ def _in_group(stretch: Path, pieces: Mapping[str, Path]) -> None:
 
 
 def build(folder: Path) -> None:
-    """`disk.raw`, `disk.qcow2`, `overlay.qcow2`, and `KIND.raw` for each filesystem."""
+    """`disk.raw`, `disk.qcow2`, `overlay.qcow2`, and `KIND.raw` for each filesystem; the same disk
+    at the snapshot SNAPSHOT of `saved.qcow2`, which holds nothing but zeros since."""
     (folder / "tree").mkdir()
     tree = _tree(folder / "tree")
     pieces = {}
@@ -139,8 +141,13 @@ def build(folder: Path) -> None:
     _in_group(stretch, pieces)
     _write(raw, starts[2], stretch)
     stretch.unlink()
-    qcow2, overlay = folder / "disk.qcow2", folder / "overlay.qcow2"
+    qcow2 = folder / "disk.qcow2"
     _run("qemu-img", "convert", "-O", "qcow2", raw, qcow2)
-    _run("qemu-img", "create", "-q", "-f", "qcow2", "-b", qcow2, "-F", "qcow2", overlay)
+    for overlay in ("overlay.qcow2", "saved.qcow2"):
+        on_it = ("-b", qcow2, "-F", "qcow2", folder / overlay)
+        _run("qemu-img", "create", "-q", "-f", "qcow2", *on_it)
+    saved = folder / "saved.qcow2"
+    _run("qemu-img", "snapshot", "-c", SNAPSHOT, saved)
+    _run("qemu-io", "-f", "qcow2", "-c", f"write -q -z 0 {raw.stat().st_size}", saved)
     shutil.rmtree(tree)
     (folder / "at").rmdir()

@@ -18,18 +18,18 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.errors import RefusedError
+from imgtool.errors import NotInGuestError, RefusedError
 from imgtool.guest.model import Mount
 from imgtool.mount.journal import journals
 from imgtool.mount.mounter import Wanted
 from imgtool.mount.mounting import clean_up, mount, unmount
-from tests.vm.images import FILES, GROUP, KINDS, MIB, PARTITIONS
+from tests.vm.images import FILES, GROUP, KINDS, MIB, PARTITIONS, SNAPSHOT
 from tests.vm.inside.machine import loop_device, run, sparse
 
 
 @dataclass(frozen=True)
 class Images:
-    """The same disk in three formats, and a whole-disk filesystem of each kind."""
+    """The same disk in three formats and at a snapshot, and a filesystem of each kind alone."""
 
     disks: dict[str, Path]
     whole: dict[str, Path]
@@ -55,7 +55,12 @@ def images() -> Images:
     for module in ("loop", "dm-mod", "fuse"):
         run("modprobe", module)
     folder = Path(os.environ["IMGTOOL_VM_IMAGES"])
-    disks = {"raw": "disk.raw", "qcow2": "disk.qcow2", "chain": "overlay.qcow2"}
+    disks = {
+        "raw": "disk.raw",
+        "qcow2": "disk.qcow2",
+        "chain": "overlay.qcow2",
+        "snapshot": "saved.qcow2",
+    }
     return Images(
         {format: folder / name for format, name in disks.items()},
         {kind: folder / f"{kind}.raw" for kind in KINDS},
@@ -172,6 +177,20 @@ def test_a_whole_disk(kind: str, images: Images, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("via", ["nbd", "export"])
+def test_a_snapshot(via: str, images: Images, tmp_path: Path) -> None:
+    """Today the disk holds nothing."""
+    wanted = Wanted(images.disks["snapshot"], tmp_path, via=via, lv=f"{GROUP}/ext4")
+    mount(replace(wanted, snapshot=SNAPSHOT))
+    try:
+        assert shown(tmp_path) == FILES
+    finally:
+        unmount(tmp_path)
+    with pytest.raises(NotInGuestError, match="no such volume group"):
+        mount(wanted)
+
+
+@pytest.mark.usefixtures("nothing_left")
 def test_what_is_mounted_is_what_copy_out_gives(images: Images, tmp_path: Path) -> None:
     """The other tests compare with what was put in; so does this, of copy-out."""
     for kind in ("xfs", "vfat"):
@@ -241,13 +260,15 @@ def steps_of(*kinds: str) -> list[str]:
 ALL = {
     "nbd": steps_of("guard", "overlay", "nbd", "volumes", "mount"),
     "kpartx": steps_of("guard", "overlay", "export", "loop", "mapping", "volumes", "mount"),
+    "snapshot": [point for point in steps_of("snapshot") if point.endswith("snapshot")],
 }
 SHORT = {
     "nbd": ["after nbd", "after volumes", "before undoing volumes", "after undoing nbd"],
     "kpartx": ["after mapping", "before undoing mapping"],
+    "snapshot": ["after snapshot"],
 }
-KILLS = [(via, point) for via, points in SHORT.items() for point in points]
-MORE = [(via, point) for via, points in ALL.items() for point in points if point not in SHORT[via]]
+KILLS = [(way, point) for way, points in SHORT.items() for point in points]
+MORE = [(way, point) for way, points in ALL.items() for point in points if point not in SHORT[way]]
 
 
 def _killed_at(point: str, wanted: Wanted) -> bool:
@@ -266,17 +287,19 @@ def _killed_at(point: str, wanted: Wanted) -> bool:
 
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize(
-    ("via", "point"),
+    ("way", "point"),
     [*KILLS, *(pytest.param(*kill, marks=pytest.mark.long) for kill in MORE)],
 )
 def test_what_a_kill_left_is_cleaned_up(
-    via: str, point: str, images: Images, tmp_path: Path
+    way: str, point: str, images: Images, tmp_path: Path
 ) -> None:
     """With a loop device, and a volume group, that are somebody else's."""
     at = tmp_path / "at"
     at.mkdir()
-    image = images.disks["raw" if via == "kpartx" else "qcow2"]
-    wanted = Wanted(image, at, via=via, lv=f"{GROUP}/xfs")
+    format, via = {"kpartx": ("raw", way), "nbd": ("qcow2", way)}.get(way, (way, "nbd"))
+    wanted = Wanted(images.disks[format], at, via=via, lv=f"{GROUP}/xfs")
+    if way == "snapshot":
+        wanted = replace(wanted, snapshot=SNAPSHOT)
     with (
         loop_device(images.disks["raw"]),
         loop_device(sparse(tmp_path / "decoy.raw", 32 * MIB)) as device,
