@@ -118,11 +118,9 @@ def _write_text(text: bytes) -> None:
     """A diff, byte for byte; on a terminal with nothing in it that steers one."""
     sys.stdout.flush()
     if sys.stdout.isatty():
-        for line in text.split(b"\n")[:-1]:
-            shown = (
-                render.plain(part.decode("utf-8", "surrogateescape")) for part in line.split(b"\t")
-            )
-            print("\t".join(shown))
+        for line in text.decode("utf-8", "surrogateescape").split("\n")[:-1]:
+            # Backslashes and tabs are as in the file: this is to be read.
+            print("".join(c if c.isprintable() or c == "\t" else render.plain(c) for c in line))
     else:
         sys.stdout.buffer.write(text)
         sys.stdout.buffer.flush()

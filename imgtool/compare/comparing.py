@@ -96,9 +96,6 @@ def compared(
     if tops[0] is None and tops[1] is None:
         before.lstat(path)  # raises
     walks = Walk(on_problem[0]), Walk(on_problem[1])
-    for guest, walk in zip((before, after), walks, strict=True):
-        for mountpoint, line in guest.unshown().items():
-            walk.hide(mountpoint.encode(), f"not compared: {line}")
     written = None if checksum is None else _written(pair, links)
     started = time.monotonic()
 
@@ -110,7 +107,10 @@ def compared(
         lambda: begin(after, walks[1], tops[1]),
     )
     log.info("compared: both sides walked in %.3f s", time.monotonic() - started)
-    contents = _Contents(before, after, checksum, walks)
+    for guest, walk in zip((before, after), walks, strict=True):
+        for mountpoint, line in guest.unshown().items():
+            walk.hide(mountpoint.encode(), f"not compared: {line}")
+    contents = _Contents(before, checksum, walks[0])
     for one, other in merged(*walks):
         if one is None or other is None:
             yield Difference(
@@ -121,10 +121,15 @@ def compared(
             )
             continue
         fields = changed_fields(one, other, everything=everything)
-        if not contents.same(one, other):
+        if contents.spares(one, other):
+            if fields:
+                yield Difference(CHANGED, fields, *contents.summed_once(one, other))
+            continue
+        one = contents.summed(before, one, walks[0])
+        other = contents.summed(after, other, walks[1])
+        if contents.differ(one, other):
             fields += ("content",)
         if fields:
-            one, other = contents.both_summed(one, other)
             yield Difference(CHANGED, fields, one, other)
     log.info("content: %d files not read, since both sides share their blocks", contents.spared)
 
@@ -199,39 +204,34 @@ def _joined(stretches: list[tuple[int, int]]) -> list[tuple[int, int]]:
 class _Contents:
     """What is known of the contents of files, from the walks and asked for besides."""
 
-    def __init__(
-        self, before: Guest, after: Guest, kind: str | None, walks: tuple[Walk, Walk]
-    ) -> None:
+    def __init__(self, before: Guest, kind: str | None, walk: Walk) -> None:
         self._before = before
-        self._after = after
         self._kind = kind
-        self._walks = walks
+        self._walk = walk
         self.spared = 0
 
-    def same(self, one: Entry, other: Entry) -> bool:
-        """Whether the contents of a path are the same, as far as that is asked for and known."""
-        if self._kind is None or one.type != "file" or other.type != "file":
-            return True
-        if one.size != other.size:
-            return False
-        if one.place is not None and one.place == other.place:
-            self.spared += 1
-            return True
-        one, other = self.both_summed(one, other)
-        if one.checksum is None or other.checksum is None:
-            return True  # not known, which was said
-        return one.checksum == other.checksum
+    def spares(self, one: Entry, other: Entry) -> bool:
+        """Whether both sides have the same content without a look at it: in the same blocks."""
+        shared = one.place is not None and one.place == other.place and one.size == other.size
+        self.spared += shared
+        return shared
 
-    def both_summed(self, one: Entry, other: Entry) -> tuple[Entry, Entry]:
-        """Both entries with their checksums; what both have in one place is read once."""
-        first = self.summed(self._before, one, self._walks[0])
-        if one.place is not None and one.place == other.place and one.size == other.size:
-            return first, dataclasses.replace(other, checksum=first.checksum)
-        return first, self.summed(self._after, other, self._walks[1])
+    def summed_once(self, one: Entry, other: Entry) -> tuple[Entry, Entry]:
+        """Both entries of a file whose blocks they share, with its checksum."""
+        one = self.summed(self._before, one, self._walk)
+        return one, dataclasses.replace(other, checksum=one.checksum)
+
+    def differ(self, one: Entry, other: Entry) -> bool:
+        """Whether the contents differ, as far as they are to be compared and could be read."""
+        if self._kind is None or one.type != "file" or other.type != "file":
+            return False
+        if one.checksum is None or other.checksum is None:
+            return one.size != other.size
+        return one.checksum != other.checksum
 
     def summed(self, guest: Guest, entry: Entry, walk: Walk) -> Entry:
         """The entry with its checksum, if one is asked for and was not tried already."""
-        if self._kind is None or entry.place is None or entry.checksum is not None:
+        if self._kind is None or entry.place is None:
             return entry
         try:
             return dataclasses.replace(entry, checksum=guest.checksum(self._kind, entry.path))

@@ -136,6 +136,8 @@ def changed_fields(before: Entry, after: Entry, *, everything: bool = False) -> 
     A directory's size and time change with what is in it, which is a difference of its own: they
     count only with `everything`, as do those of a symbolic link beside its target.
     """
+    if before is after:
+        return ()  # nearly every one
     kind = after.type
     same_kind = before.type == kind
     fields = []

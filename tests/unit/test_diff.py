@@ -280,10 +280,10 @@ def test_text_goes_to_a_file_byte_for_byte_and_to_a_terminal_escaped(
 ) -> None:
     other = tmp_path / "other.raw"
     other.write_bytes(base.read_bytes())
-    (tmp_path / "motd").write_bytes(b"one\n\x1b[31m\xff\tred\nthree\n")
+    (tmp_path / "motd").write_bytes(b"one\n\x1b[31m\xff\\\tred\nthree\n")
     in_debugfs(other, "rm /etc/motd", f"write {tmp_path}/motd /etc/motd")
     written = diff(base, other, "--text").stdout
-    assert b"\n+\x1b[31m\xff\tred\n" in written
+    assert b"\n+\x1b[31m\xff\\\tred\n" in written
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -292,7 +292,7 @@ def test_text_goes_to_a_file_byte_for_byte_and_to_a_terminal_escaped(
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     diffing._write_text(written[written.index(b"---") :])
-    assert "\n+\\033[31m\\377\tred\n" in terminal.getvalue()
+    assert "\n+\\033[31m\\377\\\tred\n" in terminal.getvalue()
 
 
 @pytest.mark.parametrize(
