@@ -11,6 +11,7 @@ import typer
 
 from imgtool import __version__, interrupt
 from imgtool.cli import (
+    chain_checks,
     chains,
     copying,
     diffing,
@@ -75,6 +76,8 @@ for command in (
     inspecting.doctor,
 ):
     app.command()(command)
+
+chains.app.command()(chain_checks.check)
 
 for group, name in (
     (chains.app, "chain"),

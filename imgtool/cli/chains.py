@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from imgtool.cli import options, render
 from imgtool.cli.options import Output
-from imgtool.cli.session import set_up_logging
-from imgtool.errors import ExitStatus, ImageError, ImgtoolError, RefusedError
+from imgtool.cli.session import Failures, set_up_logging, warning
+from imgtool.errors import ImageError, ImgtoolError, RefusedError
+
+if TYPE_CHECKING:
+    from imgtool.image.forest import Tree
+    from imgtool.image.info import ImageInfo
 
 app = typer.Typer(
     help="See what stands on what, and whether it is sound.",
@@ -44,7 +49,9 @@ TREE_FIELDS = (
     "in_use",
     "problem",
 )
-CHECK_FIELDS = ("path", "severity", "what", "means", "do")
+_COLUMNS = ("path", "format", "virtual_size", "actual_size", "snapshots", "in_use")
+_TITLES = {"path": "image", "virtual_size": "size", "actual_size": "on disk", "in_use": "in use"}
+_DEEPEST = 100  # links that are indented
 
 
 class TreeOutput(StrEnum):
@@ -57,12 +64,44 @@ class TreeOutput(StrEnum):
     dot = "dot"
 
 
-def _named(path: Path) -> dict[str, str]:
-    return render.named("path", os.fsencode(path))
+def name(key: str, value: str | Path | None) -> dict[str, str | None]:
+    """A name for JSON, as `render.named` gives it."""
+    return {key: None} if value is None else {**render.named(key, os.fsencode(value))}
 
 
-def _indented(depth: int, arrow: str, path: str) -> str:
-    return ("  " * (depth - 1) + arrow + " " if depth else "") + path
+def _text(name: str | Path) -> str:
+    """A name where its exact bytes are told elsewhere."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def _indented(depth: int, arrow: str, path: str | Path) -> str:
+    return ("  " * (min(depth, _DEEPEST) - 1) + arrow + " " if depth else "") + str(path)
+
+
+def _size(value: int | None, human: bool) -> str | int | None:
+    return render.human(value) if human and value is not None else value
+
+
+def _held(path: Path) -> list[str]:
+    from imgtool.image.locks import holders
+
+    try:
+        return [_text(str(holder)) for holder in holders(path)]
+    except OSError:  # gone since it was opened
+        return []
+
+
+def _problems(link: ImageInfo, below: ImageInfo | None) -> list[str]:
+    """What is wrong with a link, and with the way it stands on the one below."""
+    from imgtool.image.findings import between
+    from imgtool.image.places import printable
+
+    found = list(link.problems)
+    if below is not None:
+        findings = between(link, below, link.backing_format)
+        path = printable(link.path)
+        found += [f"{path}: {one.means}" for one in findings if one.severity != "note"]
+    return found
 
 
 @app.command()
@@ -80,54 +119,69 @@ def show(
     Where a link is missing or cannot be read, those above it are shown, and then what is wrong.
     """
     from imgtool.image.chain import follow_chain, open_chain
-    from imgtool.image.locks import holders
 
     set_up_logging(verbose=verbose, debug=debug)
-    links, failure = [], None
+    links: list[ImageInfo] = []
+    failure: ImgtoolError | None = None
     try:
-        for followed in follow_chain(image, format=format, backing_dirs=backing_dir or ()):
-            links.append(followed)
-        open_chain(image, format=format, backing_dirs=backing_dir or ())
+        links += open_chain(image, format=format, backing_dirs=backing_dir or ()).links
     except (ImageError, RefusedError) as error:
         failure = error
-    rows: list[dict[str, Any]] = []
-    for link, problems in links:
-        held = [str(holder) for holder in holders(link.path)]
-        rows.append(
-            {
-                **_named(link.path),
-                "format": link.format,
-                "virtual_size": link.virtual_size,
-                "actual_size": link.actual_size,
-                "snapshots": [snapshot.name for snapshot in link.snapshots],
-                "backing": link.backing,
-                "backing_format": link.backing_format,
-                "in_use": held,
-                "problems": list(problems),
-            }
-        )
-
-    def size(value: int) -> str | int:
-        return render.human(value) if human else value
-
+        try:
+            for link, _ in follow_chain(image, format=format, backing_dirs=backing_dir or ()):
+                links.append(link)
+        except (ImageError, RefusedError):
+            pass  # the same again
+    rows: list[dict[str, Any]] = [
+        {
+            **name("path", link.path),
+            "format": link.format,
+            "virtual_size": link.virtual_size,
+            "actual_size": link.actual_size,
+            "snapshots": [snapshot.name for snapshot in link.snapshots],
+            **name("backing", link.backing),
+            "backing_format": link.backing_format,
+            "in_use": _held(link.path),
+            "problems": _problems(link, below),
+        }
+        for link, below in zip(links, [*links[1:], None], strict=True)
+    ]
+    problems = [problem for row in rows for problem in row["problems"]]
+    if failure is not None and rows:
+        rows[-1]["problems"].append(_text(str(failure)))
     shown = [
         {
             **row,
-            "path": _indented(number, "->", row["path"]),
-            "virtual_size": size(row["virtual_size"]),
-            "actual_size": size(row["actual_size"]),
+            "path": _indented(number, "->", link.path),
+            "virtual_size": _size(link.virtual_size, human),
+            "actual_size": _size(link.actual_size, human),
         }
-        for number, row in enumerate(rows)
+        for number, (row, link) in enumerate(zip(rows, links, strict=True))
     ]
-    titles = {"path": "image", "virtual_size": "size", "actual_size": "on disk", "in_use": "in use"}
-    columns = ["path", "format", "virtual_size", "actual_size", "snapshots", "in_use"]
     if rows or output is not Output.table:
-        render.emit(rows, SHOW_FIELDS, output, columns=columns, shown=shown, titles=titles)
-    for _, problems in links:
-        for problem in problems:
-            render.message("warning", problem)
+        render.emit(rows, SHOW_FIELDS, output, columns=_COLUMNS, shown=shown, titles=_TITLES)
+    for problem in problems:
+        warning(problem)
     if failure is not None:
         raise failure
+
+
+def _tree_row(depth: int, tree: Tree, users: Sequence[str]) -> dict[str, Any]:
+    header = tree.header
+    return {
+        **name("path", tree.path),
+        "depth": depth,
+        "format": tree.format,
+        "virtual_size": header.virtual_size,
+        "actual_size": header.actual_size,
+        "snapshots": header.snapshots,
+        **name("backing", header.backing),
+        "backing_format": header.backing_format,
+        "base": None if tree.base is None else _text(tree.base),
+        "overlays": [_text(overlay.path) for overlay in tree.overlays],
+        "in_use": [_text(user) for user in users],
+        "problem": tree.problem,
+    }
 
 
 @app.command()
@@ -137,129 +191,71 @@ def tree(
     ],
     human: options.Human = False,
     output: Annotated[
-        TreeOutput, typer.Option("-o", "--output", help="Form of the rows, or dot for Graphviz.")
-    ] = TreeOutput.table,
-    svg: Annotated[
-        Path | None, typer.Option("--svg", metavar="FILE", help="Draw a picture for a browser.")
+        TreeOutput | None,
+        typer.Option("-o", "--output", help="Form of the rows, or dot for Graphviz."),
     ] = None,
+    svg: Annotated[
+        Path | None,
+        typer.Option("--svg", metavar="FILE", help="Draw a picture for a browser; - is stdout."),
+    ] = None,
+    backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
     """Show all images below some folders: each base with the overlays that stand on it.
 
     Only headers are read. Raw images are those that an overlay stands on, or named .raw or .img.
+    A picture is drawn instead of the table, or beside it where -o is given.
     """
     from imgtool.cli import pictures
     from imgtool.image.forest import forest, users
 
     set_up_logging(verbose=verbose, debug=debug)
-    trees = forest(folders)
+    failures = Failures(debug=debug)
+    trees = forest(
+        folders,
+        backing_dirs=backing_dir or (),
+        on_error=lambda path, error: failures.add(not_read(path, error)),
+    )
     in_use = users(trees)
     if svg is not None:
-        try:
-            svg.write_text(pictures.svg(trees, in_use))
-        except OSError as error:
-            raise ImgtoolError(f"cannot be written: {error.strerror}", subject=svg) from error
-        return
+        if str(svg) == "-":
+            render.text(pictures.svg(trees, in_use))
+        else:
+            pictures.write(svg, pictures.svg(trees, in_use))
+            count = sum(1 for root in trees for _ in root.walk())
+            render.message("note", f"drawn: {image_count(count)} ({svg})")
     if output is TreeOutput.dot:
         render.text(pictures.dot(trees, in_use))
-        return
-    rows: list[dict[str, Any]] = [
-        {
-            **_named(found.path),
-            "depth": depth,
-            "format": found.format,
-            "virtual_size": found.header.virtual_size,
-            "actual_size": found.header.actual_size,
-            "snapshots": found.header.snapshots,
-            "backing": found.header.backing,
-            "backing_format": found.header.backing_format,
-            "base": str(found.base) if found.base else None,
-            "overlays": [str(overlay.path) for overlay in found.overlays],
-            "in_use": in_use.get(found.path),
-            "problem": found.problem,
-        }
-        for root in trees
-        for depth, found in root.walk()
-    ]
-
-    def size(value: int | None) -> str | int | None:
-        return render.human(value) if human and value is not None else value
-
-    shown = [
-        {
-            **row,
-            "path": _indented(row["depth"], "<-", row["path"]),
-            "virtual_size": size(row["virtual_size"]),
-            "actual_size": size(row["actual_size"]),
-            "snapshots": row["snapshots"] or None,
-        }
-        for row in rows
-    ]
-    titles = {"path": "image", "virtual_size": "size", "actual_size": "on disk", "in_use": "in use"}
-    columns = ["path", "format", "virtual_size", "actual_size", "snapshots", "in_use", "problem"]
-    render.emit(
-        rows, TREE_FIELDS, Output(output.value), columns=columns, shown=shown, titles=titles
-    )
+    elif output is not None or svg is None:
+        rows, shown = [], []
+        for root in trees:
+            for depth, found in root.walk():
+                row = _tree_row(depth, found, in_use.get(found.path, ()))
+                rows.append(row)
+                shown.append(
+                    {
+                        **row,
+                        "path": _indented(depth, "<-", found.path),
+                        "virtual_size": _size(row["virtual_size"], human),
+                        "actual_size": _size(row["actual_size"], human),
+                        "snapshots": row["snapshots"] or None,
+                    }
+                )
+        form = Output((output or TreeOutput.table).value)
+        columns = [*_COLUMNS, "problem"]
+        if rows or form is not Output.table:
+            render.emit(rows, TREE_FIELDS, form, columns=columns, shown=shown, titles=_TITLES)
+    if not trees:
+        warning(f"no images below {', '.join(map(_text, folders))}")
+    failures.finish()
 
 
-@app.command()
-def check(
-    images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE|DIR...", help="Images, or folders of them.")
-    ],
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Only headers: the tables of the images are not read.")
-    ] = False,
-    output: options.OutputOption = Output.table,
-    format: options.Format = None,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
-) -> None:
-    """Say what is wrong with a chain, what it means and what to do; nothing is changed.
+def not_read(path: Path, error: OSError) -> ImgtoolError:
+    """A file or folder that was passed over."""
+    return ImgtoolError((error.strerror or "cannot be read").lower(), subject=_text(path))
 
-    Status 3 if data is at risk.
-    """
-    from imgtool.image.checking import Finding, check_chain
-    from imgtool.image.forest import forest
 
-    set_up_logging(verbose=verbose, debug=debug)
-    findings: list[Finding] = []
-    looked_at: set[tuple[int, int]] = set()
-    for image in images:
-        paths = [image]
-        if image.is_dir():
-            trees = [found for root in forest([image]) for _, found in root.walk()]
-            paths = [found.path for found in trees if not found.overlays or found.problem]
-        for path in paths:
-            findings += check_chain(
-                path,
-                format=format,
-                backing_dirs=backing_dir or (),
-                metadata=not quick,
-                done=looked_at,
-            )
-    unique = list(dict.fromkeys(findings))
-    rows = [
-        {
-            **_named(finding.path),
-            "severity": finding.severity,
-            "what": finding.what,
-            "means": finding.means,
-            "do": finding.do,
-        }
-        for finding in unique
-    ]
-    if output is Output.table:
-        for finding in unique:
-            render.text(
-                f"{render.plain(str(finding.path))}: {finding.severity}: {finding.what}\n"
-                f"    {render.plain(finding.means)}\n    to do: {render.plain(finding.do)}\n"
-            )
-        if not unique:
-            render.text(f"{len(looked_at)} image{'s' if len(looked_at) != 1 else ''}: sound\n")
-    else:
-        render.emit(rows, CHECK_FIELDS, output)
-    if any(finding.severity == "risk" for finding in unique):
-        raise SystemExit(int(ExitStatus.IMAGE_UNREADABLE))
+def image_count(count: int) -> str:
+    """How many images."""
+    return f"{count} image{'' if count == 1 else 's'}"

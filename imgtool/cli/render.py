@@ -96,7 +96,7 @@ def _cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "-"
     if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value)) or "-"
+        return plain(",".join(map(str, value))) or "-"
     return plain(str(value))
 
 

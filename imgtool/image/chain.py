@@ -124,13 +124,18 @@ class Chain:
 
 def _next_path(link: ImageInfo, places: Places) -> Path:
     path = places.follow(str(link.backing), of=link.path, role="backing file")
+    named = f"its backing file '{printable(str(link.backing))}'"
     try:
         path.stat()
-    except OSError as error:
-        if error.errno == errno.EACCES:
-            return path  # what cannot be said of it is said where it is opened
+    except PermissionError as error:
         raise ImageError(
-            f"its backing file '{printable(str(link.backing))}' is missing",
+            f"{named} cannot be looked at: permission denied",
+            subject=printable(link.path),
+            hint="run imgtool as a user who may read it",
+        ) from error
+    except OSError as error:
+        raise ImageError(
+            f"{named} is missing",
             subject=printable(link.path),
             hint=f"it should be at {printable(path)}",
         ) from error
@@ -138,7 +143,10 @@ def _next_path(link: ImageInfo, places: Places) -> Path:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as error:  # gone since it was opened
+        raise ImageError("it has vanished", subject=printable(path)) from error
     return status.st_dev, status.st_ino
 
 

@@ -80,9 +80,7 @@ class Overlays:
         self._look_in([Path(folder) for folder in named if folder], files_below)
         return sorted(self._above.get((base.st_dev, base.st_ino), {}).values())
 
-    def _look_in(
-        self, folders: Sequence[Path], files: Callable[[Path], Iterator[Path]]
-    ) -> None:
+    def _look_in(self, folders: Sequence[Path], files: Callable[[Path], Iterator[Path]]) -> None:
         for folder in folders:
             if folder in self._folders:
                 continue

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from imgtool.errors import ImageError
 from imgtool.image import headers
-from imgtool.image.dependants import files_below
+from imgtool.image.attached import looped_inodes
+from imgtool.image.dependants import Identity, OnError, files_below
 from imgtool.image.headers import Header
 from imgtool.image.locks import holders, locked_inodes
-from imgtool.image.places import printable
+from imgtool.image.places import Places, printable
 
 _RAW_SUFFIXES = (".raw", ".img")
-
-Identity = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Tree:
     """One image and the overlays that stand on it. `base` is where the image that it stands on is,
-    None for one that stands on none; `problem` is what is wrong in one line."""
+    or should be, None for one that stands on none; `problem` is what is wrong in one line."""
 
     header: Header
     base: Path | None = None
     problem: str | None = None
-    overlays: tuple[Tree, ...] = field(default=())
+    overlays: tuple[Tree, ...] = field(default=(), repr=False)
 
     @property
     def path(self) -> Path:
@@ -48,111 +47,203 @@ class Tree:
             pending.extend((level + 1, overlay) for overlay in reversed(tree.overlays))
 
 
-def users(trees: Sequence[Tree]) -> dict[Path, str]:
-    """Who has which of the images open through QEMU, writers first; those in use alone."""
-    locked = locked_inodes()
+def users(trees: Sequence[Tree]) -> dict[Path, tuple[str, ...]]:
+    """Who has which of the images open: through QEMU or as a device, writers first; those in use
+    alone."""
+    chosen = locked_inodes() | looped_inodes()
     found = {}
     for root in trees:
         for _, tree in root.walk():
-            if tree.header.identity[1] in locked and (open_by := holders(tree.path)):
-                found[tree.path] = str(open_by[0])
+            if tree.header.identity[1] not in chosen:
+                continue
+            try:
+                open_by = holders(tree.path)
+            except OSError:
+                continue  # gone since it was listed
+            if open_by:
+                found[tree.path] = tuple(str(holder) for holder in open_by)
     return found
 
 
-def _read(folders: Sequence[Path]) -> dict[Identity, Header]:
+def _ignored(path: Path, error: OSError) -> None:
+    """Nobody wants to know."""
+
+
+def _folder(named: str | Path) -> Path:
+    folder = Path(named)
+    try:
+        is_folder = folder.is_dir()
+        there = is_folder or folder.exists()
+    except OSError as error:
+        raise ImageError(
+            (error.strerror or "cannot be looked at").lower(), subject=printable(folder)
+        ) from error
+    if is_folder:
+        return folder.absolute()
+    if there:
+        raise ImageError(
+            "not a folder",
+            subject=printable(folder),
+            hint="'imgtool chain show' shows what one image stands on; for what stands on it, give"
+            f" its folder: {printable(folder.parent)}",
+        )
+    raise ImageError("no such folder", subject=printable(folder))
+
+
+def _read(folders: Sequence[Path], on_error: OnError) -> dict[Identity, Header]:
     found: dict[Identity, Header] = {}
     for folder in folders:
-        if not folder.is_dir():
-            raise ImageError(
-                "no such folder" if not folder.exists() else "not a folder",
-                subject=printable(folder),
-                hint="'imgtool chain show' shows the chain of one image",
-            )
-        for path in files_below(folder.absolute()):
+        for path in files_below(folder, on_error):
             try:
                 header = headers.read(path)
-            except OSError:
-                continue  # gone, or not to be read by this user: not known to be an image
-            if header is not None:
-                found.setdefault(header.identity, header)
+            except FileNotFoundError:
+                continue  # gone since it was listed
+            except OSError as error:
+                on_error(path, error)
+                continue
+            if header is None:
+                continue
+            known = found.get(header.identity)
+            # The names in a header start where the file itself is, not a symlink to it.
+            if known is None or (known.path.is_symlink() and not path.is_symlink()):
+                found[header.identity] = header
     return found
 
 
-def _bases(found: dict[Identity, Header]) -> dict[Identity, Identity]:
-    """For each image the one that it stands on; those outside of the folders are added."""
-    below = {}
+@dataclass(frozen=True)
+class _Links:
+    """For each image the one that it stands on, and why one that it names is not there."""
+
+    below: dict[Identity, Identity]
+    missing: dict[Identity, str]
+
+
+def _links(found: dict[Identity, Header], allowed: Sequence[str | Path]) -> _Links:
+    """What stands on what; bases outside of the folders looked at are added to `found`."""
+    below: dict[Identity, Identity] = {}
+    missing: dict[Identity, str] = {}
+    around: dict[Path, Places] = {}
     pending = list(found.values())
     while pending:
         header = pending.pop()
+        if header.backing is None:
+            continue
+        path = headers.base_of(header)
+        named = f"its backing file {printable(header.backing)}"
+        if path is None:
+            missing[header.identity] = f"{named} is not a local file"
+            continue
+        folder = header.path.parent
+        if folder not in around:
+            around[folder] = Places.around(header.path, allowed)
         try:
-            path = headers.base_of(header)
-            base = headers.read(path) if path else None
-        except (OSError, ValueError):
+            if not around[folder].hold(path.resolve()):
+                missing[header.identity] = f"{named} is outside the folders that a chain may use"
+                continue
+            base = headers.read(path)
+        except PermissionError:
+            missing[header.identity] = f"{named} may not be read"
+            continue
+        except (OSError, ValueError, RuntimeError):  # RuntimeError: a loop of symlinks
+            missing[header.identity] = f"{named} is missing"
             continue
         if base is None:
+            missing[header.identity] = f"{named} is neither a file nor a block device"
             continue
         if base.identity not in found:
             found[base.identity] = base
             pending.append(base)
         below[header.identity] = base.identity
-    return below
+    return _Links(below, missing)
 
 
-def _problem(header: Header, base: Header | None) -> str | None:
-    if header.backing is not None and base is None:
-        return f"its backing file {printable(header.backing)} is missing"
+def _problem(header: Header, base: Header | None, missing: str | None) -> str | None:
+    if header.damaged:
+        return "its header is damaged"
+    if missing is not None:
+        return missing
     if header.corrupt:
         return "marked corrupt by QEMU"
+    if header.dirty:
+        return "not closed properly, or in use"
     if base is None:
         return None
-    if base.modified > header.modified:
+    named = header.backing_format
+    if named is not None and headers.contradicts(base, named):
+        return f"it takes its base as {named}, which is {base.format or 'raw'}"
+    if headers.is_newer(base.modified, header.modified):
         return "its base is newer than itself"
-    if header.backing_format is None:
+    if named is None:
         return "the format of its backing file is not written in it"
     return None
 
 
-def forest(folders: Sequence[str | Path]) -> tuple[Tree, ...]:
+def _in_loops(below: Mapping[Identity, Identity]) -> dict[Identity, Identity]:
+    """The images whose chain never ends, each with the same one of the loop that it leads to."""
+    ends: dict[Identity, Identity | None] = {}
+    for start in below:
+        way: dict[Identity, None] = {}
+        current = start
+        while current in below and current not in way and current not in ends:
+            way[current] = None
+            current = below[current]
+        end = ends.get(current)
+        if current in way:  # a loop that was not met before
+            round_ = list(way)[list(way).index(current) :]
+            end = min(round_)
+        ends.update(dict.fromkeys(way, end))
+    return {identity: end for identity, end in ends.items() if end is not None}
+
+
+def forest(
+    folders: Sequence[str | Path],
+    *,
+    backing_dirs: Sequence[str | Path] = (),
+    on_error: OnError = _ignored,
+) -> tuple[Tree, ...]:
     """The images below the folders as trees: bases without overlays, and bases with theirs.
 
     Files of no known format count as raw images if an overlay stands on them, or by their name.
-    Raises `ImageError` for what is no folder.
+    A base elsewhere is looked at where `Places.around` the overlay, with `folders` and
+    `backing_dirs`, allows it. `on_error` is told of what cannot be read. Raises `ImageError` for
+    what is no folder. Of a loop, one image stands in for the base.
     """
-    found = _read([Path(folder) for folder in folders])
-    below = _bases(found)
+    roots = [_folder(folder) for folder in folders]
+    found = _read(roots, on_error)
+    links = _links(found, [*roots, *backing_dirs])
+    loops = _in_loops(links.below)
     above: dict[Identity, list[Identity]] = {}
-    for overlay, base in below.items():
-        above.setdefault(base, []).append(overlay)
+    for overlay, base in links.below.items():
+        if loops.get(overlay) != overlay:  # there the loop is cut open
+            above.setdefault(base, []).append(overlay)
 
-    def built(identity: Identity, looping: bool = False) -> Tree:
+    def built(root: Identity) -> Tree:
         """The tree on one image, from its tops down: a chain can be longer than Python's stack."""
-        order, pending, seen = [], [identity], {identity}
-        while pending:
-            current = pending.pop()
-            order.append(current)
-            fresh = [overlay for overlay in above.get(current, ()) if overlay not in seen]
-            seen.update(fresh)
-            pending.extend(fresh)
+        order = [root]
+        for current in order:
+            order.extend(above.get(current, ()))
         done: dict[Identity, Tree] = {}
         for current in reversed(order):
-            header, base = found[current], found.get(below.get(current, (-1, -1)))
-            overlays = [done[i] for i in above.get(current, ()) if i in done]
+            header, base = found[current], found.get(links.below.get(current, (-1, -1)))
+            problem = _problem(header, base, links.missing.get(current))
             done[current] = Tree(
                 header,
                 base.path if base else headers.base_of(header),
-                "its chain is a loop" if looping else _problem(header, base),
-                tuple(sorted(overlays, key=lambda tree: os.fsencode(tree.path))),
+                "its chain is a loop" if current in loops else problem,
+                tuple(sorted((done[i] for i in above.get(current, ())), key=_by_path)),
             )
-        visited.update(order)
-        return done[identity]
+        return done[root]
 
-    visited: set[Identity] = set()
     trees = []
     for identity, header in found.items():
-        known = header.format is not None or header.path.suffix in _RAW_SUFFIXES
-        if identity not in below and (known or identity in above):
+        known = header.format is not None or header.path.suffix.lower() in _RAW_SUFFIXES
+        if identity in links.below:
+            if loops.get(identity) == identity:
+                trees.append(built(identity))
+        elif known or identity in above:
             trees.append(built(identity))
-    for identity in sorted(set(below) - visited):  # what stands on itself has no base
-        if identity not in visited:
-            trees.append(built(identity, looping=True))
-    return tuple(sorted(trees, key=lambda tree: os.fsencode(tree.path)))
+    return tuple(sorted(trees, key=_by_path))
+
+
+def _by_path(tree: Tree) -> bytes:
+    return os.fsencode(tree.path)

@@ -25,6 +25,8 @@ _MAGICS = (
     (0, b"vhdxfile", "vhdx"),
     (64, b"\x7f\x10\xda\xbe", "vdi"),
 )
+# Those of which every image is known by its first bytes.
+FORMATS_WITH_MAGIC = ("qcow2", "qcow", "qed", "vdi", "vhdx")
 _PROBED = 512
 _LONGEST_NAME = 1023  # the longest that QEMU takes
 _LOCAL = ("file", "host_device")
@@ -98,7 +100,8 @@ def _told(file: BinaryIO, start: bytes, format: str) -> dict[str, Any]:
         format = "raw" if backing and features & _QED_NO_PROBE else ""
         return {"virtual_size": size, "backing": backing, "backing_format": format or None}
     if format == "vmdk":
-        return {"backing": vmdk.parent_name(file)}
+        parent = vmdk.parent_name(file)
+        return {"backing": parent, "backing_format": "vmdk" if parent else None}
     return {}
 
 
@@ -127,6 +130,13 @@ def read(path: Path) -> Header | None:
             modified=0 if device else status.st_mtime_ns,
             **told,
         )
+
+
+def contradicts(header: Header, format: str) -> bool:
+    """Whether a file cannot be, or should not be taken as, an image of this format."""
+    if header.format is not None:
+        return header.format != format
+    return format in FORMATS_WITH_MAGIC
 
 
 def is_newer(base: int, overlay: int) -> bool:

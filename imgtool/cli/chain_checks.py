@@ -1,0 +1,129 @@
+"""`chain check`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from imgtool.cli import options, render
+from imgtool.cli.chains import image_count, name, not_read
+from imgtool.cli.options import Output
+from imgtool.cli.session import Failures, set_up_logging, warning
+from imgtool.errors import ExitStatus, ImageError, UsageError
+
+if TYPE_CHECKING:
+    from imgtool.image.checking import ChainCheck
+    from imgtool.image.findings import Finding
+
+FIELDS = ("path", "severity", "what", "means", "do")
+_NOT_LOOKED_AT = ("outside", "not-local")
+
+
+def check(
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE|DIR...", help="Images, or folders of them.")
+    ],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only headers: the tables of the images are not read.")
+    ] = False,
+    output: options.OutputOption = Output.table,
+    format: options.Format = None,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Say what is wrong with a chain, what it means and what to do; nothing is changed.
+
+    Of a folder, every image in it and below. Status 3 if data is at risk, 4 if a chain leads out
+    of the folders that it may use.
+    """
+    from imgtool.image.checking import ChainCheck
+
+    set_up_logging(verbose=verbose, debug=debug)
+    folders = [image for image in images if image.is_dir()]
+    if format is not None and folders:
+        raise UsageError("--format is for images, not for a folder of them", subject=folders[0])
+    failures = Failures(debug=debug)
+    checked = ChainCheck(
+        backing_dirs=[*(backing_dir or ()), *folders],
+        metadata=not quick,
+    )
+    counts: Counter[str] = Counter()
+    whats: set[str] = set()
+
+    def told(findings: Iterator[Finding]) -> Iterator[Finding]:
+        said = set()
+        for finding in findings:
+            if finding not in said:
+                said.add(finding)
+                counts[finding.severity] += 1
+                whats.add(finding.what)
+                yield finding
+
+    findings = told(_findings(checked, images, format, failures))
+    if output is Output.table:
+        for finding in findings:
+            render.text(
+                f"{render.plain(str(finding.path))}: {finding.severity}: {finding.what}\n"
+                f"    {render.plain(finding.means)}\n    to do: {render.plain(finding.do)}\n"
+            )
+        if checked.looked_at or counts:
+            well = "nothing wrong in the headers" if quick else "nothing wrong"
+            render.text(f"{image_count(len(checked.looked_at))}: {_summary(counts) or well}\n")
+    else:
+        rows = (
+            {
+                **name("path", finding.path),
+                "severity": finding.severity,
+                "what": finding.what,
+                "means": finding.means,
+                "do": finding.do,
+            }
+            for finding in findings
+        )
+        render.emit(rows, FIELDS, output)
+    if counts["risk"]:
+        raise SystemExit(int(ExitStatus.IMAGE_UNREADABLE))
+    failures.finish()
+    if whats.intersection(_NOT_LOOKED_AT):
+        raise SystemExit(int(ExitStatus.REFUSED))
+
+
+def _findings(
+    checked: ChainCheck, images: list[Path], format: str | None, failures: Failures
+) -> Iterator[Finding]:
+    from imgtool.image.forest import forest
+
+    for image in images:
+        if not image.is_dir():
+            if not image.exists():
+                failures.add(ImageError("no such file or directory", subject=image))
+            else:
+                yield from checked.chain(image, format=format)
+            continue
+        trees = forest(
+            [image],
+            backing_dirs=[folder for folder in images if folder.is_dir()],
+            on_error=lambda path, error: failures.add(not_read(path, error)),
+        )
+        below = [tree for root in trees for _, tree in root.walk()]
+        if not below:
+            warning(f"no images below {image}")
+        for tree in below:
+            checked.know(tree.header)
+        # From the tops down; what no top leads to, since a chain is broken, after that.
+        for tree in sorted(below, key=lambda tree: bool(tree.overlays)):
+            yield from checked.chain(tree.path)
+
+
+def _summary(counts: Counter[str]) -> str:
+    said = [
+        f"{count} {severity}{'' if count == 1 else 's'}"
+        for severity in ("risk", "warning", "note")
+        if (count := counts[severity])
+    ]
+    return ", ".join(said)
