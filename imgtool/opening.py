@@ -10,14 +10,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imgtool.errors import RefusedError, UsageError
+from imgtool.errors import UsageError
 from imgtool.guest.guest import Guest
 from imgtool.guest.keys import Key, parse_key
 from imgtool.guest.model import Mount
 from imgtool.guest.partitions import partitions_of
 from imgtool.image.chain import Chain, open_chain
-from imgtool.image.dependants import refuse_if_base
-from imgtool.image.locks import refuse_if_in_use, warn_if_written
+from imgtool.image.locks import warn_if_written
 
 if TYPE_CHECKING:
     from imgtool.engines.libguestfs.guest import LibguestfsGuest
@@ -145,26 +144,80 @@ def open_guest_to_write(
 ) -> Iterator[LibguestfsGuest]:
     """Open a guest to change it, through the appliance; options and errors as for `open_guest`.
 
-    Raises `RefusedError` for an image that is in use, or the base of overlays. What was
-    written is in the image once the block has ended without an error.
+    What was written is in the image once the block has ended without an error, all of it;
+    otherwise the image is as it was. Raises `RefusedError` for an image that is in use, or the
+    base of overlays.
     """
-    wanted = [key if isinstance(key, Key) else parse_key(key) for key in keys]
-    chains = open_images([image, *add], format=format, backing_dirs=backing_dirs)
+    from imgtool.image.transaction import transaction
+
+    chains = _chains_to_write([image, *add], format, backing_dirs, notice)
+    options = _write_options(image, mounts, root, keys, notice, debug)
+    with transaction(chains, backing_dirs=backing_dirs, notice=notice) as writing:
+        with _appliance(writing.chains, write=True, **options) as guest:
+            yield guest
+            guest.finish()
+        started = time.monotonic()
+        writing.commit()
+        log.info("transaction: committed in %.2f s", time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def open_guest_in_place(
+    image: str | Path,
+    *,
+    add: Sequence[str | Path] = (),
+    format: str | None = None,
+    mounts: Sequence[Mount] = (),
+    root: str | None = None,
+    keys: Sequence[Key | str] = (),
+    backing_dirs: Sequence[str | Path] = (),
+    notice: Callable[[str], None] = _say_nothing,
+    debug: bool = False,
+) -> Iterator[LibguestfsGuest]:
+    """As `open_guest_to_write`, but every write is in the image at once: for a mount, whose user
+    decides what belongs together."""
+    from imgtool.image.guards import refuse_to_guess, refuse_to_write
+
+    chains = _chains_to_write([image, *add], format, backing_dirs, notice)
     for chain in chains:
-        refuse_if_in_use(chain)
-        refuse_if_base(chain, backing_dirs)
-    with _appliance(
-        chains,
-        image=str(image),
-        mounts=mounts,
-        root=root,
-        keys=wanted,
-        write=True,
-        notice=notice,
-        debug=debug,
-    ) as guest:
+        refuse_to_guess(chain)
+        refuse_to_write(chain, backing_dirs)
+    options = _write_options(image, mounts, root, keys, notice, debug)
+    with _appliance(chains, write=True, **options) as guest:
         yield guest
         guest.finish()
+
+
+def _chains_to_write(
+    images: Sequence[str | Path],
+    format: str | None,
+    backing_dirs: Sequence[str | Path],
+    notice: Callable[[str], None],
+) -> tuple[Chain, ...]:
+    from imgtool.image.recovery import recover
+
+    for image in images:
+        if line := recover(Path(image)):
+            notice(line)
+    return open_images(images, format=format, backing_dirs=backing_dirs)
+
+
+def _write_options(
+    image: str | Path,
+    mounts: Sequence[Mount],
+    root: str | None,
+    keys: Sequence[Key | str],
+    notice: Callable[[str], None],
+    debug: bool,
+) -> dict[str, Any]:
+    return {
+        "image": str(image),
+        "mounts": mounts,
+        "root": root,
+        "keys": [key if isinstance(key, Key) else parse_key(key) for key in keys],
+        "notice": notice,
+        "debug": debug,
+    }
 
 
 @contextlib.contextmanager
@@ -207,11 +260,7 @@ def _drives(
     """
     by_name = all(chain.safe_by_name for chain in chains)
     if write and not by_name:
-        raise RefusedError(
-            "QEMU would have to guess a format, or open a file by a relative name, to write this",
-            subject=chains[0].active.path,
-            hint="write the backing format into the overlay: qemu-img rebase -u -F FORMAT -b BASE",
-        )
+        raise ValueError("a chain to write to is opened by name")
     # A table with 4096-byte sectors is seen only on a disk that has them.
     sectors = [_sectors(chain, snapshot) for chain in chains]
     if snapshot is None and by_name:

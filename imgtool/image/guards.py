@@ -74,3 +74,13 @@ def refuse_existing(path: Path) -> None:
         )
     if not path.absolute().parent.is_dir():
         raise HostError("no such folder", subject=printable(path.absolute().parent))
+
+
+def refuse_to_guess(chain: Chain) -> None:
+    """Raise `RefusedError` for a chain that QEMU could not open for writing by the names in it."""
+    if not chain.safe_by_name:
+        raise RefusedError(
+            "QEMU would have to guess a format, or open a file by a relative name, to write this",
+            subject=printable(chain.active.path),
+            hint="write the format of its base into it: imgtool overlay rebase --unsafe",
+        )

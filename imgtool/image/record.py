@@ -21,18 +21,27 @@ from imgtool.image.places import printable
 
 _PREFIX, _SUFFIX = ".", ".imgtool-record"
 _LONGEST = 1 << 20
+_FOR_DEVICES = Path("/var/tmp")  # kept over a reboot
 
 
 def record_path(image: Path) -> Path:
     """Where the record of an image is; a link to an image has none of its own."""
-    real = image.resolve()
-    return real.with_name(f"{_PREFIX}{real.name}{_SUFFIX}")
+    beside = _beside(image)
+    return beside.with_name(f"{_PREFIX}{beside.name}{_SUFFIX}")
 
 
 def temporary_path(image: Path) -> Path:
     """A file of this process beside an image, to become it or to be removed."""
+    beside = _beside(image)
+    return beside.with_name(f"{_PREFIX}{beside.name}.imgtool-{os.getpid()}")
+
+
+def _beside(image: Path) -> Path:
+    """The image, or for a block device what stands for it in a folder with room."""
     real = image.resolve()
-    return real.with_name(f"{_PREFIX}{real.name}.imgtool-{os.getpid()}")
+    if real.is_block_device():
+        return _FOR_DEVICES / str(real).strip("/").replace("/", "-")
+    return real
 
 
 class Record:
@@ -57,8 +66,9 @@ class Record:
 
     def remove(self) -> None:
         """The work is done, or undone."""
-        record_path(self.image).unlink(missing_ok=True)
-        sync_folder(self.image.resolve().parent)
+        path = record_path(self.image)
+        path.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -97,10 +107,20 @@ def read_facts(image: Path) -> dict[str, Any]:
 def unfinished_commit(image: Path) -> Path | None:
     """The overlay that has all of an image while a commit into the image is incomplete."""
     facts = read_facts(image)
-    if facts.get("operation") != "commit":
+    if facts.get("operation") != "commit" and not is_committed(facts):
         return None
     overlay = Path(str(facts.get("overlay")))
     return overlay if overlay.is_file() else None
+
+
+def is_committed(facts: dict[str, Any]) -> bool:
+    """Whether a write was to be kept: the record of the first of its images says so for all."""
+    if facts.get("operation") != "write":
+        return False
+    if facts.get("step") == "ready":
+        facts_of_first = read_facts(Path(facts["images"][0]))
+        return facts_of_first.get("id") == facts["id"] and facts_of_first.get("step") == "commit"
+    return facts.get("step") == "commit"
 
 
 def is_ours(name: str) -> bool:

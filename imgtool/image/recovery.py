@@ -11,7 +11,7 @@ from imgtool.image.checking import check_metadata
 from imgtool.image.info import probe
 from imgtool.image.places import printable
 from imgtool.image.qemu_img import qemu_img, same_content
-from imgtool.image.record import Record, opened
+from imgtool.image.record import Record, is_committed, opened
 
 # Made beside the image and then renamed: either it has its name, or it is removed.
 WHOLE_FILES = ("create", "flatten", "compact", "convert")
@@ -47,6 +47,21 @@ def settle(record: Record, *, finish: bool) -> str | None:
             )
         _finish_commit(image, overlay)
         line = f"an interrupted commit of {printable(overlay)} into {name} was finished"
+    elif operation == "write" and is_committed(record.facts):
+        if not finish:
+            return (
+                f"{name} holds a part of what was written, and is read through what holds all of"
+                f" it: imgtool recover {name}"
+            )
+        for other in record.facts["images"]:
+            if other == record.facts["images"][0] != str(image.resolve()):
+                break  # only the first waits for the others
+            if other != str(image.resolve()):
+                recover(Path(other))
+        finish_write(record)
+        return f"an interrupted write to {name} was finished"
+    elif operation == "write":
+        line = _settle_file(Path(record.facts["overlay"]), f"write to {name}")
     else:
         raise RefusedError(
             f"work of a kind that this imgtool does not know was interrupted: {operation}",
@@ -62,6 +77,16 @@ def recover(image: Path) -> str | None:
     """Finish or undo what was interrupted on an image; a line that says so, None if nothing was."""
     with opened(image, create=False) as record:
         return settle(record, finish=True) if record is not None else None
+
+
+def finish_write(record: Record) -> None:
+    """Write down what a committed overlay holds; then overlay and record go."""
+    overlay = Path(record.facts["overlay"])
+    if overlay.exists():
+        _commit(record.image, overlay)
+        overlay.unlink()
+    record.remove()
+    record.facts.clear()
 
 
 def _settle_file(temporary: Path, what: str) -> str | None:
@@ -95,16 +120,22 @@ def _settle_revert(record: Record) -> str:
     return f"an interrupted revert of {printable(image)} was {'finished' if finished else 'undone'}"
 
 
-def _finish_commit(base: Path, overlay: Path) -> None:
-    chain = open_chain(overlay, backing_dirs=[base.parent])
+def _commit(base: Path, overlay: Path) -> Chain:
+    """Write all that an overlay holds into its base, which may hold some of it already."""
+    chain = open_chain(overlay, format="qcow2", backing_dirs=[base.parent])
     if len(chain.links) < 2 or not chain.links[1].path.samefile(base):
         raise RefusedError(
             f"a commit of {printable(overlay)} was interrupted, which no longer stands on it",
             subject=printable(base),
             hint="restore the base from a backup",
         )
+    qemu_img(["commit", "-q", "-d", chain.filename(read_only=False)], image=overlay)
+    return chain
+
+
+def _finish_commit(base: Path, overlay: Path) -> None:
     mend(base)
-    qemu_img(["commit", "-d", chain.filename(read_only=False)], image=overlay)
+    chain = _commit(base, overlay)
     if not same_content(chain.filename(), Chain(chain.links[1:]).filename()):
         raise ImgtoolError("the commit did not give the same content", subject=printable(base))
     os.utime(overlay)  # its base is newer, and still fits

@@ -115,7 +115,7 @@ def unmount(target: str) -> None:
 
 def _serve(request: dict[str, Any], ready: Path) -> None:
     from imgtool.guest.model import Mount
-    from imgtool.opening import open_guest, open_guest_to_write
+    from imgtool.opening import open_guest, open_guest_in_place
 
     common: dict[str, Any] = {
         "add": request["add"],
@@ -140,7 +140,7 @@ def _serve(request: dict[str, Any], ready: Path) -> None:
         guest.handle.mount_local_run()
 
     if request["writable"]:
-        with open_guest_to_write(request["image"], **common) as guest:
+        with open_guest_in_place(request["image"], **common) as guest:
             serve(guest)
     else:
         with open_guest(
