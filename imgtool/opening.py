@@ -139,23 +139,41 @@ def open_guest_to_write(
     root: str | None = None,
     keys: Sequence[Key | str] = (),
     backing_dirs: Sequence[str | Path] = (),
+    clone: Path | None = None,
+    tmp_dir: Path | None = None,
+    review: Callable[[Sequence[Chain]], None] | None = None,
     notice: Callable[[str], None] = _say_nothing,
     debug: bool = False,
 ) -> Iterator[LibguestfsGuest]:
     """Open a guest to change it, through the appliance; options and errors as for `open_guest`.
 
     What was written is in the image once the block has ended without an error, all of it;
-    otherwise the image is as it was. Raises `RefusedError` for an image that is in use, or the
-    base of overlays.
+    otherwise the image is as it was. With `clone` it is in a new overlay on the image instead, and
+    with `review` it is thrown away after that was called with the chains that have it. Until then
+    it is in overlays beside the images, or in `tmp_dir`. Raises `RefusedError` for an image that
+    is in use, or the base of overlays.
     """
-    from imgtool.image.transaction import transaction
+    from imgtool.image import transaction
 
     chains = _chains_to_write([image, *add], format, backing_dirs, notice)
     options = _write_options(image, mounts, root, keys, notice, debug)
-    with transaction(chains, backing_dirs=backing_dirs, notice=notice) as writing:
+    if clone is not None:
+        if len(chains) > 1:
+            raise UsageError("a clone is made of one disk", subject=clone)
+        begun: AbstractContextManager[transaction.Clone | transaction.Transaction] = (
+            transaction.clone(chains[0], clone)
+        )
+    else:
+        begun = transaction.transaction(
+            chains, backing_dirs=backing_dirs, tmp_dir=tmp_dir, notice=notice
+        )
+    with begun as writing:
         with _appliance(writing.chains, write=True, **options) as guest:
             yield guest
             guest.finish()
+        if review is not None:
+            review(writing.chains)
+            return
         started = time.monotonic()
         writing.commit()
         log.info("transaction: committed in %.2f s", time.monotonic() - started)

@@ -144,7 +144,7 @@ def show(
             "in_use": _held(link.path),
             "problems": _problems(link, below),
         }
-        for link, below in zip(links, [*links[1:], None], strict=True)
+        for link, below in zip(links, [*links, None][1:], strict=True)
     ]
     problems = [problem for row in rows for problem in row["problems"]]
     if failure is not None and rows:

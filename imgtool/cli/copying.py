@@ -113,11 +113,17 @@ def copy_in(
     root: options.Root = None,
     key: options.Keys = None,
     engine: options.EngineOption = options.Engine.auto,
+    dry_run: options.DryRun = False,
+    clone: options.Clone = None,
+    tmp_dir: options.TmpDir = None,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Copy host files and directories into a guest; SRC `-` unpacks a tar stream from stdin."""
+    """Copy host files and directories into a guest; SRC `-` unpacks a tar stream from stdin.
+
+    All of it or nothing: until everything is written, the image is as it was.
+    """
     from imgtool.transfer import copy_in as inward
 
     request = Request.of(locals())

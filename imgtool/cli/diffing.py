@@ -7,7 +7,7 @@ import itertools
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -265,3 +265,22 @@ def _at(request: Request, point: Point) -> Request:
         snapshot=point.snapshot,
         backing_dirs=point.backing_dirs,
     )
+
+
+def show_written(request: Request, overlays: Sequence[Path]) -> None:
+    """What a write would change: the images of a request against `overlays` with all of it."""
+    from imgtool.compare.comparing import compared, opened
+
+    failures = Failures(request.debug)
+    folders = [*request.backing_dirs, request.image.absolute().parent]
+    written = dataclasses.replace(
+        request, image=overlays[0], add=overlays[1:], format="qcow2", backing_dirs=folders
+    )
+    with opened(request.opened, written.opened) as pair:
+        found = compared(
+            pair, "/", checksum=None, everything=False, links=None,
+            on_problem=(failures.problem, failures.problem),
+        )  # fmt: skip
+        for difference in found:
+            print(_line(difference, human=False))
+    failures.finish()

@@ -109,3 +109,18 @@ Verbose = Annotated[
     bool, typer.Option("-v", "--verbose", help="Say which engine, why, and how long it took.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks and the engine's own log.")]
+
+# Of the commands that write
+Clone = Annotated[
+    Path | None,
+    typer.Option(
+        "--clone", metavar="NEW", help="Leave the image alone; the result is a new overlay on it."
+    ),
+]
+TmpDir = Annotated[
+    Path | None,
+    typer.Option("--tmp-dir", metavar="DIR", help="Where what is written is kept until the end."),
+]
+DryRun = Annotated[
+    bool, typer.Option("-n", "--dry-run", help="Say what would be done, and do nothing.")
+]

@@ -31,7 +31,7 @@ def create(
     protect_base: Annotated[
         bool, typer.Option("--protect-base", help="Make the base's file read-only.")
     ] = False,
-    dry_run: working.DryRun = False,
+    dry_run: options.DryRun = False,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
     debug: options.Debug = False,
@@ -63,7 +63,7 @@ def commit(
     remove: Annotated[
         bool, typer.Option("--remove", help="Remove the overlay once its content is proved.")
     ] = False,
-    dry_run: working.DryRun = False,
+    dry_run: options.DryRun = False,
     force: working.Force = False,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
@@ -94,7 +94,7 @@ def rebase(
         bool,
         typer.Option("--unsafe", help="Only write the name and format of the base into it."),
     ] = False,
-    dry_run: working.DryRun = False,
+    dry_run: options.DryRun = False,
     force: working.Force = False,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
@@ -124,7 +124,7 @@ def rebase(
 @app.command()
 def flatten(
     overlay: Overlay,
-    dry_run: working.DryRun = False,
+    dry_run: options.DryRun = False,
     force: working.Force = False,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
@@ -143,7 +143,7 @@ def flatten(
 
 def compact(
     image: options.Image,
-    dry_run: working.DryRun = False,
+    dry_run: options.DryRun = False,
     force: working.Force = False,
     format: options.Format = None,
     backing_dir: options.BackingDirs = None,

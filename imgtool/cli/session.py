@@ -20,6 +20,7 @@ from imgtool.guest.model import Mount
 if TYPE_CHECKING:
     from imgtool.engines.libguestfs.guest import LibguestfsGuest
     from imgtool.guest.guest import Guest
+    from imgtool.image.chain import Chain
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,9 @@ class Request:
     engine: str = "auto"
     backing_dirs: Sequence[Path] = ()
     debug: bool = False
+    dry_run: bool = False
+    clone: Path | None = None
+    tmp_dir: Path | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Request:
@@ -126,6 +130,9 @@ class Request:
             engine=given["engine"].value if "engine" in given else "auto",
             backing_dirs=given.get("backing_dir") or (),
             debug=given["debug"],
+            dry_run=given.get("dry_run", False),
+            clone=given.get("clone"),
+            tmp_dir=given.get("tmp_dir"),
         )
 
     def _options(self) -> dict[str, Any]:
@@ -155,15 +162,27 @@ class Request:
 
     @contextlib.contextmanager
     def opened_to_write(self) -> Iterator[LibguestfsGuest]:
-        """The guest, open to be changed."""
+        """The guest, open to be changed: all of it or nothing, and with `dry_run` only shown."""
         from imgtool.opening import open_guest_to_write
 
         with (
             _timed("written and closed"),
-            open_guest_to_write(self.image, **self._options()) as guest,
+            open_guest_to_write(
+                self.image,
+                clone=self.clone,
+                tmp_dir=self.tmp_dir,
+                review=self._review if self.dry_run else None,
+                **self._options(),
+            ) as guest,
         ):
             log.info("engine: libguestfs, since the direct engine does not write")
             yield guest
+
+    def _review(self, written: Sequence[Chain]) -> None:
+        """Show what would be changed."""
+        from imgtool.cli.diffing import show_written
+
+        show_written(self, [chain.active.path for chain in written])
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ def check(
         Repair | None,
         typer.Option("--repair", help="Mend lost space (leaks), or all that is wrong."),
     ] = None,
-    dry_run: working.DryRun = False,
+    dry_run: options.DryRun = False,
     output: options.OutputOption = Output.table,
     format: options.Format = None,
     backing_dir: options.BackingDirs = None,
@@ -90,7 +90,7 @@ def convert(
     to: Annotated[MadeFormat, typer.Option("--to", help="Its format.")] = MadeFormat.qcow2,
     compress: Annotated[bool, typer.Option("--compress", help="Compress it.")] = False,
     snapshot: options.Snapshot = None,
-    dry_run: working.DryRun = False,
+    dry_run: options.DryRun = False,
     force: working.Force = False,
     format: options.Format = None,
     backing_dir: options.BackingDirs = None,
@@ -122,7 +122,7 @@ def resize(
     size: Annotated[
         str, typer.Argument(metavar="SIZE", help="20G, or +5G to grow, -5G to shrink by it.")
     ],
-    dry_run: working.DryRun = False,
+    dry_run: options.DryRun = False,
     force: working.Force = False,
     format: options.Format = None,
     backing_dir: options.BackingDirs = None,
@@ -156,7 +156,7 @@ def create(
     new: Annotated[Path, typer.Argument(metavar="NEW", help="The new image; no file yet.")],
     size: Annotated[str, typer.Argument(metavar="SIZE", help="Such as 20G or 512M.")],
     to: Annotated[MadeFormat, typer.Option("--to", help="Its format.")] = MadeFormat.qcow2,
-    dry_run: working.DryRun = False,
+    dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:

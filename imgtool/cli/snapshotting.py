@@ -24,7 +24,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="The snapshot, by its 
 def create(
     image: options.Image,
     name: Annotated[str, typer.Argument(metavar="NAME", help="What to call it.")],
-    dry_run: working.DryRun = False,
+    dry_run: options.DryRun = False,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
     debug: options.Debug = False,
@@ -84,7 +84,7 @@ def revert(
         str | None,
         typer.Option("--save-as", metavar="NAME", help="Keep the present state under this name."),
     ] = None,
-    dry_run: working.DryRun = False,
+    dry_run: options.DryRun = False,
     force: working.Force = False,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
@@ -112,7 +112,7 @@ def revert(
 def delete(
     image: options.Image,
     name: Name,
-    dry_run: working.DryRun = False,
+    dry_run: options.DryRun = False,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
     debug: options.Debug = False,

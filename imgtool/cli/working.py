@@ -16,9 +16,6 @@ from imgtool.cli.session import warning
 if TYPE_CHECKING:
     from imgtool.image.work import OnStep, Plan
 
-DryRun = Annotated[
-    bool, typer.Option("-n", "--dry-run", help="Say what would be done, and do nothing.")
-]
 Force = Annotated[
     bool, typer.Option("--force", help="Do it though data may be lost, for who knows better.")
 ]

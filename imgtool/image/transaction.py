@@ -10,35 +10,44 @@ together: the record of the first one says the word for all.
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from imgtool.errors import ImgtoolError, RefusedError
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
-from imgtool.image.guards import refuse_if_too_little_space, refuse_to_guess, refuse_to_write
+from imgtool.image.guards import (
+    refuse_existing,
+    refuse_if_too_little_space,
+    refuse_to_guess,
+    refuse_to_write,
+)
 from imgtool.image.info import probe
+from imgtool.image.locks import refuse_if_in_use
+from imgtool.image.overlays import backing_name
 from imgtool.image.places import printable
 from imgtool.image.qemu_img import qemu_img
 from imgtool.image.record import Record, opened, temporary_path
 from imgtool.image.recovery import finish_write, settle
-from imgtool.image.work import Notice, sync_file
+from imgtool.image.work import Notice, put_in_place, sync_file
 
 # Of an overlay that holds nothing yet.
 _EMPTY = 4 << 20
 
 
-def overlay_on(chain: Chain, path: Path) -> Chain:
-    """A new overlay at `path`, named absolutely to what it stands on, as a chain to be opened.
+def overlay_on(chain: Chain, path: Path, name: str | None = None) -> Chain:
+    """A new overlay at `path` on a chain, as a chain; in it the base is called `name`, or else by
+    its absolute path. What the guest keeps from others is in it: it is for its owner alone.
 
     Raises `RefusedError` for a chain that QEMU could not open by the names in it.
     """
     refuse_to_guess(chain)
     active = chain.active
     words: list[str | Path] = ["create", "-q", "-f", "qcow2", "-F", active.format]
-    qemu_img([*words, "-b", active.path.resolve(), path], image=path)
+    path.touch(0o600, exist_ok=False)
+    qemu_img([*words, "-b", name or active.path.resolve(), path], image=path)
     return open_chain(path, format="qcow2", backing_dirs=[link.path.parent for link in chain.links])
 
 
@@ -55,13 +64,7 @@ class Transaction:
     def commit(self) -> None:
         """Write everything down; from the first moment on it is either finished or can be."""
         for chain in self.chains:
-            overlay = probe(chain.active.path, format="qcow2")
-            if not check_metadata(overlay).sound:
-                raise ImgtoolError(
-                    "what was written did not arrive sound; the image is as it was",
-                    subject=printable(chain.links[1].path),
-                )
-            sync_file(overlay.path)
+            _sound_on_disk(chain)
         for record in self._records:
             record.note(step="ready")
         self._records[0].note(step="commit")
@@ -69,21 +72,68 @@ class Transaction:
             finish_write(record)
 
 
+def _sound_on_disk(chain: Chain) -> None:
+    overlay = probe(chain.active.path, format="qcow2")
+    if not check_metadata(overlay).sound:
+        raise ImgtoolError(
+            "what was written did not arrive sound; the image is as it was",
+            subject=printable(chain.links[1].path),
+        )
+    sync_file(overlay.path)
+
+
+class Clone:
+    """A new overlay to write to, which `commit` gives its name; as a `Transaction` of one disk."""
+
+    def __init__(self, chain: Chain, new: Path) -> None:
+        self.chains = (chain,)
+        self._new = new
+
+    def commit(self) -> None:
+        """Give it its name; the image that it stands on is as it was."""
+        _sound_on_disk(self.chains[0])
+        temporary = self.chains[0].active.path
+        temporary.chmod(stat.S_IMODE(self.chains[0].links[1].path.stat().st_mode) | stat.S_IWUSR)
+        put_in_place(temporary, self._new)
+
+
+@contextlib.contextmanager
+def clone(chain: Chain, new: Path) -> Iterator[Clone]:
+    """Begin to write to a linked clone of an image; without `commit` nothing is left of it.
+
+    Raises `RefusedError` if `new` exists, or if the image is being written by somebody.
+    """
+    refuse_existing(new)
+    refuse_if_in_use(chain)
+    with opened(new, create=True) as record:
+        assert record is not None
+        settle(record, finish=True)
+        temporary = temporary_path(new)
+        record.note(operation="create", temporary=str(temporary))
+        try:
+            yield Clone(overlay_on(chain, temporary, backing_name(chain.active.path, new)), new)
+        finally:
+            settle(record, finish=False)
+
+
 @contextlib.contextmanager
 def transaction(
     chains: Sequence[Chain],
     *,
     backing_dirs: Sequence[str | Path] = (),
+    tmp_dir: Path | None = None,
     notice: Notice,
 ) -> Iterator[Transaction]:
     """Begin to write to the images at the tops of `chains`; what is not committed is undone.
 
-    Raises `RefusedError` for an image that is in use, the base of others, or that another imgtool
-    is at work on, and `HostError` where this user may not write.
+    The overlays are beside the images, or in `tmp_dir`. Raises `RefusedError` for an image that is
+    in use, the base of others, or that another imgtool is at work on, and `HostError` where this
+    user may not write.
     """
     for chain in chains:
         refuse_to_write(chain, backing_dirs)
-        refuse_if_too_little_space(chain.active.path.resolve().parent, _EMPTY)
+        beside = temporary_path(chain.active.path)
+        refuse_if_too_little_space(tmp_dir or beside.parent, _EMPTY)
     name = secrets.token_hex(8)
     images = [str(chain.active.path.resolve()) for chain in chains]
     with contextlib.ExitStack() as stack:
@@ -97,16 +147,16 @@ def transaction(
                     subject=printable(chain.active.path),
                     hint=f"imgtool recover {printable(chain.active.path)}",
                 )
-            overlay = str(temporary_path(chain.active.path))
-            record.note(operation="write", id=name, images=images, overlay=overlay)
+            overlay = temporary_path(chain.active.path)
+            if tmp_dir is not None:
+                overlay = tmp_dir.resolve() / overlay.name
+            record.note(operation="write", id=name, images=images, overlay=str(overlay))
             records.append(record)
         try:
             overlays = [
                 overlay_on(chain, Path(record.facts["overlay"]))
                 for chain, record in zip(chains, records, strict=True)
             ]
-            for chain in overlays:
-                os.chmod(chain.active.path, 0o600)  # noqa: PTH101 - it holds what the guest hides
             yield Transaction(overlays, records)
         finally:
             # What was committed has no record any more.

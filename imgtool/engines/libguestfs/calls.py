@@ -121,6 +121,11 @@ def _load() -> ctypes.CDLL:
         ("copy_attributes_argv", c_int, [c_char_p, c_char_p, POINTER(_CopyAttributes)]),
         ("rename", c_int, [c_char_p, c_char_p]),
         ("mkdir_mode", c_int, [c_char_p, c_int]),
+        ("upload", c_int, [c_char_p, c_char_p]),
+        ("chmod", c_int, [c_int, c_char_p]),
+        ("lchown", c_int, [c_int, c_int, c_char_p]),
+        ("ln_sf", c_int, [c_char_p, c_char_p]),
+        ("cp_a", c_int, [c_char_p, c_char_p]),
         ("rm_rf", c_int, [c_char_p]),
         ("debug", c_void_p, [c_char_p, strings]),
     ):
@@ -324,6 +329,26 @@ class Calls:
     def mkdir(self, path: bytes, mode: int) -> None:
         """Make a directory."""
         self._call("mkdir_mode", path, path, mode)
+
+    def upload(self, source: str, path: bytes) -> None:
+        """Make the file `source` of the host the content of a file, which stays the same file."""
+        self._call("upload", path, source.encode(), path)
+
+    def chmod(self, path: bytes, mode: int) -> None:
+        """Change the mode of what is at the path; a symbolic link is followed."""
+        self._call("chmod", path, mode, path)
+
+    def chown(self, path: bytes, uid: int, gid: int) -> None:
+        """Change the owner of what is at the path; a symbolic link is not followed."""
+        self._call("lchown", path, uid, gid, path)
+
+    def symlink(self, target: bytes, path: bytes) -> None:
+        """Make a symbolic link, in the place of what is no directory."""
+        self._call("ln_sf", path, target, path)
+
+    def copy(self, source: bytes, path: bytes) -> None:
+        """Copy a file with its mode, owner, times and extended attributes."""
+        self._call("cp_a", path, source, path)
 
     def rm_rf(self, path: bytes) -> None:
         """Remove a file, or a directory with everything in it."""

@@ -1,0 +1,101 @@
+"""Changing single files of a guest: contents replaced in the same file, new files made whole.
+
+To be used in a transaction, which makes all changes of a command one: nothing here has to be
+undone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tarfile
+import time
+from typing import TYPE_CHECKING, BinaryIO
+
+from imgtool.engines.libguestfs.calls import CallFailed, printable
+from imgtool.engines.libguestfs.stream import upload
+from imgtool.engines.libguestfs.walk import join
+from imgtool.engines.libguestfs.writing import Labels, put
+from imgtool.errors import ImgtoolError
+
+if TYPE_CHECKING:
+    from imgtool.engines.libguestfs.guest import LibguestfsGuest
+
+# Capabilities: the kernel takes them from a file that is written to.
+_CAPABILITY = b"security.capability"
+
+
+def rewrite(guest: LibguestfsGuest, path: bytes, content: bytes) -> None:
+    """Replace the content of a regular file, which stays the same file.
+
+    Mode, owner, extended attributes, SELinux label and hard links are kept, and its folder is not
+    touched: at no moment can somebody read it who could not before. Raises `ImgtoolError` where
+    the guest's filesystem has no room.
+    """
+
+    def produce(out: BinaryIO) -> None:
+        out.write(content)
+
+    kept = join(path.rpartition(b"/")[0] or b"/", b".imgtool-capability")
+    has_capability = False
+    with contextlib.suppress(CallFailed):
+        guest.calls.getxattr(path, _CAPABILITY)
+        has_capability = True
+    try:
+        if has_capability:
+            guest.calls.copy(path, kept)
+        with guest.cancellable():
+            upload(lambda name: guest.calls.upload(name, path), produce)
+        if has_capability:
+            guest.calls.copy_xattrs(kept, path)
+            guest.calls.rm_rf(kept)
+    except CallFailed as error:
+        raise _explained(guest, path, error) from error
+
+
+def _explained(guest: LibguestfsGuest, path: bytes, error: CallFailed) -> ImgtoolError:
+    if not guest.interrupted():
+        numbers = guest.handle.statvfs(
+            (path.rpartition(b"/")[0] or b"/").decode("utf-8", "replace")
+        )
+        if numbers["bavail"] < 16:
+            return ImgtoolError(
+                "no space left on the guest's filesystem; nothing was changed",
+                subject=printable(path),
+                hint="'imgtool df' shows the space",
+            )
+    return error
+
+
+def create(
+    guest: LibguestfsGuest,
+    path: bytes,
+    content: bytes,
+    *,
+    mode: int = 0o644,
+    owner: tuple[int, int] = (0, 0),
+) -> None:
+    """Make a regular file that was not there, with its mode and owner from the first moment and
+    the SELinux label of the guest's policy; its folder is there."""
+    folder, _, name = path.rpartition(b"/")
+
+    def produce(out: BinaryIO) -> None:
+        member = tarfile.TarInfo(name.decode("utf-8", "surrogateescape"))
+        member.size, member.mode, member.mtime = len(content), mode, int(time.time())
+        member.uid, member.gid = owner
+        with tarfile.open(
+            fileobj=out, mode="w|", format=tarfile.GNU_FORMAT, errors="surrogateescape"
+        ) as archive:
+            archive.addfile(member, io.BytesIO(content))
+
+    put(guest, folder or b"/", produce)
+
+
+def make_folder(
+    guest: LibguestfsGuest, path: bytes, *, mode: int = 0o755, owner: tuple[int, int] = (0, 0)
+) -> None:
+    """Make a folder that was not there, with the SELinux label of the guest's policy."""
+    guest.calls.mkdir(path, mode)
+    guest.calls.chmod(path, mode)
+    guest.calls.chown(path, *owner)
+    Labels(guest).apply(path)
