@@ -131,7 +131,8 @@ def compared(
             fields += ("content",)
         if fields:
             yield Difference(CHANGED, fields, one, other)
-    log.info("content: %d files not read, since both sides share their blocks", contents.spared)
+    if checksum is not None:
+        log.info("content: %d files not read: both sides share their blocks", contents.spared)
 
 
 def _top(guest: Guest, path: str | bytes) -> Entry | None:
