@@ -208,6 +208,25 @@ def test_blocks_that_the_chain_shares_are_not_read(base: Path, changed: Path) ->
     assert rows(changed, "--against-base", "--checksum", "sha256") == full
 
 
+def test_xfs_tells_what_is_shared_too(tmp_path: Path) -> None:
+    disk, overlay = tmp_path / "disk.raw", tmp_path / "overlay.qcow2"
+    proto = ["/none", "0 0", "d--755 0 0"]
+    for name in ("one", "two", "three"):
+        (tmp_path / name).write_bytes(name.encode() * (CLUSTER // 2))
+        proto.append(f"{name} ---644 0 0 {tmp_path / name}")
+    (tmp_path / "proto").write_text("\n".join([*proto, "$", "$"]) + "\n")
+    with disk.open("wb") as file:
+        file.truncate(320 << 20)
+    ran("mkfs.xfs", "-q", "-p", tmp_path / "proto", disk)
+    with disk.open("rb") as file:
+        at = file.read(64 << 20).index(b"two" * 1000) + CLUSTER
+    ran("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", disk, overlay)
+    ran("qemu-io", "-f", "qcow2", "-c", f"write -q -P 7 {at - at % 512} 512", overlay)
+    done = diff(overlay, "--against-base", "--checksum", "sha256", "-v")
+    assert done.stdout == b"changed  file       /two  content\n"
+    assert int(done.stderr.split(b"content: ")[1].split()[0]) >= 1
+
+
 def test_two_overlays_of_one_base_share_it(base: Path, changed: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.raw"
     other.write_bytes(base.read_bytes())
