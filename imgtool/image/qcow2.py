@@ -19,6 +19,7 @@ _SNAPSHOT_LENGTH = 40  # without names and extra data
 _DIRTY_BIT, _CORRUPT_BIT, _DATA_FILE_BIT = 1 << 0, 1 << 1, 1 << 2
 _FEATURES_OF_ANY_QEMU = _DIRTY_BIT | _CORRUPT_BIT | _DATA_FILE_BIT
 _LARGEST_L1 = 32 << 20
+_LARGEST_OFFSET = 1 << 56
 _EXTENSION_DATA_FILE = 0x44415441
 _EXTENSION_BACKING_FORMAT = 0xE2792ACA
 _EXTENSION_END = 0
@@ -109,9 +110,10 @@ def read_header(file: BinaryIO) -> Qcow2Header | None:
         (placed or not backing_offset)
         and not features & ~_FEATURES_OF_ANY_QEMU
         and (_V3_LENGTH <= length <= cluster_size or version == 2)
-        and 0 < table_offset
-        and 0 < table_clusters
-        and not (table_offset | l1_offset) % cluster_size
+        and table_offset > 0
+        and table_clusters > 0
+        and not (table_offset | l1_offset | snapshots_offset) % cluster_size
+        and (table_offset | l1_offset | snapshots_offset) < _LARGEST_OFFSET
         and -(-size // (cluster_size * (cluster_size // 8))) <= l1_entries <= _LARGEST_L1 // 8
     )
     return Qcow2Header(

@@ -189,11 +189,12 @@ def base_cut_off(folder: Path) -> Path:
     return qcow2(folder / "top", "base")
 
 
-def only_qemu_refuses(folder: Path) -> Path:
-    """The table of snapshots does not start where a cluster does."""
+def damaged_snapshot(folder: Path) -> Path:
+    """A snapshot whose table of clusters cannot be: the header does not tell."""
     image = qcow2(folder / "image")
-    write(image)
-    patch(image, 60, struct.pack(">IQ", 1, 3 * CLUSTER + 8))
+    qemu_img("snapshot", "-c", "before", image)
+    (table,) = struct.unpack_from(">Q", image.read_bytes(), 64)
+    patch(image, table, b"\x7f" * 8 + b"\xff" * 4)
     return image
 
 
@@ -251,7 +252,7 @@ PROBLEMS: list[tuple[Made, str, str, int]] = [
     (bad_version, "unreadable", "risk", 3),
     (cut_off, "unreadable", "risk", 3),
     (base_cut_off, "unreadable", "risk", 3),
-    (only_qemu_refuses, "unreadable", "risk", 3),
+    (damaged_snapshot, "damaged-tables", "risk", 3),
     (several, "base-of-several", "note", 0),
     (outside, "outside", "warning", 4),
     (over_the_network, "not-local", "warning", 4),
@@ -291,8 +292,9 @@ def test_every_problem_that_the_code_names_is_made_here():
 
 
 @pytest.mark.parametrize("links", [1, 2, 5])
-@pytest.mark.parametrize("absolute", [False, True], ids=["relative", "absolute"])
-@pytest.mark.parametrize("format", ["raw", "qcow2"])
+@pytest.mark.parametrize(
+    ("absolute", "format"), [(False, "qcow2"), (True, "raw")], ids=["relative", "absolute"]
+)
 def test_a_sound_chain_is_sound(links, absolute, format, tmp_path, imgtool_cli):
     """Not a word of the base being as new as its overlay: they were made in one moment."""
     folders = [tmp_path / "one", tmp_path / "two"]
