@@ -1,4 +1,4 @@
-"""What scripts/bench measures of chains: points of one compared, against the virt tools."""
+"""What scripts/bench measures of chains: points of one compared, chains and forests shown."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from bench_cases import (
     DIRECT,
     IMGTOOL,
+    NO_ENGINE,
     REPOSITORY,
     CannotMeasure,
     Case,
@@ -22,6 +23,9 @@ from bench_cases import (
     put_overlay,
     say,
 )
+
+LINKS = 50
+FOREST = 10_000
 
 # Files of the guest that an overlay changes.
 CHANGED = (
@@ -54,6 +58,32 @@ def make_changed(folder: Path) -> Path:
     return overlay
 
 
+def make_links(folder: Path) -> Path:
+    """A chain of LINKS images, a raw base below; the active image."""
+    words = ["qemu-img", "create", "-q", "-f", "qcow2"]
+    below = folder / "base.raw"
+    finished(["qemu-img", "create", "-q", "-f", "raw", str(below), "1G"])
+    for number in range(1, LINKS):
+        overlay = folder / f"link-{number:02}.qcow2"
+        finished([*words, "-F", below.suffix[1:], "-b", below.name, str(overlay)])
+        below = overlay
+    return below
+
+
+def make_forest(folder: Path) -> Path:
+    """FOREST overlays on one base, copies of one of which only the header was written."""
+    base, first = folder / "base.raw", folder / "first.qcow2"
+    finished(["qemu-img", "create", "-q", "-f", "raw", str(base), "1G"])
+    words = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base.name, str(first)]
+    finished(words)
+    template = first.read_bytes()
+    for number in range(FOREST - 2):
+        with (folder / f"guest-{number:05}.qcow2").open("wb") as file:
+            file.write(template[:4096])
+            file.truncate(len(template))
+    return folder
+
+
 def virt_diff(*words: str) -> Command:
     """`virt-diff -a BASE -A OVERLAY WORDS...`."""
     return line("virt-diff", *words, "-a", base, "-A", image)
@@ -75,5 +105,22 @@ CHAIN_CASES = (
         engines=(DIRECT,),
         make_image=make_changed,
         by_name=True,  # the peer takes minutes
+    ),
+    Case(
+        "chain-show",
+        lambda place, engine: [str(IMGTOOL), "chain", "show", str(place.image)],
+        (Peer("qemu-img", line("qemu-img", "info", "--backing-chain", image), 1.0),),
+        engines=(NO_ENGINE,),
+        limits={NO_ENGINE: 0.5},
+        make_image=make_links,
+        needs_guest=False,
+    ),
+    Case(
+        "chain-tree",
+        lambda place, engine: [str(IMGTOOL), "chain", "tree", str(place.image)],
+        engines=(NO_ENGINE,),
+        limits={NO_ENGINE: 10.0},
+        make_image=make_forest,
+        needs_guest=False,
     ),
 )
