@@ -221,6 +221,19 @@ def leave_running(
             raise _missing(words[0]) from error
 
 
+def interactive(argv: Sequence[str | Path]) -> int:
+    """Run a program of the user's, such as an editor, on the terminal; its status.
+
+    It gets the user's whole environment. Raises `HostError` if there is no such program.
+    """
+    words = [str(word) for word in argv]
+    log.debug("run on the terminal: %s", shlex.join(words))
+    try:
+        return subprocess.run(words, check=False).returncode
+    except FileNotFoundError as error:
+        raise _missing(words[0]) from error
+
+
 def command_of(pid: int) -> list[str]:
     """The words of a process's command line; none if it is gone."""
     try:

@@ -1,0 +1,81 @@
+"""`edit`: one file of a guest."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Annotated
+
+import typer
+
+from imgtool.cli import completing, options, render
+from imgtool.cli.session import Request
+from imgtool.errors import UsageError
+
+
+def edit(
+    image: options.Image,
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH", help="Absolute guest path.", autocompletion=completing.guest_paths
+        ),
+    ],
+    expressions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-e",
+            "--expression",
+            metavar="s/RE/TEXT/FLAGS",
+            help="Substitute in every line, with Python's regular expressions; flags g and i.",
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Set a key of a file of keys and values."),
+    ] = None,
+    backup: Annotated[
+        str | None,
+        typer.Option("-b", "--backup", metavar="ENDING", help="Keep the old file, such as .bak."),
+    ] = None,
+    add: options.Add = None,
+    format: options.Format = None,
+    mounts: options.Mounts = None,
+    root: options.Root = None,
+    key: options.Keys = None,
+    dry_run: options.DryRun = False,
+    clone: options.Clone = None,
+    tmp_dir: options.TmpDir = None,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Edit a file of a guest in $VISUAL or $EDITOR, or with -e and --set without one.
+
+    A symbolic link is followed inside the guest. The file keeps its mode, owner, attributes and
+    label. Unchanged content writes nothing; what is written is there whole or not at all.
+    """
+    from imgtool.transfer import edit as text
+
+    request = Request.of(locals())
+    if backup is not None and (not backup or "/" in backup):
+        raise UsageError("not an ending for a name", subject=backup, hint="such as -b .bak")
+    changes: list[text.Change] = [text.Substitution.parse(e).apply for e in expressions or ()]
+    changes += [text.Setting.parse(s).apply for s in settings or ()]
+    if not changes:
+        if not sys.stdin.isatty():
+            raise UsageError(
+                "an editor needs a terminal", hint="change the file with -e or --set instead"
+            )
+        name = re.sub(r"[^\w.-]", "_", path.rpartition("/")[2]) or "file"
+        changes = [text.in_editor(name, text.editor_words())]
+    # Read without an appliance where that can be: an editor that opens at once, and no launch at
+    # all where nothing is changed.
+    with request.opened() as guest:
+        found, old = text.read_to_edit(guest, path)
+    new = text.all_of(changes)(old)
+    if new == old:
+        render.message("note", f"unchanged, nothing was written ({render.escaped(found)})")
+        return
+    with request.opened_to_write() as guest:
+        text.write_edited(guest, found, old, new, backup=backup)

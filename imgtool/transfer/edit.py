@@ -1,0 +1,233 @@
+"""Changing the text of one file: by expressions, by keys and values, or in an editor.
+
+Contents are bytes throughout: a file that is not UTF-8, or has DOS line ends, is changed only where
+it is meant to be.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from imgtool.errors import HostError, ImgtoolError, RefusedError, UsageError
+from imgtool.process import interactive
+
+if TYPE_CHECKING:
+    from imgtool.engines.libguestfs.guest import LibguestfsGuest
+    from imgtool.guest.guest import Guest
+
+# Gives the new content for the old one.
+Change = Callable[[bytes], bytes]
+
+LARGEST = 64 << 20
+_FLAGS = {"g", "i"}
+
+
+@dataclass(frozen=True)
+class Substitution:
+    """`s/PATTERN/REPLACEMENT/FLAGS`: in each line the first match is replaced, with `g` every one.
+
+    PATTERN and REPLACEMENT are those of Python's `re`; `i` ignores case. Any character that is not
+    a letter, digit, backslash or space can stand for the slash.
+    """
+
+    pattern: re.Pattern[bytes]
+    replacement: bytes
+    every: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Substitution:
+        """Raises `UsageError` for what is no substitution, saying what is wrong with it."""
+        hint = "such as 's/PermitRootLogin.*/PermitRootLogin no/'"
+        if len(text) < 2 or text[0] != "s" or text[1].isalnum() or text[1] in "\\ \n":
+            raise UsageError("not a substitution", subject=text, hint=hint)
+        mark = text[1]
+        parts = _split(text[2:], mark)
+        if len(parts) != 3 or not set(parts[2]) <= _FLAGS:
+            raise UsageError(
+                f"a substitution has two parts and flags (g, i) between '{mark}'",
+                subject=text,
+                hint=hint,
+            )
+        flags = re.IGNORECASE if "i" in parts[2] else 0
+        replacement = parts[1].encode("utf-8", "surrogateescape")
+        try:
+            pattern = re.compile(parts[0].encode("utf-8", "surrogateescape"), flags)
+            # The template is looked at only when it is used: an empty match uses it.
+            re.compile(pattern.pattern + b"|", flags).sub(replacement, b"", count=1)
+        except (re.error, IndexError) as error:
+            raise UsageError(f"not a regular expression: {error}", subject=text) from error
+        return cls(pattern, replacement, "g" in parts[2])
+
+    def apply(self, content: bytes) -> bytes:
+        """The content with the replacements; what ends a line is not matched."""
+        lines = []
+        for line in content.splitlines(keepends=True):
+            text = line.rstrip(b"\r\n")
+            changed = self.pattern.sub(self.replacement, text, count=0 if self.every else 1)
+            lines.append(changed + line[len(text) :])
+        return b"".join(lines)
+
+
+def _split(text: str, mark: str) -> list[str]:
+    """Parts between marks; a backslash before a mark makes it an ordinary character."""
+    parts, part, at = [], "", 0
+    while at < len(text):
+        if text[at] == "\\" and at + 1 < len(text):
+            part += text[at + 1] if text[at + 1] == mark else text[at : at + 2]
+            at += 2
+        elif text[at] == mark:
+            parts.append(part)
+            part, at = "", at + 1
+        else:
+            part, at = part + text[at], at + 1
+    return [*parts, part]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`KEY=VALUE` for files of keys and values, with `=`, `:` or white space between the two.
+
+    The line that has the key gets the value; what stands around it stays. Without such a line one
+    is added behind a commented one, or at the end.
+    """
+
+    key: str
+    value: str
+
+    @classmethod
+    def parse(cls, text: str) -> Setting:
+        """Raises `UsageError` for what is no KEY=VALUE."""
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip() or re.search(r"[\s#]", key.strip()) or "\n" in value:
+            raise UsageError("not KEY=VALUE", subject=text, hint="such as --set PermitRootLogin=no")
+        return cls(key.strip(), value)
+
+    def apply(self, content: bytes) -> bytes:
+        """The content with the value set; every line that sets the key gets it."""
+        key = re.escape(self.key.encode("utf-8", "surrogateescape"))
+        value = self.value.encode("utf-8", "surrogateescape")
+        assigned = re.compile(rb"([ \t]*(?:export[ \t]+)?" + key + rb"(?:[ \t]*[=:][ \t]*|[ \t]+))")
+        commented = re.compile(rb"[ \t]*[#;][ \t]*" + assigned.pattern)
+        lines = content.splitlines(keepends=True)
+        found = False
+        for number, line in enumerate(lines):
+            text = line.rstrip(b"\r\n")
+            if matched := assigned.match(text):
+                lines[number] = matched[1] + value + line[len(text) :]
+                found = True
+        if found:
+            return b"".join(lines)
+        end = b"\r\n" if lines and lines[0].endswith(b"\r\n") else b"\n"
+        for number, line in enumerate(lines):
+            if matched := commented.match(line.rstrip(b"\r\n")):
+                lines[number] = _ended(line, end)
+                lines.insert(number + 1, matched[1].lstrip() + value + end)
+                return b"".join(lines)
+        if lines:
+            lines[-1] = _ended(lines[-1], end)
+        separator = b"=" if _uses_equals(lines) else b" "
+        return b"".join([*lines, self.key.encode() + separator + value + end])
+
+
+def _ended(line: bytes, end: bytes) -> bytes:
+    return line if line.endswith((b"\n", b"\r")) else line + end
+
+
+def _uses_equals(lines: Sequence[bytes]) -> bool:
+    """Whether `=` is what stands between keys and values here; where nothing tells, it is."""
+    with_equals = spaced = 0
+    for line in lines:
+        if re.match(rb"[ \t]*[\w.-]+[ \t]*=", line):
+            with_equals += 1
+        elif re.match(rb"[ \t]*[\w.-]+[ \t]+\S", line):
+            spaced += 1
+    return with_equals >= spaced
+
+
+def all_of(changes: Sequence[Change]) -> Change:
+    """One change after the other."""
+
+    def change(content: bytes) -> bytes:
+        for one in changes:
+            content = one(content)
+        return content
+
+    return change
+
+
+def in_editor(name: str, words: Sequence[str]) -> Change:
+    """A change by a person: `words` is the editor, which gets a private copy called `name`.
+
+    Raises `ImgtoolError` if the editor fails: then nothing is to be changed.
+    """
+
+    def change(content: bytes) -> bytes:
+        with tempfile.TemporaryDirectory(prefix="imgtool-edit-") as folder:
+            copy = Path(folder) / name
+            with os.fdopen(os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+                out.write(content)
+            status = interactive([*words, str(copy)])
+            if status != 0:
+                raise ImgtoolError(
+                    f"the editor ended with status {status}; nothing was changed",
+                    subject=words[0],
+                )
+            return copy.read_bytes()
+
+    return change
+
+
+def read_to_edit(guest: Guest, path: str) -> tuple[bytes, bytes]:
+    """The path without links and the content of a file that is to be edited.
+
+    Raises `ImgtoolError` for what is no regular file or larger than `LARGEST`, and
+    `NotInGuestError` for what is not there.
+    """
+    found = guest.resolve(path)
+    kind = guest.lstat(found).type
+    if kind != "file":
+        raise ImgtoolError(f"not a regular file but a {kind}", subject=path)
+    return found, guest.read_bytes(found, LARGEST)
+
+
+def write_edited(
+    guest: LibguestfsGuest, path: bytes, old: bytes, new: bytes, *, backup: str | None
+) -> None:
+    """Replace the content that was edited, once it is sure that it still is the one in the guest.
+
+    With `backup` a copy of the old file is kept beside it, under the name with that ending. Raises
+    `RefusedError` where the file has changed meanwhile.
+    """
+    from imgtool.engines.libguestfs.changing import rewrite
+
+    now = guest.resolve(path)
+    if guest.read_bytes(now, LARGEST) != old:
+        raise RefusedError("the file has changed since it was read", subject=path)
+    if backup is not None:
+        guest.calls.copy(now, now + os.fsencode(backup))
+    rewrite(guest, now, new)
+
+
+def editor_words() -> list[str]:
+    """The user's editor: $VISUAL, $EDITOR, or vi. Raises `HostError` if it is not installed."""
+    import shlex
+    import shutil
+
+    for name in ("VISUAL", "EDITOR"):
+        if words := shlex.split(os.environ.get(name, "")):
+            break
+    else:
+        words = ["vi"]
+    if shutil.which(words[0]) is None:
+        raise HostError(
+            "the editor is not installed",
+            subject=words[0],
+            hint="set EDITOR, or change the file with -e or --set",
+        )
+    return words
