@@ -94,6 +94,12 @@ def unmounted(place: Place) -> None:
                 subprocess.run(words, capture_output=True, check=False)
 
 
+def with_nbd(place: Place) -> None:
+    """The kernel's nbd devices, and a folder to mount at."""
+    make_destination(place)
+    finished([system_program("modprobe"), "nbd", "max_part=16"])
+
+
 def forgotten(place: Place) -> None:
     """The page cache, and a folder to mount at."""
     make_destination(place)
@@ -117,6 +123,13 @@ _HAND_EXPORT = f"""{_EXPORT}
     mount -o ro "$d" "$2"; umount "$2"; losetup --detach "$d"
     pid=$(cat "$3/pid"); kill "$pid"; while kill -0 "$pid" 2>/dev/null; do sleep 0.01; done
 """
+_HAND_NBD = """
+    qemu-nbd --read-only --connect=/dev/nbd0 --pid-file="$3/pid" "$1"
+    while [ ! -b /dev/nbd0p1 ]; do sleep 0.01; done
+    mount -o ro /dev/nbd0p1 "$2"; umount "$2"
+    pid=$(cat "$3/pid"); qemu-nbd --disconnect /dev/nbd0
+    while [ -e /sys/block/nbd0/pid ] || kill -0 "$pid" 2>/dev/null; do sleep 0.01; done
+"""
 _PLAIN = f"ro,loop,offset={START},sizelimit={READ + SIZE}"
 _READ = 'dd if="$2/large" of=/dev/null bs=1M status=none'
 
@@ -139,6 +152,17 @@ MOUNT_CASES = (
         prepare=make_destination,
         make_image=make_partitioned_qcow2,
         needs_guest=False,
+        silent=True,
+    ),
+    Case(
+        "mount-nbd",  # scripts/vm-run scripts/bench mount-nbd, where the kernel has no nbd
+        own('imgtool mount --via nbd -p 1 "$1" "$2"; imgtool umount "$2"'),
+        (Peer("by hand", shell(_HAND_NBD), BY_HAND),),
+        engines=(NO_ENGINE,),
+        prepare=with_nbd,
+        make_image=make_partitioned_qcow2,
+        needs_guest=False,
+        by_name=True,
         silent=True,
     ),
     Case(

@@ -17,7 +17,7 @@ from pathlib import Path
 from imgtool.errors import HostError
 from imgtool.mount.kernel import PATIENCE, wait_until
 
-_CLR_FD, _GET_STATUS64, _CONFIGURE = 0x4C01, 0x4C05, 0x4C0A
+_CLR_FD, _GET_STATUS64, _SET_DIRECT_IO, _CONFIGURE = 0x4C01, 0x4C05, 0x4C08, 0x4C0A
 _GET_FREE = 0x4C82
 _READ_ONLY, _AUTOCLEAR = 1, 4
 # struct loop_info64: device, inode, rdevice, offset, sizelimit; number, encryption, its key's size,
@@ -103,6 +103,13 @@ def attach(
             f"the loop device cannot be attached: {error.strerror}", subject=path
         ) from error
     return device
+
+
+def pass_by_cache(device: int) -> None:
+    """Let an attached device, given by a descriptor, read its file without the file's page cache,
+    where the kernel can."""
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(device, _SET_DIRECT_IO, 1)
 
 
 def detach(number: int, mark: str, limit: float = PATIENCE) -> None:

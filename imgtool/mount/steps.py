@@ -78,6 +78,11 @@ class Loop(Step):
             udev.leave_alone(self.id, name)
         raise HostError("no loop device is free", subject=self.path)
 
+    def pass_by_cache(self) -> None:
+        """Read without the page cache of the file, now that nothing is written any more."""
+        if self._descriptor is not None:
+            loop.pass_by_cache(self._descriptor)
+
     def release(self) -> None:
         """Leave it to what was mounted on it."""
         if self._descriptor is not None:

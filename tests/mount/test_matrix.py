@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.mount.host import (
@@ -50,3 +52,16 @@ def test_the_files_are_those_in_the_image(images, place, planted, filesystem, ta
         assert without_times(planted).items() <= without_times(found).items()
     assert state_of(image.files) == before
     assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("via", "options", "direct"), [("loop", "", "0"), ("export", "", "1"), ("export", "--rw", "0")]
+)
+def test_what_qemu_exports_is_not_cached_twice(images, place, tmp_path, via, options, direct):
+    """Which would make reading half as fast; but QEMU may mix up what is written directly."""
+    image = images.copy(images.get("ext4"), tmp_path)
+    good("mount", image.path, place, "--via", via, *image.chosen, *options.split())
+    device = Path(mount_at(place).source)
+    flag = Path("/sys/block", device.name, "loop/dio").read_text().strip()
+    good("umount", place)
+    assert flag == direct
