@@ -119,6 +119,7 @@ class Case:
     by_name: bool = False  # only where named
     once: bool = False  # one round
     silent: bool = False  # says nothing when it went well
+    step: str | None = None  # imgtool's time is that of this step, as it prints it itself
 
 
 def say(line: str) -> None:

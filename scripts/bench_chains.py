@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench_cases import (
@@ -26,6 +27,7 @@ from bench_cases import (
 
 LINKS = 50
 FOREST = 10_000
+MERGED = 512 << 20
 
 # Files of the guest that an overlay changes.
 CHANGED = (
@@ -89,7 +91,59 @@ def virt_diff(*words: str) -> Command:
     return line("virt-diff", *words, "-a", base, "-A", image)
 
 
+def make_merge(folder: Path) -> Path:
+    """Two bases that differ, and an overlay on the first with MERGED bytes of its own."""
+    for number, name in enumerate(("base", "other"), 1):
+        words = [str(folder / f"{name}.qcow2")]
+        finished(["qemu-img", "create", "-q", "-f", "qcow2", *words, "4G"])
+        written = f"write -q -P {number} 0 {MERGED}"
+        finished(["qemu-io", "-c", written, *words])
+    overlay = folder / "overlay.qcow2"
+    put_overlay(Path("base.qcow2"), overlay)
+    for at in range(0, MERGED, 4 << 20):  # every other two mebibytes, and as much beyond the base
+        for where in (at, MERGED + at):
+            finished(["qemu-io", "-c", f"write -q -P 3 {where} 2M", str(overlay)])
+    return overlay
+
+
+def take_merge(place: Place) -> None:
+    """Copies of the images, to be worked on."""
+    for name in ("base.qcow2", "other.qcow2", "overlay.qcow2"):
+        finished(["cp", "--sparse=always", str(place.image.parent / name), str(place.folder)])
+
+
+def own(name: str) -> Callable[[Place], str]:
+    """One of those copies."""
+    return lambda place: str(place.folder / f"{name}.qcow2")
+
+
+def work_case(name: str, words: Sequence[Callable[[Place], str]], bare: Command) -> Case:
+    """A sub-command of `imgtool overlay` against the bare qemu-img: without guards and proof."""
+    return Case(
+        name,
+        lambda place, engine: line(str(IMGTOOL), "overlay", name, *words)(place),
+        (Peer("qemu-img", bare, 1.1),),
+        engines=(NO_ENGINE,),
+        prepare=take_merge,
+        make_image=make_merge,
+        needs_guest=False,
+        silent=True,
+        step=name,
+    )
+
+
 CHAIN_CASES = (
+    work_case("commit", [own("overlay")], line("qemu-img", "commit", "-q", "-d", own("overlay"))),
+    work_case(
+        "rebase",
+        [own("overlay"), own("other")],
+        line("qemu-img", "rebase", "-q", "-F", "qcow2", "-b", own("other"), own("overlay")),
+    ),
+    work_case(
+        "flatten",
+        [own("overlay")],
+        line("qemu-img", "convert", "-q", "-O", "qcow2", own("overlay"), own("new")),
+    ),
     Case(
         "diff",
         imgtool("diff", "--against-base", image),
