@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import sys
 from collections.abc import Iterator
@@ -11,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import imgtool.opening
 from imgtool import cli
+
+# Half of the time of a quick command goes into this.
+_get_command = functools.cache(typer.main.get_command)
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ def open_guests() -> Iterator[OpenGuests]:
 def imgtool_cli(open_guests, monkeypatch):
     """Run a command line in this process, on guests that are shared with other tests."""
     monkeypatch.setattr(imgtool.opening, "open_guest", open_guests.shared)
+    monkeypatch.setattr(typer.main, "get_command", _get_command)
 
     def run(*arguments: object, stdin: bytes = b"") -> Result:
         out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)

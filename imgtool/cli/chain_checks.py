@@ -44,10 +44,11 @@ def check(
     from imgtool.image.checking import ChainCheck
 
     set_up_logging(verbose=verbose, debug=debug)
-    folders = [image for image in images if image.is_dir()]
+    failures = Failures(debug=debug)
+    there = [image for image in images if _is_there(image, failures)]
+    folders = [image for image in there if image.is_dir()]
     if format is not None and folders:
         raise UsageError("--format is for images, not for a folder of them", subject=folders[0])
-    failures = Failures(debug=debug)
     checked = ChainCheck(
         backing_dirs=[*(backing_dir or ()), *folders],
         metadata=not quick,
@@ -64,7 +65,7 @@ def check(
                 whats.add(finding.what)
                 yield finding
 
-    findings = told(_findings(checked, images, format, failures))
+    findings = told(_findings(checked, there, format, failures))
     if output is Output.table:
         for finding in findings:
             render.text(
@@ -93,6 +94,16 @@ def check(
         raise SystemExit(int(ExitStatus.REFUSED))
 
 
+def _is_there(image: Path, failures: Failures) -> bool:
+    try:
+        image.stat()
+    except (OSError, ValueError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or "not a path"
+        failures.add(ImageError(reason.lower(), subject=image))
+        return False
+    return True
+
+
 def _findings(
     checked: ChainCheck, images: list[Path], format: str | None, failures: Failures
 ) -> Iterator[Finding]:
@@ -100,10 +111,7 @@ def _findings(
 
     for image in images:
         if not image.is_dir():
-            if not image.exists():
-                failures.add(ImageError("no such file or directory", subject=image))
-            else:
-                yield from checked.chain(image, format=format)
+            yield from checked.chain(image, format=format)
             continue
         trees = forest(
             [image],

@@ -394,6 +394,27 @@ def test_an_image_in_use_is_a_note_and_a_base_in_use_a_risk(tmp_path, imgtool_cl
         assert "end that process" in found["base-in-use"]["do"]
 
 
+def test_a_block_device_as_base_tells_no_time(tmp_path, imgtool_cli):
+    image = raw(tmp_path / "image.raw")
+    done = subprocess.run(["losetup", "-f", "--show", image], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip("no loop devices here")
+    device = Path(done.stdout.strip())
+    try:
+        qcow2(tmp_path / "top", device, "raw")
+        device.touch()
+        result = imgtool_cli("chain", "check", "--backing-dir", "/dev", tmp_path / "top")
+        assert (result.text, result.status) == ("2 images: nothing wrong\n", 0)
+        tree = imgtool_cli("chain", "tree", "-o", "json", "--backing-dir", "/dev", tmp_path)
+        rows = {row["path"]: row for row in json.loads(tree.text)}
+        assert rows[str(tmp_path / "top")]["base"] == str(device)
+        assert rows[str(tmp_path / "top")]["problem"] is None
+        assert rows[str(device)]["virtual_size"] == 1 << 20
+        assert rows[str(image)]["in_use"] == [f"the loop device {device}"]
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)
+
+
 def test_quick_reads_no_tables(tmp_path, imgtool_cli, monkeypatch):
     image = damaged_tables(tmp_path)
     monkeypatch.setattr(checking, "check_metadata", lambda link: pytest.fail("tables were read"))
@@ -419,6 +440,9 @@ def test_a_wrong_command_line(tmp_path, imgtool_cli):
     top = sound(tmp_path)
     result = imgtool_cli("chain", "check", tmp_path / "nowhere", top)
     assert result.status == 3 and "no such file" in result.err and "nothing wrong" in result.text
+    for name in ("x" * 300, top / "below"):
+        result = imgtool_cli("chain", "check", tmp_path / name)
+        assert result.status == 3 and "internal" not in result.err and result.text == ""
     result = imgtool_cli("chain", "check", "--format", "raw", tmp_path)
     assert result.status == 2 and "--format is for images" in result.err
     (tmp_path / "empty").mkdir()

@@ -189,7 +189,7 @@ def test_a_hostile_name_of_a_backing_file(backing, tmp_path, imgtool_cli):
             list(csv.reader(io.StringIO(result.text)))
 
 
-@pytest.mark.parametrize("value", [b"\xff" * 8, b"\x7f" + b"\xff" * 7, b"\0" * 8])
+@pytest.mark.parametrize("value", [b"\x7f" + b"\xff" * 7, b"\0" * 8])
 def test_a_gigantic_or_empty_field_of_the_header(value, tmp_path, imgtool_cli):
     raw(tmp_path / "base")
     top = qcow2(tmp_path / "top", "base", "raw")
