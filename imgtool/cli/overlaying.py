@@ -54,6 +54,7 @@ def create(
         base,
         new,
         dry_run=dry_run,
+        backing_dirs=backing_dir,
     )
 
 
@@ -82,6 +83,8 @@ def commit(
         ),
         overlay,
         dry_run=dry_run,
+        below=False,  # repeating it is what finishes it
+        backing_dirs=backing_dir,
     )
 
 
@@ -118,6 +121,7 @@ def rebase(
         ),
         overlay,
         dry_run=dry_run,
+        backing_dirs=backing_dir,
     )
 
 
@@ -138,6 +142,7 @@ def flatten(
         lambda: overlays.plan_flatten(overlay, force=force, backing_dirs=backing_dir or ()),
         overlay,
         dry_run=dry_run,
+        backing_dirs=backing_dir,
     )
 
 
@@ -161,4 +166,5 @@ def compact(
         lambda: plan_compact(image, format=format, force=force, backing_dirs=backing_dir or ()),
         image,
         dry_run=dry_run,
+        backing_dirs=backing_dir,
     )

@@ -51,8 +51,8 @@ def check(
 
     'imgtool chain check' checks all that it stands on too, and says what each thing means.
     """
-    from imgtool.image.chain import open_chain
     from imgtool.image.checking import UnsupportedCheck, check_metadata
+    from imgtool.image.info import probe
     from imgtool.image.single import plan_repair
 
     set_up_logging(verbose=verbose, debug=debug)
@@ -61,8 +61,9 @@ def check(
             lambda: plan_repair(image, repair.value, format=format, backing_dirs=backing_dir or ()),
             image,
             dry_run=dry_run,
+            backing_dirs=backing_dir,
         )
-    link = open_chain(image, format=format, backing_dirs=backing_dir or ()).active
+    link = probe(image, format=format, backing_dirs=backing_dir or ())
     row: dict[str, Any] = {**render.named("path", bytes(link.path)), "format": link.format}
     try:
         result = check_metadata(link)
@@ -114,6 +115,7 @@ def convert(
         ),
         new,
         dry_run=dry_run,
+        backing_dirs=backing_dir,
     )
 
 
@@ -149,6 +151,7 @@ def resize(
         ),
         image,
         dry_run=dry_run,
+        backing_dirs=backing_dir,
     )
 
 
@@ -171,11 +174,17 @@ def create(
 
 def recover(
     image: options.Image,
+    backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Finish or undo what was interrupted on an image."""
+    """Finish or undo what was interrupted on an image, or on an overlay and its base."""
+    from imgtool.errors import ImageError
+    from imgtool.image.places import printable
     from imgtool.image.recovery import recover as settle
 
     set_up_logging(verbose=verbose, debug=debug)
-    render.message("note", settle(image) or "nothing was interrupted on it")
+    line = settle(image, backing_dirs=backing_dir or ())
+    if line is None and not image.exists():
+        raise ImageError("no such file, and no record of work on it", subject=printable(image))
+    render.message("note", line or "nothing was interrupted on it")

@@ -37,6 +37,7 @@ def create(
         lambda: snapshots.plan_create(image, name, backing_dirs=backing_dir or ()),
         image,
         dry_run=dry_run,
+        backing_dirs=backing_dir,
     )
 
 
@@ -105,6 +106,7 @@ def revert(
         ),
         image,
         dry_run=dry_run,
+        backing_dirs=backing_dir,
     )
 
 
@@ -125,6 +127,7 @@ def delete(
         lambda: snapshots.plan_delete(image, name, backing_dirs=backing_dir or ()),
         image,
         dry_run=dry_run,
+        backing_dirs=backing_dir,
     )
     if not dry_run:
         space = render.human(snapshots.space_to_give_back(image))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,20 +35,24 @@ def _bar() -> Iterator[OnStep | None]:
         yield lambda name, part: bars.update(task, description=name, completed=part)
 
 
-def recovered(image: Path) -> None:
-    """Before an image is worked on: finish or undo what was interrupted on it, and say so."""
-    from imgtool.image.recovery import recover
+def carry_out(
+    make: Callable[[], Plan],
+    *images: Path,
+    dry_run: bool,
+    backing_dirs: Sequence[Path] | None = None,
+    below: bool = True,
+) -> None:
+    """Make a plan, show it, and unless `dry_run` do it.
 
-    line = recover(image)
-    if line:
-        render.message("note", line)
-
-
-def carry_out(make: Callable[[], Plan], *images: Path, dry_run: bool) -> None:
-    """Make a plan, show it, and unless `dry_run` do it; of `images` first settle what is open."""
+    Before, what was interrupted on `images` is finished or undone; with `below` also what was to
+    be committed into their bases.
+    """
     if not dry_run:
+        from imgtool.image.recovery import recover
+
         for image in images:
-            recovered(image)
+            if line := recover(image, backing_dirs=backing_dirs or (), below=below):
+                render.message("note", line)
     plan = make()
     for line in plan.lines:
         render.message("would" if dry_run else "to do", line)

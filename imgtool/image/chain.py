@@ -158,7 +158,8 @@ def follow_chain(
     path = Path(path).absolute()
     if (overlay := unfinished_commit(path)) is not None:
         # The image holds a part of what the overlay has all of, until the commit is finished.
-        path, format = overlay, "qcow2"
+        backing_dirs = [*backing_dirs, path.parent]
+        path, format = overlay.absolute(), "qcow2"
     places = Places.around(path, backing_dirs)
     link = probe(path, format=format, places=places, by_header=True)
     if link.probed and link.format != "raw" and link.backing and path.suffix == ".raw":

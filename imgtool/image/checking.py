@@ -23,6 +23,7 @@ from imgtool.image.headers import Header
 from imgtool.image.host_file import file_node, node_driver
 from imgtool.image.info import ImageInfo, probe
 from imgtool.image.places import Places, printable
+from imgtool.image.record import read_facts
 from imgtool.process import Limits, ProgramFailed, TimedOut, run
 
 # Some say that an image is unsound, some that it is not, and some that it has no such check.
@@ -40,11 +41,13 @@ _WRONG = (ImageError, RefusedError, ProgramFailed, TimedOut)
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What `qemu-img check` counted: unsound entries, and clusters that nothing uses."""
+    """What `qemu-img check` counted: unsound entries, and clusters that nothing uses; and how many
+    clusters are compressed."""
 
     corruptions: int
     leaks: int
     errors: int
+    compressed: int = 0
 
     @property
     def sound(self) -> bool:
@@ -83,6 +86,7 @@ def check_metadata(
         corruptions=answer.get("corruptions", 0),
         leaks=answer.get("leaks", 0),
         errors=answer.get("check-errors", 0),
+        compressed=answer.get("compressed-clusters", 0),
     )
 
 
@@ -176,6 +180,8 @@ class ChainCheck:
         """What is odd about one image by itself."""
         if self._on_link is not None:
             self._on_link(link.path)
+        if (operation := read_facts(link.path).get("operation")) is not None:
+            yield findings.interrupted(link.path, str(operation))
         yield from findings.marked(link)
         writer = findings.writer_of(link.path)
         if writer is not None:

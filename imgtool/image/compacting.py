@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,16 +13,23 @@ from imgtool.errors import ImageError, ImgtoolError
 from imgtool.image import qcow2
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
-from imgtool.image.guards import refuse_if_not_writable, refuse_if_too_little_space
+from imgtool.image.copies import convert, has_bitmaps, options_like, size_of_copy
+from imgtool.image.guards import (
+    refuse_encrypted,
+    refuse_if_too_little_space,
+    refuse_second_file,
+    refuse_to_guess,
+    refuse_to_replace,
+)
 from imgtool.image.host_file import open_host_file
 from imgtool.image.info import probe
-from imgtool.image.locks import refuse_if_in_use
-from imgtool.image.overlays import backing_name, convert
+from imgtool.image.locks import kept_from_writers
+from imgtool.image.overlays import backing_name
 from imgtool.image.places import printable
 from imgtool.image.qcow2_refcounts import used_ranges
 from imgtool.image.qemu_img import OnPart
 from imgtool.image.record import temporary_path
-from imgtool.image.work import Plan, Work, replace
+from imgtool.image.work import Plan, Seen, Work
 
 _PIECE = 64 << 10  # what reads as zeros becomes a hole, this much at a time
 
@@ -34,48 +43,50 @@ def plan_compact(
 ) -> Plan:
     """Write the image into a new file without what holds nothing, prove it, and swap it in.
 
-    Zeros become holes. An image with internal snapshots keeps them: then only clusters that
-    nothing uses any more become holes. Raises `ImageError` for other formats than raw and qcow2.
+    Zeros become holes. An image with internal snapshots, bitmaps or compressed clusters keeps them:
+    then only clusters that nothing uses any more become holes. Raises `ImageError` for other
+    formats than raw and qcow2.
     """
     chain = open_chain(path, format=format, backing_dirs=backing_dirs)
     active = chain.active
-    if active.format not in ("raw", "qcow2") or active.data_path is not None:
+    if active.format not in ("raw", "qcow2"):
         raise ImageError(
-            "only raw and qcow2 images in one file can be made smaller",
+            "only raw and qcow2 images can be made smaller",
             subject=printable(path),
             hint="imgtool convert makes a qcow2 image of it",
         )
-    if active.driver != "file":
-        raise ImageError("a block device cannot be made smaller", subject=printable(path))
-    refuse_if_in_use(chain)
-    refuse_if_not_writable(path)
-    space = active.actual_size + (1 << 20)
+    refuse_encrypted(chain)
+    refuse_second_file(active)
+    refuse_to_replace(chain, force=force)
+    if len(chain.links) > 1:
+        refuse_to_guess(chain)
+    keeps = active.format == "qcow2" and _has_more_than_content(chain)
+    options = options_like(active)
+    copy = active.actual_size if keeps else size_of_copy(chain, options, active.format)
+    space = min(copy, active.actual_size) + (1 << 20)
     refuse_if_too_little_space(path.resolve().parent, space, force=force)
     temporary = temporary_path(path)
-    keeps = bool(active.snapshots)
     lines = (
         f"copy what is in use of {printable(path)} into a new file (up to {space} bytes)"
-        + (f", its {len(active.snapshots)} snapshots with it" if keeps else ""),
+        + (f", its {len(active.snapshots)} snapshots with it" if active.snapshots else ""),
         "prove that it has the same content",
         f"put it in the place of {printable(path)}",
     )
 
     def do(work: Work) -> None:
-        if keeps:
-            _copy_used(work, path, temporary)
-        elif active.format == "raw":
-            words: list[str | Path] = ["convert", "-q", "-O", "raw", chain.filename(), temporary]
-            work.qemu_img("compact", words, path)
-        else:
-            options = []
-            if len(chain.links) > 1:
-                below = chain.links[1]
-                options = ["-B", backing_name(below.path, temporary), "-F", below.format]
-            convert(work, "compact", chain, temporary, *options)
-        new = Chain((probe(temporary, format=active.format), *chain.links[1:]))
-        what = "the new file does not have the same content"
-        work.prove_same(chain.filename(), new.filename(), what, path)
-        replace(temporary, path)
+        with kept_from_writers(chain):
+            work.reserve(temporary)
+            if keeps:
+                _copy_used(work, path, temporary)
+            elif active.format == "raw":
+                words: list[str | Path] = ["convert", "-O", "raw", chain.filename(), temporary]
+                work.qemu_img("compact", words, path)
+            else:
+                convert(work, "compact", chain, temporary, options, *_on_same_base(chain))
+            new = Chain((probe(temporary, format=active.format), *chain.links[1:]))
+            what = "the new file does not have the same content"
+            work.prove_same(chain.filename(), new.filename(), what, path)
+            work.swap(temporary, path)
 
     return Plan(
         "compact",
@@ -84,23 +95,57 @@ def plan_compact(
         do,
         space=space,
         facts={"temporary": str(temporary)},
+        seen=Seen.of(*chain.files),
     )
+
+
+def _has_more_than_content(chain: Chain) -> bool:
+    """Whether a copy of what a guest sees would lack something, or take more space."""
+    active = chain.active
+    return bool(active.snapshots) or has_bitmaps(active) or check_metadata(active).compressed > 0
+
+
+def _on_same_base(chain: Chain) -> list[str | Path]:
+    """The options that give a copy the backing file that the image has, by the name it has."""
+    if len(chain.links) < 2:
+        return []
+    below, real = chain.links[1], chain.active.path.resolve()
+    name = str(chain.active.backing)
+    with contextlib.suppress(OSError):
+        if (real.parent / name.removeprefix("file:")).samefile(below.path):
+            return ["-B", name, "-F", below.format]
+    return ["-B", backing_name(below.path, real), "-F", below.format]
 
 
 def _copy_used(work: Work, path: Path, temporary: Path) -> None:
     """Copy the clusters that are in use to where they were, and prove that they arrived."""
-    with open_host_file(path) as old, temporary.open("x+b") as new:
+    with open_host_file(path) as old, temporary.open("r+b") as new:
         header = qcow2.read_header(old)
         if header is None:
             raise ImageError("its header cannot be read", subject=printable(path))
         ranges = list(used_ranges(old, header))
-        with work.step("compact") as on_part:
-            os.truncate(new.fileno(), old.seek(0, os.SEEK_END))
+        with work.step("compact") as on_part, _full_disk_told(temporary):
+            os.truncate(new.fileno(), max((start + length for start, length in ranges), default=0))
             _copy(old, new, ranges, on_part)
+            os.fsync(new.fileno())
         with work.step("proof") as on_part:
             same = _same(old, new, ranges, on_part)
     if not same or not check_metadata(probe(temporary, format="qcow2")).sound:
         raise ImgtoolError("the proof failed: the copy differs", subject=printable(path))
+
+
+@contextlib.contextmanager
+def _full_disk_told(path: Path) -> Iterator[None]:
+    """What the host's file system says to a write, as an error with what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise ImgtoolError(
+            f"it cannot be written: {(error.strerror or '').lower()}",
+            subject=printable(path.parent),
+            hint="make room on that file system, then repeat the command" if full else None,
+        ) from error
 
 
 def _pieces(ranges: Sequence[tuple[int, int]], on_part: OnPart | None) -> Sequence[tuple[int, int]]:

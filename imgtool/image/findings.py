@@ -224,6 +224,19 @@ def marked(link: ImageInfo) -> Iterator[Finding]:
         )
 
 
+def interrupted(path: Path, operation: str) -> Finding:
+    """Work of imgtool's own on an image that was cut off, or is under way."""
+    half = operation in ("commit", "write")
+    return Finding(
+        path,
+        "risk" if half else "warning",
+        "interrupted",
+        f"a {printable(operation)} of it was interrupted, or is under way"
+        + (": it holds a part of what was to be written to it" if half else ""),
+        f"imgtool recover {_word(path)}",
+    )
+
+
 def dirty(link: ImageInfo) -> Finding:
     """An image that nobody has open and nobody closed."""
     return Finding(

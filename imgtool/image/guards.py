@@ -7,21 +7,97 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from imgtool.errors import HostError, RefusedError
+from imgtool.errors import HostError, ImageError, RefusedError
 from imgtool.image.chain import Chain
 from imgtool.image.dependants import refuse_if_base
+from imgtool.image.info import ImageInfo
 from imgtool.image.locks import refuse_if_in_use
 from imgtool.image.places import printable
+from imgtool.image.recovery import pending_below
 
 
 def refuse_if_not_writable(path: Path) -> None:
-    """Raise `HostError` if this user may not write to the file."""
+    """Raise `HostError` if this user may not write to the file, `RefusedError` if nobody should.
+
+    Root may write to any file; that its owner took away the right to write says what he wants.
+    """
+    shown = printable(path)
+    if not path.stat().st_mode & 0o222:
+        raise RefusedError(
+            "its file is read-only, for everybody",
+            subject=shown,
+            hint=f"if it was protected and is to be changed all the same: chmod u+w {shown}",
+        )
     if not os.access(path, os.W_OK):
         raise HostError(
-            "this user may not write to it",
-            subject=printable(path),
-            hint=f"run imgtool as its owner; or, if it was protected: chmod u+w {printable(path)}",
+            "this user may not write to it", subject=shown, hint="run imgtool as its owner"
         )
+
+
+def refuse_to_replace(chain: Chain, *, force: bool = False) -> None:
+    """Raise unless another file can take the place of the active image's without harm.
+
+    `RefusedError` if it, or something below it, is in use, if it is no plain file, or has several
+    names, or would change its owner; `force` overrides the last two.
+    """
+    path = chain.active.path
+    refuse_if_in_use(chain)
+    refuse_if_unfinished(chain)
+    refuse_if_not_writable(path)
+    status = path.stat()
+    if chain.active.driver != "file":
+        raise ImageError("a block device cannot be replaced by a file", subject=printable(path))
+    if status.st_nlink > 1 and not force:
+        raise RefusedError(
+            f"its file has {status.st_nlink} names (hard links): the others would keep the old one",
+            subject=printable(path),
+            hint="remove the other names first, or add --force",
+        )
+    groups = (os.getegid(), *os.getgroups())
+    kept = status.st_uid == os.geteuid() and status.st_gid in groups
+    if os.geteuid() != 0 and not kept and not force:
+        raise RefusedError(
+            "the new file could not be given to the owner of the old one",
+            subject=printable(path),
+            hint="run imgtool as its owner or as root, or add --force",
+        )
+
+
+def refuse_if_unfinished(chain: Chain) -> None:
+    """Raise `RefusedError` for an overlay of which a commit into its base was interrupted.
+
+    What of it is in the base already would show through, or be nowhere, if it were changed.
+    """
+    overlay = chain.active.path
+    base = pending_below(overlay)
+    if base is not None:
+        raise RefusedError(
+            f"a commit of it into {printable(base)} was interrupted",
+            subject=printable(overlay),
+            hint=f"finish it first: imgtool recover {printable(overlay)}",
+        )
+
+
+def refuse_encrypted(*chains: Chain) -> None:
+    """Raise `ImageError` for a chain of which QEMU would need a key."""
+    for link in (link for chain in chains for link in chain.links):
+        if link.encrypted:
+            raise ImageError(
+                "it is encrypted by QEMU; imgtool cannot give QEMU the key to work on it",
+                subject=printable(link.path),
+                hint="qemu-img can, with --object secret and --image-opts",
+            )
+
+
+def refuse_second_file(*links: ImageInfo) -> None:
+    """Raise `ImageError` for images of which the data, or a part of it, are in another file."""
+    for link in links:
+        if len(link.files) > 1:
+            raise ImageError(
+                f"its data are in another file: {printable(link.files[1])}",
+                subject=printable(link.path),
+                hint="imgtool convert makes an image in one file of it",
+            )
 
 
 def refuse_to_write(
@@ -37,6 +113,7 @@ def refuse_to_write(
     stands on it, which `force` overrides; `HostError` if this user may not.
     """
     refuse_if_in_use(chain)
+    refuse_if_unfinished(chain)
     if not force:
         refuse_if_base(chain, backing_dirs, but_for=but_for)
     refuse_if_not_writable(chain.active.path)

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -174,13 +175,13 @@ def in_use_for_writing(path: str | Path) -> Holder | Literal["unknown"] | None:
     return "unknown" if writer is None and locked is None else writer
 
 
-def refuse_if_in_use(chain: Chain) -> None:
+def refuse_if_in_use(chain: Chain, *, read_only: bool = False) -> None:
     """Raise `RefusedError` if writing to the active image would meet another process, or a device.
 
     On the active image that is one that writes, or one that relies on nobody writing; on the files
-    below it, one that writes.
+    below it, or with `read_only` on any, one that writes.
     """
-    active = chain.active.files
+    active = () if read_only else chain.active.files
     for path in chain.files:
         for holder in holders(path):
             if holder.writes or (holder.exclusive and path in active):
@@ -189,6 +190,33 @@ def refuse_if_in_use(chain: Chain) -> None:
                     subject=path,
                     hint=holder.hint,
                 )
+
+
+@contextlib.contextmanager
+def kept_from_writers(chain: Chain) -> Iterator[None]:
+    """Hold QEMU's locks on the files of a chain: no QEMU can open one for writing meanwhile.
+
+    For as long as a copy is made that is to take the place of a file: a guest that was started in
+    between would write to a file that is thrown away. Raises `RefusedError` if one writes already.
+    """
+    with contextlib.ExitStack() as stack:
+        for path in chain.files:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            stack.callback(os.close, descriptor)
+            try:
+                for permission in (_WRITE, _RESIZE):
+                    lock = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, _NOT_SHARED + permission, 1, 0)
+                    fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
+                written = any(_is_locked(descriptor, _HELD + by, 1) for by in (_WRITE, _RESIZE))
+            except OSError:
+                continue  # a file system without locks
+            if written:
+                raise RefusedError(
+                    "the image is in use: it has just been opened for writing",
+                    subject=path,
+                    hint="shut the guest down, then repeat the command",
+                )
+        yield
 
 
 def warn_if_written(chain: Chain) -> str | None:

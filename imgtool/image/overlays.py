@@ -6,25 +6,37 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from imgtool.errors import ImageError, RefusedError
+from imgtool.errors import HostError, ImageError, ImgtoolError, RefusedError
 from imgtool.image.chain import Chain, open_chain
+from imgtool.image.copies import convert, options_like, size_of_copy
 from imgtool.image.dependants import overlays_on, refuse_if_base
 from imgtool.image.guards import (
+    refuse_encrypted,
     refuse_existing,
     refuse_if_not_writable,
     refuse_if_too_little_space,
+    refuse_if_unfinished,
+    refuse_second_file,
     refuse_snapshots,
+    refuse_to_guess,
+    refuse_to_replace,
     refuse_to_write,
 )
 from imgtool.image.info import ImageInfo, probe
-from imgtool.image.locks import refuse_if_in_use
+from imgtool.image.locks import kept_from_writers, refuse_if_in_use
 from imgtool.image.places import Places, printable
+from imgtool.image.qemu_img import same_content
 from imgtool.image.record import temporary_path
-from imgtool.image.work import Plan, Work, put_in_place, replace
+from imgtool.image.recovery import as_untouched, committed
+from imgtool.image.work import Plan, Seen, Work, sync_file
 
 Dirs = Sequence[str | Path]
+
+
+def in_same_tree(path: Path, folder: Path) -> bool:
+    """Whether a folder, which may be moved as a whole, holds or is beside what is at `path`."""
+    return path.is_relative_to(folder) or folder.is_relative_to(path.parent)
 
 
 def backing_name(base: Path, overlay: Path) -> str:
@@ -32,17 +44,12 @@ def backing_name(base: Path, overlay: Path) -> str:
 
     So a folder of images can be moved as a whole.
     """
-    folder, real = overlay.absolute().parent.resolve(), base.resolve()
-    if real.is_relative_to(folder) or folder.is_relative_to(real.parent):
+    folder, real = overlay.resolve().parent, base.resolve()
+    if in_same_tree(real, folder):
         name = os.path.relpath(real, folder)
         # QEMU takes what stands before a colon for a protocol.
         return f"./{name}" if ":" in name.partition("/")[0] else name
     return str(base.absolute())
-
-
-def _size_of(chain: Chain) -> int:
-    """What a copy of a chain's content can take, in bytes, as far as its links tell."""
-    return min(sum(link.actual_size for link in chain.links), chain.active.virtual_size) + (1 << 20)
 
 
 def plan_create(
@@ -59,21 +66,49 @@ def plan_create(
     """
     chain = open_chain(base, format=base_format, backing_dirs=backing_dirs)
     refuse_existing(new)
-    refuse_if_in_use(chain)
+    refuse_to_guess(chain)
+    refuse_encrypted(chain)
+    refuse_if_in_use(chain, read_only=True)
     name, temporary = backing_name(base, new), temporary_path(new)
     format = chain.active.format
     lines = [f"create {printable(new)} on {printable(name)} ({format})"]
     if protect_base:
         lines.append(f"make {printable(base)} read-only")
+        _refuse_to_protect(base)
 
     def do(work: Work) -> None:
-        words = ["create", "-q", "-f", "qcow2", "-F", format, "-b", name, str(temporary)]
+        work.reserve(temporary)
+        words = ["create", "-f", "qcow2", "-F", format, "-b", name, str(temporary)]
         work.qemu_img("create", [*words], new)
+        mode = stat.S_IMODE(base.stat().st_mode)
         if protect_base:
-            base.chmod(stat.S_IMODE(base.stat().st_mode) & ~0o222)
-        put_in_place(temporary, new)
+            base.chmod(mode & ~0o222)
+        try:
+            work.place(temporary, new)
+        except BaseException:
+            if protect_base:
+                base.chmod(mode)
+            raise
 
-    return Plan("create", new.absolute(), tuple(lines), do, facts={"temporary": str(temporary)})
+    return Plan(
+        "create",
+        new.absolute(),
+        tuple(lines),
+        do,
+        facts={"temporary": str(temporary)},
+        seen=Seen.of(*chain.files),
+    )
+
+
+def _refuse_to_protect(base: Path) -> None:
+    if not base.is_file():
+        raise RefusedError(
+            "only a file can be made read-only for good",
+            subject=printable(base),
+            hint="blockdev --setro makes a device read-only until the next start",
+        )
+    if os.geteuid() not in (0, base.stat().st_uid):
+        raise HostError("only its owner can make it read-only", subject=printable(base))
 
 
 def _overlay(path: Path, backing_dirs: Dirs) -> Chain:
@@ -97,43 +132,66 @@ def plan_commit(
     """
     chain = _overlay(overlay, backing_dirs)
     base = Chain(chain.links[1:])
+    into = base.active.path
+    refuse_encrypted(chain)
+    refuse_second_file(*chain.links[:2])
     refuse_if_in_use(chain)
     refuse_to_write(base, backing_dirs, force=force, but_for=overlay)
     refuse_snapshots(chain, "to commit it", force=force)
-    above = overlays_on(overlay, backing_dirs)
-    if remove and above:
+    _refuse_other_size(chain, base)
+    if remove and (above := overlays_on(overlay, backing_dirs)):
         raise RefusedError(
             f"it is itself the base of {printable(above[0])}, so it cannot be removed",
             subject=printable(overlay),
             hint="commit it without --remove",
         )
     space = min(chain.active.actual_size, chain.active.virtual_size)
-    refuse_if_too_little_space(base.active.path.resolve().parent, space, force=force)
-    into = printable(base.active.path)
-    lines = [f"write up to {space} bytes of {printable(overlay)} into {into}"]
+    if base.active.driver == "file":
+        refuse_if_too_little_space(into.resolve().parent, space, force=force)
+    lines = [f"write up to {space} bytes of {printable(overlay)} into {printable(into)}"]
     if chain.active.virtual_size > base.active.virtual_size:
-        lines.append(f"make {into} grow to {chain.active.virtual_size} bytes")
+        lines.append(f"make {printable(into)} grow to {chain.active.virtual_size} bytes")
     lines.append("prove that both have the same content")
     if remove:
         lines.append(f"remove {printable(overlay)}")
 
     def do(work: Work) -> None:
-        work.qemu_img("commit", ["commit", "-q", "-d", chain.filename(read_only=False)], overlay)
-        what = "the base does not have the content of the overlay"
-        work.prove_same(chain.filename(), base.filename(), what, base.active.path)
-        os.utime(overlay)  # its base is newer now, and still fits
-        if remove:
-            overlay.unlink()
+        if work.record.facts.get("step") != "proved":
+            work.qemu_img("commit", ["commit", "-d", chain.filename(read_only=False)], overlay)
+            what = "the base does not have the content of the overlay"
+            work.prove_same(chain.filename(), base.filename(), what, into)
+            sync_file(into)
+        committed(work.record, overlay)
 
+    # Named as it will be found if the folder is moved before the work is done.
+    folder, real = into.resolve().parent, overlay.resolve()
+    named = os.path.relpath(real, folder) if in_same_tree(real, folder) else str(real)
     return Plan(
         "commit",
-        base.active.path,
+        into,
         tuple(lines),
         do,
         space=space,
-        facts={"overlay": str(overlay.absolute())},
-        repeatable=True,
+        facts={"overlay": named, "remove": remove, "before": as_untouched(into)},
+        seen=Seen.of(*chain.files),
+        repeatable=("overlay", "remove"),
     )
+
+
+def _refuse_other_size(chain: Chain, base: Chain) -> None:
+    size, below = chain.active.virtual_size, base.active.virtual_size
+    if size < below:
+        raise RefusedError(
+            f"its base is larger ({below} bytes, the overlay {size}): what lies beyond would show",
+            subject=printable(chain.active.path),
+            hint=f"make it as large first: imgtool resize {printable(chain.active.path)} {below}",
+        )
+    if size > below and base.active.compat == "0.10" and base.active.snapshots:
+        raise RefusedError(
+            "its base has to grow, which QEMU cannot make an image of version 0.10 with snapshots",
+            subject=printable(base.active.path),
+            hint="delete its snapshots first, or flatten the overlay",
+        )
 
 
 def _described(overlay: ImageInfo, below: Chain) -> str:
@@ -156,85 +214,123 @@ def plan_rebase(
     is missing. Raises `RefusedError` if the new base stands on the overlay, or, where content could
     change, if the overlay is a base itself or has internal snapshots.
     """
-    below = open_chain(base, format=base_format, backing_dirs=backing_dirs)
-    if any(link.path.samefile(overlay) for link in below.links):
-        raise RefusedError(
-            "the new base stands on the overlay itself: the chain would be a loop",
-            subject=printable(base),
-        )
-    name, format = backing_name(base, overlay), below.active.format
-    words: list[str | Path] = ["rebase", "-q", "-f", "qcow2", "-F", format, "-b", name, overlay]
-    if unsafe:
-        return _plan_unsafe(overlay, below, words, name, force=force, backing_dirs=backing_dirs)
-    chain = _overlay(overlay, backing_dirs)
-    refuse_if_in_use(chain)
-    refuse_if_in_use(below)
-    refuse_if_not_writable(overlay)
-    refuse_snapshots(chain, "to rebase it", force=force)
-    if not chain.safe_by_name:
-        raise RefusedError(
-            "QEMU would have to guess the format of its base to read it",
-            subject=printable(overlay),
-            hint="write it down first: imgtool overlay rebase --unsafe --base-format"
-            f" {chain.links[1].format} {printable(overlay)} {printable(chain.links[1].path)}",
-        )
-    space = _size_of(Chain(chain.links[1:]))
-    refuse_if_too_little_space(overlay.resolve().parent, space, force=force)
-    lines = (
-        f"copy what differs between {printable(chain.links[1].path)} and {printable(base)}"
-        f" into {printable(overlay)} (up to {space} bytes)",
-        f"put it on {printable(name)} ({format})",
-        "prove that its content is the same as before",
-    )
-
-    def do(work: Work) -> None:
-        work.qemu_img("rebase", words, overlay)
-        now = probe(overlay, backing_dirs=backing_dirs)
-        before = _described(now, Chain(chain.links[1:]))
-        what = "the overlay has another content on its new base"
-        work.prove_same(before, _described(now, below), what, overlay)
-
-    return Plan("rebase", overlay.absolute(), lines, do, space=space)
-
-
-def _plan_unsafe(
-    overlay: Path, below: Chain, words: list[Any], name: str, *, force: bool, backing_dirs: Dirs
-) -> Plan:
     places = Places.around(overlay.absolute(), backing_dirs)
     link = probe(overlay, places=places)
     if link.format != "qcow2":
         raise ImageError(f"it is no qcow2 overlay but {link.format}", subject=printable(overlay))
+    below = open_chain(base, format=base_format, backing_dirs=backing_dirs)
+    if any(under.path.samefile(overlay) for under in below.links):
+        raise RefusedError(
+            "the new base stands on the overlay itself: the chain would be a loop",
+            subject=printable(base),
+        )
+    refuse_encrypted(Chain((link,)), below)
+    refuse_second_file(link)
+    refuse_if_in_use(below, read_only=True)
+    refuse_if_not_writable(overlay)
+    if unsafe:
+        return _plan_unsafe(link, below, force=force, backing_dirs=backing_dirs)
+    chain = _overlay(overlay, backing_dirs)
+    refuse_to_guess(chain)
+    refuse_to_guess(below)
+    refuse_if_in_use(chain)
+    refuse_if_unfinished(chain)
+    refuse_snapshots(chain, "to rebase it", force=force)
+    space = size_of_copy(chain, options_like(chain.active))
+    refuse_if_too_little_space(overlay.resolve().parent, space, force=force)
+    name, old = backing_name(base, overlay), Chain(chain.links[1:])
+    lines = (
+        f"copy what differs between {printable(old.active.path)} and {printable(base)}"
+        f" into {printable(overlay)} (up to {space} bytes)",
+        f"put it on {printable(name)} ({below.active.format})",
+        "prove that its content is the same as before",
+    )
+
+    def do(work: Work) -> None:
+        work.qemu_img("rebase", _rebase(overlay, name, below.active.format), overlay)
+        now = probe(overlay, backing_dirs=backing_dirs)
+        what = "the overlay had another content on its new base, and was put back on its old one"
+        try:
+            work.prove_same(_described(now, old), _described(now, below), what, overlay)
+        except ImgtoolError:
+            before = str(chain.active.backing)
+            back = _rebase(overlay, before, old.active.format, "-u")
+            work.qemu_img("put back", back, overlay)
+            raise
+
+    return Plan(
+        "rebase",
+        overlay.absolute(),
+        lines,
+        do,
+        space=space,
+        seen=Seen.of(*chain.files, *below.files),
+    )
+
+
+def _rebase(overlay: Path, name: str, format: str, *options: str) -> list[str | Path]:
+    return ["rebase", *options, "-f", "qcow2", "-F", format, "-b", name, overlay.resolve()]
+
+
+def _plan_unsafe(link: ImageInfo, below: Chain, *, force: bool, backing_dirs: Dirs) -> Plan:
+    overlay, base = link.path, below.active
     alone = Chain((link,))
     refuse_if_in_use(alone)
-    refuse_if_not_writable(overlay)
+    refuse_if_unfinished(alone)
     if not force:
         refuse_if_base(alone, backing_dirs)
-    if link.virtual_size < below.active.virtual_size and not force:
-        raise RefusedError(
-            f"the new base is larger ({below.active.virtual_size} bytes) than the overlay"
-            f" ({link.virtual_size}): it can hardly be the one that it was made on",
-            subject=printable(below.active.path),
-            hint="rebase without --unsafe to keep the content, or add --force if you know better",
-        )
+        _refuse_another(link, below, backing_dirs)
+    name = backing_name(base.path, overlay)
     lines = (
-        f"write {printable(name)} ({below.active.format}) into {printable(overlay)} as its base;"
+        f"write {printable(name)} ({base.format}) into {printable(overlay)} as its base;"
         " what a guest sees in it changes if that is not the same content",
     )
 
     def do(work: Work) -> None:
-        work.qemu_img("rebase", [words[0], "-u", *words[1:]], overlay)
+        work.qemu_img("rebase", _rebase(overlay, name, base.format, "-u"), overlay)
 
-    return Plan("rebase", overlay.absolute(), lines, do)
+    return Plan("rebase", overlay, lines, do, seen=Seen.of(overlay))
+
+
+def _refuse_another(link: ImageInfo, below: Chain, backing_dirs: Dirs) -> None:
+    """Raise `RefusedError` where it can be told that the new base is not the old one."""
+    without = "rebase without --unsafe to keep the content, or add --force if you know better"
+    if link.backing is None:
+        raise RefusedError(
+            "it stands on no image: where it is empty, the base would show",
+            subject=printable(link.path),
+            hint="add --force if it was made on that base",
+        )
+    if link.virtual_size < below.active.virtual_size:
+        raise RefusedError(
+            f"the new base is larger ({below.active.virtual_size} bytes) than the overlay"
+            f" ({link.virtual_size}): it can hardly be the one that it was made on",
+            subject=printable(below.active.path),
+            hint=without,
+        )
+    try:
+        old = Chain(open_chain(link.path, format="qcow2", backing_dirs=backing_dirs).links[1:])
+    except (ImageError, RefusedError):
+        return  # that is what --unsafe is for
+    same_file = old.active.path.samefile(below.active.path)
+    if not same_file and not same_content(old.filename(), below.filename()):
+        raise RefusedError(
+            f"the new base has another content than {printable(old.active.path)}",
+            subject=printable(below.active.path),
+            hint=without,
+        )
 
 
 def plan_flatten(overlay: Path, *, force: bool = False, backing_dirs: Dirs = ()) -> Plan:
     """Make an overlay stand alone: everything below is pulled up into a new file, which takes its
     place once it is proved to have the same content."""
     chain = _overlay(overlay, backing_dirs)
-    refuse_if_in_use(chain)
-    refuse_if_not_writable(overlay)
+    refuse_encrypted(chain)
+    refuse_second_file(chain.active)
+    refuse_to_replace(chain, force=force)
     refuse_snapshots(chain, "to flatten it", force=force)
-    space = _size_of(chain)
+    options = options_like(chain.active)
+    space = size_of_copy(chain, options)
     refuse_if_too_little_space(overlay.resolve().parent, space, force=force)
     temporary = temporary_path(overlay)
     lines = (
@@ -244,11 +340,13 @@ def plan_flatten(overlay: Path, *, force: bool = False, backing_dirs: Dirs = ())
     )
 
     def do(work: Work) -> None:
-        convert(work, "flatten", chain, temporary)
-        alone = open_chain(temporary, format="qcow2").filename()
-        what = "the new file does not have the same content"
-        work.prove_same(chain.filename(), alone, what, overlay)
-        replace(temporary, overlay)
+        with kept_from_writers(chain):
+            work.reserve(temporary)
+            convert(work, "flatten", chain, temporary, options)
+            alone = Chain((probe(temporary, format="qcow2"),)).filename()
+            what = "the new file does not have the same content"
+            work.prove_same(chain.filename(), alone, what, overlay)
+            work.swap(temporary, overlay)
 
     return Plan(
         "flatten",
@@ -257,13 +355,5 @@ def plan_flatten(overlay: Path, *, force: bool = False, backing_dirs: Dirs = ())
         do,
         space=space,
         facts={"temporary": str(temporary)},
+        seen=Seen.of(*chain.files),
     )
-
-
-def convert(work: Work, name: str, chain: Chain, new: Path, *options: str) -> None:
-    """Copy a chain's content into a new qcow2 file like its active image; a step of `work`."""
-    active = chain.active
-    words: list[str | Path] = ["convert", "-q", "-O", "qcow2", *options]
-    if active.format == "qcow2":
-        words += ["-o", f"compat={active.compat},cluster_size={active.cluster_size}"]
-    work.qemu_img(name, [*words, chain.filename(), new], active.path)

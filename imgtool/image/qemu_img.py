@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -18,19 +19,27 @@ OnPart = Callable[[float], None]
 _LIMITS = Limits(memory=8 << 30)
 _PART = re.compile(rb"\(\s*([0-9.]+)/100%\)")
 _DIFFERENT = 1
+_WITH_PROGRESS = ("commit", "compare", "convert", "rebase")  # it is silent where it is quiet
 
 
 def qemu_img(words: Sequence[str | Path], *, image: Path, on_part: OnPart | None = None) -> None:
     """Run a sub-command that works on `image`, with its progress where `on_part` asks for it.
 
-    Raises `ImgtoolError` with QEMU's own reason.
+    It is quiet otherwise: no word has to say so. Raises `ImgtoolError` with QEMU's own reason.
     """
-    if on_part is None:
+    status, said = _run(words, on_part)
+    if status != 0:
+        raise _failed(said, image)
+
+
+def _run(words: Sequence[str | Path], on_part: OnPart | None) -> tuple[int, str]:
+    """The exit status and what was said on standard error."""
+    if on_part is None or words[0] not in _WITH_PROGRESS:
         try:
-            run(["qemu-img", *words], limits=_LIMITS)
+            run(["qemu-img", words[0], "-q", *words[1:]], limits=_LIMITS)
         except ProgramFailed as error:
-            raise _failed(error.stderr, image) from error
-        return
+            return error.returncode, error.stderr
+        return 0, ""
     command = ["qemu-img", words[0], "-p", *words[1:]]
     with (
         tempfile.TemporaryFile() as said,
@@ -40,9 +49,9 @@ def qemu_img(words: Sequence[str | Path], *, image: Path, on_part: OnPart | None
         while piece := os.read(process.stdout.fileno(), 4096):
             if found := _PART.findall(piece):
                 on_part(float(found[-1]) / 100)
-        if process.wait() != 0:
-            said.seek(0)
-            raise _failed(said.read().decode(errors="replace"), image)
+        status = process.wait()
+        said.seek(0)
+        return status, said.read().decode(errors="replace")
 
 
 def _failed(stderr: str, image: Path) -> ImgtoolError:
@@ -56,15 +65,28 @@ def _failed(stderr: str, image: Path) -> ImgtoolError:
     )
 
 
-def same_content(first: str, second: str) -> bool:
+def same_content(first: str, second: str, on_part: OnPart | None = None) -> bool:
     """Whether a guest sees the same in two images, described as qemu-img takes them.
 
     One may be longer if the rest of it reads as zeros. Raises `ImgtoolError` if one cannot be read.
     """
+    status, said = _run(["compare", "-U", first, second], on_part)
+    if status not in (0, _DIFFERENT):
+        lines = said.strip().splitlines() or [f"status {status}"]
+        raise ImgtoolError(f"the images cannot be compared: {printable(lines[-1])}")
+    return status == 0
+
+
+def size_needed(filename: str, format: str, options: str = "") -> int:
+    """How many bytes a copy of an image can take at most, in a file of this format.
+
+    For raw and qcow2, which QEMU can tell it of.
+    """
+    words = ["qemu-img", "measure", "-U", "--output=json", "-O", format]
+    if options:
+        words += ["-o", options]
     try:
-        done = run(
-            ["qemu-img", "compare", "-q", "-U", first, second], limits=_LIMITS, ok=(0, _DIFFERENT)
-        )
+        done = run([*words, filename], limits=_LIMITS)
     except ProgramFailed as error:
-        raise ImgtoolError(f"the images cannot be compared: {error.message}") from error
-    return done.returncode == 0
+        raise ImgtoolError(f"the size of a copy cannot be told: {error.message}") from error
+    return int(json.loads(done.stdout)["required"])

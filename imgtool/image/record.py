@@ -10,17 +10,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
+import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from imgtool.errors import HostError, RefusedError
+from imgtool.errors import HostError, ImageError, RefusedError
+from imgtool.image import headers
 from imgtool.image.places import printable
 
 _PREFIX, _SUFFIX = ".", ".imgtool-record"
 _LONGEST = 1 << 20
+_LONGEST_NAME = 200  # in bytes; with what is added it has to stay below 255
 _FOR_DEVICES = Path("/var/tmp")  # kept over a reboot
 
 
@@ -31,16 +36,25 @@ def record_path(image: Path) -> Path:
 
 
 def temporary_path(image: Path) -> Path:
-    """A file of this process beside an image, to become it or to be removed."""
+    """A new name beside an image, for a file that is to become it or to be removed."""
     beside = _beside(image)
-    return beside.with_name(f"{_PREFIX}{beside.name}.imgtool-{os.getpid()}")
+    return beside.with_name(f"{_PREFIX}{beside.name}.imgtool-{secrets.token_hex(4)}")
+
+
+def is_temporary_of(image: Path, name: str) -> bool:
+    """Whether a file of this name can have been made for work on an image."""
+    start = f"{_PREFIX}{_beside(image).name}.imgtool-"
+    return name.startswith(start) and name != record_path(image).name and "/" not in name
 
 
 def _beside(image: Path) -> Path:
-    """The image, or for a block device what stands for it in a folder with room."""
+    """The image, or what stands for it: a device in a folder with room, a name that is too long."""
     real = image.resolve()
     if real.is_block_device():
-        return _FOR_DEVICES / str(real).strip("/").replace("/", "-")
+        real = _FOR_DEVICES / str(real).strip("/").replace("/", "-")
+    name = os.fsencode(real.name)
+    if len(name) > _LONGEST_NAME:
+        real = real.with_name(hashlib.sha256(name).hexdigest())
     return real
 
 
@@ -51,24 +65,57 @@ class Record:
         self.image = image
         self.facts = facts
         self._descriptor = descriptor
+        self._removed = False
 
     @property
     def operation(self) -> str | None:
         """What is being done; None where nothing was begun."""
         return self.facts.get("operation")
 
+    def text(self, fact: str) -> str:
+        """A fact that is a line of text; `RefusedError` where it is not."""
+        value = self.facts.get(fact)
+        if not isinstance(value, str) or not value or "\0" in value:
+            raise RefusedError(
+                f"the record of work on it makes no sense: no {fact}",
+                subject=printable(self.image),
+                hint=f"look at it, then remove it: {printable(record_path(self.image))}",
+            )
+        return value
+
     def note(self, **facts: Any) -> None:
-        """Write down more, before it is done."""
-        line = json.dumps(facts) + "\n"
-        os.write(self._descriptor, line.encode())
-        os.fsync(self._descriptor)
+        """Write down more, before it is done; raises `HostError` where there is no room for it."""
+        line = (json.dumps(facts) + "\n").encode()
+        end = os.fstat(self._descriptor).st_size
+        try:
+            if os.write(self._descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._descriptor)
+        except OSError as error:
+            os.ftruncate(self._descriptor, end)
+            raise _not_written(error, record_path(self.image).parent) from error
         self.facts.update(facts)
 
     def remove(self) -> None:
         """The work is done, or undone."""
+        if self._removed:  # by now another imgtool may have one of its own there
+            return
         path = record_path(self.image)
         path.unlink(missing_ok=True)
         sync_folder(path.parent)
+        self._removed = True
+        self.facts.clear()
+
+
+def _not_written(error: OSError, folder: Path) -> HostError:
+    hint = "run imgtool as a user who may write to that folder"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "make room on that file system, then repeat the command"
+    return HostError(
+        f"nothing can be written beside the image: {(error.strerror or '').lower()}",
+        subject=printable(folder),
+        hint=hint,
+    )
 
 
 def sync_folder(folder: Path) -> None:
@@ -80,37 +127,84 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _facts(content: bytes) -> dict[str, Any]:
+def _facts(content: bytes) -> tuple[dict[str, Any], int]:
+    """What the lines say, and how many bytes of them were written whole."""
     facts: dict[str, Any] = {}
-    for line in content.split(b"\n")[:-1]:  # what has no end was not written whole
+    length = 0
+    for line in content.split(b"\n")[:-1]:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not isinstance(row, dict):
             break
         facts.update(row)
-    return facts
+        length += len(line) + 1
+    return facts, length
+
+
+def _is_believed(status: os.stat_result, image: Path) -> bool:
+    """Whether a record was written by somebody who may do to the image what it says."""
+    owners = {os.geteuid(), 0}
+    with contextlib.suppress(OSError):
+        owners.add(image.stat().st_uid)
+    return stat.S_ISREG(status.st_mode) and status.st_nlink <= 1 and status.st_uid in owners
 
 
 def read_facts(image: Path) -> dict[str, Any]:
     """What is written down about an image, by whomever; empty where nothing is."""
     try:
-        with record_path(image).open("rb") as file:
-            if os.fstat(file.fileno()).st_uid not in (os.geteuid(), 0, image.stat().st_uid):
-                return {}
-            return _facts(file.read(_LONGEST))
-    except OSError:
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(record_path(image), flags)
+    except (OSError, ValueError):
         return {}
+    with os.fdopen(descriptor, "rb") as file:
+        if not _is_believed(os.fstat(descriptor), image):
+            return {}
+        return _facts(file.read(_LONGEST))[0]
+
+
+def stands_on(overlay: Path, base: Path) -> bool:
+    """Whether the header of an overlay names this base."""
+    with contextlib.suppress(OSError, ValueError):
+        header = headers.read(overlay)
+        below = headers.base_of(header) if header is not None else None
+        return below is not None and below.samefile(base)
+    return False
+
+
+def overlay_of(image: Path, facts: dict[str, Any]) -> Path | None:
+    """The overlay that a record of work on an image names; None where it names none.
+
+    A name that is not absolute starts in the image's folder, which can be moved as a whole.
+    """
+    name = facts.get("overlay")
+    if not isinstance(name, str) or not name or "\0" in name:
+        return None
+    return image.resolve().parent / name
 
 
 def unfinished_commit(image: Path) -> Path | None:
-    """The overlay that has all of an image while a commit into the image is incomplete."""
+    """The overlay that has all of an image while a commit into the image is incomplete.
+
+    Raises `ImageError` if that overlay is not there any more: then nothing has all of it.
+    """
     facts = read_facts(image)
-    if facts.get("operation") != "commit" and not is_committed(facts):
+    commit = facts.get("operation") == "commit" and facts.get("step") != "proved"
+    if not commit and not is_committed(facts):
         return None
-    overlay = Path(str(facts.get("overlay")))
-    return overlay if overlay.is_file() else None
+    overlay = overlay_of(image, facts)
+    if overlay is not None and stands_on(overlay, image):
+        return overlay
+    if not commit:
+        return None  # an overlay of imgtool's own goes when it is done with
+    raise ImageError(
+        "a commit into it was interrupted, so it holds a part of an overlay that is not there any"
+        f" more, or no longer stands on it: {printable(str(facts.get('overlay')))}",
+        subject=printable(image),
+        hint="bring the overlay back; or, to take the image as it is, remove"
+        f" {printable(record_path(image))}",
+    )
 
 
 def is_committed(facts: dict[str, Any]) -> bool:
@@ -118,8 +212,11 @@ def is_committed(facts: dict[str, Any]) -> bool:
     if facts.get("operation") != "write":
         return False
     if facts.get("step") == "ready":
-        facts_of_first = read_facts(Path(facts["images"][0]))
-        return facts_of_first.get("id") == facts["id"] and facts_of_first.get("step") == "commit"
+        images = facts.get("images")
+        if not isinstance(images, list) or not images or not isinstance(images[0], str):
+            return False
+        of_first = read_facts(Path(images[0]))
+        return of_first.get("id") == facts.get("id") and of_first.get("step") == "commit"
     return facts.get("step") == "commit"
 
 
@@ -133,24 +230,50 @@ def opened(image: Path, *, create: bool) -> Iterator[Record | None]:
     """The record of an image, locked; None where there is none and none is to be made.
 
     A record that is empty when the block ends is removed. Raises `RefusedError` where another
-    imgtool is at work on the image, `HostError` where nothing can be written beside it.
+    imgtool is at work on the image or the record is not to be believed, `HostError` where nothing
+    can be written beside the image.
     """
+    descriptor = _locked(image, create=create)
+    if descriptor is None:
+        yield None
+        return
+    try:
+        if not _is_believed(os.fstat(descriptor), image):
+            raise RefusedError(
+                "what stands beside it as the record of work on it was not written by its owner",
+                subject=printable(image),
+                hint=f"look at it, then remove it: {printable(record_path(image))}",
+            )
+        facts, length = _facts(os.pread(descriptor, _LONGEST, 0))
+        # What was not written whole must not swallow the line that comes next.
+        os.ftruncate(descriptor, length)
+        record = Record(image, descriptor, facts)
+        try:
+            yield record
+        finally:
+            if not record.facts:
+                record.remove()
+    finally:
+        os.close(descriptor)
+
+
+def _locked(image: Path, *, create: bool) -> int | None:
     path = record_path(image)
     while True:
         try:
-            flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = os.open(path, flags | (os.O_CREAT if create else 0), 0o600)
+            descriptor = _open(path, create=create)
         except FileNotFoundError:
             if create:
                 raise HostError("no such folder", subject=printable(path.parent)) from None
-            yield None
-            return
+            return None
         except OSError as error:
-            raise HostError(
-                f"nothing can be written beside the image: {(error.strerror or '').lower()}",
-                subject=printable(path.parent),
-                hint="run imgtool as a user who may write to that folder",
-            ) from error
+            if error.errno == errno.EACCES and os.path.lexists(path):
+                raise RefusedError(
+                    "another user's work on it is under way, or was interrupted",
+                    subject=printable(image),
+                    hint="that user or root can finish it: imgtool recover",
+                ) from error
+            raise _not_written(error, path.parent) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -163,12 +286,18 @@ def opened(image: Path, *, create: bool) -> Iterator[Record | None]:
                 hint="wait until it has ended",
             ) from error
         if os.fstat(descriptor).st_nlink:
-            break
+            return descriptor
         os.close(descriptor)  # removed by the one who had it
-    try:
-        record = Record(image, descriptor, _facts(os.pread(descriptor, _LONGEST, 0)))
-        yield record
-        if not record.facts:
-            record.remove()
-    finally:
-        os.close(descriptor)
+
+
+def _open(path: Path, *, create: bool) -> int:
+    flags = os.O_RDWR | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+    with contextlib.suppress(FileNotFoundError):
+        return os.open(path, flags)
+    if not create:
+        raise FileNotFoundError(path)
+    descriptor = os.open(path, flags | os.O_CREAT, 0o644)
+    # Whoever reads the image has to know, whatever the umask is.
+    if os.fstat(descriptor).st_uid == os.geteuid():
+        os.fchmod(descriptor, 0o644)
+    return descriptor

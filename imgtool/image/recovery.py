@@ -3,50 +3,67 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from imgtool.errors import ImgtoolError, RefusedError
+from imgtool.errors import ImageError, ImgtoolError, RefusedError
+from imgtool.image import headers
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
-from imgtool.image.info import probe
+from imgtool.image.info import Snapshot, probe
+from imgtool.image.locks import refuse_if_in_use
 from imgtool.image.places import printable
 from imgtool.image.qemu_img import qemu_img, same_content
-from imgtool.image.record import Record, is_committed, opened
+from imgtool.image.record import (
+    Record,
+    is_committed,
+    is_temporary_of,
+    opened,
+    overlay_of,
+    record_path,
+    stands_on,
+    unfinished_commit,
+)
+
+Dirs = Sequence[str | Path]
 
 # Made beside the image and then renamed: either it has its name, or it is removed.
-WHOLE_FILES = ("create", "flatten", "compact", "convert")
+NEW_FILES = ("create", "convert")
+REPLACED_FILES = ("flatten", "compact")
 # Done in the file itself in an order in which every moment reads as before or as after; what can
 # be left over is space that nothing uses, and flags that QEMU's own check sets right.
 IN_PLACE = ("rebase", "snapshot create", "snapshot delete", "resize", "repair")
 
 
-def settle(record: Record, *, finish: bool) -> str | None:
+def settle(record: Record, *, finish: bool, backing_dirs: Dirs = ()) -> str | None:
     """Bring an image to its old or its new state and remove the record; a line that says which.
 
     What takes long, the rest of a commit, is done only with `finish`; without, the record stays,
-    and the line says so.
+    and the line says so. A revert is finished with it, and undone without.
     """
     operation, image = record.operation, record.image
     name = printable(image)
     line: str | None
     if operation is None:
-        line = None
-    elif operation in WHOLE_FILES:
-        line = _settle_file(Path(record.facts["temporary"]), f"{operation} of {name}")
+        record.remove()
+        return None
+    if operation not in NEW_FILES and not image.exists():
+        raise _gone(record)
+    if operation in NEW_FILES or operation in REPLACED_FILES:
+        line = _settle_file(record)
     elif operation in IN_PLACE:
         mend(image)
         line = f"an interrupted {operation} left {name} sound, as before it or as after it"
     elif operation == "revert":
-        line = _settle_revert(record)
+        line = _settle_revert(record, finish=finish)
     elif operation == "commit":
-        overlay = Path(record.facts["overlay"])
-        if not finish:
+        if not finish and record.facts.get("step") != "proved" and not _is_untouched(record):
+            overlay = printable(record.text("overlay"))
             return (
-                f"{name} holds a part of what was to be committed, {printable(overlay)} all of it:"
+                f"{name} holds a part of what was to be committed, {overlay} all of it:"
                 " repeat the command to finish"
             )
-        _finish_commit(image, overlay)
-        line = f"an interrupted commit of {printable(overlay)} into {name} was finished"
+        line = _settle_commit(record, finish=finish, backing_dirs=backing_dirs)
     elif operation == "write" and is_committed(record.facts):
         if not finish:
             return (
@@ -57,48 +74,105 @@ def settle(record: Record, *, finish: bool) -> str | None:
             if other == record.facts["images"][0] != str(image.resolve()):
                 break  # only the first waits for the others
             if other != str(image.resolve()):
-                recover(Path(other))
-        finish_write(record)
+                recover(Path(other), backing_dirs=backing_dirs)
+        finish_write(record, backing_dirs)
         return f"an interrupted write to {name} was finished"
     elif operation == "write":
-        line = _settle_file(Path(record.facts["overlay"]), f"write to {name}")
+        temporary = Path(record.text("overlay"))
+        line = None
+        if is_temporary_of(image, temporary.name) and os.path.lexists(temporary):
+            temporary.unlink()
+            line = f"an interrupted write to {name} was undone"
     else:
         raise RefusedError(
-            f"work of a kind that this imgtool does not know was interrupted: {operation}",
+            "work of a kind that this imgtool does not know was interrupted:"
+            f" {printable(str(operation))}",
             subject=name,
             hint="use the imgtool that began it",
         )
     record.remove()
-    record.facts.clear()
     return line
 
 
-def recover(image: Path) -> str | None:
-    """Finish or undo what was interrupted on an image; a line that says so, None if nothing was."""
+def recover(image: Path, *, backing_dirs: Dirs = (), below: bool = True) -> str | None:
+    """Finish or undo what was interrupted on an image; a line that says so, None if nothing was.
+
+    With `below` a commit of the image into its base is finished too.
+    """
+    line = None
+    if below and (base := pending_below(image)) is not None:
+        line = recover(base, backing_dirs=backing_dirs, below=False)
     with opened(image, create=False) as record:
-        return settle(record, finish=True) if record is not None else None
+        settled = settle(record, finish=True, backing_dirs=backing_dirs) if record else None
+    return "; ".join(part for part in (line, settled) if part) or None
 
 
-def finish_write(record: Record) -> None:
+def pending_below(overlay: Path) -> Path | None:
+    """The base of an overlay, if a commit of this very overlay into it was interrupted."""
+    try:
+        header = headers.read(overlay)
+        base = headers.base_of(header) if header is not None else None
+        if base is not None and (unfinished := unfinished_commit(base)) is not None:
+            return base if unfinished.samefile(overlay) else None
+    except (OSError, ValueError, ImageError):
+        pass  # whoever opens it says what is wrong with it
+    return None
+
+
+def finish_write(record: Record, backing_dirs: Dirs = ()) -> None:
     """Write down what a committed overlay holds; then overlay and record go."""
-    overlay = Path(record.facts["overlay"])
+    overlay = Path(record.text("overlay"))
     if overlay.exists():
-        _commit(record.image, overlay)
+        if not is_temporary_of(record.image, overlay.name):
+            raise _no_longer(record.image, overlay)
+        _commit(record.image, overlay, backing_dirs)
         overlay.unlink()
     record.remove()
-    record.facts.clear()
 
 
-def _settle_file(temporary: Path, what: str) -> str | None:
-    if not temporary.exists():
-        return None  # not begun, or it has its name
+def _gone(record: Record) -> ImageError:
+    left = [record_path(record.image)]
+    if isinstance(record.facts.get("temporary"), str) and (made := _temporary(record)).exists():
+        left.append(made)
+    names = " ".join(printable(path) for path in left)
+    return ImageError(
+        f"it is not there any more, and a {record.operation} of it was interrupted",
+        subject=printable(record.image),
+        hint=f"bring it back and repeat this; or, if nothing of it is needed: rm {names}",
+    )
+
+
+def _temporary(record: Record) -> Path:
+    """The file that was to become the image: in the image's folder, wherever that is now."""
+    name = Path(record.text("temporary")).name
+    if not is_temporary_of(record.image, name):
+        raise RefusedError(
+            f"the record of work on it names a file that is not imgtool's: {printable(name)}",
+            subject=printable(record.image),
+            hint=f"look at it, then remove it: {printable(record_path(record.image))}",
+        )
+    return record_path(record.image).with_name(name)
+
+
+def _settle_file(record: Record) -> str | None:
+    temporary, image = _temporary(record), record.image
+    what = f"an interrupted {record.operation} of {printable(image)}"
+    there = os.path.lexists(temporary)
+    if image.exists():
+        in_place = image.stat().st_ino == record.facts.get("inode")
+        if in_place or (there and temporary.samefile(image)):
+            temporary.unlink(missing_ok=True)  # its second name
+            return f"{what} was finished"
+    if not there:
+        return None  # not begun
     temporary.unlink()
-    return f"an interrupted {what} was undone"
+    return f"{what} was undone"
 
 
 def mend(image: Path) -> None:
     """Have QEMU set its tables right after it was killed at work; no guest data are touched."""
     link = probe(image)
+    refuse_if_in_use(Chain((link,)))
     if link.format == "qcow2" and not check_metadata(link, repair="all").sound:
         raise ImgtoolError(
             "its tables are damaged after an interruption",
@@ -107,35 +181,88 @@ def mend(image: Path) -> None:
         )
 
 
-def _settle_revert(record: Record) -> str:
-    facts, image = record.facts, record.image
-    saved = facts.get("saved")
-    finished = facts.get("step") == "apply"
-    if finished:
-        qemu_img(["snapshot", "-q", "-a", facts["to"], image], image=image)
-    there = any(snapshot.name == saved for snapshot in probe(image).snapshots)
-    if there and (facts.get("temporary") or not finished):
-        qemu_img(["snapshot", "-q", "-d", str(saved), image], image=image)
+def on_snapshots(image: Path, option: str, name: str) -> None:
+    """`qemu-img snapshot` on one image file; what it stands on is not opened."""
+    alone = Chain((probe(image),)).filename(read_only=False)
+    qemu_img(["snapshot", option, name, alone], image=image)
+
+
+def _settle_revert(record: Record, *, finish: bool) -> str:
+    image, saved = record.image, record.text("saved")
+    what = f"an interrupted revert of {printable(image)} was"
     mend(image)
-    return f"an interrupted revert of {printable(image)} was {'finished' if finished else 'undone'}"
+    kept = _named(image, saved)
+    begun = record.facts.get("step") == "apply"
+    finished = begun and (finish or kept is None)
+    if finished and kept is not None:
+        on_snapshots(image, "-a", record.text("to"))
+    elif begun and kept is not None:
+        on_snapshots(image, "-a", kept.id)
+    if kept is not None and (record.facts.get("temporary") or not finished):
+        on_snapshots(image, "-d", saved)
+    mend(image)
+    return f"{what} {'finished' if finished else 'undone'}"
 
 
-def _commit(base: Path, overlay: Path) -> Chain:
+def _named(image: Path, name: str) -> Snapshot | None:
+    return next((row for row in probe(image).snapshots if row.name == name), None)
+
+
+def as_untouched(base: Path) -> list[int]:
+    """What tells whether anything at all was written to a file; times in nanoseconds."""
+    status = base.stat()
+    return [status.st_ino, status.st_size, status.st_mtime_ns]
+
+
+def _is_untouched(record: Record) -> bool:
+    """Whether a commit failed before it had written anything; a device does not tell."""
+    image = record.image
+    return not image.is_block_device() and record.facts.get("before") == as_untouched(image)
+
+
+def _settle_commit(record: Record, *, finish: bool, backing_dirs: Dirs) -> str:
+    base, overlay = record.image, overlay_of(record.image, record.facts)
+    if overlay is None:
+        raise _no_longer(base, Path("?"))
+    name = f"an interrupted commit of {printable(overlay)} into {printable(base)} was"
+    if record.facts.get("step") != "proved":
+        if not finish:
+            return f"{name} undone: nothing had been written yet"
+        mend(base)
+        chain = _commit(base, overlay, backing_dirs)
+        if not same_content(chain.filename(), Chain(chain.links[1:]).filename()):
+            raise ImgtoolError("the commit did not give the same content", subject=printable(base))
+    committed(record, overlay)
+    return f"{name} finished"
+
+
+def committed(record: Record, overlay: Path) -> None:
+    """The base is proved to have all of an overlay: say so, then end what the overlay is for."""
+    if record.facts.get("step") != "proved":
+        record.note(step="proved")
+    if stands_on(overlay, record.image):
+        if record.facts.get("remove"):
+            overlay.unlink()
+        else:
+            os.utime(overlay)  # its base is newer, and still fits
+
+
+def _commit(base: Path, overlay: Path, backing_dirs: Dirs) -> Chain:
     """Write all that an overlay holds into its base, which may hold some of it already."""
-    chain = open_chain(overlay, format="qcow2", backing_dirs=[base.parent])
+    if not stands_on(overlay, base):
+        raise _no_longer(base, overlay)
+    dirs = [*backing_dirs, base.absolute().parent]
+    chain = open_chain(overlay, format="qcow2", backing_dirs=dirs)
     if len(chain.links) < 2 or not chain.links[1].path.samefile(base):
-        raise RefusedError(
-            f"a commit of {printable(overlay)} was interrupted, which no longer stands on it",
-            subject=printable(base),
-            hint="restore the base from a backup",
-        )
-    qemu_img(["commit", "-q", "-d", chain.filename(read_only=False)], image=overlay)
+        raise _no_longer(base, overlay)
+    qemu_img(["commit", "-d", chain.filename(read_only=False)], image=overlay)
     return chain
 
 
-def _finish_commit(base: Path, overlay: Path) -> None:
-    mend(base)
-    chain = _commit(base, overlay)
-    if not same_content(chain.filename(), Chain(chain.links[1:]).filename()):
-        raise ImgtoolError("the commit did not give the same content", subject=printable(base))
-    os.utime(overlay)  # its base is newer, and still fits
+def _no_longer(base: Path, overlay: Path) -> RefusedError:
+    return RefusedError(
+        f"a commit of {printable(overlay)} was interrupted, which is not there any more or no"
+        " longer stands on it",
+        subject=printable(base),
+        hint="bring that overlay back, or restore the base from a backup",
+    )

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
-from imgtool.errors import ImageError, RefusedError, UsageError
+from imgtool.errors import ImageError, UsageError
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
-from imgtool.image.guards import refuse_existing, refuse_if_too_little_space, refuse_to_write
+from imgtool.image.copies import size_of_copy
+from imgtool.image.guards import (
+    refuse_encrypted,
+    refuse_existing,
+    refuse_if_too_little_space,
+    refuse_to_write,
+)
 from imgtool.image.info import probe
 from imgtool.image.places import printable
 from imgtool.image.record import temporary_path
-from imgtool.image.work import Plan, Work, put_in_place
+from imgtool.image.work import Plan, Seen, Work
 
 Dirs = Sequence[str | Path]
 
-_SIZE = re.compile(r"(?P<sign>[+-]?)(?P<number>[0-9]+(?:\.[0-9]+)?)(?P<unit>[KMGTPE]?)(?:iB|B)?")
+_SIZE = re.compile(
+    r"(?P<sign>[+-]?)(?P<number>[0-9]{1,20}(?:\.[0-9]{1,20})?)(?P<unit>[KMGTPE]?)(?:iB|B)?",
+    re.I | re.A,
+)
 _SECTOR = 512
 _LARGEST = 1 << 62
 # Written by QEMU as well as read.
@@ -30,7 +40,9 @@ def parse_size(text: str, now: int = 0) -> int:
     matched = _SIZE.fullmatch(text.strip())
     if not matched:
         raise UsageError("not a size", subject=printable(text), hint="such as 20G, 512M or +1G")
-    amount = int(float(matched["number"]) * 1024 ** " KMGTPE".index(matched["unit"] or " "))
+    amount = int(
+        Fraction(matched["number"]) * 1024 ** " KMGTPE".index(matched["unit"].upper() or " ")
+    )
     size = {"": amount, "+": now + amount, "-": now - amount}[matched["sign"]]
     if not 0 < size <= _LARGEST:
         raise UsageError("not a size that an image can have", subject=printable(text))
@@ -45,9 +57,10 @@ def plan_new(path: Path, size: int, *, format: str = "qcow2") -> Plan:
     temporary = temporary_path(path)
 
     def do(work: Work) -> None:
-        words: list[str | Path] = ["create", "-q", "-f", format, temporary, str(size)]
+        work.reserve(temporary)
+        words: list[str | Path] = ["create", "-f", format, temporary, str(size)]
         work.qemu_img("create", words, path)
-        put_in_place(temporary, path)
+        work.place(temporary, path)
 
     lines = (f"create {printable(path)}, {format}, {size} bytes",)
     return Plan("create", path.absolute(), lines, do, facts={"temporary": str(temporary)})
@@ -74,10 +87,15 @@ def plan_convert(
         raise UsageError(f"a {to} image cannot be compressed")
     chain = open_chain(path, format=format, backing_dirs=backing_dirs)
     refuse_existing(new)
-    space = min(sum(link.actual_size for link in chain.links), chain.active.virtual_size)
+    refuse_encrypted(chain)
+    space = size_of_copy(chain)
+    if snapshot is not None:
+        space = chain.active.virtual_size  # what was in use then is not told apart
+    if compress:
+        space = min(space, sum(link.actual_size for link in chain.links))
     refuse_if_too_little_space(new.absolute().parent, space, force=force)
     temporary = temporary_path(new)
-    words: list[str | Path] = ["convert", "-q", "-O", to]
+    words: list[str | Path] = ["convert", "-O", to]
     if compress:
         words.append("-c")
     if snapshot is not None:
@@ -88,11 +106,12 @@ def plan_convert(
         lines.append("prove that it has the same content")
 
     def do(work: Work) -> None:
+        work.reserve(temporary)
         work.qemu_img("convert", [*words, chain.filename(), temporary], path)
         if snapshot is None:
             made = Chain((probe(temporary, format=to),)).filename()
             work.prove_same(chain.filename(), made, "the new image has another content", path)
-        put_in_place(temporary, new)
+        work.place(temporary, new, like=path)
 
     return Plan(
         "convert",
@@ -101,6 +120,7 @@ def plan_convert(
         do,
         space=space,
         facts={"temporary": str(temporary)},
+        seen=Seen.of(*chain.files),
     )
 
 
@@ -125,21 +145,23 @@ def plan_resize(
             subject=printable(path),
             hint="imgtool convert makes a qcow2 image of it",
         )
+    refuse_encrypted(chain)
     wanted = parse_size(size, active.virtual_size)
     refuse_to_write(chain, backing_dirs, force=force)
     shrinks = wanted < active.virtual_size
     if shrinks and not force:
         refuse_to_cut(chain, wanted)
     lines = (f"make the disk in {printable(path)} {wanted} bytes instead of {active.virtual_size}",)
-    words: list[str | Path] = ["resize", "-q", "-f", active.format]
+    words: list[str | Path] = ["resize"]
     if shrinks:
         words.append("--shrink")
 
     def do(work: Work) -> None:
         if wanted != active.virtual_size:
-            work.qemu_img("resize", [*words, path, str(wanted)], path)
+            words.extend((chain.filename(read_only=False), str(wanted)))
+            work.qemu_img("resize", words, path)
 
-    return Plan("resize", path.absolute(), lines, do)
+    return Plan("resize", path.absolute(), lines, do, seen=Seen.of(*chain.files))
 
 
 def plan_repair(
@@ -150,18 +172,20 @@ def plan_repair(
     backing_dirs: Dirs = (),
 ) -> Plan:
     """Have QEMU mend the image's tables: lost space alone, or all that is wrong with them."""
-    chain = open_chain(path, format=format, backing_dirs=backing_dirs)
-    refuse_to_write(chain, backing_dirs, force=True)
+    link = probe(path, format=format, backing_dirs=backing_dirs)  # its base may be missing
+    refuse_to_write(Chain((link,)), backing_dirs, force=True)
 
     def do(work: Work) -> None:
         with work.step("repair"):
-            result = check_metadata(chain.active, repair=what)
+            result = check_metadata(link, repair=what)
         if not result.sound:
-            raise RefusedError(
+            raise ImageError(
                 f"{result.corruptions} entries of its tables are wrong still",
                 subject=printable(path),
-                hint="imgtool check --repair all, on a copy",
+                hint="imgtool check --repair all, on a copy"
+                if what == "leaks"
+                else "restore it from a backup, or save what is left with 'imgtool convert'",
             )
 
     lines = (f"mend the tables of {printable(path)} ({what})",)
-    return Plan("repair", path.absolute(), lines, do)
+    return Plan("repair", path.absolute(), lines, do, seen=Seen.of(path))

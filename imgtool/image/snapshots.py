@@ -9,13 +9,14 @@ from pathlib import Path
 from imgtool.errors import ImageError, NotInGuestError, RefusedError, UsageError
 from imgtool.image import qcow2
 from imgtool.image.chain import Chain, open_chain
-from imgtool.image.guards import refuse_to_write
+from imgtool.image.guards import refuse_encrypted, refuse_second_file, refuse_to_write
 from imgtool.image.host_file import open_host_file
 from imgtool.image.info import Snapshot
 from imgtool.image.places import printable
 from imgtool.image.qcow2_refcounts import used_ranges
 from imgtool.image.qcow2_snapshots import read_snapshots, same_as_active
-from imgtool.image.work import Plan, Work
+from imgtool.image.recovery import on_snapshots
+from imgtool.image.work import Plan, Seen, Work
 
 Dirs = Sequence[str | Path]
 _LONGEST_NAME = 255  # bytes, what QEMU keeps of a name
@@ -30,6 +31,8 @@ def with_snapshots(path: Path, *, format: str | None = None, backing_dirs: Dirs 
             subject=printable(path),
             hint="make an overlay on it (imgtool overlay create), or convert it to qcow2",
         )
+    refuse_encrypted(chain)
+    refuse_second_file(chain.active)
     return chain
 
 
@@ -65,10 +68,11 @@ def plan_create(path: Path, name: str, *, backing_dirs: Dirs = ()) -> Plan:
     _check_name(chain, name)
 
     def do(work: Work) -> None:
-        work.qemu_img("create", ["snapshot", "-q", "-c", name, path], path)
+        with work.step("create"):
+            on_snapshots(path, "-c", name)
 
     lines = (f"keep the present state of {printable(path)} as '{printable(name)}'",)
-    return Plan("snapshot create", path.absolute(), lines, do)
+    return Plan("snapshot create", path.absolute(), lines, do, seen=Seen.of(path))
 
 
 def plan_delete(path: Path, name: str, *, backing_dirs: Dirs = ()) -> Plan:
@@ -76,12 +80,17 @@ def plan_delete(path: Path, name: str, *, backing_dirs: Dirs = ()) -> Plan:
     chain = with_snapshots(path, backing_dirs=backing_dirs)
     refuse_to_write(chain, backing_dirs, force=True)
     snapshot = chain.snapshot(name)
+    known_as = _for_delete(chain, snapshot)
 
     def do(work: Work) -> None:
-        work.qemu_img("delete", ["snapshot", "-q", "-d", _for_delete(chain, snapshot), path], path)
+        with work.step("delete"):
+            on_snapshots(path, "-d", known_as)
 
-    lines = (f"delete the snapshot '{printable(snapshot.name)}' of {printable(path)}",)
-    return Plan("snapshot delete", path.absolute(), lines, do)
+    lines = (
+        f"delete the snapshot '{printable(snapshot.name)}' of {printable(path)};"
+        " the file does not shrink",
+    )
+    return Plan("snapshot delete", path.absolute(), lines, do, seen=Seen.of(path))
 
 
 def plan_revert(
@@ -119,11 +128,14 @@ def plan_revert(
     argument = _for_revert(snapshot)
 
     def do(work: Work) -> None:
-        work.qemu_img("save", ["snapshot", "-q", "-c", saved, path], path)
+        with work.step("save"):
+            on_snapshots(path, "-c", saved)
         work.record.note(step="apply")
-        work.qemu_img("revert", ["snapshot", "-q", "-a", argument, path], path)
+        with work.step("revert"):
+            on_snapshots(path, "-a", argument)
         if save_as is None:
-            work.qemu_img("tidy up", ["snapshot", "-q", "-d", saved, path], path)
+            with work.step("tidy up"):
+                on_snapshots(path, "-d", saved)
 
     return Plan(
         "revert",
@@ -131,6 +143,7 @@ def plan_revert(
         tuple(lines),
         do,
         facts={"to": argument, "saved": saved, "temporary": save_as is None},
+        seen=Seen.of(path),
     )
 
 

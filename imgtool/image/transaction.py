@@ -45,7 +45,7 @@ def overlay_on(chain: Chain, path: Path, name: str | None = None) -> Chain:
     """
     refuse_to_guess(chain)
     active = chain.active
-    words: list[str | Path] = ["create", "-q", "-f", "qcow2", "-F", active.format]
+    words: list[str | Path] = ["create", "-f", "qcow2", "-F", active.format]
     path.touch(0o600, exist_ok=False)
     qemu_img([*words, "-b", name or active.path.resolve(), path], image=path)
     return open_chain(path, format="qcow2", backing_dirs=[link.path.parent for link in chain.links])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from imgtool.errors import ImgtoolError, RefusedError
+from imgtool.errors import HostError, ImgtoolError, RefusedError
 from imgtool.image.places import printable
 from imgtool.image.qemu_img import OnPart, qemu_img, same_content
 from imgtool.image.record import Record, opened, sync_folder
@@ -43,6 +45,32 @@ class Work:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
+    def reserve(self, temporary: Path) -> None:
+        """Make a file that is to become an image: nobody else's, and for its owner's eyes alone."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            os.close(os.open(temporary, flags, 0o600))
+        except OSError as error:
+            raise HostError(
+                f"no file can be made: {(error.strerror or '').lower()}",
+                subject=printable(temporary.parent),
+                hint="make room on that file system, then repeat the command"
+                if error.errno in (errno.ENOSPC, errno.EDQUOT)
+                else None,
+            ) from error
+
+    def place(self, temporary: Path, new: Path, *, like: Path | None = None) -> None:
+        """Give a complete file its name; it may be read by those who may read `like`."""
+        allowed = stat.S_IMODE(like.stat().st_mode) if like else 0o666
+        temporary.chmod((allowed & 0o666 | stat.S_IWUSR) & ~_umask())
+        self.record.note(inode=temporary.stat().st_ino)
+        put_in_place(temporary, new)
+
+    def swap(self, temporary: Path, image: Path) -> None:
+        """Put a complete file in the place of another."""
+        self.record.note(inode=temporary.stat().st_ino)
+        replace(temporary, image)
+
     def qemu_img(self, name: str, words: list[str | Path], image: Path) -> None:
         """A step that is one sub-command of qemu-img."""
         with self.step(name) as on_part:
@@ -50,8 +78,8 @@ class Work:
 
     def prove_same(self, first: str, second: str, what: str, image: Path) -> None:
         """Raise `ImgtoolError` unless a guest sees the same in both; `what` says what differs."""
-        with self.step("proof"):
-            if not same_content(first, second):
+        with self.step("proof") as on_part:
+            if not same_content(first, second, on_part):
                 raise ImgtoolError(
                     f"the proof failed: {what}",
                     subject=printable(image),
@@ -59,12 +87,50 @@ class Work:
                 )
 
 
+def _umask() -> int:
+    """The process's own, which cannot be read without being set."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Files as they were when a plan was made: it holds only for as long as they stay so."""
+
+    files: tuple[tuple[Path, tuple[int, ...]], ...] = ()
+
+    @classmethod
+    def of(cls, *paths: Path) -> Seen:
+        """What tells these files from changed ones."""
+        return cls(tuple((path, _identity(path)) for path in paths))
+
+    def refuse_if_changed(self) -> None:
+        """Raise `RefusedError` if one of the files was changed, replaced or removed since."""
+        for path, identity in self.files:
+            if _identity(path) != identity:
+                raise RefusedError(
+                    "it was changed by somebody in the meantime",
+                    subject=printable(path),
+                    hint="repeat the command, which looks at it anew",
+                )
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a command is about to do to `image`, in `lines` for the user; `run` does it.
 
-    `space` is how many bytes it may need in the image's folder, `facts` what its record says.
-    What is `repeatable` is finished by doing it again.
+    `space` is how many bytes it may need in the image's folder, `facts` what its record says, and
+    `seen` the files that were looked at to make it. What is `repeatable` is finished by doing it
+    again, which is the same where the facts named in it are.
     """
 
     operation: str
@@ -73,44 +139,60 @@ class Plan:
     do: Callable[[Work], None]
     space: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
-    repeatable: bool = False
+    seen: Seen = field(default_factory=Seen)
+    repeatable: tuple[str, ...] = ()
 
     def run(self, on_step: OnStep | None = None, notice: Notice | None = None) -> Work:
         """Do it: whole, or as if it had not been begun, or to be finished by repeating it."""
         with opened(self.image, create=True) as record:
             assert record is not None
-            begun = {"operation": self.operation, **self.facts}
-            if self.repeatable and record.facts == begun:
-                mend(self.image)
-            elif record.facts:
+            self.seen.refuse_if_changed()
+            if record.facts and not self._repeats(record):
                 raise RefusedError(
                     f"a {record.operation} of it was interrupted",
                     subject=printable(self.image),
                     hint=f"imgtool recover {printable(self.image)}",
                 )
-            else:
-                record.note(**begun)
             work = Work(record, on_step)
             try:
+                if record.facts:
+                    mend(self.image)
+                else:
+                    record.note(operation=self.operation, **self.facts)
                 self.do(work)
             except BaseException:
-                line = settle(record, finish=False)
+                try:
+                    line = settle(record, finish=False)
+                except ImgtoolError as error:
+                    line = f"{error}: to be settled by imgtool recover {printable(self.image)}"
                 if line and notice:
                     notice(line)
                 raise
             record.remove()
             return work
 
+    def _repeats(self, record: Record) -> bool:
+        return (
+            bool(self.repeatable)
+            and record.operation == self.operation
+            and all(record.facts.get(name) == self.facts.get(name) for name in self.repeatable)
+        )
+
 
 def keep_attributes(old: Path, new: Path) -> None:
-    """Give a file that replaces another the same mode, owner and extended attributes."""
+    """Give a file that replaces another the same owner, mode, extended attributes and times.
+
+    The content is the same, so an overlay that stands on it is not older than it.
+    """
     status = old.stat()
+    if (status.st_uid, status.st_gid) != (new.stat().st_uid, new.stat().st_gid):
+        with contextlib.suppress(PermissionError):  # the plan refused, or was forced
+            os.chown(new, status.st_uid, status.st_gid)
     shutil.copymode(old, new)
-    if os.geteuid() == 0:
-        os.chown(new, status.st_uid, status.st_gid)
     for name in os.listxattr(old):
         with contextlib.suppress(OSError):  # some are the file system's own
             os.setxattr(new, name, os.getxattr(old, name))
+    os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def sync_file(path: Path) -> None:
