@@ -19,7 +19,7 @@ MODULES = sorted((ROOT / "imgtool").rglob("*.py"))
 # `opening` brings the engines and the images together; `doctor` looks at everything.
 LAYERS = (
     *("errors", "interrupt", "process", "mountinfo", "image", "guest", "engines"),
-    *("opening", "transfer", "compare", "mount", "doctor", "cli"),
+    *("opening", "transfer", "compare", "mount", "inject", "doctor", "cli"),
 )
 # `imgtool` itself is the front door, `python -m imgtool` the back door: they know everything.
 DOORS = ("imgtool", "imgtool.__main__")

@@ -10,6 +10,7 @@ import contextlib
 import io
 import tarfile
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, BinaryIO
 
 from imgtool.engines.libguestfs.calls import CallFailed, printable
@@ -36,6 +37,11 @@ def rewrite(guest: LibguestfsGuest, path: bytes, content: bytes) -> None:
     def produce(out: BinaryIO) -> None:
         out.write(content)
 
+    rewrite_from(guest, path, produce)
+
+
+def rewrite_from(guest: LibguestfsGuest, path: bytes, produce: Callable[[BinaryIO], None]) -> None:
+    """`rewrite` with content that `produce` writes to a stream."""
     kept = join(path.rpartition(b"/")[0] or b"/", b".imgtool-capability")
     has_capability = False
     with contextlib.suppress(CallFailed):

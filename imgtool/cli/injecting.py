@@ -1,0 +1,272 @@
+"""`inject`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from imgtool.cli import options, render
+from imgtool.cli.options import Output
+from imgtool.cli.session import Failures, Request
+from imgtool.errors import ExitStatus, ImgtoolError, UsageError
+
+if TYPE_CHECKING:
+    from imgtool.inject.running import Outcome, Placed, Result
+
+FIELDS = ("image", "step", "where", "kind", "subject", "status", "committed", "error")
+
+
+def _spec_and_images(paths: list[Path], spec: Path | None) -> tuple[list[Path], Path | None]:
+    """The last argument is the spec if it is called so."""
+    if spec is None and len(paths) > 1 and paths[-1].suffix in (".yaml", ".yml"):
+        return paths[:-1], paths[-1]
+    return paths, spec
+
+
+def _show_schema(wanted: bool) -> None:
+    if wanted:
+        from imgtool.inject.spec import schema_text
+
+        render.text(schema_text())
+        raise typer.Exit
+
+
+def _row(image: Path, number: int, outcome: Outcome, committed: bool) -> dict[str, Any]:
+    return {
+        "image": str(image),
+        "step": number,
+        "where": outcome.placed.where,
+        "kind": outcome.placed.step.kind,
+        "subject": outcome.placed.step.subject,
+        "status": outcome.status,
+        "committed": committed,
+        "error": str(outcome.error) if outcome.error else None,
+    }
+
+
+def _many(name: str, metavar: str, text: str) -> Any:
+    return typer.Option(name, metavar=metavar, help=text)
+
+
+def inject(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGE... [SPEC.yaml]", help="The disk images, and the steps."),
+    ],
+    spec: Annotated[
+        Path | None,
+        typer.Option("--spec", metavar="FILE", help="The steps, whatever the file is called."),
+    ] = None,
+    var: Annotated[
+        list[str] | None, _many("--var", "NAME=VALUE", "A variable of templates.")
+    ] = None,
+    user: Annotated[
+        list[str] | None, _many("--user", "NAME[:GROUP,...][:sudo]", "Have a user.")
+    ] = None,
+    password: Annotated[
+        list[str] | None,
+        _many("--password", "USER:file:FILE", "A password: file:FILE, env:NAME, stdin, prompt."),
+    ] = None,
+    ssh_key: Annotated[
+        list[str] | None, _many("--ssh-key", "USER:FILE", "A public key that may log in.")
+    ] = None,
+    hostname: Annotated[
+        str | None, _many("--hostname", "NAME", "The host's name; {{ image }} is the image's.")
+    ] = None,
+    timezone: Annotated[str | None, _many("--timezone", "ZONE", "Such as Europe/Warsaw.")] = None,
+    locale: Annotated[str | None, _many("--locale", "LOCALE", "Such as pl_PL.UTF-8.")] = None,
+    mkdir: Annotated[list[str] | None, _many("--mkdir", "PATH", "Have a folder.")] = None,
+    copy: Annotated[
+        list[str] | None, _many("--copy", "SRC:DEST", "Copy a host file or folder.")
+    ] = None,
+    template: Annotated[
+        list[str] | None, _many("--template", "SRC:DEST", "Copy a text, its {{ NAME }} filled in.")
+    ] = None,
+    write: Annotated[list[str] | None, _many("--write", "PATH:TEXT", "A file of one line.")] = None,
+    append_line: Annotated[
+        list[str] | None, _many("--append-line", "PATH:LINE", "A line that a file has.")
+    ] = None,
+    link: Annotated[
+        list[str] | None, _many("--link", "PATH:TARGET", "A symbolic link at PATH.")
+    ] = None,
+    delete: Annotated[list[str] | None, _many("--delete", "PATH", "Have nothing there.")] = None,
+    chmod: Annotated[list[str] | None, _many("--chmod", "MODE:PATH", "Change a mode.")] = None,
+    chown: Annotated[
+        list[str] | None, _many("--chown", "USER:GROUP:PATH", "Change an owner.")
+    ] = None,
+    service: Annotated[
+        list[str] | None, _many("--service", "enable:UNIT", "Or disable:, mask:, unmask:.")
+    ] = None,
+    firstboot: Annotated[
+        list[str] | None, _many("--firstboot", "SCRIPT", "Run once, at the next start.")
+    ] = None,
+    machine_id_reset: Annotated[
+        bool, typer.Option("--machine-id-reset", help="A new machine ID at the next start.")
+    ] = False,
+    ssh_host_keys_remove: Annotated[
+        bool, typer.Option("--ssh-host-keys-remove", help="No SSH host keys.")
+    ] = False,
+    selinux_relabel: Annotated[
+        bool, typer.Option("--selinux-relabel", help="Label every file anew.")
+    ] = False,
+    schema: Annotated[
+        bool,
+        typer.Option(
+            "--schema", is_eager=True, callback=_show_schema, help="Print the spec's JSON schema."
+        ),
+    ] = False,
+    parallel: options.Parallel = 1,
+    output: options.OutputOption = Output.table,
+    add: options.Add = None,
+    format: options.Format = None,
+    mounts: options.Mounts = None,
+    root: options.Root = None,
+    key: options.Keys = None,
+    engine: options.EngineOption = options.Engine.auto,
+    dry_run: options.DryRun = False,
+    clone: options.Clone = None,
+    clone_dir: Annotated[
+        Path | None,
+        typer.Option("--clone-dir", metavar="DIR", help="As --clone, for several images."),
+    ] = None,
+    tmp_dir: options.TmpDir = None,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Have guests as a spec says: files, users, services, network and more, all of it or nothing.
+
+    Steps are those of the spec in its order, then those of the options, in the order of this list.
+    What is so already is left alone, and a guest in which all is so is not written to at all.
+    """
+    from imgtool.inject.words import steps_of, variables_of
+
+    images, spec = _spec_and_images(paths, spec)
+    if len(images) > 1 and (add or clone):
+        raise UsageError("-a and --clone are for one image", hint="--clone-dir is for several")
+    request = Request.of({**locals(), "image": images[0]})
+    failures = Failures(debug)
+    steps, variables = _read(spec, failures)
+    variables |= variables_of(var or ())
+    steps += steps_of(locals())
+    _check(steps, images, variables, failures)
+    failures.finish()
+    if not steps:
+        raise UsageError(
+            "there is nothing to do", hint="name a SPEC.yaml, or give steps as options"
+        )
+    requests = [
+        dataclasses.replace(
+            request,
+            image=image,
+            clone=clone if clone_dir is None else clone_dir / f"{image.stem}.qcow2",
+        )
+        for image in images
+    ]
+    _carry_out(requests, steps, variables, failures, parallel=parallel, output=output)
+
+
+def _read(spec: Path | None, failures: Failures) -> tuple[list[Placed], dict[str, str]]:
+    if spec is None:
+        return [], {}
+    from imgtool.inject.spec import read_spec
+
+    found, problems = read_spec(spec)
+    for problem in problems:
+        failures.add(problem)
+    failures.finish()
+    assert found is not None
+    return list(found.steps), dict(found.variables)
+
+
+def _check(
+    steps: Sequence[Placed],
+    images: Sequence[Path],
+    variables: Mapping[str, str],
+    failures: Failures,
+) -> None:
+    """Everything that can be told before a guest is opened, each error once."""
+    from imgtool.inject.running import check, image_variables
+
+    said = set()
+    for image in images:
+        for error in check(steps, image_variables(image, variables)):
+            if str(error) not in said:
+                said.add(str(error))
+                failures.add(error)
+
+
+def _carry_out(
+    requests: Sequence[Request],
+    steps: Sequence[Placed],
+    variables: Mapping[str, str],
+    failures: Failures,
+    *,
+    parallel: int,
+    output: Output,
+) -> None:
+    def one(request: Request) -> Result | ImgtoolError:
+        try:
+            return _injected(request, steps, variables)
+        except ImgtoolError as error:
+            return error
+
+    with ThreadPoolExecutor(parallel) as pool:
+        results = list(pool.map(one, requests))
+    rows = []
+    for request, result in zip(requests, results, strict=True):
+        if isinstance(result, ImgtoolError):
+            if result.status is ExitStatus.INTERRUPTED:
+                raise result
+            failures.add(result)
+            continue
+        for error in result.errors:
+            failures.add(error)
+        rows += [
+            _row(request.image, number, outcome, result.committed)
+            for number, outcome in enumerate(result.outcomes, 1)
+        ]
+        _say(request, result)
+    columns = ["status", "kind", "subject", "where"]
+    if len(requests) > 1:
+        columns.insert(0, "image")
+    # With --dry-run the answer in a table is the difference, which is out already.
+    if output is not Output.table or (rows and not requests[0].dry_run):
+        render.emit(rows, FIELDS, output, columns=columns)
+    failures.finish()
+
+
+def _injected(request: Request, steps: Sequence[Placed], variables: Mapping[str, str]) -> Result:
+    from imgtool.inject.running import image_variables, inject
+
+    reads = dataclasses.replace(request, engine="direct")
+    directly = request.engine != "libguestfs" and not request.keys
+    return inject(
+        reads.opened if directly else None,
+        request.opened_to_write,
+        steps,
+        image_variables(request.image, variables),
+        commits=not request.dry_run,
+        clones=request.clone is not None,
+    )
+
+
+def _say(request: Request, result: Result) -> None:
+    """One line on stderr about what was done to an image."""
+    changed = sum(outcome.status == "changed" for outcome in result.outcomes)
+    if result.errors:
+        line = "a step failed; nothing was written"
+    elif request.dry_run:
+        line = f"{changed} steps would change it; nothing was written"
+    elif not changed:
+        line = "everything was so already; nothing was written"
+    else:
+        line = f"{changed} of {len(result.outcomes)} steps changed it"
+    render.message("note", f"{line} ({request.image})")
+    sys.stderr.flush()

@@ -1,0 +1,70 @@
+"""The guest's own names of users and groups, from its passwd and group."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from imgtool.errors import ImgtoolError, NotInGuestError
+from imgtool.inject.view import Owner, View
+
+PASSWD, GROUP = "/etc/passwd", "/etc/group"
+
+
+def rows(view: View, path: str) -> list[list[str]]:
+    """The lines of a file of accounts, as their fields; `NotInGuestError` if there is no file."""
+    content = view.read(path)
+    if content is None:
+        raise NotInGuestError("the guest has no such file", subject=path)
+    return [line.split(":") for line in content.decode("utf-8", "surrogateescape").splitlines()]
+
+
+@dataclass(frozen=True)
+class Account:
+    """A line of passwd."""
+
+    name: str
+    uid: int
+    gid: int
+    home: str
+    shell: str
+
+
+def account(view: View, name: str) -> Account:
+    """The user of that name; `NotInGuestError`, with the names that are near, if there is none."""
+    known = []
+    for row in rows(view, PASSWD):
+        if row[0] == name:
+            if len(row) != 7 or not row[2].isdigit() or not row[3].isdigit():
+                raise ImgtoolError("the user's line in /etc/passwd is damaged", subject=name)
+            return Account(name, int(row[2]), int(row[3]), row[5], row[6])
+        known.append(row[0])
+    raise missing("user", name, known)
+
+
+def group_id(view: View, name: str) -> int:
+    """The number of a group; `NotInGuestError` if there is no group of that name."""
+    known = []
+    for row in rows(view, GROUP):
+        if row[0] == name and len(row) >= 3 and row[2].isdigit():
+            return int(row[2])
+        known.append(row[0])
+    raise missing("group", name, known)
+
+
+def missing(what: str, name: str, known: list[str]) -> NotInGuestError:
+    """The error for a name that the guest does not have; its hint has those that are near."""
+    near = difflib.get_close_matches(name, known, 3)
+    hint = f"it has: {', '.join(near)}" if near else None
+    return NotInGuestError(f"the guest has no such {what}", subject=name, hint=hint)
+
+
+def owner_in(view: View, text: str, kept: Owner = (0, 0)) -> Owner:
+    """The numbers that `USER`, `USER:GROUP` or `:GROUP` mean in the guest; numbers are themselves.
+
+    What is not given is that of `kept`; `USER` alone keeps the group.
+    """
+    user, _, group = text.partition(":")
+    uid = kept[0] if not user else int(user) if user.isdigit() else account(view, user).uid
+    gid = kept[1] if not group else int(group) if group.isdigit() else group_id(view, group)
+    return uid, gid

@@ -1,0 +1,113 @@
+"""Steps as options of the command line write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from imgtool.errors import UsageError
+from imgtool.inject import files, system
+from imgtool.inject.running import Placed
+from imgtool.inject.step import Step
+
+
+def _two(option: str, text: str, form: str) -> tuple[str, str]:
+    first, colon, second = text.partition(":")
+    if not colon or not first or not second:
+        raise UsageError(f"{option} takes {form}", subject=text)
+    return first, second
+
+
+def _copy(text: str) -> Step:
+    # A host file may have a colon in its name; a guest path begins with the last ':/'.
+    source, colon, path = text.rpartition(":/")
+    if not colon or not source:
+        raise UsageError("--copy takes SRC:DEST, and DEST is absolute", subject=text)
+    return files.Copy(f"/{path}", source=Path(source))
+
+
+def _template(text: str) -> Step:
+    source, colon, path = text.rpartition(":/")
+    if not colon or not source:
+        raise UsageError("--template takes SRC:DEST, and DEST is absolute", subject=text)
+    return files.Template(f"/{path}", source=Path(source))
+
+
+def _write(text: str) -> Step:
+    path, _, content = text.partition(":")
+    if ":" not in text:
+        raise UsageError("--write takes PATH:TEXT", subject=path)
+    return files.Write(path, content=content + "\n" if content else "")
+
+
+def _append(text: str) -> Step:
+    path, line = _two("--append-line", text, "PATH:LINE")
+    return files.AppendLine(path, line=line)
+
+
+def _chmod(text: str) -> Step:
+    mode, path = _two("--chmod", text, "MODE:PATH")
+    return files.ChangeMode(path, mode=mode)
+
+
+def _chown(text: str) -> Step:
+    owner, colon, path = text.rpartition(":/")
+    if not colon or not owner:
+        raise UsageError("--chown takes USER:GROUP:PATH", subject=text)
+    return files.ChangeOwner(f"/{path}", owner=owner)
+
+
+def _link(text: str) -> Step:
+    path, target = _two("--link", text, "PATH:TARGET")
+    return files.Link(path, target=target)
+
+
+# In this order the options are carried out, whatever their order on the command line.
+OPTIONS: Mapping[str, Callable[[str], Step]] = {
+    "--hostname": system.Hostname,
+    "--timezone": system.Timezone,
+    "--locale": system.Locale,
+    "--mkdir": files.MakeFolder,
+    "--copy": _copy,
+    "--template": _template,
+    "--write": _write,
+    "--append-line": _append,
+    "--link": _link,
+    "--delete": files.Delete,
+    "--chmod": _chmod,
+    "--chown": _chown,
+}
+SWITCHES: Mapping[str, Callable[[], Step]] = {
+    "--machine-id-reset": system.MachineId,
+    "--ssh-host-keys-remove": system.SshHostKeys,
+    "--selinux-relabel": system.Relabel,
+}
+
+
+def steps_of(given: Mapping[str, Any]) -> list[Placed]:
+    """The steps that options ask for; `given` has their values by the options' names."""
+    found: list[Placed] = []
+    for option, make in OPTIONS.items():
+        value = given.get(_parameter(option)) or ()
+        texts: Sequence[str] = [value] if isinstance(value, str) else value
+        found += [Placed(make(text), option) for text in texts]
+    for option, build in SWITCHES.items():
+        if given.get(_parameter(option)):
+            found.append(Placed(build(), option))
+    return found
+
+
+def variables_of(texts: Sequence[str]) -> dict[str, str]:
+    """The variables in `NAME=VALUE` texts."""
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.replace("-", "_").isidentifier():
+            raise UsageError("--var takes NAME=VALUE", subject=text)
+        found[name] = value
+    return found
+
+
+def _parameter(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
