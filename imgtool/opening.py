@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imgtool.errors import UsageError
+from imgtool.errors import ImgtoolError, UsageError
 from imgtool.guest.guest import Guest
 from imgtool.guest.keys import Key, parse_key
 from imgtool.guest.model import Mount
@@ -20,6 +20,7 @@ from imgtool.image.locks import warn_if_written
 
 if TYPE_CHECKING:
     from imgtool.engines.libguestfs.guest import LibguestfsGuest
+    from imgtool.engines.libguestfs.soundness import Unsound
 
 log = logging.getLogger(__name__)
 ENGINES = ("auto", "direct", "libguestfs")
@@ -171,12 +172,33 @@ def open_guest_to_write(
         with _appliance(writing.chains, write=True, **options) as guest:
             yield guest
             guest.finish()
+        if guest.unsound:
+            _refuse_new_faults(guest.unsound, chains, options)
         if review is not None:
             review(writing.chains)
             return
         started = time.monotonic()
         writing.commit()
         log.info("transaction: committed in %.2f s", time.monotonic() - started)
+
+
+def _refuse_new_faults(
+    found: Sequence[Unsound], chains: Sequence[Chain], options: dict[str, Any]
+) -> None:
+    """Raise `ImgtoolError` where a filesystem was sound before it was written to."""
+    from imgtool.engines.libguestfs.soundness import check, filesystems
+
+    with _appliance(chains, **options) as before:
+        same = filesystems(before.volumes, [one.device for one in found])
+        faults = check(before.handle, same)
+    known = {one.device for one in faults}
+    for one in found:
+        if one.device not in known:
+            raise ImgtoolError(
+                f"what was written left its filesystem unsound ({one.said}); nothing was changed",
+                subject=one.device,
+            )
+        options["notice"](f"{one.device} had faults before it was written to: {one.said}")
 
 
 @contextlib.contextmanager

@@ -25,7 +25,8 @@ OnError = Callable[[Path, OSError], None]
 
 
 def _passed_over(path: Path, error: OSError) -> None:
-    log.info("%s: not looked at for images: %s", path, error)
+    if not isinstance(error, FileNotFoundError):  # libvirt's pool, where there is no libvirt
+        log.info("%s: not looked at for images: %s", path, error)
 
 
 def files_below(folder: Path, on_error: OnError = _passed_over) -> Iterator[Path]:

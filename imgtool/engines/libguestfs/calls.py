@@ -185,6 +185,12 @@ class Calls:
         self._handle = pointer(handle._o, b"guestfs_h")
         self._free = ctypes.CDLL(None).free
         self._free.argtypes = [c_void_p]
+        # What was written to: paths of files and folders.
+        self.touched: set[bytes] = set()
+
+    def _change(self, name: str, path: bytes, *arguments: Any) -> None:
+        self.touched.add(path)
+        self._call(name, path, *arguments)
 
     def _call(self, name: str, path: bytes, *arguments: Any) -> Any:
         # The handle keeps its error handler by thread; the default one prints.
@@ -313,46 +319,46 @@ class Calls:
 
     def tar_in(self, source: str, directory: bytes) -> None:
         """Unpack the tar file `source` of the host into a directory of the guest."""
-        self._call(
+        self._change(
             "tar_in_opts_argv", directory, source.encode(), directory, ctypes.byref(_TarIn())
         )
 
     def copy_xattrs(self, source: bytes, target: bytes) -> None:
         """Give a file the extended attributes of another one."""
         options = _CopyAttributes(bitmask=_XATTRIBUTES, xattributes=1)
-        self._call("copy_attributes_argv", target, source, target, ctypes.byref(options))
+        self._change("copy_attributes_argv", target, source, target, ctypes.byref(options))
 
     def rename(self, source: bytes, target: bytes) -> None:
         """Rename within one filesystem, replacing what is there."""
-        self._call("rename", target, source, target)
+        self._change("rename", target, source, target)
 
     def mkdir(self, path: bytes, mode: int) -> None:
         """Make a directory."""
-        self._call("mkdir_mode", path, path, mode)
+        self._change("mkdir_mode", path, path, mode)
 
     def upload(self, source: str, path: bytes) -> None:
         """Make the file `source` of the host the content of a file, which stays the same file."""
-        self._call("upload", path, source.encode(), path)
+        self._change("upload", path, source.encode(), path)
 
     def chmod(self, path: bytes, mode: int) -> None:
         """Change the mode of what is at the path; a symbolic link is followed."""
-        self._call("chmod", path, mode, path)
+        self._change("chmod", path, mode, path)
 
     def chown(self, path: bytes, uid: int, gid: int) -> None:
         """Change the owner of what is at the path; a symbolic link is not followed."""
-        self._call("lchown", path, uid, gid, path)
+        self._change("lchown", path, uid, gid, path)
 
     def symlink(self, target: bytes, path: bytes) -> None:
         """Make a symbolic link, in the place of what is no directory."""
-        self._call("ln_sf", path, target, path)
+        self._change("ln_sf", path, target, path)
 
     def copy(self, source: bytes, path: bytes) -> None:
         """Copy a file with its mode, owner, times and extended attributes."""
-        self._call("cp_a", path, source, path)
+        self._change("cp_a", path, source, path)
 
     def rm_rf(self, path: bytes) -> None:
         """Remove a file, or a directory with everything in it."""
-        self._call("rm_rf", path, path)
+        self._change("rm_rf", path, path)
 
     def shell(self, path: bytes, words: Sequence[bytes]) -> bytes:
         """Run a command in the appliance (never a program of the guest) and return its output.

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from typing import Any, BinaryIO
 
 from imgtool import interrupt
-from imgtool.engines.libguestfs import devices, inspection, usage, walk
+from imgtool.engines.libguestfs import devices, inspection, soundness, usage, walk
 from imgtool.engines.libguestfs.calls import CallFailed, Calls, printable
 from imgtool.engines.libguestfs.launch import kill
 from imgtool.engines.libguestfs.stream import streamed
@@ -71,6 +71,7 @@ class LibguestfsGuest(Guest):
         self.volumes = ApplianceVolumes(handle, self.calls, keys)
         self._layout: Layout | None = None
         self._mounted = False
+        self.unsound: tuple[soundness.Unsound, ...] = ()
 
     @contextlib.contextmanager
     def cancellable(self) -> Iterator[None]:
@@ -95,10 +96,31 @@ class LibguestfsGuest(Guest):
         """Whether the user asked to stop."""
         return interrupt.pending()
 
+    def _written_to(self) -> tuple[soundness.Filesystem, ...]:
+        """The filesystems that calls have written to."""
+        if not self.calls.touched:
+            return ()
+        found = set()
+        for path in self.calls.touched:
+            for mount in sorted(self.layout.mounts, key=lambda m: -len(m.mountpoint)):
+                below = mount.mountpoint.rstrip("/").encode() + b"/"
+                if (path.rstrip(b"/") + b"/").startswith(below):
+                    found.add(mount.source)
+                    break
+        return soundness.filesystems(self.volumes, sorted(found))
+
     def finish(self) -> None:
-        """Unmount everything and wait until the appliance has written all of it to the image."""
+        """Unmount everything and wait until the appliance has written all of it to the image.
+
+        What was written to is checked, as far as that is cheap: `unsound` tells the result.
+        """
+        written = self._written_to()
         try:
             self.handle.umount_all()
+            started = time.monotonic()
+            self.unsound = soundness.check(self.handle, written)
+            if written:
+                log.info("filesystems: checked in %.1f s", time.monotonic() - started)
             self.handle.shutdown()
         except RuntimeError as error:
             raise EngineError(
@@ -172,6 +194,9 @@ class LibguestfsGuest(Guest):
                     raise
                 self._unshown[mount.mountpoint] = str(error)
                 self._notice(f"{mount.mountpoint} is not shown: {error}")
+        if self.write:
+            known = soundness.filesystems(self.volumes, [mount.source for mount in mounts])
+            soundness.refuse_unless_writable(self.handle, mounts, known)
         log.info("layout: mounted in %.1f s", time.monotonic() - started)
         self._mounted = True
 

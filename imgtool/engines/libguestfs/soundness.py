@@ -1,0 +1,162 @@
+"""Whether filesystems are sound: before they are written to, and before what was written counts.
+
+The checkers are those of the filesystems' own authors (e2fsck, xfs_repair, fsck.fat), in the
+appliance and without changing anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from imgtool.engines.libguestfs.volumes import ApplianceVolumes, reason
+from imgtool.errors import EngineError, RefusedError
+from imgtool.guest.model import Mount
+
+log = logging.getLogger(__name__)
+
+_CHECKS = {
+    "ext2": "e2fsck -fn",
+    "ext3": "e2fsck -fn",
+    "ext4": "e2fsck -fn",
+    "xfs": "xfs_repair -n",
+    "vfat": "fsck.fat -n",
+}
+# e2fsck and fsck.fat: errors are left; xfs_repair: 1 is corruption.
+_UNSOUND = {"ext2": 4, "ext3": 4, "ext4": 4, "xfs": 1, "vfat": 1}
+# Beyond this many inodes in use a check takes minutes under emulation: then it is left out.
+_MOST_INODES = 500_000
+_MARK = "--imgtool-"
+
+
+@dataclass(frozen=True)
+class Filesystem:
+    """A filesystem to look at: libguestfs's name of its device, the node that the appliance's own
+    kernel has for it (which may be called otherwise), and its type."""
+
+    device: str
+    node: str
+    type: str
+
+    @property
+    def is_ext(self) -> bool:
+        """Whether it is an ext2, ext3 or ext4."""
+        return self.type in ("ext2", "ext3", "ext4")
+
+
+@dataclass(frozen=True)
+class Unsound:
+    """A filesystem that its checker finds fault with; `said` is the first line of that."""
+
+    device: str
+    said: str
+
+
+def filesystems(volumes: ApplianceVolumes, devices: Iterable[str]) -> tuple[Filesystem, ...]:
+    """Those of the devices that are block devices with a known filesystem."""
+    found = []
+    for device in devices:
+        block = volumes.block(device)
+        if block is not None and block.type is not None:
+            found.append(Filesystem(device, f"/dev/{block.kernel}", block.type))
+    return tuple(found)
+
+
+def _shell(handle: Any, script: str) -> str:
+    try:
+        return str(handle.debug("sh", [script]))
+    except RuntimeError as error:
+        raise EngineError(f"the filesystems cannot be checked: {reason(error)}") from error
+
+
+def _ext_headers(
+    handle: Any, filesystems: Iterable[Filesystem]
+) -> dict[Filesystem, dict[str, str]]:
+    """What dumpe2fs says of each ext filesystem, by its own words."""
+    exts = [one for one in filesystems if one.is_ext]
+    if not exts:
+        return {}
+    script = [
+        f"echo {_MARK}{number}; dumpe2fs -h {shlex.quote(one.node)} 2>/dev/null"
+        for number, one in enumerate(exts)
+    ]
+    headers = {}
+    for section in _shell(handle, "\n".join(script)).split(_MARK)[1:]:
+        which, _, text = section.partition("\n")
+        pairs = (row.partition(":") for row in text.splitlines())
+        headers[exts[int(which)]] = {key: value.strip() for key, _, value in pairs}
+    return headers
+
+
+def _few_inodes(header: dict[str, str]) -> bool:
+    count, free = header.get("Inode count", ""), header.get("Free inodes", "")
+    return count.isdigit() and free.isdigit() and int(count) - int(free) <= _MOST_INODES
+
+
+def check(handle: Any, filesystems: Iterable[Filesystem]) -> tuple[Unsound, ...]:
+    """Check filesystems that are not mounted; those at fault.
+
+    Those without a checker, and those that are too large, are passed over.
+    """
+    wanted = [one for one in filesystems if one.type in _CHECKS]
+    headers = _ext_headers(handle, wanted)
+    large = [one for one, header in headers.items() if not _few_inodes(header)]
+    for one in large:
+        log.info("%s: not checked, since it is large", one.device)
+    wanted = [one for one in wanted if one not in large]
+    if not wanted:
+        return ()
+    parts, answers = [], []
+    for number, one in enumerate(wanted):
+        output = f"/run/imgtool-check-{number}"
+        command = f"{_CHECKS[one.type]} {shlex.quote(one.node)}"
+        parts.append(f"( {command} >{output} 2>&1; echo $? >{output}.status ) &")
+        answers.append(f"echo {_MARK}{number} $(cat {output}.status); cat {output}")
+    found = []
+    for section in _shell(handle, "\n".join([*parts, "wait", *answers])).split(_MARK)[1:]:
+        head, _, text = section.partition("\n")
+        which, _, status = head.partition(" ")
+        one = wanted[int(which)]
+        if int(status) & _UNSOUND[one.type]:
+            found.append(Unsound(one.device, _first_fault(text)))
+    return tuple(found)
+
+
+def _first_fault(text: str) -> str:
+    for line in text.splitlines():
+        if line.strip() and not re.match(r"e2fsck |fsck\.fat |Pass |Phase |\s+- |Warning", line):
+            return line.strip().removesuffix("Fix? no").rstrip()
+    return "no reason given"
+
+
+def refuse_unless_writable(
+    handle: Any, mounts: Sequence[Mount], filesystems: Iterable[Filesystem]
+) -> None:
+    """Raise `RefusedError` for a mounted filesystem that should not be written to.
+
+    That is one that the kernel, or ntfs-3g, mounted for reading only though it was to be written
+    to (hibernated, or damaged), and an ext that says of itself that it has errors.
+    """
+    modes = {}
+    for row in _shell(handle, "cat /proc/mounts").splitlines():
+        words = row.split()
+        if len(words) > 3 and words[1].startswith("/sysroot"):
+            modes[words[1].removeprefix("/sysroot") or "/"] = words[3].split(",")
+    for mount in mounts:
+        if "ro" in modes.get(mount.mountpoint, ()) and "ro" not in mount.options.split(","):
+            raise RefusedError(
+                "its filesystem can only be read: it is hibernated, or damaged",
+                subject=mount.source,
+                hint="shut the guest down properly (Windows: without fast start-up), or check it",
+            )
+    for one, header in _ext_headers(handle, filesystems).items():
+        if "errors" in header.get("Filesystem state", ""):
+            raise RefusedError(
+                "its filesystem says that it has errors, so it is not written to",
+                subject=one.device,
+                hint="on a copy of the image, have it mended: e2fsck -f; then try again",
+            )
