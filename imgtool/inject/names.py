@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from imgtool.errors import ImgtoolError, NotInGuestError
-from imgtool.inject.view import Owner, View
+from imgtool.inject.changes import Owner
+from imgtool.inject.view import View
 
 PASSWD, GROUP = "/etc/passwd", "/etc/group"
+SHADOW, GSHADOW = "/etc/shadow", "/etc/gshadow"
 
 
 def rows(view: View, path: str) -> list[list[str]]:
@@ -17,6 +20,32 @@ def rows(view: View, path: str) -> list[list[str]]:
     if content is None:
         raise NotInGuestError("the guest has no such file", subject=path)
     return [line.split(":") for line in content.decode("utf-8", "surrogateescape").splitlines()]
+
+
+def with_fields(view: View, path: str, name: str, fields: Mapping[int, str]) -> bool:
+    """Give fields of the first line that begins with a name these values; whether they had others.
+
+    All other lines stay as they are, to the byte.
+    """
+    content = view.read(path) or b""
+    lines = content.split(b"\n")
+    for number, line in enumerate(lines):
+        row = line.decode("utf-8", "surrogateescape").split(":")
+        if row[0] == name:
+            row += [""] * (max(fields) + 1 - len(row))
+            for at, value in fields.items():
+                row[at] = value
+            lines[number] = ":".join(row).encode("utf-8", "surrogateescape")
+            break
+    return view.write(path, b"\n".join(lines))
+
+
+def with_line(view: View, path: str, line: str) -> None:
+    """Add a line of accounts."""
+    content = view.read(path) or b""
+    if content and not content.endswith(b"\n"):
+        content += b"\n"
+    view.write(path, content + line.encode("utf-8", "surrogateescape") + b"\n")
 
 
 @dataclass(frozen=True)

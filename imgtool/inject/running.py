@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from imgtool.errors import ImageError, ImgtoolError
 from imgtool.guest.guest import Guest
+from imgtool.inject.changes import Changes
 from imgtool.inject.step import Site, Step
 from imgtool.inject.system import Relabel
-from imgtool.inject.view import Changes, View
+from imgtool.inject.view import View
 
 if TYPE_CHECKING:
     from imgtool.engines.libguestfs.guest import LibguestfsGuest
@@ -86,14 +87,23 @@ def plan(
         )
     view = View(guest)
     site = Site(view, variables)
-    outcomes = []
+    outcomes, touched = [], []
     for placed in steps:
+        view.touched = set()
         try:
             status = "changed" if placed.step.apply(site) else "unchanged"
             outcomes.append(Outcome(placed, status))
         except ImgtoolError as error:
             outcomes.append(Outcome(placed, "failed", at(placed.where, error)))
-    return tuple(outcomes), view.changes()
+        touched.append(view.touched)
+    changes = view.changes()
+    # What a later step puts back has not changed: a file that is written and then added to.
+    return tuple(
+        dataclasses.replace(outcome, status="unchanged")
+        if outcome.status == "changed" and not changes.touch(paths)
+        else outcome
+        for outcome, paths in zip(outcomes, touched, strict=True)
+    ), changes
 
 
 def inject(

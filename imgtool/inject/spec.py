@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from imgtool.errors import ImgtoolError, UsageError
-from imgtool.inject import files, system
+from imgtool.inject import (
+    accounts,
+    cloud,
+    files,
+    firstboot,
+    network,
+    passwords,
+    services,
+    ssh_keys,
+    system,
+)
 from imgtool.inject.lines import Lines
 from imgtool.inject.running import Placed
 from imgtool.inject.step import Step
@@ -42,7 +52,8 @@ def read_spec(path: Path) -> tuple[Spec | None, list[ImgtoolError]]:
     for number, step in enumerate(lines.data["steps"]):
         ((kind, value),) = step.items()
         where = lines.where(("steps", number, kind))
-        steps.append(Placed(_STEPS[kind](value, path.parent), where))
+        made = _STEPS[kind](value, path.parent)
+        steps += [Placed(one, where) for one in (made if isinstance(made, list) else [made])]
     variables = {name: str(value) for name, value in lines.data.get("vars", {}).items()}
     return Spec(tuple(steps), variables), []
 
@@ -117,11 +128,50 @@ def _plain(make: Callable[..., Step]) -> Callable[[Any, Path], Step]:
     return build
 
 
+def _user(value: Any, folder: Path) -> Step:
+    fields = {"name": value} if isinstance(value, str) else dict(value)
+    groups = fields.get("groups", ())
+    fields["groups"] = (groups,) if isinstance(groups, str) else tuple(groups)
+    return accounts.User(**fields)
+
+
+def _ssh_key(value: Any, folder: Path) -> Step:
+    file = folder / value["file"] if "file" in value else None
+    return ssh_keys.SshKey(value["user"], file, value.get("key"))
+
+
+def _password(value: Any, folder: Path) -> Step:
+    source = next(name for name in ("file", "env", "hash") if name in value)
+    name = str(folder / value[source]) if source == "file" else value[source]
+    return passwords.Password(value["user"], passwords.Secret(source, name))
+
+
+def _services(value: Any, folder: Path) -> list[Step]:
+    ((action, units),) = value.items()
+    return [services.Service(action, u) for u in ([units] if isinstance(units, str) else units)]
+
+
+def _firstboot(value: Any, folder: Path) -> Step:
+    if isinstance(value, str):
+        return firstboot.FirstBoot(folder / value)
+    return firstboot.FirstBoot(name=value["name"], content=value["content"])
+
+
+def _network(value: Any, folder: Path) -> Step:
+    ethernets = [network.Ethernet.of(name, one) for name, one in value["ethernets"].items()]
+    return network.Network(tuple(ethernets), value.get("renderer"))
+
+
+def _cloud_init(value: Any, folder: Path) -> Step:
+    parts = {key: folder / v if isinstance(v, str) else v for key, v in value.items()}
+    return cloud.CloudInit(parts)
+
+
 def _bare(make: Callable[[], Step]) -> Callable[[Any, Path], Step]:
     return lambda value, folder: make()
 
 
-_STEPS: dict[str, Callable[[Any, Path], Step]] = {
+_STEPS: dict[str, Callable[[Any, Path], Step | list[Step]]] = {
     "write": _plain(files.Write),
     "copy": _plain(files.Copy),
     "template": _plain(files.Template),
@@ -131,6 +181,13 @@ _STEPS: dict[str, Callable[[Any, Path], Step]] = {
     "chown": _plain(files.ChangeOwner),
     "link": _plain(files.Link),
     "delete": _plain(files.Delete),
+    "user": _user,
+    "ssh-key": _ssh_key,
+    "password": _password,
+    "service": _services,
+    "firstboot": _firstboot,
+    "network": _network,
+    "cloud-init": _cloud_init,
     "hostname": _plain(system.Hostname),
     "timezone": _plain(system.Timezone),
     "locale": _plain(system.Locale),

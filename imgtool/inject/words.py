@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from imgtool.errors import UsageError
-from imgtool.inject import files, system
+from imgtool.inject import accounts, files, firstboot, passwords, services, ssh_keys, system
 from imgtool.inject.running import Placed
 from imgtool.inject.step import Step
 
@@ -63,8 +63,50 @@ def _link(text: str) -> Step:
     return files.Link(path, target=target)
 
 
+def _user(text: str) -> Step:
+    name, *rest = text.split(":")
+    sudo = rest[-1:] == ["sudo"]
+    groups = rest[: len(rest) - sudo]
+    if len(groups) > 1:
+        raise UsageError("--user takes NAME, NAME:GROUP,... and ':sudo' at its end", subject=text)
+    return accounts.User(name, groups=tuple(g for g in "".join(groups).split(",") if g), sudo=sudo)
+
+
+def _password(text: str) -> Step:
+    user, _, source = text.partition(":")
+    kind, _, name = source.partition(":")
+    # What was typed is not repeated: somebody may have typed the password.
+    if (
+        not user
+        or kind not in ("file", "env", "prompt", "stdin")
+        or bool(name) != (kind in ("file", "env"))
+    ):
+        raise UsageError(
+            "--password takes USER:file:FILE, USER:env:NAME, USER:stdin or USER:prompt",
+            hint="a password on the command line can be seen by everybody on this machine",
+        )
+    return passwords.Password(user, passwords.Secret(kind, name))
+
+
+def _ssh_key(text: str) -> Step:
+    user, file = _two("--ssh-key", text, "USER:FILE")
+    return ssh_keys.SshKey(user, Path(file))
+
+
+def _service(text: str) -> Step:
+    action, unit = _two("--service", text, "enable:UNIT, disable:, mask: or unmask:")
+    return services.Service(action, unit)
+
+
+def _firstboot(text: str) -> Step:
+    return firstboot.FirstBoot(Path(text))
+
+
 # In this order the options are carried out, whatever their order on the command line.
 OPTIONS: Mapping[str, Callable[[str], Step]] = {
+    "--user": _user,
+    "--password": _password,
+    "--ssh-key": _ssh_key,
     "--hostname": system.Hostname,
     "--timezone": system.Timezone,
     "--locale": system.Locale,
@@ -77,6 +119,8 @@ OPTIONS: Mapping[str, Callable[[str], Step]] = {
     "--delete": files.Delete,
     "--chmod": _chmod,
     "--chown": _chown,
+    "--service": _service,
+    "--firstboot": _firstboot,
 }
 SWITCHES: Mapping[str, Callable[[], Step]] = {
     "--machine-id-reset": system.MachineId,

@@ -22,7 +22,7 @@ from imgtool.engines.libguestfs.stream import upload
 from imgtool.engines.libguestfs.writing import Labels
 from imgtool.errors import EngineError, HostError, ImgtoolError, RefusedError
 from imgtool.guest.model import Entry
-from imgtool.inject.view import Changes, Content
+from imgtool.inject.changes import Changes, Content
 
 if TYPE_CHECKING:
     from imgtool.engines.libguestfs.guest import LibguestfsGuest
