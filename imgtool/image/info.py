@@ -21,6 +21,7 @@ from imgtool.image.host_file import file_node, node_driver, open_host_file
 from imgtool.image.locks import in_use_for_writing
 from imgtool.image.places import Places, printable
 from imgtool.image.qcow2_snapshots import read_snapshots
+from imgtool.image.record import read_facts
 from imgtool.process import Limits, ProgramFailed, TimedOut, run
 
 FORMATS = ("raw", "qcow2", "qcow", "qed", "vmdk", "vdi", "vpc", "vhdx")
@@ -155,6 +156,8 @@ def _check_complete(file: BinaryIO, path: Path, header: qcow2.Qcow2Header) -> tu
     # A running QEMU counts a cluster as used before the file has grown to hold it.
     if in_use_for_writing(path) is not None:
         return (f"the file is {length} bytes long but uses {needed}; it is being written",)
+    if read_facts(path):
+        return (f"the file is {length} bytes long but uses {needed}; work on it was interrupted",)
     whole = -(-needed // header.cluster_size) * header.cluster_size
     raise ImageError(
         f"truncated: the file is {length} bytes long, what it holds reaches to {whole}",

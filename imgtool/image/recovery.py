@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from imgtool.errors import ImageError, ImgtoolError, RefusedError
-from imgtool.image import headers
+from imgtool.image import headers, qcow2
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
 from imgtool.image.info import Snapshot, probe
@@ -179,6 +179,22 @@ def mend(image: Path) -> None:
             subject=printable(image),
             hint="imgtool chain check says more",
         )
+    if link.format == "qcow2" and link.driver == "file":
+        _lengthen(image)
+
+
+def _lengthen(image: Path) -> None:
+    """Make the file hold every cluster that its tables count.
+
+    QEMU counts a cluster before it writes it, and reads zeros where the file has ended before;
+    whoever finds an image too short for its tables takes it for a torn copy.
+    """
+    with image.open("r+b") as file:
+        header = qcow2.read_header(file)
+        if header is not None:
+            needed = qcow2.size_needed(file, header)
+            if needed > file.seek(0, os.SEEK_END):
+                file.truncate(-(-needed // header.cluster_size) * header.cluster_size)
 
 
 def on_snapshots(image: Path, option: str, name: str) -> None:

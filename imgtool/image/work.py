@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from imgtool import interrupt
 from imgtool.errors import HostError, ImgtoolError, RefusedError
 from imgtool.image.places import printable
 from imgtool.image.qemu_img import OnPart, qemu_img, same_content
@@ -36,6 +37,8 @@ class Work:
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[OnPart | None]:
         """Time one step; gives what tells its progress."""
+        if interrupt.pending():  # Ctrl-C that came where Python swallows what it raises
+            raise KeyboardInterrupt
         started = time.monotonic()
         on_step = self.on_step
         if on_step is not None:
