@@ -42,12 +42,13 @@ def _files(mount_id: str) -> list[Path]:
     return [_RULES / name.format(id=mount_id) for name in _NAMES]
 
 
-def _write(mount_id: str, lines: list[str]) -> None:
+def _write(mount_id: str, lines: list[str], *, in_force: bool = True) -> None:
     for rules in _files(mount_id):
         draft = rules.with_suffix(".draft")
         draft.write_text("\n".join(dict.fromkeys(lines)) + "\n")
         draft.replace(rules)
-    _reload()
+    if in_force:
+        _reload()
 
 
 def _lines(mount_id: str) -> list[str]:
@@ -56,7 +57,10 @@ def _lines(mount_id: str) -> list[str]:
 
 
 def keep_away(mount_id: str, *devices: str) -> None:
-    """Write the rule for these devices, by kernel name, and for what the mount itself maps."""
+    """Write the rule for these devices, by kernel name, and for what the mount itself maps.
+
+    It is in force once it names a device: what is mapped stands on one.
+    """
     if not running():
         return
     _RULES.mkdir(exist_ok=True)
@@ -66,7 +70,8 @@ def keep_away(mount_id: str, *devices: str) -> None:
         'ENV{DM_UDEV_DISABLE_DISK_RULES_FLAG}="1", '
         'ENV{DM_UDEV_DISABLE_OTHER_RULES_FLAG}="1", ENV{UDISKS_IGNORE}="1"',
     ]
-    _write(mount_id, lines + [_rule_for(device) for device in devices])
+    lines += [_rule_for(device) for device in devices]
+    _write(mount_id, lines, in_force=bool(devices))
 
 
 def leave_alone(mount_id: str, device: str) -> None:
