@@ -92,9 +92,9 @@ class Mechanism:
     def release(self) -> None:
         """Leave the loop devices to what was mounted on them.
 
-        What QEMU exports need not be in the page cache twice, and is read in half the time if it
-        is not. But QEMU before 10.1 mixes up writes that come at the same time, of which there are
-        none through the cache: so only once the journals are replayed, and not with `--rw`.
+        What QEMU exports need not be in the page cache twice, and is read faster if it is not. But
+        QEMU before 10.1 mixes up writes that come at the same time, of which there are none through
+        the cache: so only once the journals are replayed, and not with `--rw`.
         """
         for step in self._loops:
             if not self.writable and Path(step.path).parent == self.journal.folder:

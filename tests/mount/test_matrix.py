@@ -58,7 +58,7 @@ def test_the_files_are_those_in_the_image(images, place, planted, filesystem, ta
     ("via", "options", "direct"), [("loop", "", "0"), ("export", "", "1"), ("export", "--rw", "0")]
 )
 def test_what_qemu_exports_is_not_cached_twice(images, place, tmp_path, via, options, direct):
-    """Which would make reading half as fast; but QEMU may mix up what is written directly."""
+    """Which would make reading slower; but QEMU may mix up what is written directly."""
     image = images.copy(images.get("ext4"), tmp_path)
     good("mount", image.path, place, "--via", via, *image.chosen, *options.split())
     device = Path(mount_at(place).source)
