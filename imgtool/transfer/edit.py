@@ -208,7 +208,7 @@ def write_edited(
 
     now = guest.resolve(path)
     if guest.read_bytes(now, LARGEST) != old:
-        raise RefusedError("the file has changed since it was read", subject=path)
+        raise RefusedError("the file has changed since it was read", subject=os.fsdecode(path))
     if backup is not None:
         guest.calls.copy(now, now + os.fsencode(backup))
     rewrite(guest, now, new)

@@ -1,0 +1,133 @@
+"""Writing that counts only when it is whole and sound: edit, dry runs, clones, damaged guests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from imgtool import open_guest
+from imgtool.errors import ImgtoolError
+from imgtool.opening import open_guest_to_write
+from tests.conftest import Result
+
+pytestmark = pytest.mark.appliance
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """A small disk with what an edit must not change around it."""
+    tree = tmp_path / "tree"
+    (tree / "etc").mkdir(parents=True)
+    (tree / "etc/real.conf").write_bytes(b"Port 22\n\xff\n")
+    (tree / "etc/real.conf").chmod(0o4640)
+    (tree / "etc/real.conf").with_name("hard.conf").hardlink_to(tree / "etc/real.conf")
+    os.setxattr(tree / "etc/real.conf", "user.note", b"kept")
+    (tree / "etc/link.conf").symlink_to("/etc/real.conf")
+    path = tmp_path / "disk.raw"
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tree, path, "48M"], check=True)
+    subprocess.run(
+        ["debugfs", "-w", "-R", "sif /etc/real.conf uid 10", path], check=True, capture_output=True
+    )
+    subprocess.run(
+        ["debugfs", "-w", "-R", "sif /etc/real.conf gid 11", path], check=True, capture_output=True
+    )
+    return path
+
+
+def imgtool(*words: str | Path) -> Result:
+    """Run a command in a process of its own: what was read before a write is not to be reused."""
+    done = subprocess.run(
+        [sys.executable, "-m", "imgtool", *words], capture_output=True, check=False
+    )
+    return Result(done.returncode, done.stdout, done.stderr.decode())
+
+
+def content(image: Path) -> bytes:
+    """What the image file holds, and when it was changed."""
+    return image.read_bytes() + str(image.stat().st_mtime_ns).encode()
+
+
+def test_an_edit_through_a_link_changes_the_file_and_nothing_about_it(image):
+    with open_guest(image, engine="direct") as guest:
+        folder = guest.lstat("/etc")
+    done = imgtool("edit", image, "/etc/link.conf", "--set", "Port=2222")
+    assert (done.status, done.err) == (0, "")
+    with open_guest(image, engine="direct") as guest:
+        for name in ("real.conf", "hard.conf", "link.conf"):
+            assert guest.read_bytes(f"/etc/{name}") == b"Port 2222\n\xff\n"
+        entry = guest.lstat("/etc/real.conf")
+        assert (entry.mode & 0o7777, entry.uid, entry.gid) == (0o4640, 10, 11)
+        assert guest.lstat("/etc/link.conf").target == b"/etc/real.conf"
+        assert guest.lstat("/etc") == folder
+    shown = subprocess.run(
+        ["debugfs", "-R", "ea_get -V /etc/real.conf user.note", image],
+        check=True,
+        capture_output=True,
+    )
+    assert b"kept" in shown.stdout
+    before = content(image)
+    done = imgtool("edit", image, "/etc/link.conf", "--set", "Port=2222")
+    assert done.status == 0 and "unchanged" in done.err
+    assert content(image) == before
+
+
+def test_a_dry_run_shows_what_would_change_and_a_clone_has_it(image, tmp_path):
+    before = content(image)
+    words = ["edit", image, "/etc/real.conf", "-e", "s/22/23/", "-b", ".old"]
+    done = imgtool(*words, "--dry-run")
+    assert done.status == 0
+    assert "/etc/real.conf" in done.text and "/etc/real.conf.old" in done.text
+    assert content(image) == before
+    done = imgtool(*words, "--clone", tmp_path / "clone.qcow2")
+    assert done.status == 0
+    assert content(image) == before
+    done = imgtool("diff", image, tmp_path / "clone.qcow2", "--checksum", "md5", "-o", "jsonl")
+    rows = [json.loads(line) for line in done.text.splitlines()]
+    assert [(row["change"], row["path"]) for row in rows] == [
+        ("changed", "/etc/hard.conf"),
+        ("changed", "/etc/real.conf"),
+        ("added", "/etc/real.conf.old"),
+    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clone.qcow2", "disk.raw", "tree"]
+
+
+def test_a_filesystem_that_says_that_it_has_errors_is_not_written_to(image):
+    subprocess.run(["debugfs", "-w", "-R", "ssv state 2", image], check=True, capture_output=True)
+    before = content(image)
+    done = imgtool("edit", image, "/etc/real.conf", "-e", "s/22/23/")
+    assert done.status == 4
+    assert "says that it has errors" in done.err and "e2fsck" in done.err
+    assert content(image) == before
+
+
+def test_faults_from_before_are_said_and_new_ones_undo_all(image):
+    command = "sif /etc/real.conf links_count 7"
+    subprocess.run(["debugfs", "-w", "-R", command, image], check=True, capture_output=True)
+    said: list[str] = []
+    with open_guest_to_write(image, notice=said.append) as guest:
+        guest.calls.chmod(guest.resolve("/etc/link.conf"), 0o600)
+    assert len(said) == 1 and "had faults before" in said[0]
+    command = "sif /etc/real.conf links_count 2"
+    subprocess.run(["debugfs", "-w", "-R", command, image], check=True, capture_output=True)
+    before = content(image)
+    with (
+        pytest.raises(ImgtoolError, match=r"unsound .* nothing was changed"),
+        open_guest_to_write(image, notice=said.append) as guest,
+    ):
+        guest.calls.chmod(guest.resolve("/etc/link.conf"), 0o644)
+        guest.handle.umount_all()
+        guest.handle.pwrite_device("/dev/sda", b"\xff" * 1024, _inode_bitmap(image))
+    assert content(image) == before
+
+
+def _inode_bitmap(image: Path) -> int:
+    """Where the first inode bitmap is, in bytes."""
+    shown = subprocess.run(["dumpe2fs", image], check=True, capture_output=True, text=True).stdout
+    block = int(shown.split("Inode bitmap at ")[1].split()[0].rstrip(","))
+    size = int(shown.split("Block size:")[1].split()[0])
+    return block * size
