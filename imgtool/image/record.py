@@ -76,12 +76,22 @@ class Record:
         """A fact that is a line of text; `RefusedError` where it is not."""
         value = self.facts.get(fact)
         if not isinstance(value, str) or not value or "\0" in value:
-            raise RefusedError(
-                f"the record of work on it makes no sense: no {fact}",
-                subject=printable(self.image),
-                hint=f"look at it, then remove it: {printable(record_path(self.image))}",
-            )
+            raise self._senseless(fact)
         return value
+
+    def texts(self, fact: str) -> list[str]:
+        """A fact that is some lines of text; `RefusedError` where it is not."""
+        value = self.facts.get(fact)
+        if not isinstance(value, list) or not all(isinstance(line, str) for line in value):
+            raise self._senseless(fact)
+        return value
+
+    def _senseless(self, fact: str) -> RefusedError:
+        return RefusedError(
+            f"the record of work on it makes no sense: no {fact}",
+            subject=printable(self.image),
+            hint=f"look at it, then remove it: {printable(record_path(self.image))}",
+        )
 
     def note(self, **facts: Any) -> None:
         """Write down more, before it is done; raises `HostError` where there is no room for it."""
@@ -158,10 +168,12 @@ def read_facts(image: Path) -> dict[str, Any]:
         descriptor = os.open(record_path(image), flags)
     except (OSError, ValueError):
         return {}
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         if not _is_believed(os.fstat(descriptor), image):
             return {}
-        return _facts(file.read(_LONGEST))[0]
+        return _facts(os.pread(descriptor, _LONGEST, 0))[0]
+    finally:
+        os.close(descriptor)
 
 
 def stands_on(overlay: Path, base: Path) -> bool:

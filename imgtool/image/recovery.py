@@ -70,8 +70,9 @@ def settle(record: Record, *, finish: bool, backing_dirs: Dirs = ()) -> str | No
                 f"{name} holds a part of what was written, and is read through what holds all of"
                 f" it: imgtool recover {name}"
             )
-        for other in record.facts["images"]:
-            if other == record.facts["images"][0] != str(image.resolve()):
+        images = record.texts("images")
+        for other in images:
+            if other == images[0] != str(image.resolve()):
                 break  # only the first waits for the others
             if other != str(image.resolve()):
                 recover(Path(other), backing_dirs=backing_dirs)
