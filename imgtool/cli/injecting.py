@@ -50,6 +50,12 @@ def _row(image: Path, number: int, outcome: Outcome, committed: bool) -> dict[st
     }
 
 
+def _unopened_row(image: Path, error: ImgtoolError) -> dict[str, Any]:
+    """The row of an image in which no step could be tried."""
+    known = {"image": str(image), "status": "failed", "committed": False, "error": str(error)}
+    return {name: known.get(name) for name in FIELDS}
+
+
 def _many(name: str, metavar: str, text: str) -> Any:
     return typer.Option(name, metavar=metavar, help=text)
 
@@ -225,6 +231,8 @@ def _carry_out(
             if result.status is ExitStatus.INTERRUPTED:
                 raise result
             failures.add(result)
+            if len(requests) > 1 or output is not Output.table:
+                rows.append(_unopened_row(request.image, result))
             continue
         for error in result.errors:
             failures.add(error)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imgtool.errors import ImageError, ImgtoolError
+from imgtool.errors import ImageError, ImgtoolError, UsageError
 from imgtool.guest.guest import Guest
 from imgtool.inject.changes import Changes
 from imgtool.inject.step import Site, Step
@@ -60,7 +60,10 @@ def check(steps: Sequence[Placed], variables: Mapping[str, str]) -> list[Imgtool
         try:
             placed.step.check(variables)
         except ImgtoolError as error:
-            errors.append(at(placed.where, error))
+            found = at(placed.where, error)
+            if type(found) is ImgtoolError:  # what the spec names cannot be used: its own fault
+                found = UsageError(found.message, subject=found.subject, hint=found.hint)
+            errors.append(found)
     return errors
 
 

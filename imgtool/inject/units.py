@@ -105,6 +105,20 @@ def find(view: View, name: str) -> Unit:
 
     Raises `NotInGuestError`, with the names that are near, for one that the guest does not have.
     """
+    unit = _there(view, name)
+    if unit is not None:
+        return unit
+    known = sorted(all_names(view))
+    # An alias is a link only as long as the unit is enabled: 'sshd' is 'ssh' in any case.
+    for other in known:
+        if other.rpartition(".")[2] == name.rpartition(".")[2] and "@" not in other:
+            unit = _there(view, other)
+            if unit is not None and name in unit.install.get("Alias", ()):
+                return unit
+    raise _unknown(view, name, known)
+
+
+def _there(view: View, name: str) -> Unit | None:
     for candidate in (name, _template_of(name)):
         for folder in FOLDERS:
             path = f"{folder}/{candidate}"
@@ -117,14 +131,7 @@ def find(view: View, name: str) -> Unit:
                 name = last if candidate == name else name
                 path = _known_path(view, real)
             return Unit(name, path, _install(view, path, name))
-    known = sorted(all_names(view))
-    # An alias is a link only as long as the unit is enabled: 'sshd' is 'ssh' in any case.
-    for other in known:
-        if other.rpartition(".")[2] == name.rpartition(".")[2] and "@" not in other:
-            unit = find(view, other) if not masked(view, other) else None
-            if unit is not None and name in unit.install.get("Alias", ()):
-                return unit
-    raise _unknown(view, name, known)
+    return None
 
 
 def _real_folders(view: View) -> set[str]:
