@@ -5,96 +5,21 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import Annotated
 
 import typer
 
-from imgtool import __version__, interrupt
-from imgtool.cli import (
-    chain_checks,
-    chains,
-    copying,
-    diffing,
-    editing,
-    images,
-    injecting,
-    inspecting,
-    listing,
-    mounting,
-    overlaying,
-    render,
-    single,
-    snapshotting,
-    space,
-)
+from imgtool import interrupt
+from imgtool.cli import render
+from imgtool.cli.commands import app_with
 from imgtool.errors import ExitStatus, ImgtoolError
-
-app = typer.Typer(
-    name="imgtool",
-    help="Look into, copy out of, and safely change the disks of guests that are not running.",
-    add_completion=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"imgtool {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Say which version."),
-    ] = False,
-) -> None:
-    pass
-
-
-for command in (
-    space.df,
-    space.filesystems,
-    space.partitions,
-    listing.ls,
-    listing.cat,
-    copying.copy_out,
-    copying.copy_in,
-    editing.edit,
-    injecting.inject,
-    mounting.mount,
-    mounting.umount,
-    mounting.mounts,
-    mounting.cleanup,
-    images.info,
-    single.check,
-    single.create,
-    single.convert,
-    single.resize,
-    overlaying.compact,
-    single.recover,
-    diffing.diff,
-    inspecting.inspect,
-    inspecting.doctor,
-):
-    app.command()(command)
-
-chains.app.command()(chain_checks.check)
-
-for group, name in (
-    (chains.app, "chain"),
-    (snapshotting.app, "snapshot"),
-    (overlaying.app, "overlay"),
-):
-    app.add_typer(group, name=name)
 
 
 def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
-    command = typer.main.get_command(app)
-    if not arguments and "_IMGTOOL_COMPLETE" not in os.environ:
+    completing = "_IMGTOOL_COMPLETE" in os.environ
+    wanted = arguments[0] if arguments and not completing else None
+    command = typer.main.get_command(app_with(wanted))
+    if not arguments and not completing:
         command.main(["--help"], prog_name="imgtool", standalone_mode=False)
         return ExitStatus.USAGE
     try:

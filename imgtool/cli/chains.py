@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from imgtool.image.forest import Tree
     from imgtool.image.info import ImageInfo
 
-app = typer.Typer(
-    help="See what stands on what, and whether it is sound.",
-    rich_markup_mode=None,
-)
-
 SHOW_FIELDS = (
     "path",
     "format",
@@ -104,7 +99,6 @@ def _problems(link: ImageInfo, below: ImageInfo | None) -> list[str]:
     return found
 
 
-@app.command()
 def show(
     image: options.Image,
     human: options.Human = False,
@@ -184,7 +178,6 @@ def _tree_row(depth: int, tree: Tree, users: Sequence[str]) -> dict[str, Any]:
     }
 
 
-@app.command()
 def tree(
     folders: Annotated[
         list[Path], typer.Argument(metavar="DIR...", help="Folders with images, and all below.")

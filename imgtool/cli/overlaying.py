@@ -10,11 +10,6 @@ import typer
 from imgtool.cli import options, working
 from imgtool.cli.session import set_up_logging
 
-app = typer.Typer(
-    help="Make overlays on an image, and merge them without losing data.",
-    rich_markup_mode=None,
-)
-
 Base = Annotated[Path, typer.Argument(metavar="BASE", help="The image that it stands on.")]
 New = Annotated[Path, typer.Argument(metavar="NEW", help="The new image; no file yet.")]
 Overlay = Annotated[Path, typer.Argument(metavar="OVERLAY", help="The overlay.")]
@@ -23,7 +18,6 @@ BaseFormat = Annotated[
 ]
 
 
-@app.command()
 def create(
     base: Base,
     new: New,
@@ -58,7 +52,6 @@ def create(
     )
 
 
-@app.command()
 def commit(
     overlay: Overlay,
     remove: Annotated[
@@ -88,7 +81,6 @@ def commit(
     )
 
 
-@app.command()
 def rebase(
     overlay: Overlay,
     base: Annotated[Path, typer.Argument(metavar="NEWBASE", help="What it is to stand on.")],
@@ -125,7 +117,6 @@ def rebase(
     )
 
 
-@app.command()
 def flatten(
     overlay: Overlay,
     dry_run: options.DryRun = False,

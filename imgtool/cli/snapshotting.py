@@ -10,17 +10,11 @@ from imgtool.cli import options, render, working
 from imgtool.cli.options import Output
 from imgtool.cli.session import set_up_logging
 
-app = typer.Typer(
-    help="Internal snapshots of a qcow2 image. Looking into one reverts nothing: --snapshot NAME.",
-    rich_markup_mode=None,
-)
-
 FIELDS = ("id", "name", "time", "vm_state_size", "vm_clock", "present")
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The snapshot, by its name or id.")]
 
 
-@app.command()
 def create(
     image: options.Image,
     name: Annotated[str, typer.Argument(metavar="NAME", help="What to call it.")],
@@ -41,7 +35,6 @@ def create(
     )
 
 
-@app.command("list")
 def list_(
     image: options.Image,
     human: options.Human = False,
@@ -76,7 +69,6 @@ def list_(
     render.emit(rows, FIELDS, output, columns=columns, shown=shown, titles=titles)
 
 
-@app.command()
 def revert(
     image: options.Image,
     name: Name,
@@ -110,7 +102,6 @@ def revert(
     )
 
 
-@app.command()
 def delete(
     image: options.Image,
     name: Name,

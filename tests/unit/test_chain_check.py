@@ -17,7 +17,7 @@ import pytest
 from imgtool.image import checking, findings
 from imgtool.image.chain import MAX_LINKS
 from imgtool.image.checking import ChainCheck, check_chain
-from tests.chains import (
+from tests.chain_images import (
     CLUSTER,
     CORRUPT,
     INCOMPATIBLE,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from imgtool.image import locks
-from tests.chains import (
+from tests.chain_images import (
     BACKING_FORMAT,
     CORRUPT,
     INCOMPATIBLE,

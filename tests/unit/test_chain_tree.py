@@ -17,7 +17,7 @@ import pytest
 
 from imgtool.image import headers
 from imgtool.image.forest import forest
-from tests.chains import (
+from tests.chain_images import (
     CORRUPT,
     DIRTY,
     INCOMPATIBLE,
