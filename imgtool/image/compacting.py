@@ -31,7 +31,8 @@ from imgtool.image.qemu_img import OnPart
 from imgtool.image.record import temporary_path
 from imgtool.image.work import Plan, Seen, Work
 
-_PIECE = 64 << 10  # what reads as zeros becomes a hole, this much at a time
+_PIECE = 1 << 20  # read at a time
+_BLOCK = 4096  # what reads as zeros becomes a hole, this much at a time
 
 
 def plan_compact(
@@ -165,9 +166,11 @@ def _copy(
     pieces = _pieces(ranges, on_part)
     for number, (at, length) in enumerate(pieces, 1):
         content = os.pread(old.fileno(), length, at)
-        # A cluster of zeros is in use as well, and need not take space.
-        if content.strip(b"\0"):
-            os.pwrite(new.fileno(), content, at)
+        for start in range(0, len(content), _BLOCK):
+            block = content[start : start + _BLOCK]
+            # Zeros are in use as well, and need not take space.
+            if block.strip(b"\0"):
+                os.pwrite(new.fileno(), block, at + start)
         if on_part is not None:
             on_part(number / len(pieces))
 

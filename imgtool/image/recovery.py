@@ -174,13 +174,17 @@ def mend(image: Path) -> None:
     """Have QEMU set its tables right after it was killed at work; no guest data are touched."""
     link = probe(image)
     refuse_if_in_use(Chain((link,)))
-    if link.format == "qcow2" and not check_metadata(link, repair="all").sound:
+    if link.format != "qcow2":
+        return
+    if link.driver == "file":
+        _lengthen(image)  # else a table that lies beyond the end escapes the check
+    if not check_metadata(link, repair="all").sound:
         raise ImgtoolError(
             "its tables are damaged after an interruption",
             subject=printable(image),
             hint="imgtool chain check says more",
         )
-    if link.format == "qcow2" and link.driver == "file":
+    if link.driver == "file":
         _lengthen(image)
 
 
@@ -249,6 +253,7 @@ def _settle_commit(record: Record, *, finish: bool, backing_dirs: Dirs) -> str:
         chain = _commit(base, overlay, backing_dirs)
         if not same_content(chain.filename(), Chain(chain.links[1:]).filename()):
             raise ImgtoolError("the commit did not give the same content", subject=printable(base))
+        mend(base)  # what was counted twice over shows only now
     committed(record, overlay)
     return f"{name} finished"
 

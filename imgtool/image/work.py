@@ -158,11 +158,14 @@ class Plan:
                 )
             work = Work(record, on_step)
             try:
-                if record.facts:
+                repeated = bool(record.facts)
+                if repeated:
                     mend(self.image)
                 else:
                     record.note(operation=self.operation, **self.facts)
                 self.do(work)
+                if repeated:
+                    mend(self.image)
             except BaseException:
                 try:
                     line = settle(record, finish=False)

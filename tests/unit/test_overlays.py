@@ -14,7 +14,7 @@ from imgtool.image.chain import open_chain
 from imgtool.image.record import is_ours, record_path
 
 SIZE = 4 << 20
-NAMES = ["a:b, c", "it's \"q\"", "new\nline", "-x", "json:ü"]
+NAMES = ["a:b, c", 'it\'s "q"', "new\nline", "-x", "json:ü"]
 
 
 def qemu_img(*words: str | Path) -> bytes:
