@@ -22,8 +22,9 @@ from imgtool.guest.model import Mount
 from imgtool.guest.partition_table import disk_name
 from imgtool.guest.partitions import partitions_of
 from imgtool.image.chain import Chain
-from imgtool.image.dependants import refuse_if_base
-from imgtool.image.locks import refuse_if_in_use, warn_if_written
+from imgtool.image.guards import refuse_to_write
+from imgtool.image.locks import warn_if_written
+from imgtool.image.recovery import recover
 from imgtool.mount import kernel, plan, steps
 from imgtool.mount.available import no_appliance, no_device_mapper
 from imgtool.mount.journal import Journal, journals, remove_empty_folders
@@ -98,8 +99,9 @@ def _check_images(wanted: Wanted, chains: Sequence[Chain]) -> None:
     _refuse_if_mounted(wanted, chains)  # first, since it knows what to do about it
     for chain in chains:
         if wanted.writable:
-            refuse_if_in_use(chain)
-            refuse_if_base(chain, wanted.backing_dirs)
+            if line := recover(chain.active.path):
+                wanted.notice(line)
+            refuse_to_write(chain, wanted.backing_dirs)
         elif line := warn_if_written(chain):
             wanted.notice(line)
 

@@ -112,8 +112,12 @@ class Setting:
         """The content with the value set; every line that sets the key gets it."""
         key = re.escape(self.key.encode("utf-8", "surrogateescape"))
         value = self.value.encode("utf-8", "surrogateescape")
-        assigned = re.compile(rb"([ \t]*(?:export[ \t]+)?" + key + rb"(?:[ \t]*[=:][ \t]*|[ \t]+))")
-        commented = re.compile(rb"[ \t]*[#;][ \t]*" + assigned.pattern)
+        either = rb"(?:export[ \t]+)?" + key + rb"(?:[ \t]*[=:][ \t]*|[ \t]+)"
+        assigned = re.compile(rb"([ \t]*" + either + rb")")
+        # What a comment says about a key is prose, unless the key stands right behind its mark.
+        commented = re.compile(
+            rb"[ \t]*[#;](?:(" + either + rb")|[ \t]+(" + key + rb"[ \t]*[=:][ \t]*))"
+        )
         lines = content.splitlines(keepends=True)
         found = False
         for number, line in enumerate(lines):
@@ -127,7 +131,7 @@ class Setting:
         for number, line in enumerate(lines):
             if matched := commented.match(line.rstrip(b"\r\n")):
                 lines[number] = _ended(line, end)
-                lines.insert(number + 1, matched[1].lstrip() + value + end)
+                lines.insert(number + 1, (matched[1] or matched[2]) + value + end)
                 return b"".join(lines)
         if lines:
             lines[-1] = _ended(lines[-1], end)
