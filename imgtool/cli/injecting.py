@@ -4,22 +4,46 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from imgtool import interrupt
 from imgtool.cli import options, render
 from imgtool.cli.options import Output
 from imgtool.cli.session import Failures, Request
-from imgtool.errors import ExitStatus, ImgtoolError, UsageError
+from imgtool.errors import ExitStatus, ImgtoolError, Interrupted, UsageError
 
 if TYPE_CHECKING:
+    from imgtool.image.chain import Chain
     from imgtool.inject.running import Outcome, Placed, Result
 
 FIELDS = ("image", "step", "where", "kind", "subject", "status", "committed", "error")
+
+
+# What would be changed in one image is shown in one piece.
+_showing = threading.Lock()
+
+
+@dataclass(frozen=True)
+class _Request(Request):
+    """One image's request; `title` goes before what `--dry-run` would change in it."""
+
+    shows_changes: bool = True
+    title: str | None = None
+
+    def _review(self, written: Sequence[Chain]) -> None:
+        if not self.shows_changes:
+            return
+        with _showing:
+            if self.title is not None:
+                render.text(f"{render.plain(self.title)}\n")
+            super()._review(written)
 
 
 def _spec_and_images(paths: list[Path], spec: Path | None) -> tuple[list[Path], Path | None]:
@@ -43,7 +67,7 @@ def _row(image: Path, number: int, outcome: Outcome, committed: bool) -> dict[st
         "step": number,
         "where": outcome.placed.where,
         "kind": outcome.placed.step.kind,
-        "subject": outcome.placed.step.subject,
+        "subject": outcome.subject,
         "status": outcome.status,
         "committed": committed,
         "error": str(outcome.error) if outcome.error else None,
@@ -156,7 +180,7 @@ def inject(
     images, spec = _spec_and_images(paths, spec)
     if len(images) > 1 and (add or clone):
         raise UsageError("-a and --clone are for one image", hint="--clone-dir is for several")
-    request = Request.of({**locals(), "image": images[0]})
+    request = _Request.of({**locals(), "image": images[0]})
     failures = Failures(debug)
     steps, variables = _read(spec, failures)
     variables |= variables_of(var or ())
@@ -172,6 +196,8 @@ def inject(
             request,
             image=image,
             clone=clone if clone_dir is None else clone_dir / f"{image.stem}.qcow2",
+            shows_changes=output is Output.table,
+            title=f"{image}:" if len(images) > 1 else None,
         )
         for image in images
     ]
@@ -219,6 +245,8 @@ def _carry_out(
 ) -> None:
     def one(request: Request) -> Result | ImgtoolError:
         try:
+            if interrupt.pending():  # no further image is begun after Ctrl-C
+                raise Interrupted("interrupted")
             return _injected(request, steps, variables)
         except ImgtoolError as error:
             return error

@@ -33,9 +33,10 @@ class Placed:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one step: changed, unchanged or failed."""
+    """What became of one step, which is about `subject`: changed, unchanged or failed."""
 
     placed: Placed
+    subject: str
     status: str
     error: ImgtoolError | None = None
 
@@ -93,11 +94,12 @@ def plan(
     outcomes, touched = [], []
     for placed in steps:
         view.touched = set()
+        subject = placed.step.subject_in(variables)
         try:
             status = "changed" if placed.step.apply(site) else "unchanged"
-            outcomes.append(Outcome(placed, status))
+            outcomes.append(Outcome(placed, subject, status))
         except ImgtoolError as error:
-            outcomes.append(Outcome(placed, "failed", at(placed.where, error)))
+            outcomes.append(Outcome(placed, subject, "failed", at(placed.where, error)))
         touched.append(view.touched)
     changes = view.changes()
     # What a later step puts back has not changed: a file that is written and then added to.

@@ -38,6 +38,10 @@ class Step(ABC):
     def subject(self) -> str:
         """What it is about: a path, a user, a unit."""
 
+    def subject_in(self, variables: Mapping[str, str]) -> str:
+        """What it is about in one image, with that image's variables."""
+        return self.subject
+
     def check(self, variables: Mapping[str, str]) -> None:  # noqa: B027 - few need no check
         """Look at all that can be looked at before a guest is opened.
 

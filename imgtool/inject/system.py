@@ -35,10 +35,13 @@ class Hostname(_Named):
 
     kind: ClassVar[str] = "hostname"
 
+    def subject_in(self, variables: Mapping[str, str]) -> str:
+        """The name, filled in."""
+        return filled(self.name, variables, self.name)
+
     def check(self, variables: Mapping[str, str]) -> None:
         """A name as RFC 1123 has it, of at most 64 bytes as Linux has it."""
-        if "image" in variables or "{{" not in self.name:
-            _check_hostname(filled(self.name, variables, self.name))
+        _check_hostname(filled(self.name, variables, self.name))
 
     def apply(self, site: Site) -> bool:
         """Write the name; in /etc/hosts it replaces the old one, and stands with 127.0.1.1 where

@@ -56,10 +56,11 @@ def rewrite_from(guest: LibguestfsGuest, path: bytes, produce: Callable[[BinaryI
             guest.calls.copy_xattrs(kept, path)
             guest.calls.rm_rf(kept)
     except CallFailed as error:
-        raise _explained(guest, path, error) from error
+        raise explained(guest, path, error) from error
 
 
-def _explained(guest: LibguestfsGuest, path: bytes, error: CallFailed) -> ImgtoolError:
+def explained(guest: LibguestfsGuest, path: bytes, error: CallFailed) -> ImgtoolError:
+    """The error of a write that failed, or that the filesystem is full."""
     if not guest.interrupted():
         numbers = guest.handle.statvfs(
             (path.rpartition(b"/")[0] or b"/").decode("utf-8", "replace")
