@@ -37,6 +37,12 @@ class _Request(Request):
     shows_changes: bool = True
     title: str | None = None
 
+    @classmethod
+    def for_image(cls, request: Request, image: Path, **more: Any) -> _Request:
+        """The same options for one of the images."""
+        same = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+        return cls(**{**same, "image": image, **more})
+
     def _review(self, written: Sequence[Chain]) -> None:
         if not self.shows_changes:
             return
@@ -180,7 +186,7 @@ def inject(
     images, spec = _spec_and_images(paths, spec)
     if len(images) > 1 and (add or clone):
         raise UsageError("-a and --clone are for one image", hint="--clone-dir is for several")
-    request = _Request.of({**locals(), "image": images[0]})
+    request = Request.of({**locals(), "image": images[0]})
     failures = Failures(debug)
     steps, variables = _read(spec, failures)
     variables |= variables_of(var or ())
@@ -192,9 +198,9 @@ def inject(
             "there is nothing to do", hint="name a SPEC.yaml, or give steps as options"
         )
     requests = [
-        dataclasses.replace(
+        _Request.for_image(
             request,
-            image=image,
+            image,
             clone=clone if clone_dir is None else clone_dir / f"{image.stem}.qcow2",
             shows_changes=output is Output.table,
             title=f"{image}:" if len(images) > 1 else None,
