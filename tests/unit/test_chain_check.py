@@ -17,6 +17,7 @@ import pytest
 from imgtool.image import checking, findings
 from imgtool.image.chain import MAX_LINKS
 from imgtool.image.checking import ChainCheck, check_chain
+from imgtool.image.record import opened
 from tests.chain_images import (
     CLUSTER,
     CORRUPT,
@@ -217,6 +218,22 @@ def pseudo_name(folder: Path) -> Path:
     return qcow2(folder / "top", 'json:{"driver":"null-co"}', "raw")
 
 
+def left_behind(folder: Path) -> Path:
+    image = qcow2(folder / "top")
+    with opened(image, create=True) as record:
+        assert record is not None
+        record.note(operation="resize")
+    return image
+
+
+def half_written(folder: Path) -> Path:
+    image = qcow2(folder / "top")
+    with opened(image, create=True) as record:
+        assert record is not None
+        record.note(operation="write", step="begun")
+    return image
+
+
 def nul_in_name(folder: Path) -> Path:
     top = qcow2(folder / "top", "base-with-a-name")
     top.write_bytes(top.read_bytes().replace(b"base-with-a-name", b"base-with\0a-name"))
@@ -257,6 +274,8 @@ PROBLEMS: list[tuple[Made, str, str, int]] = [
     (outside, "outside", "warning", 4),
     (over_the_network, "not-local", "warning", 4),
     (pseudo_name, "not-local", "warning", 4),
+    (left_behind, "interrupted", "warning", 0),
+    (half_written, "interrupted", "risk", 3),
     (nul_in_name, "bad-backing-name", "risk", 3),
     (symlink_circle, "bad-backing-name", "risk", 3),
 ]
