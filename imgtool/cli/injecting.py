@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,16 +14,14 @@ import typer
 
 from imgtool import interrupt
 from imgtool.cli import options, render
+from imgtool.cli.injected import FIELDS, row, say, unopened_row
 from imgtool.cli.options import Output
 from imgtool.cli.session import Failures, Request
 from imgtool.errors import ExitStatus, ImgtoolError, Interrupted, UsageError
 
 if TYPE_CHECKING:
     from imgtool.image.chain import Chain
-    from imgtool.inject.running import Outcome, Placed, Result
-
-FIELDS = ("image", "step", "where", "kind", "subject", "status", "committed", "error")
-
+    from imgtool.inject.running import Placed, Result
 
 # What would be changed in one image is shown in one piece.
 _showing = threading.Lock()
@@ -65,25 +62,6 @@ def _show_schema(wanted: bool) -> None:
 
         render.text(schema_text())
         raise typer.Exit
-
-
-def _row(image: Path, number: int, outcome: Outcome, committed: bool) -> dict[str, Any]:
-    return {
-        "image": str(image),
-        "step": number,
-        "where": outcome.placed.where,
-        "kind": outcome.placed.step.kind,
-        "subject": outcome.subject,
-        "status": outcome.status,
-        "committed": committed,
-        "error": str(outcome.error) if outcome.error else None,
-    }
-
-
-def _unopened_row(image: Path, error: ImgtoolError) -> dict[str, Any]:
-    """The row of an image in which no step could be tried."""
-    known = {"image": str(image), "status": "failed", "committed": False, "error": str(error)}
-    return {name: known.get(name) for name in FIELDS}
 
 
 def _many(name: str, metavar: str, text: str) -> Any:
@@ -266,15 +244,15 @@ def _carry_out(
                 raise result
             failures.add(result)
             if len(requests) > 1 or output is not Output.table:
-                rows.append(_unopened_row(request.image, result))
+                rows.append(unopened_row(request.image, result))
             continue
         for error in result.errors:
             failures.add(error)
         rows += [
-            _row(request.image, number, outcome, result.committed)
+            row(request.image, number, outcome, result.committed)
             for number, outcome in enumerate(result.outcomes, 1)
         ]
-        _say(request, result)
+        say(request, result)
     columns = ["status", "kind", "subject", "where"]
     if len(requests) > 1:
         columns.insert(0, "image")
@@ -297,18 +275,3 @@ def _injected(request: Request, steps: Sequence[Placed], variables: Mapping[str,
         commits=not request.dry_run,
         clones=request.clone is not None,
     )
-
-
-def _say(request: Request, result: Result) -> None:
-    """One line on stderr about what was done to an image."""
-    changed = sum(outcome.status == "changed" for outcome in result.outcomes)
-    if result.errors:
-        line = "a step failed; nothing was written"
-    elif request.dry_run:
-        line = f"{changed} steps would change it; nothing was written"
-    elif not changed:
-        line = "everything was so already; nothing was written"
-    else:
-        line = f"{changed} of {len(result.outcomes)} steps changed it"
-    render.message("note", f"{line} ({request.image})")
-    sys.stderr.flush()

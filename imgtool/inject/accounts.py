@@ -19,7 +19,9 @@ from imgtool.inject.names import (
     SHADOW,
     account,
     group_id,
+    id_of,
     rows,
+    used_ids,
     with_fields,
     with_line,
 )
@@ -141,9 +143,9 @@ def _free_number(view: View, path: str, defs: Mapping[str, str], system: bool) -
     """The next free number, as shadow-utils finds it: one more than the highest that is used, or
     for the system one less than the lowest (find_new_uid.c); past the end the first free one."""
     what = "UID" if path == PASSWD else "GID"
-    used = {int(row[2]) for row in rows(view, path) if len(row) > 2 and row[2].isdigit()}
+    used = used_ids(view, path)
     if path == PASSWD:  # the group of the user gets the same number, if it can
-        used |= {int(row[2]) for row in rows(view, GROUP) if len(row) > 2 and row[2].isdigit()}
+        used |= used_ids(view, GROUP)
     if system:
         lowest = number(defs, f"SYS_{what}_MIN", 101)
         highest = number(defs, f"SYS_{what}_MAX", number(defs, f"{what}_MIN", 1000) - 1)
@@ -181,8 +183,9 @@ def _subordinate(view: View, path: str, name: str, defs: Mapping[str, str]) -> N
     for row in rows(view, path):
         if row[0] == name:
             return
-        if len(row) == 3 and row[1].isdigit() and row[2].isdigit():
-            first = max(first, int(row[1]) + int(row[2]))
+        start, size = (id_of(row[1]), id_of(row[2])) if len(row) == 3 else (None, None)
+        if start is not None and size is not None:
+            first = max(first, start + size)
     with_line(view, path, f"{name}:{first}:{count}")
 
 

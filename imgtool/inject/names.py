@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,23 @@ from imgtool.inject.view import View
 
 PASSWD, GROUP = "/etc/passwd", "/etc/group"
 SHADOW, GSHADOW = "/etc/shadow", "/etc/gshadow"
+# Python would take other digits, and refuse a hundred thousand of them with an error of its own.
+_NUMBER = re.compile(r"[0-9]{1,10}")
+_LARGEST = 0xFFFFFFFE
+
+
+def id_of(text: str) -> int | None:
+    """The number of a user or group that a field says; None for what is none, or too large."""
+    if not _NUMBER.fullmatch(text):
+        return None
+    found = int(text)
+    return found if found <= _LARGEST else None
+
+
+def used_ids(view: View, path: str) -> set[int]:
+    """The numbers in a file of accounts."""
+    found = (id_of(row[2]) for row in rows(view, path) if len(row) > 2)
+    return {number for number in found if number is not None}
 
 
 def rows(view: View, path: str) -> list[list[str]]:
@@ -64,9 +82,10 @@ def account(view: View, name: str) -> Account:
     known = []
     for row in rows(view, PASSWD):
         if row[0] == name:
-            if len(row) != 7 or not row[2].isdigit() or not row[3].isdigit():
+            uid, gid = (id_of(row[2]), id_of(row[3])) if len(row) == 7 else (None, None)
+            if uid is None or gid is None:
                 raise ImgtoolError("the user's line in /etc/passwd is damaged", subject=name)
-            return Account(name, int(row[2]), int(row[3]), row[5], row[6])
+            return Account(name, uid, gid, row[5], row[6])
         known.append(row[0])
     raise missing("user", name, known)
 
@@ -75,8 +94,9 @@ def group_id(view: View, name: str) -> int:
     """The number of a group; `NotInGuestError` if there is no group of that name."""
     known = []
     for row in rows(view, GROUP):
-        if row[0] == name and len(row) >= 3 and row[2].isdigit():
-            return int(row[2])
+        gid = id_of(row[2]) if len(row) >= 3 else None
+        if row[0] == name and gid is not None:
+            return gid
         known.append(row[0])
     raise missing("group", name, known)
 
@@ -94,6 +114,11 @@ def owner_in(view: View, text: str, kept: Owner = (0, 0)) -> Owner:
     What is not given is that of `kept`; `USER` alone keeps the group.
     """
     user, _, group = text.partition(":")
-    uid = kept[0] if not user else int(user) if user.isdigit() else account(view, user).uid
-    gid = kept[1] if not group else int(group) if group.isdigit() else group_id(view, group)
+    uid, gid = kept
+    if user:
+        number = id_of(user)
+        uid = account(view, user).uid if number is None else number
+    if group:
+        number = id_of(group)
+        gid = group_id(view, group) if number is None else number
     return uid, gid

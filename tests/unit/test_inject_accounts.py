@@ -146,3 +146,11 @@ def test_a_hash_cannot_smuggle_in_a_line(value):
 
 def test_the_library_is_there():
     assert ctypes.util.find_library("crypt")
+
+
+@pytest.mark.parametrize("number", ["²", "9" * 5000, "-1", "4294967295", ""])
+def test_a_number_that_is_none_is_a_damaged_line_and_no_crash(root, number):
+    (root.folder / "etc/passwd").write_text(f"eve:x:{number}:0::/home/eve:/bin/sh\n")
+    (outcome,) = root.take(SshKey("eve", key=KEY))
+    assert "damaged" in str(outcome.error)
+    assert root.take(User("bob"))[0].status == "changed"

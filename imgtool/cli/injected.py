@@ -1,0 +1,51 @@
+"""What `inject` did, as rows and lines."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imgtool.cli import render
+from imgtool.cli.session import Request
+from imgtool.errors import ImgtoolError
+
+if TYPE_CHECKING:
+    from imgtool.inject.running import Outcome, Result
+
+FIELDS = ("image", "step", "where", "kind", "subject", "status", "committed", "error")
+
+
+def row(image: Path, number: int, outcome: Outcome, committed: bool) -> dict[str, Any]:
+    """The row of a step."""
+    return {
+        "image": str(image),
+        "step": number,
+        "where": outcome.placed.where,
+        "kind": outcome.placed.step.kind,
+        "subject": outcome.subject,
+        "status": outcome.status,
+        "committed": committed,
+        "error": str(outcome.error) if outcome.error else None,
+    }
+
+
+def unopened_row(image: Path, error: ImgtoolError) -> dict[str, Any]:
+    """The row of an image in which no step could be tried."""
+    known = {"image": str(image), "status": "failed", "committed": False, "error": str(error)}
+    return {name: known.get(name) for name in FIELDS}
+
+
+def say(request: Request, result: Result) -> None:
+    """One line on stderr about what was done to an image."""
+    changed = sum(outcome.status == "changed" for outcome in result.outcomes)
+    if result.errors:
+        line = "a step failed; nothing was written"
+    elif request.dry_run:
+        line = f"{changed} steps would change it; nothing was written"
+    elif not changed:
+        line = "everything was so already; nothing was written"
+    else:
+        line = f"{changed} of {len(result.outcomes)} steps changed it"
+    render.message("note", f"{line} ({request.image})")
+    sys.stderr.flush()
