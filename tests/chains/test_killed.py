@@ -6,6 +6,7 @@ of it can be seen.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
@@ -37,6 +38,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("killed")
 
 
+@functools.cache
+def trials_of(name: str, folder: Path) -> Trials:
+    """The images of a scene are made, and the work is timed, once."""
+    return Trials(name, folder)
+
+
 class Trials:
     """One scene: its images, what they hold before and after, and how long the work takes."""
 
@@ -49,7 +56,7 @@ class Trials:
         self.folder = folder / name
         self.old = self.scene.contents(self.template)
         self.seconds = _LONGEST
-        for _ in range(3):  # the shortest, so that kills come before the end
+        for _ in range(2):  # the shortest, so that kills come before the end
             self.scene.copy(self.template, self.folder)
             process = start(*self.scene.command(self.folder))
             self._wait_for_record(process)
@@ -131,7 +138,8 @@ def _lives(group: int) -> bool:
 
 
 def _killed(name: str, folder: Path, times: int) -> None:
-    trials = Trials(name, folder)
+    trials = trials_of(name, folder)
+    trials.landed.clear()
     seed = random.randrange(1 << 32)
     chosen = random.Random(seed)
     for number in range(times):
@@ -150,7 +158,7 @@ def _killed(name: str, folder: Path, times: int) -> None:
 
 @pytest.mark.parametrize("name", SCENES)
 def test_what_is_killed_is_as_before_or_as_after(name: str, folder: Path) -> None:
-    _killed(name, folder, 4)
+    _killed(name, folder, 3)
 
 
 @pytest.mark.long
@@ -161,7 +169,7 @@ def test_what_is_killed_200_times_is_as_before_or_as_after(name: str, tmp_path: 
 
 @pytest.mark.parametrize("name", ["commit", "flatten", "revert"])
 def test_ctrl_c_is_status_130_and_leaves_nothing_half_done(name: str, folder: Path) -> None:
-    trials = Trials(name, Path(folder, f"ctrl-c-{name}"))
+    trials = trials_of(name, folder)
     for moment in (0.1, 0.5):
         status = trials.cut_off(moment, signal.SIGINT)
         # Once the work is done Python ends the way it likes.

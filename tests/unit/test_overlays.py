@@ -147,15 +147,12 @@ def test_internal_snapshots_are_not_lost(folder, imgtool_cli, command):
 @pytest.mark.parametrize(
     "words",
     [
-        ("overlay", "create", "base.qcow2", "new.qcow2"),
         ("overlay", "create", "base.qcow2", "new.qcow2", "--protect-base"),
-        ("overlay", "commit", "top.qcow2"),
         ("overlay", "commit", "top.qcow2", "--remove"),
         ("overlay", "rebase", "top.qcow2", "other.qcow2"),
         ("overlay", "rebase", "--unsafe", "--force", "top.qcow2", "other.qcow2"),
         ("overlay", "flatten", "top.qcow2"),
         ("compact", "top.qcow2"),
-        ("compact", "base.qcow2"),
     ],
     ids=" ".join,
 )
@@ -423,9 +420,9 @@ def test_too_little_space_is_told_before_anything_is_done(folder, imgtool_cli, m
 
 
 def test_encrypted_images_and_those_with_a_data_file_are_refused(tmp_path, imgtool_cli):
-    secret = ("--object", "secret,id=s,data=x")
+    secret = ("--object", "secret,id=s,data=x")  # the old kind, which needs no second of hashing
     luks = tmp_path / "luks.qcow2"
-    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+    options = "encrypt.format=aes,encrypt.key-secret=s"
     qemu_img("create", "-q", *secret, "-f", "qcow2", "-o", options, luks, "1M")
     data = tmp_path / "data.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", "-o", f"data_file={tmp_path}/d.raw", data, "1M")

@@ -71,25 +71,23 @@ def test_what_is_no_size_of_an_image(text):
         parse_size(text, 10 * MIB)
 
 
+MADE_WITH = (
+    *("refcount_bits=1", "refcount_bits=16", "refcount_bits=64", "cluster_size=512"),
+    *("cluster_size=2M", "compat=0.10", "lazy_refcounts=on", "compression_type=zstd"),
+    "extended_l2=on,cluster_size=128k",
+)
+WITH_SNAPSHOT = ("refcount_bits=64", "cluster_size=512", "compat=0.10")
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("options", "with_snapshot"),
     [
-        "refcount_bits=1",
-        "refcount_bits=16",
-        "refcount_bits=64",
-        "cluster_size=512",
-        "cluster_size=2M",
-        "compat=0.10",
-        "lazy_refcounts=on",
-        "extended_l2=on,cluster_size=128k",
-        "compression_type=zstd",
+        *((options, False) for options in MADE_WITH),
+        *((options, True) for options in WITH_SNAPSHOT),
     ],
 )
-@pytest.mark.parametrize("with_snapshot", [False, True])
 def test_compact_keeps_what_an_image_is_made_of(tmp_path, imgtool_cli, options, with_snapshot):
     image, copy = tmp_path / "disk.qcow2", tmp_path / "copy.qcow2"
-    if with_snapshot and options == "refcount_bits=1":
-        pytest.skip("QEMU makes no snapshot in such an image")
     qemu_img("create", "-q", "-f", "qcow2", "-o", options, image, "16M")
     write(image, "write -P 1 0 4M", "write -P 2 8M 1M", "write -P 0 4M 2M")
     if with_snapshot:
@@ -162,7 +160,7 @@ def test_what_is_being_made_is_for_its_owners_eyes_alone(tmp_path, imgtool_cli, 
     assert (tmp_path / "copy").stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("to", ["raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx"])
+@pytest.mark.parametrize("to", ["raw", "vmdk", "vpc", "vhdx"])
 def test_convert_and_create_in_every_format(tmp_path, imgtool_cli, to):
     image, new = tmp_path / "disk.qcow2", tmp_path / f"new.{to}"
     qemu_img("create", "-q", "-f", "qcow2", image, "8M")
