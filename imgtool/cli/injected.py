@@ -38,14 +38,15 @@ def unopened_row(image: Path, error: ImgtoolError) -> dict[str, Any]:
 
 def say(request: Request, result: Result) -> None:
     """One line on stderr about what was done to an image."""
+    steps = len(result.outcomes)
     changed = sum(outcome.status == "changed" for outcome in result.outcomes)
     if result.errors:
         line = "a step failed; nothing was written"
     elif request.dry_run:
-        line = f"{changed} steps would change it; nothing was written"
+        line = f"{changed} of {steps} steps would change it; nothing was written"
     elif not changed:
         line = "everything was so already; nothing was written"
     else:
-        line = f"{changed} of {len(result.outcomes)} steps changed it"
+        line = f"{changed} of {steps} steps changed it"
     render.message("note", f"{line} ({request.image})")
     sys.stderr.flush()

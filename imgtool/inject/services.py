@@ -5,6 +5,7 @@ Source: systemctl(1), and src/shared/install.c of systemd for what is linked whe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -117,6 +118,11 @@ def _link(view: View, unit: Unit, path: str) -> bool:
         # Whoever enabled it may have written another path of the same file.
         if view.kind(path) and view.real(path, follow=True) == view.real(unit.path, follow=True):
             return False
+        target = os.fsdecode(entry.target or b"")
+        if target.rpartition("/")[2] != unit.path.rpartition("/")[2]:
+            raise ImgtoolError(
+                f"another unit has this name: {target}", subject=path, hint="disable that one first"
+            )
     view.folder(path.rpartition("/")[0])
     return view.symlink(path, unit.path)
 

@@ -71,6 +71,15 @@ def test_a_unit_that_was_enabled_by_another_path_is_enabled(root):
     assert root.twice(Service("enable", "cron")) == ["unchanged"]
 
 
+def test_an_alias_of_another_unit_is_not_taken_away(root):
+    root.take(Service("enable", "ssh"))
+    other = root.folder / "usr/lib/systemd/system/other.service"
+    other.write_text("[Install]\nAlias=sshd.service\n")
+    (outcome,) = root.take(Service("enable", "other"))
+    assert "another unit has this name" in str(outcome.error)
+    assert links(root)["sshd.service"] == f"{VENDOR}/ssh.service"
+
+
 def test_a_drop_in_can_say_where_a_unit_belongs(root):
     folder = root.folder / f"{ADMIN}/static.service.d"
     folder.mkdir(parents=True)
