@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -173,3 +174,20 @@ def test_a_script_that_could_not_run_is_told_before_a_guest_is_opened(tmp_path: 
     (tmp_path / "s.sh").write_text(text, newline="")
     with pytest.raises(UsageError):
         FirstBoot(tmp_path / "s.sh").check({})
+
+
+@pytest.mark.skipif(shutil.which("systemctl") is None, reason="no systemctl to compare with")
+def test_links_are_those_that_systemctl_makes(tmp_path):
+    ours, theirs = Root(tmp_path / "ours"), Root(tmp_path / "theirs")
+    units = ["ssh.service", "cron.service", "getty@.service", "getty@ttyS0.service"]
+    units += ["pair.socket", "pair.service"]
+    orders = [("enable", unit) for unit in units]
+    orders += [("disable", unit) for unit in ("pair.service", "getty@.service", "ssh.service")]
+    for action, unit in [*orders, ("mask", "cron.service")]:
+        ours.take(Service(action, unit))
+        words = ["systemctl", f"--root={theirs.folder}", action, unit]
+        subprocess.run(words, capture_output=True, check=False)
+        # Where /lib is a link, systemctl writes the one or the other path of a unit.
+        made = links(theirs).items()
+        found = {name: re.sub("^/lib/", "/usr/lib/", target) for name, target in made}
+        assert links(ours) == found, (action, unit)
