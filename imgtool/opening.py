@@ -237,7 +237,7 @@ def _chains_to_write(
     from imgtool.image.recovery import recover
 
     for image in images:
-        if line := recover(Path(image)):
+        if line := recover(Path(image), backing_dirs=backing_dirs):
             notice(line)
     return open_images(images, format=format, backing_dirs=backing_dirs)
 

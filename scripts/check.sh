@@ -22,7 +22,7 @@ check "ruff check" "$python" -m ruff check .
 check "ruff format" "$python" -m ruff format --check --quiet .
 check "mypy" "$python" -m mypy
 check "shellcheck" shellcheck "${shell_scripts[@]}"
-check "unit tests" "$python" -m pytest -q tests/unit
+check "unit tests" "$python" -m pytest -q -n auto --dist worksteal tests/unit
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'check: FAILED: %s\n' "${failed[@]}" >&2

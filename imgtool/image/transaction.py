@@ -68,8 +68,10 @@ class Transaction:
         for record in self._records:
             record.note(step="ready")
         self._records[0].note(step="commit")
+        # The chains were opened: what they stand on may be where no rule looks by itself.
+        below = [link.path.parent for chain in self.chains for link in chain.links]
         for record in reversed(self._records):
-            finish_write(record)
+            finish_write(record, below)
 
 
 def _sound_on_disk(chain: Chain) -> None:
@@ -161,6 +163,6 @@ def transaction(
         finally:
             # What was committed has no record any more.
             for record in records:
-                line = settle(record, finish=False)
+                line = settle(record, finish=False, backing_dirs=backing_dirs)
                 if line and record.facts:
                     notice(line)

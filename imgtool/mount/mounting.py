@@ -99,7 +99,7 @@ def _check_images(wanted: Wanted, chains: Sequence[Chain]) -> None:
     _refuse_if_mounted(wanted, chains)  # first, since it knows what to do about it
     for chain in chains:
         if wanted.writable:
-            if line := recover(chain.active.path):
+            if line := recover(chain.active.path, backing_dirs=wanted.backing_dirs):
                 wanted.notice(line)
             refuse_to_write(chain, wanted.backing_dirs)
         elif line := warn_if_written(chain):

@@ -105,3 +105,19 @@ def test_a_record_names_the_image_and_nothing_else(tmp_path):
     link = tmp_path / "link.qcow2"
     link.symlink_to(image)
     assert record_path(link) == record_path(image)
+
+
+def test_a_base_that_only_a_named_folder_allows_is_no_obstacle_at_the_end(tmp_path):
+    base = made(tmp_path, "qcow2")
+    folder = tmp_path / "work"
+    folder.mkdir()
+    image = folder / "overlay.qcow2"
+    qemu_img("create", "-f", "qcow2", "-F", "qcow2", "-b", base, image)
+    chain = open_chain(image, backing_dirs=[tmp_path])
+    with transaction.transaction(
+        [chain], backing_dirs=[tmp_path], notice=lambda line: None
+    ) as writing:
+        fill(writing.chains[0].active.path, "qcow2", NEW)
+        writing.commit()
+    assert pattern(image, "qcow2", NEW)
+    assert left_over(folder) == []
