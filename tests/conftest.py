@@ -64,6 +64,15 @@ class OpenGuests:
                 notice(line)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The long form of a suite, which takes minutes, runs where it is asked for."""
+    if "long" in str(config.option.markexpr):
+        return
+    for item in items:
+        if item.get_closest_marker("long") is not None:
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run it with -m long"))
+
+
 @pytest.fixture(scope="session")
 def open_guests() -> Iterator[OpenGuests]:
     with contextlib.ExitStack() as stack:

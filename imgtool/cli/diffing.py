@@ -272,7 +272,8 @@ def show_written(request: Request, overlays: Sequence[Path]) -> None:
     from imgtool.compare.comparing import compared, opened
 
     failures = Failures(request.debug)
-    folders = [*request.backing_dirs, request.image.absolute().parent]
+    images = (request.image, *request.add)
+    folders = [*request.backing_dirs, *(image.absolute().parent for image in images)]
     written = dataclasses.replace(
         request, image=overlays[0], add=overlays[1:], format="qcow2", backing_dirs=folders
     )

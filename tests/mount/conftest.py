@@ -11,16 +11,6 @@ import pytest
 from tests.mount import host
 from tests.mount.images import Images
 
-HERE = Path(__file__).parent
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "long" in config.getoption("-m"):
-        return
-    for item in items:
-        if item.get_closest_marker("long") is not None and item.path.is_relative_to(HERE):
-            item.add_marker(pytest.mark.skip(reason="takes minutes; run it with -m long"))
-
 
 @pytest.fixture(scope="session", autouse=True)
 def needed() -> None:

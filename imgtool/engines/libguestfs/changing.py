@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from imgtool.engines.libguestfs.calls import CallFailed, printable
 from imgtool.engines.libguestfs.stream import upload
 from imgtool.engines.libguestfs.walk import join
-from imgtool.engines.libguestfs.writing import Labels, put
+from imgtool.engines.libguestfs.writing import put
 from imgtool.errors import ImgtoolError
 
 if TYPE_CHECKING:
@@ -96,13 +96,3 @@ def create(
             archive.addfile(member, io.BytesIO(content))
 
     put(guest, folder or b"/", produce)
-
-
-def make_folder(
-    guest: LibguestfsGuest, path: bytes, *, mode: int = 0o755, owner: tuple[int, int] = (0, 0)
-) -> None:
-    """Make a folder that was not there, with the SELinux label of the guest's policy."""
-    guest.calls.mkdir(path, mode)
-    guest.calls.chmod(path, mode)
-    guest.calls.chown(path, *owner)
-    Labels(guest).apply(path)
