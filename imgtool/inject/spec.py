@@ -15,6 +15,7 @@ from imgtool.inject import (
     cloud,
     files,
     firstboot,
+    host_keys,
     network,
     passwords,
     services,
@@ -192,6 +193,6 @@ _STEPS: dict[str, Callable[[Any, Path], Step | list[Step]]] = {
     "timezone": _plain(system.Timezone),
     "locale": _plain(system.Locale),
     "machine-id": _bare(system.MachineId),
-    "ssh-host-keys": _bare(system.SshHostKeys),
+    "ssh-host-keys": _bare(host_keys.SshHostKeys),
     "selinux": _bare(system.Relabel),
 }

@@ -226,28 +226,6 @@ class MachineId(Step):
 
 
 @dataclass(frozen=True)
-class SshHostKeys(Step):
-    """No SSH host keys, lest several guests have the same."""
-
-    kind: ClassVar[str] = "ssh-host-keys"
-
-    @property
-    def subject(self) -> str:
-        """What is done."""
-        return "remove"
-
-    def apply(self, site: Site) -> bool:
-        """Delete /etc/ssh/ssh_host_*_key and .pub."""
-        names = site.view.names("/etc/ssh")
-        keys = [
-            n for n in names if re.fullmatch(r"ssh_host_[A-Za-z0-9_]*key(\.pub|-cert\.pub)?", n)
-        ]
-        for name in keys:
-            site.view.delete(f"/etc/ssh/{name}")
-        return bool(keys)
-
-
-@dataclass(frozen=True)
 class Relabel(Step):
     """The SELinux labels of the guest's policy on every file."""
 

@@ -83,9 +83,14 @@ class Unit:
         return _SPECIFIER.sub(value, word)
 
 
+def has_systemd(view: View) -> bool:
+    """Whether the guest starts by systemd."""
+    return any(view.kind(f"{folder}/systemd") == "file" for folder in _PROGRAMS)
+
+
 def require_systemd(view: View) -> None:
     """Raises `NotInGuestError` for a guest that starts by something else."""
-    if not any(view.kind(f"{folder}/systemd") == "file" for folder in _PROGRAMS):
+    if not has_systemd(view):
         raise NotInGuestError(
             "the guest has no systemd, and units are systemd's", subject=_PROGRAMS[0]
         )

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from imgtool.errors import UsageError
-from imgtool.inject import accounts, files, firstboot, passwords, services, ssh_keys, system
+from imgtool.inject import (
+    accounts,
+    files,
+    firstboot,
+    host_keys,
+    passwords,
+    services,
+    ssh_keys,
+    system,
+)
 from imgtool.inject.running import Placed
 from imgtool.inject.step import Step
 
@@ -124,7 +133,7 @@ OPTIONS: Mapping[str, Callable[[str], Step]] = {
 }
 SWITCHES: Mapping[str, Callable[[], Step]] = {
     "--machine-id-reset": system.MachineId,
-    "--ssh-host-keys-remove": system.SshHostKeys,
+    "--ssh-host-keys-remove": host_keys.SshHostKeys,
     "--selinux-relabel": system.Relabel,
 }
 

@@ -7,12 +7,13 @@ import os
 import pytest
 
 from imgtool.errors import NotInGuestError, UsageError
+from imgtool.inject import host_keys
+from imgtool.inject.host_keys import SshHostKeys
 from imgtool.inject.system import (
     Hostname,
     Locale,
     MachineId,
     Relabel,
-    SshHostKeys,
     Timezone,
     hosts_with,
 )
@@ -94,6 +95,30 @@ def test_the_machine_id_is_emptied_not_removed(root):
 def test_only_host_keys_are_removed(root):
     assert root.twice(SshHostKeys()) == ["changed"]
     assert os.listdir(root.folder / "etc/ssh") == ["sshd_config"]
+    assert not root.host(f"/etc/systemd/system/{host_keys.UNIT}").exists()  # there is no sshd
+
+
+SERVER = "usr/lib/systemd/system/ssh.service"
+
+
+@pytest.mark.parametrize(
+    ("line", "ours"),
+    [
+        ("ExecStartPre=/usr/sbin/sshd -t", True),
+        ("Wants=sshd-keygen.target", False),
+        ("Wants=sshdgenkeys.service", False),
+        ("ExecStartPre=/usr/sbin/sshd-gen-keys-start", False),
+    ],
+)
+def test_a_guest_whose_sshd_would_not_start_without_keys_makes_them(root, line, ours):
+    for program in ("usr/sbin/sshd", "usr/bin/ssh-keygen"):
+        (root.folder / program).write_text("")
+    (root.folder / SERVER).write_text(f"[Service]\n{line}\n")
+    assert root.twice(SshHostKeys()) == ["changed"]
+    wanted = root.host(f"/etc/systemd/system/multi-user.target.wants/{host_keys.UNIT}")
+    assert wanted.is_symlink() == ours
+    if ours:
+        assert root.text(f"/etc/systemd/system/{host_keys.UNIT}") == host_keys.SERVICE
 
 
 def test_only_a_guest_with_selinux_is_relabelled(root):
