@@ -11,11 +11,12 @@ import ipaddress
 import os
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from imgtool.errors import ImgtoolError, NotInGuestError, UsageError
+from imgtool.inject import resolver
 from imgtool.inject.step import Site, Step
 from imgtool.inject.units import ADMIN
 from imgtool.inject.view import View
@@ -121,7 +122,23 @@ class Network(Step):
 
     def apply(self, site: Site) -> bool:
         """Write them for what the guest uses."""
-        return _RENDERERS[self.renderer or renderer_of(site.view)](site.view, self.ethernets)
+        view = site.view
+        renderer = self.renderer or renderer_of(view)
+        changed = _RENDERERS[renderer](view, self.ethernets)
+        servers = _once(server for one in self.ethernets for server in one.servers)
+        search = _once(domain for one in self.ethernets for domain in one.search)
+        if not (servers or search) or renderer == "NetworkManager":
+            return changed
+        if not resolver.has_resolved(view):
+            if renderer != "ifupdown" or not resolver.has_resolvconf(view):
+                changed |= resolver.write_resolv_conf(view, servers, search)
+        elif renderer == "ifupdown":
+            changed |= resolver.tell_resolved(view, servers, search)
+        return changed
+
+
+def _once(words: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(words))
 
 
 def renderer_of(view: View) -> str:
@@ -223,6 +240,7 @@ def _ifupdown(view: View, ethernets: tuple[Ethernet, ...]) -> bool:
     old = (view.read(INTERFACES) or b"").decode("utf-8", "surrogateescape")
     text = old
     changed = view.folder(f"{INTERFACES}.d")
+    resolvconf = resolver.has_resolvconf(view)
     for one in ethernets:
         if one.mac:
             raise ImgtoolError(
@@ -231,7 +249,7 @@ def _ifupdown(view: View, ethernets: tuple[Ethernet, ...]) -> bool:
         text = _without(text, one.name)
         lines = [f"auto {one.name}", f"allow-hotplug {one.name}"]
         for version, dhcp in ((4, one.dhcp4), (6, one.dhcp6)):
-            lines += _stanzas(one, version, dhcp)
+            lines += _stanzas(one, version, dhcp, resolvconf)
         changed |= view.write(f"{INTERFACES}.d/imgtool-{one.name}", _text(lines))
     if not re.search(rf"^\s*source(-directory)?\s+({INTERFACES}|interfaces)\.d\b", text, re.M):
         text += f"\nsource {INTERFACES}.d/*\n"
@@ -240,17 +258,21 @@ def _ifupdown(view: View, ethernets: tuple[Ethernet, ...]) -> bool:
     return changed
 
 
-def _stanzas(one: Ethernet, version: int, dhcp: bool) -> list[str]:
+def _stanzas(one: Ethernet, version: int, dhcp: bool, resolvconf: bool) -> list[str]:
     family = {4: "inet", 6: "inet6"}[version]
-    options = [f"    mtu {one.mtu}"] if one.mtu else []
+    options = []
+    if one.mtu:
+        # interfaces(5): a method that asks a server has no such option.
+        options += [
+            f"    up ip link set dev {one.name} mtu {one.mtu}" if dhcp else f"    mtu {one.mtu}"
+        ]
     options += [
         f"    up ip -{version} route replace {to} via {via} dev {one.name}"
         for to, via in one.hops(version)
     ]
-    options += [f"    dns-nameservers {' '.join(one.resolvers(version))}"] * bool(
-        one.resolvers(version)
-    )
-    options += [f"    dns-search {' '.join(one.search)}"] * bool(one.search)
+    servers = one.resolvers(version)
+    options += [f"    dns-nameservers {' '.join(servers)}"] if servers and resolvconf else []
+    options += [f"    dns-search {' '.join(one.search)}"] if one.search and resolvconf else []
     addresses = one.of_version(version)
     if dhcp:
         options += [f"    up ip -{version} address replace {a} dev {one.name}" for a in addresses]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from imgtool.errors import NotInGuestError, UsageError
-from imgtool.inject import network
+from imgtool.inject import network, resolver
 from imgtool.inject.cloud import SEED, CloudInit
 from imgtool.inject.network import Ethernet, Network, renderer_of
 from imgtool.inject.view import View
@@ -57,6 +57,46 @@ def test_ifupdown_reads_one_file_an_interface_and_no_older_stanza(root):
     assert "iface eth0 inet6 static\n    address 2001:db8::10/64\n" in text
     assert "up ip -4 route replace 0.0.0.0/0 via 192.0.2.1 dev eth0" in text
     assert "iface eth1 inet dhcp\n" in root.text("/etc/network/interfaces.d/imgtool-eth1")
+
+
+def test_ifupdown_sets_an_mtu_where_the_address_comes_from_a_server(root):
+    step = Network((Ethernet.of("eth0", {"dhcp4": True, "mtu": 1400}),), "ifupdown")
+    assert root.twice(step) == ["changed"]
+    text = root.text("/etc/network/interfaces.d/imgtool-eth0")
+    assert "iface eth0 inet dhcp\n    up ip link set dev eth0 mtu 1400\n" in text
+
+
+@pytest.mark.parametrize("renderer", ["ifupdown", "networkd", "netplan"])
+def test_name_servers_count_where_nothing_hands_them_on(root, renderer):
+    old = "# old\nnameserver 10.0.0.1\nsearch build.example\noptions rotate\n"
+    root.host(resolver.RESOLV_CONF).write_text(old)
+    assert root.twice(Network((STATIC, DHCP), renderer)) == ["changed"]
+    assert root.text(resolver.RESOLV_CONF) == (
+        "# old\noptions rotate\nsearch example.org\nnameserver 192.0.2.53\n"
+    )
+    if renderer == "ifupdown":
+        assert "dns-" not in root.text("/etc/network/interfaces.d/imgtool-eth0")
+
+
+def test_name_servers_are_left_to_what_hands_them_on(root):
+    root.host(resolver.RESOLV_CONF).write_text("nameserver 10.0.0.1\n")
+    assert root.twice(Network((STATIC,), "NetworkManager")) == ["changed"]
+    give(root, "/usr/sbin/resolvconf")
+    assert root.twice(Network((STATIC,), "ifupdown")) == ["changed"]
+    text = root.text("/etc/network/interfaces.d/imgtool-eth0")
+    assert "    dns-nameservers 192.0.2.53\n    dns-search example.org\n" in text
+    give(root, "/usr/lib/systemd/systemd-resolved")
+    assert root.twice(Network((STATIC,), "networkd")) == ["changed"]
+    assert root.text(resolver.RESOLV_CONF) == "nameserver 10.0.0.1\n"
+
+
+def test_systemd_resolved_is_told_what_ifupdown_does_not_tell_it(root):
+    give(root, "/usr/lib/systemd/systemd-resolved", "/usr/bin/resolvectl")
+    root.host("/usr/sbin/resolvconf").symlink_to("../bin/resolvectl")
+    root.host(resolver.RESOLV_CONF).symlink_to("../run/systemd/resolve/stub-resolv.conf")
+    assert root.twice(Network((STATIC,), "ifupdown")) == ["changed"]
+    assert root.text(resolver.DROP_IN) == "[Resolve]\nDNS=192.0.2.53\nDomains=example.org\n"
+    assert "dns-" not in root.text("/etc/network/interfaces.d/imgtool-eth0")
 
 
 def test_netplan_gets_a_file_for_root_alone(root):
