@@ -74,17 +74,18 @@ def _nonzero_runs(block: bytes) -> Iterator[tuple[int, bytes]]:
     """The parts of a block that are not zeros, by whole filesystem blocks, with their offsets."""
     if block == _ZEROS[: len(block)]:
         return
-    start: int | None = None
-    for offset in range(0, len(block), BLOCK):
+    first_bytes = block[::BLOCK]  # most blocks of most files are known by theirs
+    start, number = 0, first_bytes.find(0)
+    while number >= 0:
+        offset = number * BLOCK
         piece = block[offset : offset + BLOCK]
         if piece == _ZEROS[: len(piece)]:
-            if start is not None:
+            if start < offset:
                 yield start, block[start:offset]
-                start = None
-        elif start is None:
-            start = offset
-    if start is not None:
-        yield start, block[start:]
+            start = offset + len(piece)
+        number = first_bytes.find(0, number + 1)
+    if start < len(block):
+        yield start, block[start:] if start else block
 
 
 class Staging:

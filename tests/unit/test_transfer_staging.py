@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from imgtool.errors import ExitStatus, ImgtoolError, RefusedError
-from imgtool.transfer.staging import Attributes, BadName, Staging
+from imgtool.transfer.staging import BLOCK, Attributes, BadName, Staging
 
 NOBODY = 65534
 needs_root = pytest.mark.skipif(
@@ -363,3 +363,21 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
             staging.hardlink(b"y", b"a/x")
             staging.file(b"no/x", [b"x"])
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    "blocks", ["0x", "x0", "00", "x", "x0x", "0xx00xzx", "zz", "xx00zz0", "0z"]
+)
+@pytest.mark.parametrize("tail", [0, 1, 100])
+def test_whole_blocks_of_zeros_are_holes_and_nothing_else(
+    tmp_path: Path, blocks: str, tail: int
+) -> None:
+    """x: data; z: data after a zero; 0: zeros. The last block is `tail` bytes short."""
+    kinds = {"x": b"x" * BLOCK, "z": bytes(BLOCK - 101) + b"z" * 101, "0": bytes(BLOCK)}
+    content = b"".join(kinds[kind] for kind in blocks)[: len(blocks) * BLOCK - tail]
+    with Staging(tmp_path, b"file") as staging:
+        assert staging.file(b"", [content]) == len(content)
+        staging.commit()
+    made = tmp_path / "file"
+    assert made.read_bytes() == content
+    assert made.stat().st_blocks * 512 == sum(kind != "0" for kind in blocks) * BLOCK

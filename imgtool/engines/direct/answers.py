@@ -33,7 +33,7 @@ class AnswerStream(io.RawIOBase):
             frame = next(self._frames, None)
             if frame is None:
                 return 0
-            if not isinstance(frame, (bytes, bytearray)):
+            if not isinstance(frame, (bytes, bytearray, memoryview)):
                 raise self._client.failure("no data")
             self._held = memoryview(frame)
         count = min(len(buffer), len(self._held))

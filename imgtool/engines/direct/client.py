@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from imgtool import interrupt
 from imgtool.engines.direct import protocol
 from imgtool.engines.direct.filesystem import NeedsAppliance
+from imgtool.engines.direct.ring import Ring
 from imgtool.errors import EngineError, ImageError, ImgtoolError, Interrupted, NotInGuestError
 from imgtool.guest.blocks import Block
 from imgtool.guest.model import Application, Entry, OperatingSystem
@@ -96,6 +97,7 @@ class Client:
         *,
         image: str,
         silence: float = SILENCE,
+        ring: Ring | None = None,
     ) -> None:
         assert process.stdin is not None and process.stdout is not None
         _keep_memory()
@@ -103,8 +105,14 @@ class Client:
         self._answers: Any = _Answers(process.stdout.fileno(), silence)
         self._process = process
         self._image = image
+        self._ring = ring
         self._busy = False
         self._broken = False
+
+    @property
+    def shared(self) -> int | None:
+        """The descriptor of the memory that is shared with the worker."""
+        return self._ring.descriptor if self._ring else None
 
     def failure(self, reason: str) -> WorkerFailed:
         """End the worker; the error that says why."""
@@ -117,7 +125,9 @@ class Client:
         )
 
     def request(self, do: str, **arguments: object) -> Generator[Any, None, None]:
-        """The parts of an answer: JSON values as such, data as bytes; errors as `frames`."""
+        """The parts of an answer: JSON values as such, data as bytes, or as a memoryview that is
+        good until the next part; errors as `frames`.
+        """
         with contextlib.closing(self.frames(do, **arguments)) as frames:
             for kind, payload in frames:
                 if kind != protocol.DATA:
@@ -155,6 +165,10 @@ class Client:
                 if kind in (protocol.END, protocol.ERROR):
                     self._busy = False
                     break
+                if kind == protocol.LENT:
+                    yield protocol.DATA, self._heard(self._lent, payload)
+                    self._heard(self._taken)
+                    continue
                 yield kind, payload
         except GeneratorExit:
             if not (self._broken or interrupt.pending()):
@@ -166,9 +180,22 @@ class Client:
         if kind == protocol.ERROR:
             raise self.checked(lambda: self._told(protocol.parsed(payload)))
 
+    def _lent(self, payload: bytes) -> memoryview:
+        if self._ring is None:
+            raise protocol.BadMessage("nothing is shared")
+        return self._ring.lent(payload)
+
+    def _taken(self) -> None:
+        """Tell the worker that it may use again what it lent."""
+        # It never has more than a few slots lent: who does not take their words in does not listen.
+        if not select.select([], [self._requests], [], 0)[1]:
+            raise self.failure("it does not listen")
+        self._requests.write(protocol.TAKEN)
+        self._requests.flush()
+
     def _stop(self) -> None:
         """Tell the worker that nobody reads the rest of its answer."""
-        self._heard(self._ask, b"")
+        self._heard(self._ask, b"")  # protocol.STOP
         passed = 0
         while True:
             kind, payload = self._heard(protocol.receive, self._answers)

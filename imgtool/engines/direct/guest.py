@@ -56,7 +56,7 @@ class DirectGuest(Guest):
         self._mounted = False
         self._layout: Layout | None = None
         started = time.monotonic()
-        answer = client.one("open", disks=[list(argv) for argv in disks])
+        answer = client.one("open", disks=[list(argv) for argv in disks], ring=client.shared)
         log.info("sandbox: worker, QEMU and volumes ready in %.3f s", time.monotonic() - started)
         self._blocks: tuple[Block, ...] = client.checked(
             lambda: tuple(wire.block(row) for row in answer["blocks"])

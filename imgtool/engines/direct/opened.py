@@ -12,6 +12,7 @@ from imgtool.engines.direct import replay, sandbox
 from imgtool.engines.direct.client import Client
 from imgtool.engines.direct.filesystem import NeedsAppliance
 from imgtool.engines.direct.guest import DirectGuest
+from imgtool.engines.direct.ring import ring
 from imgtool.guest.model import Mount
 from imgtool.image.chain import Chain
 from imgtool.image.locks import in_use_for_writing
@@ -47,9 +48,10 @@ def open_direct(
                 )
                 for number, chain in enumerate(chains)
             ]
-            process = inner.enter_context(sandbox.sandboxed(images))
+            memory = inner.enter_context(ring())
+            process = inner.enter_context(sandbox.sandboxed(images, shared=[memory.descriptor]))
             return DirectGuest(
-                Client(process, image=image),
+                Client(process, image=image, ring=memory),
                 image=image,
                 disks=disks,
                 mounts=mounts,

@@ -19,7 +19,13 @@ DATA = b"D"  # raw bytes of the answer
 ERROR = b"E"  # the answer is, or ends with, an error: {"kind": ..., "message": ..., ...}
 END = b"."  # the answer is complete
 ALIVE = b"~"  # nothing yet, but at work
-_KINDS = (JSON, DATA, ERROR, END, ALIVE)
+LENT = b"L"  # raw bytes of the answer that are in the shared memory: where, and how many
+_KINDS = (JSON, DATA, ERROR, END, ALIVE, LENT)
+
+# What the parent says of an answer on its way: that it wants no more, or that it has done with what
+# was lent. A request has its length there.
+STOP = bytes(4)
+TAKEN = b"\xff\xff\xff\xff"
 
 # What is told of a block device, in this order.
 BLOCK = (

@@ -225,8 +225,11 @@ def program_filter(*, mounts: bool = False) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def sandboxed(images: Images, *, memory: int = MEMORY) -> Iterator[subprocess.Popen[bytes]]:
-    """The worker, running; requests go to its stdin, answers come from its stdout.
+def sandboxed(
+    images: Images, *, memory: int = MEMORY, shared: Sequence[int] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The worker, running; requests go to its stdin, answers come from its stdout. It inherits the
+    descriptors in `shared`.
 
     What it and QEMU say is in the pipe of its stderr, which holds no more than a pipe does.
     """
@@ -235,7 +238,7 @@ def sandboxed(images: Images, *, memory: int = MEMORY) -> Iterator[subprocess.Po
         spawn(
             arguments(images, descriptor, _START, programs=("qemu-nbd",)),
             limits=Limits(memory=memory, cpu=CPU),
-            pass_fds=[*images.descriptors.values(), descriptor],
+            pass_fds=[*images.descriptors.values(), descriptor, *shared],
             stdin=PIPE,
             stdout=PIPE,
             stderr=PIPE,

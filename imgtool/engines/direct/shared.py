@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import struct
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from imgtool.engines.direct.tree import Found, Tree
-from imgtool.engines.direct.volumes import Place, Volumes
+from imgtool.engines.direct.volumes import Place, Volumes, on_disks
 
 _RUN = struct.Struct("<4Q")
 
@@ -43,7 +43,7 @@ class Shared:
             places = self._places[found.place.mount] = self._volumes.places(filesystem)
         digest = hashlib.sha256()
         for offset, at, length in runs:
-            for disk, start, size in _on_disks(places, at, length):
+            for disk, start, size in on_disks(places, at, length):
                 if not self._in_common(disk, start, start + size):
                     return None
                 digest.update(_RUN.pack(offset, disk, start, size))
@@ -60,16 +60,3 @@ class Shared:
         starts, ends = written
         first = bisect_right(ends, start)
         return first == len(starts) or starts[first] >= end
-
-
-def _on_disks(places: Sequence[Place], at: int, length: int) -> Iterator[Place]:
-    """Where a stretch of a volume is on the disks."""
-    for disk, offset, size in places:
-        if not length:
-            return
-        if at < size:
-            part = min(length, size - at)
-            yield Place(disk, offset + at, part)
-            at, length = 0, length - part
-        else:
-            at -= size

@@ -65,6 +65,29 @@ class Disk:
             for at in range(offset, offset + length, _LARGEST_READ)
         )
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether `start` is there: older bindings know no memory but their own."""
+        major, minor = self._nbd.get_version().split(".")[:2]
+        return (int(major), int(minor)) >= (1, 14)
+
+    def start(self, offset: int, buffer: memoryview) -> int:
+        """Begin to read as many bytes as `buffer` has into it; gives what `finish` takes."""
+        if offset < 0 or offset + len(buffer) > self._size:
+            raise ReadFailed("past the end of the disk")
+        try:
+            return int(self._nbd.aio_pread(buffer, offset))
+        except self._error as error:
+            raise ReadFailed(f"QEMU cannot read the image: {error}") from error
+
+    def finish(self, started: int) -> None:
+        """Wait for what was begun; `ReadFailed` where QEMU cannot."""
+        try:
+            while not self._nbd.aio_command_completed(started):
+                self._nbd.poll(-1)
+        except self._error as error:
+            raise ReadFailed(f"QEMU cannot read the image: {error}") from error
+
     def written(self, links: int, most: int) -> list[tuple[int, int]] | None:
         """The stretches (start, end) in bytes that come from the topmost `links` of the chain.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
 from typing import NamedTuple
@@ -154,6 +154,11 @@ class Volumes:
                     continue
         return found
 
+    @property
+    def disks(self) -> Sequence[Disk]:
+        """The disks, in their order."""
+        return self._disks
+
     def places(self, filesystem: Filesystem) -> tuple[Place, ...]:
         """The stretches of disks that an open filesystem is on, one after the other."""
         device = next(device for device, known in self._open.items() if known is filesystem)
@@ -200,3 +205,16 @@ class Volumes:
         except ReadFailed as error:
             # Whether the kernel mounts it all the same is for the kernel to say.
             raise NeedsAppliance(f"{device} ({block.type}) is damaged: {error}") from error
+
+
+def on_disks(places: Sequence[Place], at: int, length: int) -> Iterator[Place]:
+    """Where a stretch of a volume is on the disks."""
+    for disk, offset, size in places:
+        if not length:
+            return
+        if at < size:
+            part = min(length, size - at)
+            yield Place(disk, offset + at, part)
+            at, length = 0, length - part
+        else:
+            at -= size

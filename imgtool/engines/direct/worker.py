@@ -7,18 +7,22 @@ not start programs once the image is open.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import resource
-import select
 import stat
 import sys
 import tarfile
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from imgtool.engines.direct import protocol, seccomp
+from imgtool.engines.direct.contents import LARGE, Contents, Run, mapped
 from imgtool.engines.direct.filesystem import Filesystem, NeedsAppliance, ReadFailed
+from imgtool.engines.direct.requests import Requests, Stopped
+from imgtool.engines.direct.ring import SLOT, Slots
 from imgtool.engines.direct.shared import Shared
 from imgtool.engines.direct.sources import CannotOpen, Disk
 from imgtool.engines.direct.tree import Found, Missing, Tree
@@ -30,6 +34,7 @@ _NAMES = 256 << 10
 _MOST_RANGES = 150_000  # what fits in one frame
 _LARGEST_SMALL = 1 << 20
 _PART = 1 << 20
+_LEAST_LENT = 64 << 10  # a pipe is as good for less
 _SIGN_OF_LIFE = 256  # pieces of a file that is summed
 
 
@@ -37,34 +42,28 @@ class Refused(Exception):
     """A request that cannot be: the parent is not who it should be."""
 
 
-class Stopped(Exception):
-    """The parent does not want the rest of an answer."""
-
-
 class Worker:
     """The state of one conversation: disks, volumes, and the tree that was mounted."""
 
-    def __init__(self, out: BinaryIO) -> None:
+    def __init__(self, requests: Requests, out: BinaryIO) -> None:
+        self._requests = requests
         self._out = out
-        self._asked = select.poll()
-        self._asked.register(sys.stdin.fileno(), select.POLLIN)
+        self._slots: Slots | None = None
         self._volumes: Volumes | None = None
         self._tree: Tree | None = None
 
-    def serve(self, requests: BinaryIO) -> None:
+    def serve(self) -> None:
         """Answer requests until there are no more."""
-        while head := requests.read(4):
-            length = int.from_bytes(head, "big")
-            if not length:
-                continue  # a stop for an answer that had come to its end
-            request = protocol.parsed(requests.read(length))
+        while body := self._requests.next():
+            request = protocol.parsed(body)
+            if self._slots is not None:
+                self._slots.again()
             try:
                 answer = getattr(self, "do_" + request.pop("do"))(**request)
                 if answer is not None:
                     self._json(answer)
                 protocol.send(self._out, protocol.END)
             except Stopped:
-                requests.read(4)
                 protocol.send(self._out, protocol.END)
             except Missing:
                 self._error("missing", "no such file or directory in the guest")
@@ -84,14 +83,63 @@ class Worker:
         protocol.send_json(self._out, protocol.JSON, value)
 
     def _data(self, data: bytes | bytearray) -> None:
-        protocol.send(self._out, protocol.DATA, data)
-        if self._asked.poll(0):  # it only ever says one thing while it waits for an answer
-            raise Stopped
+        if self._slots is None or len(data) < _LEAST_LENT:
+            protocol.send(self._out, protocol.DATA, data)
+            self._requests.heard()
+            return
+        whole = memoryview(data)
+        for start in range(0, len(data), SLOT):
+            part = whole[start : start + SLOT]
+            slot = self._slots.take()
+            assert slot is not None
+            self._slots.view(slot, len(part))[:] = part
+            self._lend(self._slots, slot, len(part))
+
+    def _lend(self, slots: Slots, slot: int, length: int) -> None:
+        protocol.send(self._out, protocol.LENT, slots.place(slot, length))
+        self._out.flush()
+
+    def _contents(self, filesystem: Filesystem, found: Found, offset: int, length: int) -> None:
+        """Bytes of a regular file, in frames of data."""
+        end = min(offset + length, found.node.size)
+        runs = self._runs(filesystem, found, end - offset)
+        if self._slots is None or runs is None:
+            for piece in pieces(filesystem, found, offset, length):
+                self._data(piece)
+            return
+        contents = Contents(self._opened.disks, runs, self._slots.view, self._slots.take)
+        with contextlib.closing(contents.read(offset, end)) as filled:
+            for slot, part in filled:
+                self._lend(self._slots, slot, part)
+
+    def _runs(self, filesystem: Filesystem, found: Found, length: int) -> list[Run] | None:
+        """Where a file is, if it pays to read this much of it by that."""
+        if self._slots is None or length < LARGE:
+            return None
+        if not all(disk.overlaps for disk in self._opened.disks):
+            return None
+        return mapped(self._opened, filesystem, found.place.inode)
+
+    def _summed(self, found: Found) -> Iterator[bytes | memoryview]:
+        """All of a regular file, in parts that are good until the next one."""
+        filesystem = self._mounted.filesystem(found.place)
+        slots, runs = self._slots, self._runs(filesystem, found, found.node.size)
+        if slots is None or runs is None:
+            yield from pieces(filesystem, found, 0, found.node.size)
+            return
+        contents = Contents(self._opened.disks, runs, slots.view, lambda wait: slots.turn())
+        for slot, length in contents.read(0, found.node.size):
+            yield slots.view(slot, length)
 
     # Disks and volumes
 
-    def do_open(self, disks: list[list[str]]) -> dict[str, Any]:
-        """Start a qemu-nbd for each disk, give up the right to start anything, find the volumes."""
+    def do_open(self, disks: list[list[str]], ring: int | None = None) -> dict[str, Any]:
+        """Start a qemu-nbd for each disk, give up the right to start anything, find the volumes.
+
+        `ring` is the descriptor of the memory that is shared with the parent.
+        """
+        if ring is not None:
+            self._slots = Slots(ring, self._requests)
         opened = [Disk(argv) for argv in disks]
         seccomp.confine(seccomp.worker_filter())
         self._volumes = Volumes(opened)
@@ -241,8 +289,7 @@ class Worker:
         if kind not in ("md5", "sha1", "sha256"):
             raise Refused
         digest = hashlib.new(kind, usedforsecurity=False)
-        filesystem = self._mounted.filesystem(found.place)
-        for number, piece in enumerate(pieces(filesystem, found, 0, found.node.size)):
+        for number, piece in enumerate(self._summed(found)):
             digest.update(piece)
             if number % _SIGN_OF_LIFE == _SIGN_OF_LIFE - 1:
                 protocol.send(self._out, protocol.ALIVE)
@@ -256,8 +303,7 @@ class Worker:
     def do_read(self, path: str, offset: int, length: int) -> None:
         """Bytes of a regular file, in frames of data."""
         filesystem, found = self._regular(path)
-        for piece in pieces(filesystem, found, offset, length):
-            self._data(piece)
+        self._contents(filesystem, found, offset, length)
 
     def do_small(self, path: str, limit: int) -> None:
         """The first bytes of a regular file, whole in one frame; nothing if there is no file."""
@@ -265,7 +311,7 @@ class Worker:
             protocol.text(protocol.name(path)), min(limit, _LARGEST_SMALL)
         )
         if found is not None:
-            self._data(found)
+            protocol.send(self._out, protocol.DATA, found)
 
     def do_is_dir(self, path: str, any_case: bool) -> bool:
         """Whether a path leads to a directory."""
@@ -338,6 +384,11 @@ class Worker:
             if regular and first is None:
                 size = 0
                 filesystem = tree.filesystem(child.place)
+                if child.node.size >= LARGE:
+                    self._data(held)
+                    held = bytearray(-child.node.size % tarfile.BLOCKSIZE)
+                    self._contents(filesystem, child, 0, child.node.size)
+                    continue
                 for piece in pieces(filesystem, child, 0, child.node.size):
                     held += piece
                     size += len(piece)
@@ -385,4 +436,4 @@ def _header(name: bytes, found: Found, link: bytes | None) -> bytes:
 def main() -> None:
     """Run as the sandbox's only program of ours."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    Worker(sys.stdout.buffer).serve(sys.stdin.buffer)
+    Worker(Requests(sys.stdin.fileno()), sys.stdout.buffer).serve()

@@ -1,0 +1,164 @@
+"""Large files: the memory that the worker shares with its parent, and what comes through it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from imgtool import open_guest
+from imgtool.engines.direct import sandbox
+from imgtool.engines.direct.client import Client, WorkerFailed
+from imgtool.engines.direct.protocol import BadMessage
+from imgtool.engines.direct.ring import SLOT, Ring, ring
+from imgtool.image.chain import open_chain
+from imgtool.process import environment
+from imgtool.transfer.copy_out import Report, copy_out
+
+_MIB = 1 << 20
+
+
+def pieces_of(seed: int, size: int) -> list[tuple[int, bytes]]:
+    """Where a file with holes has data: small and large pieces, at odd places."""
+    chance = random.Random(seed)
+    found, at = [], 0
+    while at < size:
+        length = chance.choice((1, 4096, 5000, 70_000, 3 * _MIB + 17))
+        found.append((at, chance.randbytes(min(length, size - at))))
+        at += length + chance.choice((0, 4096, 9000, 300_000, 5 * _MIB))
+    return found
+
+
+@pytest.fixture(scope="module", params=["extents", "block map", "xfs"])
+def large(request, tmp_path_factory) -> tuple[Path, Path]:
+    """A qcow2 image with a large file in pieces, and one without a hole; and the folder of both."""
+    folder = tmp_path_factory.mktemp("large")
+    contents, image = folder / "contents", folder / "disk.img"
+    contents.mkdir()
+    size = 40 * _MIB + 1234
+    with (contents / "holes").open("wb") as file:
+        for at, data in pieces_of(1, size):
+            file.seek(at)
+            file.write(data)
+        file.truncate(size)
+    (contents / "whole").write_bytes(random.Random(2).randbytes(9 * _MIB + 5))
+    (contents / "small").write_bytes(b"small")
+    if request.param == "xfs":
+        files = [f"{path.name} ---644 0 0 {path}" for path in contents.iterdir()]
+        words = ["/none", "0 0", "d--755 0 0", *files, "$", "$"]
+        (folder / "proto").write_text("\n".join(words) + "\n")
+        image.touch()
+        os.truncate(image, 320 * _MIB)
+        mkfs = ["mkfs.xfs", "-q", "-p", folder / "proto", image]
+    else:
+        features = "^extents,^64bit" if request.param == "block map" else "extents"
+        mkfs = ["mke2fs", "-q", "-t", "ext4", "-O", features, "-d", contents, image, "80M"]
+    subprocess.run(mkfs, check=True, env=environment())
+    disk = image.with_suffix(".qcow2")
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", image, disk], check=True)
+    return disk, contents
+
+
+def test_large_files_are_read_to_the_byte(large):
+    image, contents = large
+    with open_guest(image, engine="direct") as guest:
+        for name in ("holes", "whole"):
+            expected = (contents / name).read_bytes()
+            with guest.open(f"/{name}") as stream:
+                assert stream.read() == expected
+            for offset, length in (
+                *((0, 4 * _MIB), (1, 5 * _MIB), (SLOT - 1, 6 * _MIB + 2)),
+                *((len(expected) - 4 * _MIB, 1 << 40), (len(expected), 1 << 40), (77, 1000)),
+            ):
+                with guest.open_range(f"/{name}", offset, length) as stream:
+                    assert stream.read() == expected[offset : offset + length]
+            digest = hashlib.sha256(expected).hexdigest()
+            assert guest.checksum("sha256", f"/{name}") == digest
+
+
+def test_large_files_are_copied_out_with_their_holes(large, tmp_path):
+    image, contents = large
+    said: list[str] = []
+
+    def problem(path: bytes, line: str) -> None:
+        said.append(line)
+
+    with open_guest(image, engine="direct") as guest:
+        copy_out(guest, "/", tmp_path, Report(problem, problem))
+        with guest.tar("/") as stream:
+            names = subprocess.run(["tar", "-t"], input=stream.read(), capture_output=True)
+    assert not said
+    assert b"./holes\n" in names.stdout
+    assert not names.stderr
+    for name in ("holes", "whole", "small"):
+        assert (tmp_path / name).read_bytes() == (contents / name).read_bytes()
+    assert (tmp_path / "holes").stat().st_blocks * 512 < 40 * _MIB
+
+
+def test_what_is_left_unread_does_not_reach_the_next_answer(large):
+    image, contents = large
+    expected = (contents / "whole").read_bytes()
+    with open_guest(image, engine="direct") as guest:
+        for read in (0, 1, 100, SLOT, 3 * SLOT + 5):
+            with guest.open("/holes") as stream:
+                stream.read(read)
+            with guest.open("/whole") as stream:
+                assert stream.read() == expected
+            assert guest.read_bytes("/small") == b"small"
+
+
+@pytest.mark.parametrize("length", [0, SLOT - 1, SLOT + 1, 8 * SLOT, 8 * SLOT + 1])
+def test_the_shared_memory_keeps_its_size(length):
+    with ring() as shared:
+        with pytest.raises(PermissionError):  # the one, or the other where that changes nothing
+            os.ftruncate(shared.descriptor, length)
+            os.pwrite(shared.descriptor, b"x", 8 * SLOT)
+        assert os.fstat(shared.descriptor).st_size == 8 * SLOT
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"),
+    [(8 * SLOT, 1), (8 * SLOT - 1, 2), (0, 0), (0, SLOT + 1), (0xFFFFFFFF, 0xFFFFFFFF)],
+)
+def test_a_place_outside_of_the_shared_memory_is_nonsense(offset, length):
+    with ring() as shared:
+        with pytest.raises(BadMessage):
+            shared.lent(offset.to_bytes(4, "big") + length.to_bytes(4, "big"))
+        assert len(shared.lent((8 * SLOT - 1).to_bytes(4, "big") + (1).to_bytes(4, "big"))) == 1
+
+
+def failure(image: Path, monkeypatch: pytest.MonkeyPatch, program: str, memory: Ring | None) -> str:
+    monkeypatch.setattr(sandbox, "_START", program + " # {paths!r}")
+    images = sandbox.Images([open_chain(image)])
+    with sandbox.sandboxed(images) as process:
+        client = Client(process, image=str(image), silence=4.0, ring=memory)
+        with pytest.raises(WorkerFailed) as failed:
+            for _ in client.request("read"):
+                pass
+    images.close()
+    return failed.value.message
+
+
+_TELL = "import sys; put = sys.stdout.buffer.write; "
+
+
+def test_a_worker_that_lends_what_is_not_there_fails(large, monkeypatch):
+    image, _ = large
+    lend = _TELL + "put(b'L\\0\\0\\0\\x08' + bytes(7) + b'\\1'); sys.stdout.flush()"
+    with ring() as memory:
+        assert "nothing is shared" in failure(image, monkeypatch, lend, None)
+        outside = lend.replace("bytes(7)", "b'\\xff' * 7")
+        assert "outside of the shared" in failure(image, monkeypatch, outside, memory)
+        short = _TELL + "put(b'L\\0\\0\\0\\1x'); sys.stdout.flush()"
+        assert "no place" in failure(image, monkeypatch, short, memory)
+
+
+def test_a_worker_that_lends_for_ever_and_does_not_listen_fails(large, monkeypatch):
+    image, _ = large
+    endless = _TELL + "[put(b'L\\0\\0\\0\\x08' + bytes(7) + b'\\1') for _ in iter(int, 1)]"
+    with ring() as memory:
+        assert "does not listen" in failure(image, monkeypatch, endless, memory)
