@@ -63,7 +63,7 @@ if [ $with_tests = yes ]; then
         mmdebstrap dosfstools ntfs-3g xfsprogs btrfs-progs e2fsprogs exfatprogs mdadm
         cryptsetup-bin libhivex-bin python3-hivex fdisk parted psmisc attr strace shellcheck
         hyperfine zstd mtools xorriso genisoimage
-        kpartx kmod busybox-static file udev iproute2
+        kpartx kmod busybox-static file udev iproute2 openssh-client
     )
 fi
 
