@@ -21,11 +21,14 @@ from imgtool.image.chain import open_chain
 # What a reader does that was taken over by its image: everything after the filter is in place.
 ATTACK = """
 import sys; sys.path[:0] = {paths!r}
-import ctypes, json, os, socket, subprocess
+import contextlib, ctypes, json, os, socket, subprocess
 from imgtool.engines.direct import seccomp
 from imgtool.engines.direct.sources import Disk
-disk = Disk(json.loads(sys.stdin.buffer.readline()))
+argv = json.loads(sys.stdin.buffer.readline())
 targets = json.loads(sys.stdin.buffer.readline())
+with seccomp.last_programs(1) if targets["last"] else contextlib.nullcontext():
+    disk = Disk(argv)
+disk.wait()
 if targets["confined"]:
     seccomp.confine(seccomp.worker_filter())
 libc = ctypes.CDLL(None, use_errno=True)
@@ -90,8 +93,12 @@ def inside(image: Path, monkeypatch: pytest.MonkeyPatch, program: str, **given: 
     return answer
 
 
-@pytest.mark.parametrize("confined", [True, False], ids=["filtered", "namespaces alone"])
-def test_nothing_gets_out(image, tmp_path, monkeypatch, confined):
+@pytest.mark.parametrize(
+    ("confined", "last"),
+    [(True, True), (False, True), (False, False)],
+    ids=["filtered", "as qemu-nbd", "namespaces alone"],
+)
+def test_nothing_gets_out(image, tmp_path, monkeypatch, confined, last):
     secret = tmp_path / "secret"
     secret.write_text("secret")
     local = tmp_path / "socket"
@@ -107,6 +114,7 @@ def test_nothing_gets_out(image, tmp_path, monkeypatch, confined):
                 monkeypatch,
                 ATTACK,
                 confined=confined,
+                last=last,
                 secret=str(secret),
                 pid=os.getpid(),
                 port=tcp.getsockname()[1],
@@ -116,13 +124,54 @@ def test_nothing_gets_out(image, tmp_path, monkeypatch, confined):
     assert said.pop("image") == "42424242"  # it could read what it is there to read
     assert said.pop("network devices") in ([], ["lo"])
     assert said.pop("processes") <= 4
-    if not confined:
-        # Without the last filter it can start what is in the sandbox: Python, which gains nothing.
+    if not (confined or last):
+        # Without the filters it can start what is in the sandbox: Python, which gains nothing.
         assert said.pop("program").startswith(("done", "CalledProcessError"))
     done = {name: result for name, result in said.items() if result.startswith("done")}
     assert done == {}
     assert len(said) >= 16
     assert (image.read_bytes(), image.stat().st_mtime_ns) == before
+
+
+# Programs that are started as qemu-nbd is, all of which try to start another, and to have a child
+# do so; the first of them as soon as it can.
+STARTED = """
+import sys; sys.path[:0] = {paths!r}
+import json, os
+from imgtool.engines.direct import seccomp
+sys.stdin.buffer.readline(), sys.stdin.buffer.readline()
+PYTHON = "/usr/bin/python3"
+TRY = '''
+import os
+for child in (False, True):
+    if not (child and os.fork()):
+        try:
+            os.execv("/usr/bin/python3", ["python3", "-I", "-S", "-c", "print('started')"])
+        except OSError as error:
+            print(error.strerror, flush=True)
+        if child:
+            os._exit(0)
+os.wait()
+'''
+def start():
+    pid = os.fork()
+    if not pid:
+        os.execv(PYTHON, ["python3", "-I", "-S", "-c", TRY])
+    return pid
+with seccomp.last_programs(3):
+    pids = [start() for _ in range(3)]
+for pid in pids:
+    os.waitpid(pid, 0)
+try:
+    os.execv(PYTHON, ["python3", "-I", "-S", "-c", "print('started')"])
+except OSError as error:
+    print(error.strerror, flush=True)
+"""
+
+
+def test_what_is_started_like_qemu_nbd_starts_nothing_itself(image, monkeypatch):
+    said = inside(image, monkeypatch, STARTED).splitlines()
+    assert said == [b"Function not implemented"] * 7
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can own files of somebody else")

@@ -7,15 +7,17 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from imgtool.engines.direct import replay, sandbox
-from imgtool.engines.direct.client import Client
+from imgtool.engines.direct import sandbox
 from imgtool.engines.direct.filesystem import NeedsAppliance
-from imgtool.engines.direct.guest import DirectGuest
 from imgtool.engines.direct.ring import ring
 from imgtool.guest.model import Mount
 from imgtool.image.chain import Chain
 from imgtool.image.locks import in_use_for_writing
+
+if TYPE_CHECKING:
+    from imgtool.engines.direct.guest import DirectGuest
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,10 @@ def open_direct(
             ]
             memory = inner.enter_context(ring())
             process = inner.enter_context(sandbox.sandboxed(images, shared=[memory.descriptor]))
+            # Loaded while the worker starts.
+            from imgtool.engines.direct.client import Client
+            from imgtool.engines.direct.guest import DirectGuest
+
             return DirectGuest(
                 Client(process, image=image, ring=memory),
                 image=image,
@@ -69,6 +75,8 @@ def open_direct(
         first.close()
         if snapshot is not None:
             raise NeedsAppliance("a journal has to be replayed in a snapshot")
+        from imgtool.engines.direct import replay
+
         started_at = time.monotonic()
         overlays = stack.enter_context(replay.recovered(chains, images, guest.disk_sizes, journals))
         log.info("journal: replayed in %.3f s", time.monotonic() - started_at)

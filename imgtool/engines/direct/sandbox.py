@@ -13,8 +13,6 @@ import json
 import os
 import stat
 import sys
-import sysconfig
-import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,7 +40,7 @@ _MEMORY_KEPT = (
     "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=134217728",
 )
 _START = (
-    "import sys; sys.path[:0] = {paths!r}; from imgtool.engines.direct.worker import main; main()"
+    "import sys; sys.path[:0] = {paths!r}; from imgtool.engines.direct.start import main; main()"
 )
 
 
@@ -185,7 +183,7 @@ def arguments(
 def _python() -> str:
     """The interpreter itself, whichever links and environments lead to it."""
     found = os.path.realpath(sys.executable)
-    if not sysconfig.get_path("stdlib").startswith("/usr/lib"):
+    if not str(os.__file__).startswith("/usr/lib/"):
         raise NeedsAppliance("this Python is not the system's own")
     return found
 
@@ -218,10 +216,13 @@ def program_filter(*, mounts: bool = False) -> Iterator[int]:
     """A descriptor of the filter for a whole sandbox, as bwrap takes it."""
     if not seccomp.supported():
         raise NeedsAppliance("the sandbox does not know this machine's system calls")
-    with tempfile.TemporaryFile(prefix="imgtool-") as program:
-        program.write(seccomp.tree_filter(mounts=mounts))
-        program.seek(0)
-        yield program.fileno()
+    descriptor = os.memfd_create("imgtool", os.MFD_CLOEXEC)
+    try:
+        os.write(descriptor, seccomp.tree_filter(mounts=mounts))
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

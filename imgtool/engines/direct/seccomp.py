@@ -1,20 +1,26 @@
 """Filters for system calls, in the sandbox of the direct engine.
 
-Two of them: one for the whole tree of processes, given to bwrap, which takes away what no reader of
-an image needs (new namespaces, mounts, tracing, kernel keys, BPF, sockets other than local ones);
-and one that the worker puts on itself once qemu-nbd runs, which lets it do little more than read,
-write, map memory and end.
+Three of them: one for the whole tree of processes, given to bwrap, which takes away what no reader
+of an image needs (new namespaces, mounts, tracing, kernel keys, BPF, sockets other than local
+ones); one for the worker and the qemu-nbd that it starts, after which nothing is started; and one
+that the worker puts on itself once qemu-nbd runs, which lets it do little more than read, write,
+map memory and end.
 
-Source: seccomp(2), linux/filter.h, linux/seccomp.h; numbers of asm/unistd_64.h and
-asm-generic/unistd.h.
+Source: seccomp(2), seccomp_unotify(2), linux/filter.h, linux/seccomp.h; numbers of asm/unistd_64.h
+and asm-generic/unistd.h.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import platform
+import errno
+import fcntl
+import os
+import select
 import struct
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_OF, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL = 0x7FFF0000, 0x80000000
@@ -24,6 +30,12 @@ _X32 = 0x40000000
 _AF_UNIX = 1
 
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _FILTER = 38, 22, 2
+
+_SET_MODE_FILTER, _NEW_LISTENER, _ASK = 1, 8, 0x7FC00000
+# Of a listener: what is asked (an id comes first), and the answer: id, value, error, flags.
+_RECEIVE, _SEND = 0xC0502100, 0xC0182101
+_NOTICE, _ANSWER, _CONTINUE = 80, struct.Struct("=QqiI"), 1
+_PATIENCE = 10_000  # milliseconds from a fork to its exec
 
 # System calls by name: their numbers on x86_64 and on aarch64 (None: there is no such call).
 _CALLS: dict[str, tuple[int | None, int | None]] = {
@@ -148,6 +160,7 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
     "memfd_secret": (447, 447),
     "execveat": (322, 281),
 }
+_EXECVE, _SECCOMP = (59, 221), (317, 277)
 _CLONE, _CLONE3 = (56, 220), (435, 435)
 # Flags of clone(2) for new namespaces: mount, cgroup, UTS, IPC, user, PID, network.
 _NAMESPACES = (
@@ -161,7 +174,7 @@ _ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 
 def supported() -> bool:
     """Whether the numbers of this machine's system calls are known."""
-    return platform.machine() in _ARCHITECTURES
+    return os.uname().machine in _ARCHITECTURES
 
 
 def _statement(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
@@ -169,7 +182,7 @@ def _statement(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
 
 
 def _numbers(names: Iterable[str]) -> list[int]:
-    column = _ARCHITECTURES[platform.machine()][1]
+    column = _ARCHITECTURES[os.uname().machine][1]
     return [number for name in names if (number := _CALLS[name][column]) is not None]
 
 
@@ -177,7 +190,7 @@ def _start() -> list[bytes]:
     """Kill a process of another architecture; leave the call's number in the accumulator."""
     return [
         _statement(_LOAD, _ARCHITECTURE),
-        _statement(_EQUAL, _ARCHITECTURES[platform.machine()][0], 1, 0),
+        _statement(_EQUAL, _ARCHITECTURES[os.uname().machine][0], 1, 0),
         _statement(_RETURN, _KILL),
         _statement(_LOAD, _NUMBER),
         _statement(_AT_LEAST, _X32, 0, 1),
@@ -191,7 +204,7 @@ def tree_filter(*, mounts: bool = False) -> bytes:
     for number in _numbers(name for name in _NEVER if not (mounts and name in _MOUNTS)):
         program += [_statement(_EQUAL, number, 0, 1), _statement(_RETURN, _EPERM)]
     # No namespaces by clone(2), whose flags are seen; clone3(2) hides them, and libc does without.
-    column = _ARCHITECTURES[platform.machine()][1]
+    column = _ARCHITECTURES[os.uname().machine][1]
     program += [
         _statement(_EQUAL, _CLONE3[column], 0, 1),
         _statement(_RETURN, _ENOSYS),
@@ -222,16 +235,59 @@ def worker_filter() -> bytes:
     return b"".join(program)
 
 
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+
+
 def confine(program: bytes) -> None:
     """Put a filter on this process, for good. Raises `OSError` if the kernel refuses."""
-    code = ctypes.create_string_buffer(program, len(program))
-
-    class Program(ctypes.Structure):
-        _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
-
     libc = ctypes.CDLL(None, use_errno=True)
-    given = Program(len(program) // 8, ctypes.addressof(code))
+    given = _Program(len(program) // 8, program)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(
         _PR_SET_SECCOMP, _FILTER, ctypes.byref(given), 0, 0
     ):
         raise OSError(ctypes.get_errno(), "the seccomp filter cannot be set")
+
+
+def _listener() -> int:
+    """A descriptor that is asked whenever this process, or one that it starts, starts a program."""
+    column = _ARCHITECTURES[os.uname().machine][1]
+    asking = [_statement(_EQUAL, _EXECVE[column], 0, 1), _statement(_RETURN, _ASK)]
+    program = b"".join([*_start(), *asking, _statement(_RETURN, _ALLOW)])
+    libc = ctypes.CDLL(None, use_errno=True)
+    given = ctypes.byref(_Program(len(program) // 8, program))
+    descriptor = libc.syscall(_SECCOMP[column], _SET_MODE_FILTER, _NEW_LISTENER, given)
+    if descriptor < 0:
+        raise OSError(ctypes.get_errno(), "the seccomp filter cannot be set")
+    return int(descriptor)
+
+
+@contextlib.contextmanager
+def last_programs(count: int) -> Iterator[None]:
+    """The `count` processes that the block forks start a program each, and that was all: neither
+    they nor this one, nor their children, start another.
+
+    None of the programs runs before all of them are about to: a program that is up to no good
+    cannot take the place of the next. Where the kernel has no such listener, or some container has
+    it already, the sandbox alone has to do.
+    """
+    try:
+        listener = _listener()
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.EINVAL):
+            raise
+        yield
+        return
+    try:
+        yield
+        asked: list[int] = []
+        ready = select.poll()
+        ready.register(listener, select.POLLIN)
+        while len(asked) < count and ready.poll(_PATIENCE):
+            notice = bytearray(_NOTICE)
+            fcntl.ioctl(listener, _RECEIVE, notice)
+            asked.append(int.from_bytes(notice[:8], sys.byteorder))
+        for number in asked:
+            fcntl.ioctl(listener, _SEND, bytearray(_ANSWER.pack(number, 0, 0, _CONTINUE)))
+    finally:
+        os.close(listener)  # whoever starts something now is told that there is no such call

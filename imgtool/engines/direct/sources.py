@@ -28,7 +28,7 @@ class CannotOpen(Exception):
 
 
 class Disk:
-    """A disk, read through a qemu-nbd of its own that starts with it."""
+    """A disk, read through a qemu-nbd of its own that starts with it, but has to be waited for."""
 
     def __init__(self, argv: Sequence[str]) -> None:
         import nbd
@@ -36,12 +36,21 @@ class Disk:
         self._error: type[Exception] = nbd.Error
         self._nbd: Any = nbd.NBD()
         self._nbd.add_meta_context(_DEPTH)
+        self._size = 0
         try:
-            self._nbd.connect_systemd_socket_activation(list(argv))
+            self._nbd.aio_connect_systemd_socket_activation(list(argv))
         except nbd.Error as error:
             raise CannotOpen(str(error)) from error
-        self._size = int(self._nbd.get_size())
         self._kept: OrderedDict[int, bytes] = OrderedDict()
+
+    def wait(self) -> None:
+        """Wait until the image is open; `CannotOpen` if QEMU does not open it."""
+        try:
+            while self._nbd.aio_is_connecting():
+                self._nbd.poll(-1)
+            self._size = int(self._nbd.get_size())
+        except self._error as error:
+            raise CannotOpen(str(error)) from error
 
     @property
     def size(self) -> int:

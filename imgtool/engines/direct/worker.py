@@ -9,12 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import os
-import resource
 import stat
-import sys
-import tarfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -23,7 +18,6 @@ from imgtool.engines.direct.contents import LARGE, Contents, Run, mapped
 from imgtool.engines.direct.filesystem import Filesystem, NeedsAppliance, ReadFailed
 from imgtool.engines.direct.requests import Requests, Stopped
 from imgtool.engines.direct.ring import SLOT, Slots
-from imgtool.engines.direct.shared import Shared
 from imgtool.engines.direct.sources import CannotOpen, Disk
 from imgtool.engines.direct.tree import Found, Missing, Tree
 from imgtool.engines.direct.tree_files import TreeFiles, pieces
@@ -55,26 +49,29 @@ class Worker:
     def serve(self) -> None:
         """Answer requests until there are no more."""
         while body := self._requests.next():
-            request = protocol.parsed(body)
             if self._slots is not None:
                 self._slots.again()
-            try:
-                answer = getattr(self, "do_" + request.pop("do"))(**request)
-                if answer is not None:
-                    self._json(answer)
-                protocol.send(self._out, protocol.END)
-            except Stopped:
-                protocol.send(self._out, protocol.END)
-            except Missing:
-                self._error("missing", "no such file or directory in the guest")
-            except NeedsAppliance as error:
-                self._error("appliance", str(error))
-            except (ReadFailed, CannotOpen) as error:
-                kind = "image" if isinstance(error, CannotOpen) else "failed"
-                self._error(kind, str(error))
-            except (MemoryError, RecursionError):
-                self._error("appliance", "it takes too much memory")
-            self._out.flush()
+            self.answer(protocol.parsed(body))
+
+    def answer(self, request: dict[str, Any]) -> None:
+        """Answer one request."""
+        try:
+            answer = getattr(self, "do_" + request.pop("do"))(**request)
+            if answer is not None:
+                self._json(answer)
+            protocol.send(self._out, protocol.END)
+        except Stopped:
+            protocol.send(self._out, protocol.END)
+        except Missing:
+            self._error("missing", "no such file or directory in the guest")
+        except NeedsAppliance as error:
+            self._error("appliance", str(error))
+        except (ReadFailed, CannotOpen) as error:
+            kind = "image" if isinstance(error, CannotOpen) else "failed"
+            self._error(kind, str(error))
+        except (MemoryError, RecursionError):
+            self._error("appliance", "it takes too much memory")
+        self._out.flush()
 
     def _error(self, kind: str, message: str) -> None:
         protocol.send_json(self._out, protocol.ERROR, {"kind": kind, "message": message})
@@ -133,16 +130,17 @@ class Worker:
 
     # Disks and volumes
 
-    def do_open(self, disks: list[list[str]], ring: int | None = None) -> dict[str, Any]:
-        """Start a qemu-nbd for each disk, give up the right to start anything, find the volumes.
+    def do_open(self, disks: list[Disk], ring: int | None = None) -> dict[str, Any]:
+        """Wait for the disks, give up all rights but those to read, find the volumes.
 
         `ring` is the descriptor of the memory that is shared with the parent.
         """
         if ring is not None:
             self._slots = Slots(ring, self._requests)
-        opened = [Disk(argv) for argv in disks]
+        for disk in disks:
+            disk.wait()
         seccomp.confine(seccomp.worker_filter())
-        self._volumes = Volumes(opened)
+        self._volumes = Volumes(disks)
         blocks = [
             (*(getattr(b, name) for name in protocol.BLOCK[:-1]), b.parents)
             for b in self._volumes.blocks
@@ -255,7 +253,11 @@ class Worker:
             names += len(at)
             batch.append([protocol.text(at), reason])
 
-        shared = None if written is None else Shared(self._opened, tree, written)
+        shared = None
+        if written is not None:
+            from imgtool.engines.direct.shared import Shared
+
+            shared = Shared(self._opened, tree, written)
         found = tree.walk if deep else tree.children
         for child in found(raw, place, problem):
             summed = at = None
@@ -288,6 +290,8 @@ class Worker:
     def _sum(self, found: Found, kind: str) -> str:
         if kind not in ("md5", "sha1", "sha256"):
             raise Refused
+        import hashlib
+
         digest = hashlib.new(kind, usedforsecurity=False)
         for number, piece in enumerate(self._summed(found)):
             digest.update(piece)
@@ -354,6 +358,8 @@ class Worker:
 
         A file that cannot be read ends the stream with an error, as tar(1) would end it.
         """
+        from imgtool.engines.direct import tar_headers
+
         raw = protocol.name(path).rstrip(b"/")
         tree = self._mounted
         real, place = tree.resolve(raw or b"/")
@@ -365,7 +371,7 @@ class Worker:
         def problem(at: bytes, reason: str) -> None:
             raise ReadFailed(f"{protocol.text(at)}: {reason}")
 
-        held = bytearray(_header(b"./", tree.lstat(real), None))
+        held = bytearray(tar_headers.header(b"./", tree.lstat(real), None))
         for child in tree.walk(raw or b"/", place, problem):
             if child.path in left_out:
                 continue
@@ -377,7 +383,7 @@ class Worker:
                 linked.setdefault(child.place, relative)
             if stat.S_ISSOCK(child.node.mode):
                 continue
-            held += _header(relative, child, first)
+            held += tar_headers.header(relative, child, first)
             if len(held) >= _PART:
                 self._data(held)
                 held = bytearray()
@@ -386,7 +392,7 @@ class Worker:
                 filesystem = tree.filesystem(child.place)
                 if child.node.size >= LARGE:
                     self._data(held)
-                    held = bytearray(-child.node.size % tarfile.BLOCKSIZE)
+                    held = bytearray(tar_headers.padding(child.node.size))
                     self._contents(filesystem, child, 0, child.node.size)
                     continue
                 for piece in pieces(filesystem, child, 0, child.node.size):
@@ -395,45 +401,10 @@ class Worker:
                     if len(held) >= _PART:
                         self._data(held)
                         held = bytearray()
-                held += bytes(-size % tarfile.BLOCKSIZE)
-        self._data(held + bytes(2 * tarfile.BLOCKSIZE))
+                held += tar_headers.padding(size)
+        self._data(held + tar_headers.END)
 
 
 def _row(found: Found, checksum: str | None = None, at: str | None = None) -> list[Any]:
     target = None if found.target is None else protocol.text(found.target)
     return [protocol.text(found.path), found.place.mount, *found.node, target, checksum, at]
-
-
-_TAR_TYPES = {
-    stat.S_IFREG: tarfile.REGTYPE,
-    stat.S_IFDIR: tarfile.DIRTYPE,
-    stat.S_IFLNK: tarfile.SYMTYPE,
-    stat.S_IFCHR: tarfile.CHRTYPE,
-    stat.S_IFBLK: tarfile.BLKTYPE,
-    stat.S_IFIFO: tarfile.FIFOTYPE,
-}
-
-
-def _header(name: bytes, found: Found, link: bytes | None) -> bytes:
-    node = found.node
-    member = tarfile.TarInfo(protocol.text(name))
-    member.type = _TAR_TYPES[stat.S_IFMT(node.mode)]
-    member.mode = stat.S_IMODE(node.mode)
-    member.uid, member.gid = node.uid, node.gid
-    member.mtime = node.mtime_ns // 1_000_000_000
-    if link is not None:
-        member.type = tarfile.LNKTYPE
-        member.linkname = protocol.text(link)
-    elif member.type == tarfile.SYMTYPE:
-        member.linkname = protocol.text(found.target or b"")
-    elif member.type == tarfile.REGTYPE:
-        member.size = node.size
-    elif member.type in (tarfile.CHRTYPE, tarfile.BLKTYPE):
-        member.devmajor, member.devminor = os.major(node.rdev), os.minor(node.rdev)
-    return member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-
-
-def main() -> None:
-    """Run as the sandbox's only program of ours."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    Worker(Requests(sys.stdin.fileno()), sys.stdout.buffer).serve()
