@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +36,7 @@ def record_path(image: Path) -> Path:
 def temporary_path(image: Path) -> Path:
     """A new name beside an image, for a file that is to become it or to be removed."""
     beside = _beside(image)
-    return beside.with_name(f"{_PREFIX}{beside.name}.imgtool-{secrets.token_hex(4)}")
+    return beside.with_name(f"{_PREFIX}{beside.name}.imgtool-{os.urandom(4).hex()}")
 
 
 def is_temporary_of(image: Path, name: str) -> bool:
@@ -54,6 +52,8 @@ def _beside(image: Path) -> Path:
         real = _FOR_DEVICES / str(real).strip("/").replace("/", "-")
     name = os.fsencode(real.name)
     if len(name) > _LONGEST_NAME:
+        import hashlib  # seldom needed, and slow to load
+
         real = real.with_name(hashlib.sha256(name).hexdigest())
     return real
 
