@@ -90,7 +90,7 @@ def bootable() -> Bootable:
     with (cache_folder / "bootable.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            draft = cache_folder / "making-bootable"
+            draft = cache_folder / f"bootable-{key}.draft"
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir()
             _make(draft)

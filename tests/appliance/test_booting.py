@@ -188,7 +188,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
         console.say("id -u && echo in''side")
         login = console.wait_for("\ninside\n")
         # Making an RSA key may take longer than all the rest.
-        console.say("while ! systemctl -q is-active ssh; do sleep 1; done; echo li''stening")
+        console.say("until [ -e /run/sshd.pid ]; do sleep 1; done; echo li''stening")
         console.wait_for("\nlistening\n")
         looks = _over_ssh(folder, port)
         console.say(f"echo '{PASSWORD}' | sudo -S -p '' systemctl poweroff")
