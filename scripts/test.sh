@@ -9,5 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh
 scripts/make-guests
 scripts/check.sh
+# Emulated appliances then start in seconds, for every test that starts one.
+.venv/bin/imgtool appliance save
 # The unit tests ran with the checks.
 exec .venv/bin/python -m pytest --ignore=tests/unit "$@"

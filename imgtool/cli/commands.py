@@ -61,6 +61,10 @@ GROUPS = {
             "flatten": "overlaying.flatten",
         },
     ),
+    "appliance": (
+        "Keep a started appliance, so that commands which need one start it in a second.",
+        {"save": "appliance.save", "list": "appliance.list_", "remove": "appliance.remove"},
+    ),
 }
 
 

@@ -3,7 +3,8 @@
 /dev/kvm can be there and yet unusable (nested virtualisation, containers): QEMU then aborts after
 seconds or hangs for ever. So the first launch tries KVM under a time limit and falls back to
 emulation (TCG), says so once, and remembers it for this boot, QEMU and kernel, so that the next
-command does not pay again. `LIBGUESTFS_BACKEND` and `LIBGUESTFS_BACKEND_SETTINGS` win.
+command does not pay again. Emulated, an appliance that was saved goes on (`saved`).
+`LIBGUESTFS_BACKEND` and `LIBGUESTFS_BACKEND_SETTINGS` win.
 """
 
 from __future__ import annotations
@@ -21,18 +22,22 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from imgtool import interrupt
-from imgtool.errors import HostError, Interrupted
+from imgtool.engines.libguestfs import saved
+from imgtool.errors import EngineError, HostError, Interrupted
 from imgtool.process import processes_naming
 
 log = logging.getLogger(__name__)
 
 # A launch with working KVM takes 2 to 10 s; one without, on a busy machine, 10 to 60 s.
 KVM_LIMIT = 45.0
+FIRST_EMULATION_LIMIT = 120.0
 EMULATION_LIMIT = 600.0
+SAVED_LIMIT = 120.0  # of a saved appliance, which takes a second
 
 # The appliance runs no program but its own, for one user: zeroing every page that its kernel
 # allocates, AppArmor, audit and the mitigations against other users' programs are a sixth of an
@@ -145,7 +150,7 @@ def _try(handle: Any, limit: float) -> None:
             raise Interrupted("interrupted")
 
 
-def _explain(error: RuntimeError) -> HostError:
+def _explain(error: Exception) -> HostError:
     said = str(error)
     readable = [k for k in Path("/boot").glob("vmlinu*") if os.access(k, os.R_OK)]
     if "supermin" in said and not readable:
@@ -170,6 +175,95 @@ def _kvm_there() -> bool:
     return os.access("/dev/kvm", os.R_OK | os.W_OK)
 
 
+def saved_home() -> Path:
+    """Where saved appliances are."""
+    return cache_dir() / "appliance"
+
+
+def _backend_is_given() -> bool:
+    return "LIBGUESTFS_BACKEND" in os.environ or "LIBGUESTFS_BACKEND_SETTINGS" in os.environ
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One way to start: what it is called in the log, and what is said if it does not work."""
+
+    name: str
+    limit: float
+    force_tcg: bool = False
+    saved: bool = False
+    otherwise: str = ""
+
+
+def _attempts() -> list[_Attempt]:
+    """The ways to try, the one to prefer first."""
+    if _backend_is_given():
+        return [_Attempt("the backend of the environment", EMULATION_LIMIT)]
+    # Emulated with two processors, the appliance's kernel once in a while never comes up.
+    hangs = f"the appliance is not there after {FIRST_EMULATION_LIMIT:.0f} s; starting it once more"
+    emulated = [
+        _Attempt("tcg", FIRST_EMULATION_LIMIT, force_tcg=True, otherwise=hangs),
+        _Attempt("tcg", EMULATION_LIMIT, force_tcg=True),
+    ]
+    if saved.all_saved(saved_home()):
+        otherwise = (
+            "the saved appliance does not continue; starting one from the beginning "
+            "('imgtool appliance save' saves it anew)"
+        )
+        emulated.insert(0, _Attempt("saved", SAVED_LIMIT, True, saved=True, otherwise=otherwise))
+    if not _kvm_there() or remembered() == "tcg":
+        return emulated
+    otherwise = (
+        "KVM does not work on this machine; using emulation, which is slower "
+        "(remembered until the next boot)"
+    )
+    return [_Attempt("kvm", KVM_LIMIT, otherwise=otherwise), *emulated]
+
+
+def _first_that_starts(
+    add_drives: Callable[[Any], None],
+    attempts: list[_Attempt],
+    notice: Callable[[str], None],
+    debug: bool,
+) -> tuple[Any, str]:
+    """A launched handle, and what accelerates it: `kvm`, `tcg`, or what the environment says."""
+    for attempt in attempts:
+        handle = new_handle(debug=debug)
+        started = time.monotonic()
+        try:
+            if attempt.force_tcg:
+                handle.set_backend_settings(["force_tcg"])
+            add_drives(handle)
+            if attempt.saved:
+                found = saved.for_handle(saved_home(), handle)
+                if found is None:
+                    handle.close()
+                    continue
+                handle.set_hv(str(found.starter))
+            _try(handle, attempt.limit)
+            continues = attempt.saved and saved.continued(handle)
+            if continues:
+                saved.settle(handle)
+        except (RuntimeError, EngineError) as error:
+            handle.close()
+            if interrupt.pending():
+                raise Interrupted("interrupted") from error
+            ended_by_itself = time.monotonic() - started < attempt.limit
+            again = attempts[attempts.index(attempt) + 1 :]
+            if not again or (ended_by_itself and attempt.name == again[0].name):
+                raise _explain(error) from error
+            log.info("appliance: %s", error)
+            notice(attempt.otherwise)
+            continue
+        except BaseException:
+            handle.close()
+            raise
+        how = "tcg" if attempt.saved and not continues else attempt.name
+        log.info("appliance: launched (%s) in %.1f s", how, time.monotonic() - started)
+        return handle, "tcg" if attempt.force_tcg else attempt.name
+    raise AssertionError("the last attempt starts or raises")
+
+
 @contextlib.contextmanager
 def launched(
     add_drives: Callable[[Any], None],
@@ -179,45 +273,13 @@ def launched(
 ) -> Iterator[Any]:
     """A launched handle with the drives that `add_drives` gives it; closed with the block.
 
-    `notice` gets a line for the user when KVM turns out not to work. Raises `HostError` when no
-    appliance starts, with what to install.
+    `notice` gets a line for the user when KVM or a saved appliance turns out not to work. Raises
+    `HostError` when no appliance starts, with what to install.
     """
-    chosen = "LIBGUESTFS_BACKEND" in os.environ or "LIBGUESTFS_BACKEND_SETTINGS" in os.environ
-    if chosen:
-        attempts = [("the backend of the environment", False, EMULATION_LIMIT)]
-    elif not _kvm_there() or remembered() == "tcg":
-        attempts = [("tcg", True, EMULATION_LIMIT)]
-    else:
-        attempts = [("kvm", False, KVM_LIMIT), ("tcg", True, EMULATION_LIMIT)]
-
-    handle: Any = None
-    for number, (name, force_tcg, limit) in enumerate(attempts):
-        last = number == len(attempts) - 1
-        handle = new_handle(debug=debug)
-        try:
-            if force_tcg:
-                handle.set_backend_settings(["force_tcg"])
-            add_drives(handle)
-            started = time.monotonic()
-            _try(handle, limit)
-        except RuntimeError as error:
-            handle.close()
-            if interrupt.pending():
-                raise Interrupted("interrupted") from error
-            if last:
-                raise _explain(error) from error
-            notice(
-                "KVM does not work on this machine; using emulation, which is slower "
-                "(remembered until the next boot)"
-            )
-            continue
-        except BaseException:
-            handle.close()
-            raise
-        log.info("appliance: launched (%s) in %.1f s", name, time.monotonic() - started)
-        if len(attempts) > 1:
-            _remember(name)
-        break
+    attempts = _attempts()
+    handle, name = _first_that_starts(add_drives, attempts, notice, debug)
+    if attempts[0].name == "kvm":
+        _remember(name)
     try:
         yield handle
     finally:
@@ -234,3 +296,16 @@ def time_launch(*, debug: bool = False) -> float:
     started = time.monotonic()
     with launched(scratch, notice=lines.append, debug=debug):
         return time.monotonic() - started
+
+
+def save_appliance(disks: int) -> saved.Saved:
+    """Save a launched appliance for guests of so many disks; see `saved`. Raises `HostError`."""
+    handle = new_handle()
+    hypervisor = str(handle.get_hv())
+    try:
+        handle.set_backend_settings(["force_tcg"])
+        for _ in range(disks):
+            handle.add_drive_scratch(1 << 20)
+        return saved.save(saved_home(), handle, hypervisor)
+    finally:
+        handle.close()

@@ -1,0 +1,320 @@
+"""The saved appliance: a launched appliance in a file, which continues in a second.
+
+An appliance takes ten seconds and more to start where there is no KVM. `save` starts one with
+empty disks, writes its memory to a file at the moment at which it would tell libguestfs that it is
+there, and gives libguestfs a program to start in QEMU's place (`starter`). A launch that asks for
+the same appliance (same QEMU, kernel, memory, number of disks) then continues that memory with the
+guest's disks in the place of the empty ones; `settle` lets the appliance's kernel look at them
+again, sets its clock, and gives it new random numbers. Any other launch is an ordinary one.
+
+No guest was ever in the memory that is saved. The files are the user's own and are used only while
+nobody else may write to them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shlex
+import shutil
+import stat
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import IO, Any
+
+from imgtool.engines.libguestfs.starter import appliance_drive, file_of, identity, quoted, shape
+from imgtool.engines.libguestfs.starter import stands as _stands
+from imgtool.errors import EngineError, HostError
+from imgtool.process import PIPE, command_of, run, spawn
+
+log = logging.getLogger(__name__)
+
+_VERSION = 1  # of what is in the folder
+_DUMMY = 1 << 20  # bytes of the disks that the appliance has while it is saved
+_LONGEST = 300.0  # seconds for an emulated appliance on a busy machine
+# The appliance has opened the channel and waits for somebody to be at its other end.
+_REST = 1.0
+
+# What the appliance's own start-up does once it sees disks, for the disks that it sees now.
+_SETTLE = r"""
+date -s @NOW >/dev/null
+head -c 256 /dev/hwrng >/dev/urandom 2>/dev/null
+root=$(mountpoint -d /)
+for disk in /sys/block/sd*; do
+    [ "$(cat $disk/dev)" = "$root" ] && continue
+    echo 1 >$disk/device/rescan
+    blockdev --flushbufs --rereadpt /dev/${disk##*/}
+done
+udevadm settle
+if grep -qs 'raid_member' /run/udev/data/b*; then
+    mdadm -As --auto=yes --run
+    udevadm settle
+fi
+if grep -qs 'ID_FS_TYPE=LVM2_member' /run/udev/data/b*; then
+    lvm pvscan --cache --activate ay
+fi
+if grep -qsi 'ID_PART_ENTRY_TYPE=\(0x42\|5808c8aa\|af9b60a0\)' /run/udev/data/b*; then
+    ldmtool create all
+fi
+udevadm settle
+echo settled
+"""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved appliance, for guests of so many disks.
+
+    `size` is in bytes of room taken, `time` in nanoseconds since 1970. A `fresh` one was made of
+    the QEMU and the appliance that are there now.
+    """
+
+    folder: Path
+    disks: int
+    size: int
+    time: int
+    hypervisor: str
+    fresh: bool
+
+    @property
+    def starter(self) -> Path:
+        return self.folder / "qemu"
+
+
+def _safe(folder: Path) -> bool:
+    """Whether all of it is this user's, and nobody else can write to it."""
+    for path in (folder, *folder.iterdir()):
+        facts = path.lstat()
+        if facts.st_uid != os.geteuid() or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            log.info("%s is not used: others may have written to it", path)
+            return False
+    return True
+
+
+def _read(folder: Path) -> Saved | None:
+    try:
+        if not _safe(folder):
+            return None
+        facts = json.loads((folder / "saved.json").read_text())
+        if facts["version"] != _VERSION:
+            return None
+        written = [path.stat() for path in folder.iterdir()]
+        return Saved(
+            folder=folder,
+            disks=int(facts["disks"]),
+            size=sum(one.st_blocks * 512 for one in written),
+            time=int(facts["time"]),
+            hypervisor=str(facts["hypervisor"]),
+            fresh=_stands(facts),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def all_saved(home: Path) -> list[Saved]:
+    """The saved appliances in a folder, those for the fewest disks first."""
+    try:
+        found = [_read(folder) for folder in home.iterdir() if folder.name.isdigit()]
+    except OSError:
+        return []
+    return sorted((one for one in found if one is not None), key=lambda one: one.disks)
+
+
+def for_handle(home: Path, handle: Any) -> Saved | None:
+    """The saved appliance for a handle that has its drives, if there is a fresh one."""
+    disks = len(handle.debug_drives())
+    saved = _read(home / str(disks))
+    if saved is None:
+        return None
+    if not saved.fresh:
+        log.info("the saved appliance is not used: QEMU or the appliance is another one now")
+        return None
+    if saved.hypervisor != handle.get_hv():
+        log.info("the saved appliance is not used: it was made with %s", saved.hypervisor)
+        return None
+    return saved
+
+
+def continued(handle: Any) -> bool:
+    """Whether a launched handle's appliance is a saved one that continues."""
+    return "-incoming" in command_of(handle.get_pid())
+
+
+def settle(handle: Any) -> None:
+    """Let an appliance that continues see the disks that it has now, and what time it is.
+
+    Raises `EngineError` if it does not.
+    """
+    try:
+        said = handle.debug("sh", [_SETTLE.replace("NOW", f"{time.time():.3f}")])
+    except RuntimeError as error:
+        raise EngineError(f"the saved appliance does not see the disks: {error}") from error
+    if said.split()[-1:] != ["settled"]:
+        raise EngineError(f"the saved appliance does not see the disks: {said}")
+
+
+def save(home: Path, handle: Any, hypervisor: str) -> Saved:
+    """Start the appliance that this handle, not launched yet, would start, and save it.
+
+    What the handle has as drives is counted but not used. Replaces what was saved for this many
+    disks. Raises `HostError` if the appliance does not start or there is no room.
+    """
+    disks = len(handle.debug_drives())
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise HostError(f"the appliance cannot be saved: {error.strerror}", subject=home) from error
+    with tempfile.TemporaryDirectory(prefix="imgtool-") as name:
+        argv = _asked(handle, hypervisor, Path(name))
+        new = Path(tempfile.mkdtemp(prefix=".new-", dir=home))
+        try:
+            _start_and_save(argv, hypervisor, Path(name), new)
+            own = Path(file_of(argv[appliance_drive(argv)]))
+            facts = {
+                "version": _VERSION,
+                "disks": disks,
+                "time": time.time_ns(),
+                "hypervisor": hypervisor,
+                "shape": shape(argv),
+                "files": [identity(hypervisor), identity(str(own))],
+            }
+            (new / "saved.json").write_text(json.dumps(facts))
+            _write_starter(new)
+            for path in new.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            old = home / str(disks)
+            if old.exists():
+                gone = Path(tempfile.mkdtemp(prefix=".old-", dir=home))
+                old.rename(gone / "old")
+                shutil.rmtree(gone)
+            new.rename(old)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+    saved = _read(home / str(disks))
+    if saved is None:
+        raise HostError("the appliance was saved but cannot be used", subject=home)
+    return saved
+
+
+def remove(saved: Saved) -> None:
+    """Remove a saved appliance; launches that have begun with it go on."""
+    shutil.rmtree(saved.folder)
+
+
+def _write_starter(folder: Path) -> None:
+    """A program for libguestfs to start, which finds the rest beside itself."""
+    source = resources.files(__package__).joinpath("starter.py").read_text()
+    (folder / "starter.py").write_text(source)
+    program = folder / "qemu"
+    python = shlex.quote(sys.executable)
+    program.write_text(
+        f'#!/bin/sh\nhere=$(dirname "$0")\nexec {python} -IS "$here/starter.py" "$here" "$@"\n'
+    )
+    program.chmod(0o700)
+
+
+def _asked(handle: Any, hypervisor: str, folder: Path) -> list[str]:
+    """The arguments with which libguestfs would start QEMU."""
+    asked = folder / "asked"
+    recorder = folder / "qemu"
+    recorder.write_text(
+        "#!/bin/sh\n"
+        'case " $* " in *" -kernel "*)\n'
+        f"    printf '%s\\0' \"$@\" >{shlex.quote(str(asked))}; exit 1 ;;\n"
+        "esac\n"
+        f'exec {shlex.quote(hypervisor)} "$@"\n'
+    )
+    recorder.chmod(0o700)
+    handle.set_hv(str(recorder))
+    reason = "libguestfs does not start QEMU itself"
+    try:
+        handle.launch()  # in vain
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+    try:
+        argv = [os.fsdecode(word) for word in asked.read_bytes().split(b"\0")[:-1]]
+    except FileNotFoundError:
+        raise HostError(f"the appliance cannot be saved: {reason}") from None
+    if appliance_drive(argv) < 0:
+        raise HostError("the appliance cannot be saved: it has no disk of its own")
+    return argv
+
+
+def _start_and_save(argv: list[str], hypervisor: str, scratch: Path, new: Path) -> None:
+    own = appliance_drive(argv)
+    root = new / "root.qcow2"
+    options = ["-f", "qcow2", "-b", file_of(argv[own]), "-F", "raw"]
+    run(["qemu-img", "create", "-q", *options, root])
+    empty = scratch / "empty"
+    with empty.open("wb") as file:
+        file.truncate(_DUMMY)
+    words = list(argv)
+    words[own] = f"file={quoted(root)},id=appliance,cache=unsafe,if=none,format=qcow2"
+    for number, (before, word) in enumerate(zip(["", *argv], argv, strict=False)):
+        if before == "-drive" and number != own:
+            disk = shape(["-drive", word])[1]
+            words[number] = f"file={quoted(empty)},snapshot=on,format=raw,id={disk},if=none"
+        elif before == "-chardev":
+            socket = quoted(scratch / "channel")
+            words[number] = f"socket,path={socket},id=channel0,server=on,wait=off"
+        elif before == "-serial":
+            words[number] = f"file:{scratch / 'console'}"
+    with spawn([hypervisor, *words, "-qmp", "stdio"], stdin=PIPE, stdout=PIPE) as qemu:
+        assert qemu.stdin is not None and qemu.stdout is not None and qemu.stderr is not None
+        qmp = _Monitor(qemu.stdin, qemu.stdout, qemu.stderr)
+        until = time.monotonic() + _LONGEST
+        while not _waits(qmp):
+            if time.monotonic() > until:
+                raise HostError("the appliance cannot be saved: it does not start")
+            time.sleep(0.1)
+        time.sleep(_REST)
+        qmp.do("migrate-set-parameters", {"max-bandwidth": 1 << 40})
+        state = shlex.quote(str(new / "state"))
+        qmp.do("migrate", {"uri": f"exec:cat >{state}"})
+        while (status := qmp.do("query-migrate")["status"]) not in ("completed", "failed"):
+            time.sleep(0.05)
+        if status == "failed":
+            raise HostError("the appliance cannot be saved: no room?", subject=new.parent)
+        qmp.do("quit")
+        qemu.wait(60)
+
+
+def _waits(qmp: _Monitor) -> bool:
+    """Whether the appliance has opened the channel to libguestfs."""
+    return any(
+        port["label"] == "channel0" and port["frontend-open"] for port in qmp.do("query-chardev")
+    )
+
+
+class _Monitor:
+    """QEMU's machine protocol over its standard input and output."""
+
+    def __init__(self, to_qemu: IO[bytes], from_qemu: IO[bytes], said: IO[bytes]) -> None:
+        self._to, self._from, self._said = to_qemu, from_qemu, said
+        self._answer()  # the greeting
+        self.do("qmp_capabilities")
+
+    def do(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        words = json.dumps({"execute": command, "arguments": arguments or {}})
+        with contextlib.suppress(BrokenPipeError):  # there is no answer either
+            self._to.write(words.encode() + b"\n")
+            self._to.flush()
+        while "return" not in (answer := self._answer()):
+            if "error" in answer:
+                said = answer["error"].get("desc")
+                raise HostError(f"the appliance cannot be saved: QEMU says: {said}")
+        return answer["return"]
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._from.readline()
+        if not line:
+            said = self._said.read().decode(errors="replace").strip().splitlines()
+            raise HostError(f"the appliance cannot be saved: {said[-1] if said else 'QEMU ended'}")
+        return dict(json.loads(line))
