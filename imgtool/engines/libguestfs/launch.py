@@ -10,6 +10,7 @@ command does not pay again. Emulated, an appliance that was saved goes on (`save
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from typing import Any
 
 from imgtool import interrupt
 from imgtool.engines.libguestfs import saved
+from imgtool.engines.libguestfs.monitor import Watch
 from imgtool.errors import EngineError, HostError, Interrupted
 from imgtool.process import processes_naming
 
@@ -44,8 +46,9 @@ SAVED_LIMIT = 120.0  # of a saved appliance, which takes a second
 # emulated launch. More udev workers than there are processors only wait for each other.
 _KERNEL_OPTIONS = "init_on_alloc=0 apparmor=0 audit=0 mitigations=off udev.children-max=2"
 
-# What each handle's appliance is called, for as long as there is the handle.
+# What each handle's appliance is called, and who listens to its QEMU, while there is the handle.
 _names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+_watches: weakref.WeakKeyDictionary[Any, Watch] = weakref.WeakKeyDictionary()
 
 _DOCTOR = "run 'imgtool doctor --launch' to see what is missing"
 
@@ -110,6 +113,7 @@ def new_handle(*, debug: bool = False) -> Any:
     handle.set_append(f"{_KERNEL_OPTIONS} {given}" if given else _KERNEL_OPTIONS)
     _names[handle] = f"imgtool-{secrets.token_hex(8)}"
     handle.set_identifier(_names[handle])
+    _watches[handle] = Watch(handle, functools.partial(_kill_named, _names[handle]))
     if debug:
         handle.set_trace(True)
         handle.set_verbose(True)
@@ -122,7 +126,11 @@ def kill(handle: Any) -> None:
     It is found by the name that its kernel is told: libguestfs answers no question about a handle,
     not even for the process, while a call of it is under way.
     """
-    for pid in processes_naming(f"guestfs_identifier={_names[handle]}"):
+    _kill_named(_names[handle])
+
+
+def _kill_named(name: str) -> None:
+    for pid in processes_naming(f"guestfs_identifier={name}"):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
@@ -141,6 +149,7 @@ def _try(handle: Any, limit: float) -> None:
     timer.daemon = True
     with interrupt.on_interrupt(later):
         timer.start()
+        _watches[handle].start()
         try:
             handle.launch()
         finally:
@@ -237,7 +246,7 @@ def _first_that_starts(
             if attempt.saved:
                 found = saved.for_handle(saved_home(), handle)
                 if found is None:
-                    handle.close()
+                    close(handle)
                     continue
                 handle.set_hv(str(found.starter))
             _try(handle, attempt.limit)
@@ -245,7 +254,7 @@ def _first_that_starts(
             if continues:
                 saved.settle(handle)
         except (RuntimeError, EngineError) as error:
-            handle.close()
+            close(handle)
             if interrupt.pending():
                 raise Interrupted("interrupted") from error
             ended_by_itself = time.monotonic() - started < attempt.limit
@@ -256,7 +265,7 @@ def _first_that_starts(
             notice(attempt.otherwise)
             continue
         except BaseException:
-            handle.close()
+            close(handle)
             raise
         how = "tcg" if attempt.saved and not continues else attempt.name
         log.info("appliance: launched (%s) in %.1f s", how, time.monotonic() - started)
@@ -282,8 +291,27 @@ def launched(
         _remember(name)
     try:
         yield handle
+    except Exception as error:
+        if failed := _watches[handle].failed:
+            raise _not_written(failed) from error
+        raise
     finally:
-        handle.close()
+        close(handle)
+    if failed := _watches[handle].failed:
+        raise _not_written(failed)
+
+
+def _not_written(reason: str) -> HostError:
+    if "No space left" in reason:
+        hint = "make room; copy-in, edit and inject write to --tmp-dir DIR until they are done"
+        return HostError("the host has no room left for what is written", hint=hint)
+    return HostError(f"the host cannot write what is written to the guest: {reason}")
+
+
+def close(handle: Any) -> None:
+    """Let a handle and its appliance go."""
+    handle.close()
+    _watches[handle].close()
 
 
 def time_launch(*, debug: bool = False) -> float:
@@ -308,4 +336,4 @@ def save_appliance(disks: int) -> saved.Saved:
             handle.add_drive_scratch(1 << 20)
         return saved.save(saved_home(), handle, hypervisor)
     finally:
-        handle.close()
+        close(handle)

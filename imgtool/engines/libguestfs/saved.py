@@ -13,7 +13,6 @@ nobody else may write to them.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -26,8 +25,9 @@ import time
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from imgtool.engines.libguestfs.monitor import Monitor
 from imgtool.engines.libguestfs.starter import appliance_drive, file_of, identity, quoted, shape
 from imgtool.engines.libguestfs.starter import stands as _stands
 from imgtool.errors import EngineError, HostError
@@ -261,60 +261,47 @@ def _start_and_save(argv: list[str], hypervisor: str, scratch: Path, new: Path) 
         if before == "-drive" and number != own:
             disk = shape(["-drive", word])[1]
             words[number] = f"file={quoted(empty)},snapshot=on,format=raw,id={disk},if=none"
-        elif before == "-chardev":
+        elif before == "-chardev" and _is(word, "channel0"):
             socket = quoted(scratch / "channel")
             words[number] = f"socket,path={socket},id=channel0,server=on,wait=off"
+        elif before == "-chardev":  # that of the monitor
+            words[number] = "stdio,id=imgtool"
         elif before == "-serial":
             words[number] = f"file:{scratch / 'console'}"
-    with spawn([hypervisor, *words, "-qmp", "stdio"], stdin=PIPE, stdout=PIPE) as qemu:
+    with spawn([hypervisor, *words], stdin=PIPE, stdout=PIPE) as qemu:
         assert qemu.stdin is not None and qemu.stdout is not None and qemu.stderr is not None
-        qmp = _Monitor(qemu.stdin, qemu.stdout, qemu.stderr)
-        until = time.monotonic() + _LONGEST
-        while not _waits(qmp):
-            if time.monotonic() > until:
-                raise HostError("the appliance cannot be saved: it does not start")
-            time.sleep(0.1)
-        time.sleep(_REST)
-        qmp.do("migrate-set-parameters", {"max-bandwidth": 1 << 40})
-        state = shlex.quote(str(new / "state"))
-        qmp.do("migrate", {"uri": f"exec:cat >{state}"})
-        while (status := qmp.do("query-migrate")["status"]) not in ("completed", "failed"):
-            time.sleep(0.05)
-        if status == "failed":
-            raise HostError("the appliance cannot be saved: no room?", subject=new.parent)
-        qmp.do("quit")
+        try:
+            _save(Monitor(qemu.stdin, qemu.stdout), new)
+        except EOFError:
+            said = qemu.stderr.read().decode(errors="replace").strip().splitlines()
+            reason = said[-1] if said else "QEMU ended"
+            raise HostError(f"the appliance cannot be saved: {reason}") from None
         qemu.wait(60)
 
 
-def _waits(qmp: _Monitor) -> bool:
+def _save(qmp: Monitor, new: Path) -> None:
+    until = time.monotonic() + _LONGEST
+    while not _waits(qmp):
+        if time.monotonic() > until:
+            raise HostError("the appliance cannot be saved: it does not start")
+        time.sleep(0.1)
+    time.sleep(_REST)
+    qmp.do("migrate-set-parameters", {"max-bandwidth": 1 << 40})
+    state = shlex.quote(str(new / "state"))
+    qmp.do("migrate", {"uri": f"exec:cat >{state}"})
+    while (status := qmp.do("query-migrate")["status"]) not in ("completed", "failed"):
+        time.sleep(0.05)
+    if status == "failed":
+        raise HostError("the appliance cannot be saved: no room?", subject=new.parent)
+    qmp.do("quit")
+
+
+def _is(word: str, identifier: str) -> bool:
+    return f"id={identifier}" in word.split(",")
+
+
+def _waits(qmp: Monitor) -> bool:
     """Whether the appliance has opened the channel to libguestfs."""
     return any(
         port["label"] == "channel0" and port["frontend-open"] for port in qmp.do("query-chardev")
     )
-
-
-class _Monitor:
-    """QEMU's machine protocol over its standard input and output."""
-
-    def __init__(self, to_qemu: IO[bytes], from_qemu: IO[bytes], said: IO[bytes]) -> None:
-        self._to, self._from, self._said = to_qemu, from_qemu, said
-        self._answer()  # the greeting
-        self.do("qmp_capabilities")
-
-    def do(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
-        words = json.dumps({"execute": command, "arguments": arguments or {}})
-        with contextlib.suppress(BrokenPipeError):  # there is no answer either
-            self._to.write(words.encode() + b"\n")
-            self._to.flush()
-        while "return" not in (answer := self._answer()):
-            if "error" in answer:
-                said = answer["error"].get("desc")
-                raise HostError(f"the appliance cannot be saved: QEMU says: {said}")
-        return answer["return"]
-
-    def _answer(self) -> dict[str, Any]:
-        line = self._from.readline()
-        if not line:
-            said = self._said.read().decode(errors="replace").strip().splitlines()
-            raise HostError(f"the appliance cannot be saved: {said[-1] if said else 'QEMU ended'}")
-        return dict(json.loads(line))
