@@ -7,7 +7,9 @@ volume, and for the filesystems whose label is elsewhere that place too.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import struct
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -90,11 +92,11 @@ def _elsewhere(boot: bytes) -> list[tuple[int, int]]:
 def identify(source: Source) -> Signature:
     """The signature on a volume; nothing where libblkid finds several that exclude each other."""
     head = source.read(0, min(_HEAD, source.size))
-    windows = [(0, _HEAD), (source.size - min(_TAIL, source.size), _TAIL)]
+    windows = [(max(len(head), source.size - _TAIL), _TAIL)]
     if len(head) >= 512:
         windows += _elsewhere(head[:512])
     library = _library()
-    with excerpt(source, windows) as descriptor:
+    with excerpt(source.size, itertools.chain([(0, head)], _read(source, windows))) as descriptor:
         probe = library.blkid_new_probe()
         if not probe:
             raise MemoryError
@@ -107,6 +109,13 @@ def identify(source: Source) -> Signature:
             return Signature(*(_value(library, probe, n) for n in (b"TYPE", b"LABEL", b"UUID")))
         finally:
             library.blkid_free_probe(probe)
+
+
+def _read(source: Source, windows: Iterable[tuple[int, int]]) -> Iterator[tuple[int, bytes]]:
+    """As much of each window (offset, length) as there is: (offset, bytes)."""
+    for offset, length in windows:
+        offset = max(0, min(offset, source.size))
+        yield offset, source.read(offset, min(length, source.size - offset))
 
 
 def _value(library: Any, probe: int, name: bytes) -> str | None:

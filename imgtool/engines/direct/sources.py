@@ -6,7 +6,7 @@ import contextlib
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -20,6 +20,7 @@ _KEPT_BLOCKS = 256
 # docs/interop/nbd.txt in QEMU
 _DEPTH = "qemu:allocation-depth"
 _ASKED = 1 << 30
+_ZEROS = bytes(32 << 10)
 _LARGEST_MAPPED = 16 << 40
 
 
@@ -203,18 +204,17 @@ class Joined:
 
 
 @contextlib.contextmanager
-def excerpt(source: Source, windows: Sequence[tuple[int, int]]) -> Iterator[int]:
-    """A file descriptor of a sparse copy of a source, with only the `windows` (offset, length)."""
+def excerpt(size: int, parts: Iterable[tuple[int, bytes]]) -> Iterator[int]:
+    """A file descriptor of a file of this size that has only these parts (offset, bytes)."""
     # In /tmp, whose size is limited; memory without a name is not.
     descriptor = os.open("/tmp", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
-        os.ftruncate(descriptor, source.size)
-        for offset, length in windows:
-            offset = max(0, min(offset, source.size))
-            length = min(length, source.size - offset)
-            data = source.read(offset, length)
-            if data != bytes(len(data)):
-                os.pwrite(descriptor, data, offset)
+        os.ftruncate(descriptor, size)
+        for offset, data in parts:
+            for start in range(0, len(data), len(_ZEROS)):
+                piece = data[start : start + len(_ZEROS)]
+                if piece != _ZEROS[: len(piece)]:
+                    os.pwrite(descriptor, piece, offset + start)
         yield descriptor
     finally:
         os.close(descriptor)
