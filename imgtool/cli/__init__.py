@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
+from typing import NoReturn
 
 import typer
 
@@ -66,4 +68,14 @@ def main() -> None:
         if status == ExitStatus.INTERRUPTED or (interrupt.pending() and status != ExitStatus.DONE):
             render.message("error", "interrupted")
             status = ExitStatus.INTERRUPTED
-    sys.exit(int(status))
+    _leave(int(status))
+
+
+def _leave(status: int) -> NoReturn:
+    """End at once: whatever has to be put away is a context manager and was, and to take Python
+    apart besides would take longer than to read a small file of a guest.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)
