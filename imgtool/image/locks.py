@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 _HELD, _NOT_SHARED = 100, 200
 _WRITE, _RESIZE = 1, 3
 _LAST_PERMISSION = 63
+_READERS = ("qemu-nbd", "qemu-img", "qemu-io")
+_PATIENCE = 15.0  # seconds that a writer waits for readers
 _FLOCK = struct.Struct("hhqqi0q")  # struct flock of 64-bit Linux
 
 
@@ -47,6 +50,12 @@ class Holder:
         if self.pid is None:
             return self.program or "a process that cannot be seen from here"
         return f"{self.program or 'a process'}, process {self.pid}"
+
+    @property
+    def passes(self) -> bool:
+        """Whether it is a reader of the kind that is done in a moment, or was done already."""
+        unseen = self.pid is None and self.program is None
+        return not self.writes and (unseen or self.program in _READERS)
 
     @property
     def hint(self) -> str:
@@ -179,17 +188,28 @@ def refuse_if_in_use(chain: Chain, *, read_only: bool = False) -> None:
     """Raise `RefusedError` if writing to the active image would meet another process, or a device.
 
     On the active image that is one that writes, or one that relies on nobody writing; on the files
-    below it, or with `read_only` on any, one that writes.
+    below it, or with `read_only` on any, one that writes. One that only reads, as imgtool itself
+    does, is given some seconds to finish.
     """
+    until = time.monotonic() + _PATIENCE
+    while (found := _in_the_way(chain, read_only)) is not None:
+        path, holder = found
+        if not holder.passes or time.monotonic() > until:
+            raise RefusedError(
+                f"the image is in use by {holder}",
+                subject=path,
+                hint=holder.hint,
+            )
+        time.sleep(0.05)
+
+
+def _in_the_way(chain: Chain, read_only: bool) -> tuple[Path, Holder] | None:
     active = () if read_only else chain.active.files
     for path in chain.files:
         for holder in holders(path):
             if holder.writes or (holder.exclusive and path in active):
-                raise RefusedError(
-                    f"the image is in use by {holder}",
-                    subject=path,
-                    hint=holder.hint,
-                )
+                return path, holder
+    return None
 
 
 @contextlib.contextmanager

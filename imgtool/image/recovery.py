@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from imgtool.image.record import (
 )
 
 Dirs = Sequence[str | Path]
+
+_PATIENCE = 15.0  # seconds that a commit waits for readers
 
 # Made beside the image and then renamed: either it has its name, or it is removed.
 NEW_FILES = ("create", "convert")
@@ -277,8 +280,17 @@ def _commit(base: Path, overlay: Path, backing_dirs: Dirs) -> Chain:
     chain = open_chain(overlay, format="qcow2", backing_dirs=dirs)
     if len(chain.links) < 2 or not chain.links[1].path.samefile(base):
         raise _no_longer(base, overlay)
-    qemu_img(["commit", "-d", chain.filename(read_only=False)], image=overlay)
-    return chain
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            qemu_img(["commit", "-d", chain.filename(read_only=False)], image=overlay)
+        except ImgtoolError as error:
+            # A reader that came just now is gone in a moment.
+            if "lock" not in error.message or time.monotonic() > until:
+                raise
+            time.sleep(0.1)
+        else:
+            return chain
 
 
 def _no_longer(base: Path, overlay: Path) -> RefusedError:

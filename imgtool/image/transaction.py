@@ -65,6 +65,7 @@ class Transaction:
         """Write everything down; from the first moment on it is either finished or can be."""
         for chain in self.chains:
             _sound_on_disk(chain)
+            refuse_if_in_use(Chain(chain.links[1:]))
         for record in self._records:
             record.note(step="ready")
         self._records[0].note(step="commit")
