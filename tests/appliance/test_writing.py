@@ -13,6 +13,7 @@ import pytest
 from imgtool import open_guest
 from imgtool.errors import ImgtoolError
 from imgtool.opening import open_guest_to_write
+from tests import guests
 from tests.conftest import Result
 
 pytestmark = pytest.mark.appliance
@@ -131,3 +132,51 @@ def _inode_bitmap(image: Path) -> int:
     block = int(shown.split("Inode bitmap at ")[1].split()[0].rstrip(","))
     size = int(shown.split("Block size:")[1].split()[0])
     return block * size
+
+
+def test_what_cannot_be_written_there_fails_soon_and_changes_nothing(image, tmp_path):
+    before = content(image)
+    (tmp_path / "etc").write_text("a file with the name of a directory\n")
+    for words, status, said in (
+        (("copy-in", image, tmp_path / "etc", "/nowhere/at/all"), 5, "no such file or directory"),
+        (("copy-in", image, tmp_path / "etc", "/"), 4, "directory"),
+        (("edit", image, "/etc", "-e", "s/a/b/"), 1, "directory"),
+        (("edit", image, "/etc/nothing", "-e", "s/a/b/"), 5, "no such file"),
+    ):
+        done = imgtool(*words)
+        assert (done.status, said in done.err) == (status, True), done.err
+        assert "internal error" not in done.err
+    assert content(image) == before
+
+
+def test_an_edit_keeps_the_selinux_label(tmp_path):
+    image = tmp_path / "disk.qcow2"
+    backing = ("-f", "qcow2", "-F", "qcow2", "-b", guests.guest("selinux"))
+    subprocess.run(["qemu-img", "create", "-q", *backing, image], check=True)
+    dirs = ("--backing-dir", guests.guest("selinux").parent)
+    done = imgtool("edit", image, "/etc/hostname", "-e", "s/^/new-/", "-b", ".bak", *dirs)
+    assert (done.status, done.err) == (0, "")
+    with open_guest(image, engine="libguestfs", backing_dirs=dirs[1:]) as guest:
+        assert guest.read_bytes("/etc/hostname").startswith(b"new-")
+        for path in ("/etc/hostname", "/etc/hostname.bak"):
+            raw = guest.calls.getxattr(path.encode(), b"security.selinux")
+            label = raw.rstrip(b"\0").decode()
+            assert label == guests.SELINUX_LABELS["/etc/hostname"]
+
+
+def test_a_block_device_is_written_to_whole_or_not_at_all(image, tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("needs root, for a loop device")
+    made = subprocess.run(
+        ["losetup", "--find", "--show", image], check=True, capture_output=True, text=True
+    )
+    device = Path(made.stdout.strip())
+    try:
+        (tmp_path / "new").write_text("content\n")
+        done = imgtool("copy-in", device, tmp_path / "new", "/etc", "--tmp-dir", tmp_path)
+        assert (done.status, done.err) == (0, "")
+        assert imgtool("cat", device, "/etc/new").out == b"content\n"
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["disk.raw", "new", "tree"]
+        assert not [path for path in Path("/var/tmp").iterdir() if device.name in path.name]
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
