@@ -79,7 +79,7 @@ def settle(record: Record, *, finish: bool, backing_dirs: Dirs = ()) -> str | No
                 break  # only the first waits for the others
             if other != str(image.resolve()):
                 recover(Path(other), backing_dirs=backing_dirs)
-        finish_write(record, backing_dirs)
+        finish_write(record, backing_dirs, cut_off=True)
         return f"an interrupted write to {name} was finished"
     elif operation == "write":
         temporary = Path(record.text("overlay"))
@@ -123,13 +123,20 @@ def pending_below(overlay: Path) -> Path | None:
     return None
 
 
-def finish_write(record: Record, backing_dirs: Dirs = ()) -> None:
-    """Write down what a committed overlay holds; then overlay and record go."""
+def finish_write(record: Record, backing_dirs: Dirs = (), *, cut_off: bool = False) -> None:
+    """Write down what a committed overlay holds; then overlay and record go.
+
+    Where that was `cut_off` before, QEMU may have left clusters that nothing uses.
+    """
     overlay = Path(record.text("overlay"))
     if overlay.exists():
         if not is_temporary_of(record.image, overlay.name):
             raise _no_longer(record.image, overlay)
+        if cut_off:
+            mend(record.image, as_named_in=overlay)
         _commit(record.image, overlay, backing_dirs)
+        if cut_off:
+            mend(record.image, as_named_in=overlay)
         overlay.unlink()
     record.remove()
 
@@ -173,9 +180,13 @@ def _settle_file(record: Record) -> str | None:
     return f"{what} was undone"
 
 
-def mend(image: Path) -> None:
-    """Have QEMU set its tables right after it was killed at work; no guest data are touched."""
-    link = probe(image)
+def mend(image: Path, *, as_named_in: Path | None = None) -> None:
+    """Have QEMU set its tables right after it was killed at work; no guest data are touched.
+
+    The format is what an overlay on it says: what a guest wrote to a raw disk may look like any.
+    """
+    header = headers.read(as_named_in) if as_named_in is not None else None
+    link = probe(image, format=header.backing_format if header is not None else None)
     refuse_if_in_use(Chain((link,)))
     if link.format != "qcow2":
         return
@@ -252,11 +263,11 @@ def _settle_commit(record: Record, *, finish: bool, backing_dirs: Dirs) -> str:
     if record.facts.get("step") != "proved":
         if not finish:
             return f"{name} undone: nothing had been written yet"
-        mend(base)
+        mend(base, as_named_in=overlay)
         chain = _commit(base, overlay, backing_dirs)
         if not same_content(chain.filename(), Chain(chain.links[1:]).filename()):
             raise ImgtoolError("the commit did not give the same content", subject=printable(base))
-        mend(base)  # what was counted twice over shows only now
+        mend(base, as_named_in=overlay)  # what was counted twice over shows only now
     committed(record, overlay)
     return f"{name} finished"
 
