@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from imgtool.image.chain import open_chain
+from imgtool.image.record import read_facts
 from imgtool.image.recovery import recover
 from tests.fault.writes import (
     NEW,
@@ -48,3 +52,33 @@ def test_cut_off_anywhere_it_is_all_old_or_all_new(tmp_path, kinds, after):
     else:
         pytest.fail("it never ends")
     assert seen == {OLD, NEW}
+
+
+def leak(image: Path) -> None:
+    """Count one cluster more than is used, as QEMU does when it is killed at the wrong time."""
+    with image.open("r+b") as file:
+        header = file.read(72)
+        cluster = 1 << int.from_bytes(header[20:24])
+        file.seek(int.from_bytes(header[48:56]))  # the refcount table, and its first block
+        block = int.from_bytes(file.read(8))
+        end = -(-image.stat().st_size // cluster)
+        file.truncate((end + 1) * cluster)
+        file.seek(block + 2 * end)
+        file.write((1).to_bytes(2))
+
+
+def test_what_a_killed_commit_left_unused_is_freed(tmp_path):
+    for number in range(1, 60):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        image = made(folder, "qcow2")
+        assert cut_off([image], ["qcow2"], number, False)
+        if read_facts(image).get("step") == "commit":
+            break
+    leak(image)
+    with pytest.raises(subprocess.CalledProcessError):
+        qemu_img("check", image)
+    recover(image)
+    qemu_img("check", image)
+    assert pattern(image, "qcow2", NEW)
+    assert left_over(folder) == []
