@@ -68,9 +68,12 @@ class Trials:
         if chosen.random() < 0.3:  # the shortest step, and the one that matters most
             while step(process, image) in ("start", "appliance"):
                 time.sleep(0.002)
-            time.sleep(chosen.random() * 0.25)
+            time.sleep(chosen.random() * 0.1)
         else:
-            time.sleep(chosen.random() * self.seconds)
+            moment = chosen.random()
+            if victim == "qemu" and moment < 0.4 and chosen.random() < 0.8:
+                moment += 0.4  # one that does not come up is started again, which takes long
+            time.sleep(moment * self.seconds)
         where = step(process, image)
         if victim == "imgtool":
             process.kill()
@@ -138,5 +141,5 @@ def test_what_is_killed_is_all_old_or_all_new(name, kind, disk, tmp_path):
 def test_what_is_killed_300_times_is_all_old_or_all_new(name, kind, disk, tmp_path):
     trials = Trials(name, kind, disk, tmp_path)
     _killed(trials, 34, 2)
-    assert trials.landed["commit"] >= 3, trials.landed
+    assert trials.landed["commit"] >= 2, trials.landed
     assert trials.landed["appliance"] >= 8, trials.landed
