@@ -169,7 +169,7 @@ def start(words: tuple[str | Path, ...]) -> subprocess.Popen[str]:
 
 
 def step(process: subprocess.Popen[str], image: Path) -> str:
-    """What is being done: `start`, `appliance`, `commit`, `ended`."""
+    """What is being done: `appliance`, `commit`, `ended`; `start` before them, or between."""
     if process.poll() is not None:
         return "ended"
     facts = read_facts(image)
@@ -181,8 +181,9 @@ def step(process: subprocess.Popen[str], image: Path) -> str:
 def _qemus(parent: int) -> list[int]:
     """The QEMU programs that a process has started."""
     try:
-        text = Path(f"/proc/{parent}/task/{parent}/children").read_text()
-        children = [int(word) for word in text.split()]
+        threads = Path(f"/proc/{parent}/task").iterdir()
+        words = " ".join((thread / "children").read_text() for thread in threads)
+        children = [int(word) for word in words.split()]
     except (FileNotFoundError, ProcessLookupError):
         return []
     return [pid for pid in children if any("qemu" in word for word in command_of(pid)[:1])]
