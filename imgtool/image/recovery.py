@@ -263,6 +263,8 @@ def _settle_commit(record: Record, *, finish: bool, backing_dirs: Dirs) -> str:
     if record.facts.get("step") != "proved":
         if not finish:
             return f"{name} undone: nothing had been written yet"
+        if not stands_on(overlay, base):
+            raise _no_longer(base, overlay)
         mend(base, as_named_in=overlay)
         chain = _commit(base, overlay, backing_dirs)
         if not same_content(chain.filename(), Chain(chain.links[1:]).filename()):
