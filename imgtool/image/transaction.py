@@ -107,7 +107,7 @@ def clone(chain: Chain, new: Path) -> Iterator[Clone]:
     Raises `RefusedError` if `new` exists, or if the image is being written by somebody.
     """
     refuse_existing(new)
-    refuse_if_in_use(chain)
+    refuse_if_in_use(chain, read_only=True)  # others may read it, as other clones do
     with opened(new, create=True) as record:
         assert record is not None
         settle(record, finish=True)
