@@ -73,5 +73,4 @@ def remove(
     from imgtool.engines.libguestfs.launch import saved_home
 
     set_up_logging(verbose=verbose, debug=debug)
-    for one in saved.all_saved(saved_home()):
-        saved.remove(one)
+    saved.remove_all(saved_home())

@@ -28,7 +28,7 @@ _HELD, _NOT_SHARED = 100, 200
 _WRITE, _RESIZE = 1, 3
 _LAST_PERMISSION = 63
 _READERS = ("qemu-nbd", "qemu-img", "qemu-io")
-_PATIENCE = 15.0  # seconds that a writer waits for readers
+PATIENCE = 15.0  # seconds that a writer waits for readers
 _FLOCK = struct.Struct("hhqqi0q")  # struct flock of 64-bit Linux
 
 
@@ -191,7 +191,7 @@ def refuse_if_in_use(chain: Chain, *, read_only: bool = False) -> None:
     below it, or with `read_only` on any, one that writes. One that only reads, as imgtool itself
     does, is given some seconds to finish.
     """
-    until = time.monotonic() + _PATIENCE
+    until = time.monotonic() + PATIENCE
     while (found := _in_the_way(chain, read_only)) is not None:
         path, holder = found
         if not holder.passes or time.monotonic() > until:

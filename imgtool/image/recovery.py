@@ -12,7 +12,7 @@ from imgtool.image import headers, qcow2
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
 from imgtool.image.info import Snapshot, probe
-from imgtool.image.locks import refuse_if_in_use
+from imgtool.image.locks import PATIENCE, refuse_if_in_use
 from imgtool.image.places import printable
 from imgtool.image.qemu_img import qemu_img, same_content
 from imgtool.image.record import (
@@ -27,8 +27,6 @@ from imgtool.image.record import (
 )
 
 Dirs = Sequence[str | Path]
-
-_PATIENCE = 15.0  # seconds that a commit waits for readers
 
 # Made beside the image and then renamed: either it has its name, or it is removed.
 NEW_FILES = ("create", "convert")
@@ -293,13 +291,13 @@ def _commit(base: Path, overlay: Path, backing_dirs: Dirs) -> Chain:
     chain = open_chain(overlay, format="qcow2", backing_dirs=dirs)
     if len(chain.links) < 2 or not chain.links[1].path.samefile(base):
         raise _no_longer(base, overlay)
-    until = time.monotonic() + _PATIENCE
+    until = time.monotonic() + PATIENCE
     while True:
         try:
             qemu_img(["commit", "-d", chain.filename(read_only=False)], image=overlay)
         except ImgtoolError as error:
-            # A reader that came just now is gone in a moment.
-            if "lock" not in error.message or time.monotonic() > until:
+            # QEMU's locks are another's: a reader that came just now is gone in a moment.
+            if 'Failed to get "' not in error.message or time.monotonic() > until:
                 raise
             time.sleep(0.1)
         else:

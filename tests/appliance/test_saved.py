@@ -96,4 +96,4 @@ def test_removed_it_is_gone(cache, tmp_path):
     copy = tmp_path / "cache"
     shutil.copytree(cache, copy)
     assert imgtool("appliance", "remove", cache=copy).returncode == 0
-    assert list((copy / "imgtool/appliance").iterdir()) == []
+    assert not (copy / "imgtool/appliance").exists()

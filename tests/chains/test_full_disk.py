@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from imgtool.image.record import record_path
 from tests.chains.work import SCENES, Scene, checked, imgtool, left_over
+from tests.room import fill, small_disk
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small tmpfs")
 
 _KIB = 1 << 10
 # How much room is left; with the least not even a record can be written.
 _ROOM = (0, 64 * _KIB, 1024 * _KIB)
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", folder], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
-def fill(folder: Path, room: int) -> Path:
-    """Take all the space but `room` bytes."""
-    ballast = folder / "ballast"
-    state = os.statvfs(folder)
-    with ballast.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(state.f_bavail * state.f_bsize - room, 1))
-    return ballast
 
 
 def _scene(name: str) -> Scene:
@@ -64,7 +43,7 @@ def test_a_full_disk_leaves_the_old_state_and_room_lets_it_finish(
     scene.make(template)
     old = scene.contents(template)
     failed = 0
-    with small_disk(tmp_path / "disk") as disk:
+    with small_disk(tmp_path / "disk", 64) as disk:
         folder = disk / "images"
         for room in _ROOM:
             scene.copy(template, folder)

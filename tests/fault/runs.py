@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import signal
@@ -16,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imgtool import open_guest
-from imgtool.image.record import is_ours, read_facts
+from imgtool.image.record import read_facts
 from imgtool.process import command_of, processes_naming
+from tests.chains.work import checked
 from tests.inject_root import Root
 
 KINDS = ("raw", "qcow2", "chain")
@@ -138,12 +138,7 @@ def manifest(image: Path) -> str:
 def sound(image: Path, kind: str, scratch: Path) -> None:
     """Raise unless QEMU calls the image sound, and e2fsck its filesystem."""
     if kind != "raw":
-        said = subprocess.run(
-            ["qemu-img", "check", "--output=json", image], capture_output=True, check=True
-        )
-        answer = json.loads(said.stdout)
-        wrong = {k: answer[k] for k in ("corruptions", "leaks", "check-errors") if answer.get(k)}
-        assert not wrong, wrong
+        assert checked(image) == {}
     flat = scratch / f"{image.parent.name}.flat"
     _run("qemu-img", "convert", "-O", "raw", image, flat)
     done = subprocess.run(
@@ -151,10 +146,6 @@ def sound(image: Path, kind: str, scratch: Path) -> None:
     )
     flat.unlink()
     assert done.returncode == 0, done.stdout
-
-
-def left_over(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir() if is_ours(path.name)]
 
 
 def start(words: tuple[str | Path, ...]) -> subprocess.Popen[str]:

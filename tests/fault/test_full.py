@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.fault.runs import RUNS, imgtool, left_over, make, manifest, prepare, sound
+from tests.chains.work import left_over
+from tests.fault.runs import RUNS, imgtool, make, manifest, prepare, sound
+from tests.room import fill, small_disk
 
 pytestmark = pytest.mark.appliance
 
@@ -24,26 +23,6 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def facts(path: Path) -> tuple[str, int]:
     """What an image file holds, and when it was changed."""
     return hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
-    folder.mkdir()
-    size = f"size={megabytes}M"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
-def ballast(folder: Path, room: int) -> Path:
-    """A file that takes all the space but `room` bytes."""
-    path = folder / "ballast"
-    state = os.statvfs(folder)
-    with path.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, state.f_bavail * state.f_bsize - room)
-    return path
 
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small tmpfs")
@@ -60,7 +39,7 @@ def test_a_host_without_room_is_said_and_the_image_is_as_it_was(name, kind, disk
         words: tuple[str | Path, ...] = ("copy-in", image, large, "/srv")
         if name == "edit":
             words = ("edit", image, "/srv/large", "-e", "s/line/" + "a longer line " * 6 + "/")
-        taken = ballast(small, 6 * _MIB)
+        taken = fill(small, 6 * _MIB)
         before = facts(image)
         done = imgtool(*words)
         assert done.stderr.startswith(
@@ -79,7 +58,7 @@ def test_a_host_without_room_is_said_and_the_image_is_as_it_was(name, kind, disk
 def test_an_image_that_cannot_grow_is_read_through_what_was_written(disk, tmp_path):
     with small_disk(tmp_path / "small", 100) as small:
         image = make(disk, "raw", small / "images")
-        taken = ballast(small, 4 * _MIB)
+        taken = fill(small, 4 * _MIB)
         words = (*RUNS["copy-in"].words(image, disk.parent), "--tmp-dir", tmp_path)
         done = imgtool(*words)
         assert done.returncode == 1

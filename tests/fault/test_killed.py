@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.chains.work import left_over
 from tests.fault.runs import (
     KINDS,
     RUNS,
     imgtool,
     kill_qemu,
-    left_over,
     make,
     manifest,
     prepare,

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault.runs import RUNS, imgtool, left_over, make, manifest, prepare, sound, start
+from tests.chains.work import left_over
+from tests.fault.runs import RUNS, imgtool, make, manifest, prepare, sound, start
 
 pytestmark = pytest.mark.appliance
 

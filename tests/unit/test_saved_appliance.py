@@ -129,13 +129,16 @@ def test_a_broken_note_is_no_saved_appliance(home):
     assert saved.all_saved(home) == []
 
 
-def test_removing_leaves_nothing(home):
-    for one in saved.all_saved(home):
-        saved.remove(one)
-    assert list(home.iterdir()) == []
+def test_removing_leaves_nothing_also_of_what_was_cut_off(home):
+    (home / ".new-1234").mkdir()
+    (home / "1/saved.json").write_text("{")
+    saved.remove_all(home)
+    assert not home.exists()
+    saved.remove_all(home)
 
 
-def test_a_cache_that_cannot_be_made_is_an_error_of_the_host(tmp_path):
+def test_a_cache_that_cannot_be_made_is_an_error_of_the_host(tmp_path, monkeypatch):
+    monkeypatch.setattr(saved, "_asked", lambda *arguments: asked(tmp_path))
     (tmp_path / "file").touch()
     with pytest.raises(HostError, match="cannot be saved: Not a directory"):
         saved.save(tmp_path / "file/appliance", Handle(1, tmp_path), "qemu")

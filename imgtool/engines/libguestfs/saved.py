@@ -128,8 +128,7 @@ def all_saved(home: Path) -> list[Saved]:
 
 def for_handle(home: Path, handle: Any) -> Saved | None:
     """The saved appliance for a handle that has its drives, if there is a fresh one."""
-    disks = len(handle.debug_drives())
-    saved = _read(home / str(disks))
+    saved = _read(home / str(len(handle.debug_drives())))
     if saved is None:
         return None
     if not saved.fresh:
@@ -165,47 +164,59 @@ def save(home: Path, handle: Any, hypervisor: str) -> Saved:
     What the handle has as drives is counted but not used. Replaces what was saved for this many
     disks. Raises `HostError` if the appliance does not start or there is no room.
     """
-    disks = len(handle.debug_drives())
-    try:
-        home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise HostError(f"the appliance cannot be saved: {error.strerror}", subject=home) from error
     with tempfile.TemporaryDirectory(prefix="imgtool-") as name:
         argv = _asked(handle, hypervisor, Path(name))
-        new = Path(tempfile.mkdtemp(prefix=".new-", dir=home))
         try:
-            _start_and_save(argv, hypervisor, Path(name), new)
-            own = Path(file_of(argv[appliance_drive(argv)]))
-            facts = {
-                "version": _VERSION,
-                "disks": disks,
-                "time": time.time_ns(),
-                "hypervisor": hypervisor,
-                "shape": shape(argv),
-                "files": [identity(hypervisor), identity(str(own))],
-            }
-            (new / "saved.json").write_text(json.dumps(facts))
-            _write_starter(new)
-            for path in new.iterdir():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            old = home / str(disks)
-            if old.exists():
-                gone = Path(tempfile.mkdtemp(prefix=".old-", dir=home))
-                old.rename(gone / "old")
-                shutil.rmtree(gone)
-            new.rename(old)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-    saved = _read(home / str(disks))
+            home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            new = Path(tempfile.mkdtemp(prefix=".new-", dir=home))
+            try:
+                _start_and_save(argv, hypervisor, Path(name), new)
+                _describe(argv, len(handle.debug_drives()), hypervisor, new)
+                _put_in_place(new, home / str(len(handle.debug_drives())))
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
+        except OSError as error:
+            reason = f"the appliance cannot be saved: {error.strerror}"
+            raise HostError(reason, subject=home) from error
+    saved = _read(home / str(len(handle.debug_drives())))
     if saved is None:
         raise HostError("the appliance was saved but cannot be used", subject=home)
     return saved
 
 
-def remove(saved: Saved) -> None:
-    """Remove a saved appliance; launches that have begun with it go on."""
-    shutil.rmtree(saved.folder)
+def _describe(argv: list[str], disks: int, hypervisor: str, folder: Path) -> None:
+    """Write down what was saved, and what starts it."""
+    facts = {
+        "version": _VERSION,
+        "disks": disks,
+        "time": time.time_ns(),
+        "hypervisor": hypervisor,
+        "shape": shape(argv),
+        "files": [identity(hypervisor), identity(file_of(argv[appliance_drive(argv)]))],
+    }
+    (folder / "saved.json").write_text(json.dumps(facts))
+    _write_starter(folder)
+
+
+def _put_in_place(new: Path, place: Path) -> None:
+    for path in new.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    if place.exists():
+        gone = Path(tempfile.mkdtemp(prefix=".old-", dir=place.parent))
+        place.rename(gone / "old")
+        shutil.rmtree(gone)
+    new.rename(place)
+
+
+def remove_all(home: Path) -> None:
+    """Remove what was saved, and what was left of it; launches that have begun with it go on."""
+    try:
+        shutil.rmtree(home)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise HostError(f"cannot be removed: {error.strerror}", subject=home) from error
 
 
 def _write_starter(folder: Path) -> None:
