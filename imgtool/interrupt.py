@@ -19,6 +19,8 @@ from types import FrameType
 _callbacks: list[Callable[[], None]] = []
 _lock = threading.Lock()
 _seen = threading.Event()
+_holding = 0  # how many blocks of `whole` the main thread is in
+_held_back = False
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -42,8 +44,29 @@ def on_interrupt(callback: Callable[[], None]) -> Iterator[None]:
             _callbacks.remove(callback)
 
 
+@contextlib.contextmanager
+def whole() -> Iterator[None]:
+    """A short block that is not cut in two: an interrupt that comes in it is raised at its end."""
+    global _holding, _held_back
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python interrupts no other
+        return
+    _holding += 1
+    try:
+        yield
+    finally:
+        _holding -= 1
+        if _held_back and not _holding:
+            _held_back = False
+            raise KeyboardInterrupt
+
+
 def _stop(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    global _held_back
+    if _holding:
+        _held_back = True
+    else:
+        raise KeyboardInterrupt
 
 
 def _listen(reading: socket.socket) -> None:

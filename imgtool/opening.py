@@ -17,6 +17,7 @@ from imgtool.guest.model import Mount
 from imgtool.guest.partitions import partitions_of
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.locks import warn_if_written
+from imgtool.image.reading import chain_to_read
 
 if TYPE_CHECKING:
     from imgtool.engines.libguestfs.guest import LibguestfsGuest
@@ -49,16 +50,33 @@ def open_images(
     backing_dirs: Sequence[str | Path] = (),
 ) -> tuple[Chain, ...]:
     """The chains of a guest's disks, checked: nothing is opened that the chain rule forbids."""
+    chains = tuple(open_chain(image, format=format, backing_dirs=backing_dirs) for image in images)
+    return _not_noise(chains, format)
+
+
+def _not_noise(chains: tuple[Chain, ...], format: str | None) -> tuple[Chain, ...]:
     from imgtool.image.recognise import refuse_noise
 
-    chains = tuple(
-        open_chain(Path(image), format=format, backing_dirs=[Path(d) for d in backing_dirs])
-        for image in images
-    )
     if format is None:
         for chain in chains:
             refuse_noise(chain)
     return chains
+
+
+@contextlib.contextmanager
+def images_to_read(
+    images: Sequence[str | Path],
+    *,
+    format: str | None = None,
+    backing_dirs: Sequence[str | Path] = (),
+) -> Iterator[tuple[Chain, ...]]:
+    """`open_images` for those who read them in the block: no imgtool changes them meanwhile."""
+    with contextlib.ExitStack() as stack:
+        chains = tuple(
+            stack.enter_context(chain_to_read(image, format=format, backing_dirs=backing_dirs))
+            for image in images
+        )
+        yield _not_noise(chains, format)
 
 
 @contextlib.contextmanager
@@ -88,43 +106,44 @@ def open_guest(
         raise UsageError(f"no such engine; choose from {', '.join(ENGINES)}", subject=engine)
     wanted = [key if isinstance(key, Key) else parse_key(key) for key in keys]
     started = time.monotonic()
-    chains = open_images([image, *add], format=format, backing_dirs=backing_dirs)
     notice = _once(notice)
-    for chain in chains:
-        if snapshot is not None:
-            chain.snapshot(snapshot)
-        if line := warn_if_written(chain):
-            notice(line)
-    log.info("chain: checked in %.3f s", time.monotonic() - started)
-
-    def appliance() -> AbstractContextManager[Guest]:
-        return _appliance(
-            chains,
-            image=str(image),
-            snapshot=snapshot,
-            mounts=mounts,
-            root=root,
-            keys=wanted,
-            notice=notice,
-            debug=debug,
-        )
-
-    if engine == "libguestfs" or (wanted and engine == "auto"):
-        if engine == "auto":
-            log.info("engine: libguestfs, since keys are given")
-        with appliance() as guest:
-            yield guest
-        return
-
-    from imgtool.engines.choice import ChosenGuest
-    from imgtool.engines.direct.opened import open_direct
-
-    def direct() -> AbstractContextManager[Guest]:
-        return open_direct(
-            str(image), chains, snapshot=snapshot, mounts=mounts, root=root, notice=notice
-        )
-
     with contextlib.ExitStack() as stack:
+        chains = stack.enter_context(
+            images_to_read([image, *add], format=format, backing_dirs=backing_dirs)
+        )
+        for chain in chains:
+            if snapshot is not None:
+                chain.snapshot(snapshot)
+            if line := warn_if_written(chain):
+                notice(line)
+        log.info("chain: checked in %.3f s", time.monotonic() - started)
+
+        def appliance() -> AbstractContextManager[Guest]:
+            return _appliance(
+                chains,
+                image=str(image),
+                snapshot=snapshot,
+                mounts=mounts,
+                root=root,
+                keys=wanted,
+                notice=notice,
+                debug=debug,
+            )
+
+        if engine == "libguestfs" or (wanted and engine == "auto"):
+            if engine == "auto":
+                log.info("engine: libguestfs, since keys are given")
+            yield stack.enter_context(appliance())
+            return
+
+        from imgtool.engines.choice import ChosenGuest
+        from imgtool.engines.direct.opened import open_direct
+
+        def direct() -> AbstractContextManager[Guest]:
+            return open_direct(
+                str(image), chains, snapshot=snapshot, mounts=mounts, root=root, notice=notice
+            )
+
         yield ChosenGuest(
             stack, direct, None if engine == "direct" else appliance, image=str(image)
         )

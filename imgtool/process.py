@@ -19,7 +19,9 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from imgtool import interrupt
 from imgtool.errors import HostError
 
 log = logging.getLogger(__name__)
@@ -123,28 +125,19 @@ def run(
     limits = limits or Limits()
     words = [str(word) for word in argv]
     log.debug("run: %s", shlex.join(words))
-    try:
-        done = subprocess.run(
-            words,
-            input=input,
-            stdin=None if input is not None else subprocess.DEVNULL,
-            capture_output=True,
-            timeout=limits.wall,
-            env=environment(env),
-            pass_fds=pass_fds,
-            user=owner[0] if owner else None,
-            group=owner[1] if owner else None,
-            extra_groups=[] if owner else None,
-            preexec_fn=_prepare_child(limits, os.getpid(), before),
-            check=False,
-        )
-    except FileNotFoundError as error:
-        raise _missing(words[0]) from error
-    except subprocess.TimeoutExpired as error:
-        raise TimedOut(f"{words[0]} took longer than {limits.wall} s and was stopped") from error
-    if done.returncode not in ok:
-        raise ProgramFailed(words, done.returncode, done.stderr.decode(errors="replace"))
-    return done
+    options = _options(limits, pass_fds, env, owner, before)
+    stdin = subprocess.DEVNULL if input is None else PIPE
+    with _started(words, stdin=stdin, stdout=PIPE, stderr=PIPE, **options) as process:
+        try:
+            out, said = process.communicate(input, timeout=limits.wall)
+        except subprocess.TimeoutExpired as error:
+            message = f"{words[0]} took longer than {limits.wall} s and was stopped"
+            raise TimedOut(message) from error
+        finally:
+            process.kill()  # does nothing to a program that has ended
+    if process.returncode not in ok:
+        raise ProgramFailed(words, process.returncode, said.decode(errors="replace"))
+    return subprocess.CompletedProcess(words, process.returncode, out, said)
 
 
 @contextlib.contextmanager
@@ -163,38 +156,59 @@ def spawn(
 
     As root, `owner` (UID, GID) is whom the program runs as.
     """
-    limits = limits or Limits()
     words = [str(word) for word in argv]
     log.debug("spawn: %s", shlex.join(words))
+    options = _options(limits or Limits(), pass_fds, env, owner)
+    with _started(words, stdin=stdin, stdout=stdout, stderr=stderr, **options) as process:
+        yield process
+
+
+def _options(
+    limits: Limits,
+    pass_fds: Sequence[int],
+    env: dict[str, str] | None,
+    owner: tuple[int, int] | None,
+    before: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    return {
+        "env": environment(env),
+        "pass_fds": pass_fds,
+        "user": owner[0] if owner else None,
+        "group": owner[1] if owner else None,
+        "extra_groups": [] if owner else None,
+        "preexec_fn": _prepare_child(limits, os.getpid(), before),
+    }
+
+
+@contextlib.contextmanager
+def _started(words: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A program that has ended, and was waited for, when the block ends: also after Ctrl-C, when
+    what it had locked would else be locked for a moment more."""
+    process = None
     try:
-        process = subprocess.Popen(
-            words,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            env=environment(env),
-            pass_fds=pass_fds,
-            user=owner[0] if owner else None,
-            group=owner[1] if owner else None,
-            extra_groups=[] if owner else None,
-            preexec_fn=_prepare_child(limits, os.getpid()),
-        )
-    except FileNotFoundError as error:
-        raise _missing(words[0]) from error
-    try:
+        with interrupt.whole():  # a process that Popen has not returned yet would be nobody's
+            try:
+                process = subprocess.Popen(words, **options)
+            except FileNotFoundError as error:
+                raise _missing(words[0]) from error
         yield process
     finally:
-        process.terminate()
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        for stream in (process.stdin, process.stdout, process.stderr):
-            if stream is not None:
-                # What could not be sent to a program that is gone is of no interest.
-                with contextlib.suppress(OSError):
-                    stream.close()
+        if process is not None:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None:
+            # What could not be sent to a program that is gone is of no interest.
+            with contextlib.suppress(OSError):
+                stream.close()
 
 
 def leave_running(

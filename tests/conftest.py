@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,13 @@ import typer
 
 import imgtool.opening
 from imgtool import cli
+
+# A command that is found only where the environment is on the PATH is not tested: all start
+# `python -m imgtool` with the Python that runs the tests.
+_INSTALLED = str(Path(sys.executable).parent)
+os.environ["PATH"] = os.pathsep.join(
+    folder for folder in os.environ["PATH"].split(os.pathsep) if folder != _INSTALLED
+)
 
 # Half of the time of a quick command goes into this.
 _get_command = functools.cache(typer.main.get_command)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imgtool.cli import options, render
 from imgtool.cli.options import Output
 from imgtool.cli.session import Request
 from imgtool.errors import ImgtoolError
+
+if TYPE_CHECKING:
+    from imgtool.image.chain import Chain
 
 FIELDS = (
     "path",
@@ -36,12 +39,17 @@ def info(
     debug: options.Debug = False,
 ) -> None:
     """Show format, sizes, backing chain, snapshots, locks and the partition table of an image."""
-    from imgtool.guest.partitions import partitions_of
-    from imgtool.image.locks import holders
-    from imgtool.opening import open_images
+    from imgtool.opening import images_to_read
 
     request = Request.of(locals())
-    (chain,) = open_images([image], format=format, backing_dirs=request.backing_dirs)
+    with images_to_read([image], format=format, backing_dirs=request.backing_dirs) as (chain,):
+        _show(chain, output, human=human)
+
+
+def _show(chain: Chain, output: Output, *, human: bool) -> None:
+    from imgtool.guest.partitions import partitions_of
+    from imgtool.image.locks import holders
+
     rows: list[dict[str, Any]] = []
     for link in chain.links:
         rows.append(

@@ -179,18 +179,18 @@ def partitions(
     """Show the partition table: start, size and offset of each partition, in bytes."""
     from imgtool.guest.partition_table import disk_name
     from imgtool.guest.partitions import partitions_of
-    from imgtool.opening import open_images
+    from imgtool.opening import images_to_read
 
     request = Request.of(locals())
     found: list[Partition] = []
     problems: list[str] = []
-    chains = open_images(
+    with images_to_read(
         [request.image, *request.add], format=format, backing_dirs=request.backing_dirs
-    )
-    for number, chain in enumerate(chains):
-        table = partitions_of(chain, device=disk_name(number), snapshot=snapshot)
-        found += table.partitions
-        problems += table.problems
+    ) as chains:
+        for number, chain in enumerate(chains):
+            table = partitions_of(chain, device=disk_name(number), snapshot=snapshot)
+            found += table.partitions
+            problems += table.problems
     for problem in problems:
         render.message("warning", problem)
     rows = [{name: getattr(partition, name) for name in PARTITION_FIELDS} for partition in found]

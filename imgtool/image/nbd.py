@@ -11,8 +11,8 @@ from typing import Any
 
 from imgtool.errors import HostError, ImageError
 from imgtool.image.chain import Chain
-from imgtool.image.locks import in_use_for_writing
 from imgtool.image.places import printable
+from imgtool.image.reading import passes_locks
 from imgtool.process import Limits, spawn
 
 # 200 links with QEMU's caches stay far below this; a hostile table that asks for more dies alone.
@@ -98,8 +98,6 @@ def serve(chain: Chain, *, snapshot: str | None = None) -> Iterator[NbdServer]:
     image = chain.active.path
     if any(link.encrypted for link in chain.links):
         raise ImageError("encrypted by QEMU, which is not supported", subject=printable(image))
-    # Locks are passed by only where somebody writes: elsewhere they keep a writer from starting.
-    shared = any(in_use_for_writing(path) is not None for path in chain.files)
     argv = ["qemu-nbd", "--read-only", "--persistent", f"--shared={_CLIENTS}"]
     if snapshot is not None:
         # By id, since a name can hold what a command line cannot.
@@ -107,7 +105,7 @@ def serve(chain: Chain, *, snapshot: str | None = None) -> Iterator[NbdServer]:
     with tempfile.TemporaryDirectory(prefix="imgtool-nbd-") as folder, contextlib.ExitStack() as up:
         socket, ready, said = (Path(folder) / name for name in ("socket", "pid", "log"))
         argv += [f"--socket={socket}", f"--pid-file={ready}"]
-        argv += [chain.filename(force_share=shared)]
+        argv += [chain.filename(force_share=passes_locks(chain))]
         log = up.enter_context(said.open("wb"))
         process = up.enter_context(spawn(argv, limits=_LIMITS, stderr=log.fileno()))
         deadline = time.monotonic() + _START_LIMIT

@@ -27,6 +27,7 @@ from imgtool.image.info import ImageInfo, probe
 from imgtool.image.locks import kept_from_writers, refuse_if_in_use
 from imgtool.image.places import Places, printable
 from imgtool.image.qemu_img import same_content
+from imgtool.image.reading import no_readers
 from imgtool.image.record import temporary_path
 from imgtool.image.recovery import as_untouched, committed
 from imgtool.image.work import Plan, Seen, Work, sync_file
@@ -156,12 +157,13 @@ def plan_commit(
         lines.append(f"remove {printable(overlay)}")
 
     def do(work: Work) -> None:
-        if work.record.facts.get("step") != "proved":
-            work.qemu_img("commit", ["commit", "-d", chain.filename(read_only=False)], overlay)
-            what = "the base does not have the content of the overlay"
-            work.prove_same(chain.filename(), base.filename(), what, into)
-            sync_file(into)
-        committed(work.record, overlay)
+        with no_readers([into]):
+            if work.record.facts.get("step") != "proved":
+                work.qemu_img("commit", ["commit", "-d", chain.filename(read_only=False)], overlay)
+                what = "the base does not have the content of the overlay"
+                work.prove_same(chain.filename(), base.filename(), what, into)
+                sync_file(into)
+            committed(work.record, overlay)
 
     # Named as it will be found if the folder is moved before the work is done.
     folder, real = into.resolve().parent, overlay.resolve()

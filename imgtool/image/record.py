@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from imgtool import interrupt
 from imgtool.errors import HostError, ImageError, RefusedError
 from imgtool.image import headers
 from imgtool.image.places import printable
@@ -97,24 +98,31 @@ class Record:
         """Write down more, before it is done; raises `HostError` where there is no room for it."""
         line = (json.dumps(facts) + "\n").encode()
         end = os.fstat(self._descriptor).st_size
-        try:
-            if os.write(self._descriptor, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._descriptor)
-        except OSError as error:
-            os.ftruncate(self._descriptor, end)
-            raise _not_written(error, record_path(self.image).parent) from error
-        self.facts.update(facts)
+        with interrupt.whole():
+            try:
+                if os.write(self._descriptor, line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(self._descriptor)
+            except OSError as error:
+                os.ftruncate(self._descriptor, end)
+                raise _not_written(error, record_path(self.image).parent) from error
+            self.facts.update(facts)
 
     def remove(self) -> None:
         """The work is done, or undone."""
         if self._removed:  # by now another imgtool may have one of its own there
             return
         path = record_path(self.image)
-        path.unlink(missing_ok=True)
-        sync_folder(path.parent)
-        self._removed = True
-        self.facts.clear()
+        with interrupt.whole():
+            path.unlink(missing_ok=True)
+            sync_folder(path.parent)
+            self._removed = True
+            self.facts.clear()
+
+    def remove_if_empty(self) -> None:
+        """Remove it where nothing is written down."""
+        if not self.facts:
+            self.remove()
 
 
 def _not_written(error: OSError, folder: Path) -> HostError:
@@ -202,13 +210,12 @@ def unfinished_commit(image: Path) -> Path | None:
     Raises `ImageError` if that overlay is not there any more: then nothing has all of it.
     """
     facts = read_facts(image)
-    commit = facts.get("operation") == "commit" and facts.get("step") != "proved"
-    if not commit and not is_committed(facts):
+    if not is_unfinished(facts):
         return None
     overlay = overlay_of(image, facts)
     if overlay is not None and stands_on(overlay, image):
         return overlay
-    if not commit:
+    if facts.get("operation") == "write":
         return None  # an overlay of imgtool's own goes when it is done with
     raise ImageError(
         "a commit into it was interrupted, so it holds a part of an overlay that is not there any"
@@ -217,6 +224,13 @@ def unfinished_commit(image: Path) -> Path | None:
         hint="bring the overlay back; or, to take the image as it is, remove"
         f" {printable(record_path(image))}",
     )
+
+
+def is_unfinished(facts: dict[str, Any]) -> bool:
+    """Whether an image may hold a part of what an overlay has all of."""
+    if facts.get("operation") == "commit":
+        return facts.get("step") != "proved"
+    return is_committed(facts)
 
 
 def is_committed(facts: dict[str, Any]) -> bool:
@@ -245,28 +259,31 @@ def opened(image: Path, *, create: bool) -> Iterator[Record | None]:
     imgtool is at work on the image or the record is not to be believed, `HostError` where nothing
     can be written beside the image.
     """
-    descriptor = _locked(image, create=create)
+    with contextlib.ExitStack() as stack:
+        with interrupt.whole():  # an empty record would be left
+            record = _of_descriptor(image, _locked(image, create=create), stack)
+        yield record
+
+
+def _of_descriptor(
+    image: Path, descriptor: int | None, stack: contextlib.ExitStack
+) -> Record | None:
+    """The record that is open, which ends with the stack."""
     if descriptor is None:
-        yield None
-        return
-    try:
-        if not _is_believed(os.fstat(descriptor), image):
-            raise RefusedError(
-                "what stands beside it as the record of work on it was not written by its owner",
-                subject=printable(image),
-                hint=f"look at it, then remove it: {printable(record_path(image))}",
-            )
-        facts, length = _facts(os.pread(descriptor, _LONGEST, 0))
-        # What was not written whole must not swallow the line that comes next.
-        os.ftruncate(descriptor, length)
-        record = Record(image, descriptor, facts)
-        try:
-            yield record
-        finally:
-            if not record.facts:
-                record.remove()
-    finally:
-        os.close(descriptor)
+        return None
+    stack.callback(os.close, descriptor)
+    if not _is_believed(os.fstat(descriptor), image):
+        raise RefusedError(
+            "what stands beside it as the record of work on it was not written by its owner",
+            subject=printable(image),
+            hint=f"look at it, then remove it: {printable(record_path(image))}",
+        )
+    facts, length = _facts(os.pread(descriptor, _LONGEST, 0))
+    # What was not written whole must not swallow the line that comes next.
+    os.ftruncate(descriptor, length)
+    record = Record(image, descriptor, facts)
+    stack.callback(record.remove_if_empty)
+    return record
 
 
 def _locked(image: Path, *, create: bool) -> int | None:

@@ -15,6 +15,7 @@ from imgtool.image.info import Snapshot, probe
 from imgtool.image.locks import PATIENCE, refuse_if_in_use
 from imgtool.image.places import printable
 from imgtool.image.qemu_img import qemu_img, same_content
+from imgtool.image.reading import remove_unread
 from imgtool.image.record import (
     Record,
     is_committed,
@@ -135,7 +136,7 @@ def finish_write(record: Record, backing_dirs: Dirs = (), *, cut_off: bool = Fal
         _commit(record.image, overlay, backing_dirs)
         if cut_off:
             mend(record.image, as_named_in=overlay)
-        overlay.unlink()
+        remove_unread(overlay)
     record.remove()
 
 
@@ -278,7 +279,7 @@ def committed(record: Record, overlay: Path) -> None:
         record.note(step="proved")
     if stands_on(overlay, record.image):
         if record.facts.get("remove"):
-            overlay.unlink()
+            remove_unread(overlay)
         else:
             os.utime(overlay)  # its base is newer, and still fits
 

@@ -29,6 +29,7 @@ from imgtool.image.locks import refuse_if_in_use
 from imgtool.image.overlays import backing_name
 from imgtool.image.places import printable
 from imgtool.image.qemu_img import qemu_img
+from imgtool.image.reading import no_readers
 from imgtool.image.record import Record, opened, temporary_path
 from imgtool.image.recovery import finish_write, settle
 from imgtool.image.work import Notice, put_in_place, sync_file
@@ -66,13 +67,14 @@ class Transaction:
         for chain in self.chains:
             _sound_on_disk(chain)
             refuse_if_in_use(Chain(chain.links[1:]))
-        for record in self._records:
-            record.note(step="ready")
-        self._records[0].note(step="commit")
-        # The chains were opened: what they stand on may be where no rule looks by itself.
-        below = [link.path.parent for chain in self.chains for link in chain.links]
-        for record in reversed(self._records):
-            finish_write(record, below)
+        with no_readers([record.image for record in self._records]):
+            for record in self._records:
+                record.note(step="ready")
+            self._records[0].note(step="commit")
+            # The chains were opened: what they stand on may be where no rule looks by itself.
+            below = [link.path.parent for chain in self.chains for link in chain.links]
+            for record in reversed(self._records):
+                finish_write(record, below)
 
 
 def _sound_on_disk(chain: Chain) -> None:

@@ -166,6 +166,7 @@ class Plan:
                 self.do(work)
                 if repeated:
                     mend(self.image)
+                record.remove()
             except BaseException:
                 try:
                     line = settle(record, finish=False)
@@ -174,7 +175,6 @@ class Plan:
                 if line and notice:
                     notice(line)
                 raise
-            record.remove()
             return work
 
     def _repeats(self, record: Record) -> bool:

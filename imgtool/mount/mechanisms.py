@@ -15,15 +15,10 @@ from typing import Any, ClassVar
 
 from imgtool.errors import HostError
 from imgtool.image.chain import Chain
-from imgtool.image.locks import in_use_for_writing
+from imgtool.image.reading import passes_locks
 from imgtool.mount import available, kernel, mapper_steps, qemu_steps, steps
 from imgtool.mount.journal import Journal
 from imgtool.mount.plan import Disk, Place
-
-
-def _shared(chain: Chain) -> bool:
-    """Whether a reader has to pass by the locks: somebody writes."""
-    return any(in_use_for_writing(path) is not None for path in chain.files)
 
 
 def _on_overlay(below: dict[str, Any], name: str, overlay: Path | None) -> dict[str, Any]:
@@ -115,7 +110,7 @@ class Mechanism:
 
     def _below(self, number: int, chain: Chain) -> dict[str, Any]:
         """What a disk's overlay stands on, or the disk itself where there is none."""
-        shared = not self.writable and _shared(chain)
+        shared = not self.writable and passes_locks(chain)
         if self.snapshot is None:
             return chain.blockdev(read_only=not self.writable, force_share=shared)
         image = chain.filename(force_share=shared)

@@ -244,7 +244,7 @@ def mount(wanted: Wanted) -> Journal:
     where the host lacks something, `NotInGuestError` for a partition, volume or system that is not
     there, `EngineError` for a filesystem that the kernel refuses.
     """
-    from imgtool.opening import open_images
+    from imgtool.opening import images_to_read
 
     if wanted.via not in VIA:
         raise UsageError(f"no such mechanism; choose from {', '.join(VIA)}", subject=wanted.via)
@@ -256,9 +256,15 @@ def mount(wanted: Wanted) -> Journal:
         )
     target = _target(wanted.mountpoint)
     started = time.monotonic()
-    chains = open_images(
+    with images_to_read(
         [wanted.image, *wanted.add], format=wanted.format, backing_dirs=wanted.backing_dirs
-    )
+    ) as chains:
+        journal = _mounted(wanted, chains, target)
+    log.info("mounted in %.2f s", time.monotonic() - started)
+    return journal
+
+
+def _mounted(wanted: Wanted, chains: Sequence[Chain], target: Path) -> Journal:
     if wanted.snapshot is not None:
         for chain in chains:
             chain.snapshot(wanted.snapshot)
@@ -276,7 +282,6 @@ def mount(wanted: Wanted) -> Journal:
             raise
         finally:
             journal.unlock()
-        log.info("mounted in %.2f s", time.monotonic() - started)
         return journal
 
     disks = [_disk(number, chain, wanted) for number, chain in enumerate(chains)]
@@ -308,7 +313,6 @@ def mount(wanted: Wanted) -> Journal:
             raise
         finally:
             journal.unlock()
-        log.info("mounted in %.2f s", time.monotonic() - started)
         return journal
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ class Seen:
 
 def _imgtool(*words: str | Path) -> str:
     done = subprocess.run(
-        ["imgtool", *words],
+        [sys.executable, "-m", "imgtool", *words],
         env={**os.environ, "BOBS_PASSWORD": PASSWORD},
         capture_output=True,
         text=True,

@@ -6,6 +6,7 @@ import contextlib
 import os
 import pty
 import select
+import sys
 import termios
 import time
 from collections.abc import Iterator
@@ -68,10 +69,12 @@ class Terminal:
 
 @contextlib.contextmanager
 def on_a_terminal(*words: str | Path) -> Iterator[Terminal]:
+    """imgtool with these words."""
     process, descriptor = pty.fork()
     if process == 0:
         with contextlib.suppress(OSError):
-            os.execvp(words[0], [os.fspath(word) for word in words])
+            command = [sys.executable, "-m", "imgtool", *map(os.fspath, words)]
+            os.execv(command[0], command)
         os._exit(127)
     try:
         yield Terminal(process, descriptor)
@@ -87,7 +90,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_a_password_is_asked_for_twice_and_not_shown(image: Path):
-    with on_a_terminal("imgtool", "inject", image, "--password", "root:prompt") as terminal:
+    with on_a_terminal("inject", image, "--password", "root:prompt") as terminal:
         terminal.wait_for("Password of root: ")
         terminal.type(f"{PASSWORD}\n")
         terminal.wait_for("Once more: ")
@@ -112,7 +115,7 @@ def test_a_password_is_asked_for_twice_and_not_shown(image: Path):
 )
 def test_what_is_typed_differently_or_not_at_all_changes_nothing(image, first, second, said):
     before = image.stat()
-    with on_a_terminal("imgtool", "inject", image, "--password", "root:prompt") as terminal:
+    with on_a_terminal("inject", image, "--password", "root:prompt") as terminal:
         terminal.wait_for("Password of root: ")
         terminal.type(f"{first}\n")
         terminal.wait_for("Once more: ")
@@ -127,7 +130,7 @@ def test_what_is_typed_differently_or_not_at_all_changes_nothing(image, first, s
 
 
 def test_ctrl_c_at_the_prompt_ends_it_and_gives_the_terminal_back(image: Path):
-    with on_a_terminal("imgtool", "inject", image, "--password", "root:prompt") as terminal:
+    with on_a_terminal("inject", image, "--password", "root:prompt") as terminal:
         terminal.wait_for("Password of root: ")
         terminal.type("\x03")
         assert terminal.status() == 130

@@ -175,5 +175,5 @@ def test_ctrl_c_is_status_130_and_leaves_nothing_half_done(name: str, folder: Pa
         # Once the work is done Python ends the way it likes.
         assert status == 130 or trials.scene.contents(trials.folder) == trials.new, trials.said
         if name != "commit":  # which is read through the overlay until it is finished
-            assert left_over(trials.folder) == []
+            assert left_over(trials.folder) == [], trials.said
         trials.settled()

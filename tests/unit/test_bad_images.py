@@ -114,7 +114,7 @@ def test_ctrl_c_is_status_130_and_says_so():
     code = (
         "import os, signal, sys, imgtool.cli as cli, imgtool.cli.images\n"
         "def wait(*a, **k): os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(5)\n"
-        "import imgtool.opening; imgtool.opening.open_images = wait\n"
+        "import imgtool.opening; imgtool.opening.images_to_read = wait\n"
         "sys.argv = ['imgtool', 'info', '/nonexistent']; cli.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)

@@ -14,7 +14,7 @@ from imgtool.engines.direct.filesystem import NeedsAppliance
 from imgtool.engines.direct.ring import ring
 from imgtool.guest.model import Mount
 from imgtool.image.chain import Chain
-from imgtool.image.locks import in_use_for_writing
+from imgtool.image.reading import passes_locks
 
 if TYPE_CHECKING:
     from imgtool.engines.direct.guest import DirectGuest
@@ -36,8 +36,7 @@ def open_direct(
     with contextlib.ExitStack() as stack:
         images = sandbox.Images(chains)
         stack.callback(images.close)
-        # Locks are passed by only where somebody writes.
-        shared = [any(in_use_for_writing(p) is not None for p in chain.files) for chain in chains]
+        shared = [passes_locks(chain) for chain in chains]
 
         def started(overlays: Mapping[int, Path], inner: contextlib.ExitStack) -> DirectGuest:
             disks = [

@@ -1,0 +1,114 @@
+"""Readers and a write that becomes the image's own: neither meets the other half way.
+
+Whoever reads an image through imgtool holds a lock on one byte of it, which no QEMU looks at, so
+that a virtual machine starts all the same. The word that a write is kept is given only while
+nobody reads. From then on the image is read through the overlay, until that is written down and,
+again once nobody reads it, removed. A file system without locks has none of this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from imgtool.errors import RefusedError
+from imgtool.image.chain import Chain, open_chain
+from imgtool.image.locks import PATIENCE, in_use_for_writing
+from imgtool.image.places import printable
+from imgtool.image.record import is_unfinished, read_facts, unfinished_commit
+
+# Far from the bytes that QEMU locks, which end at 263.
+_BYTE = 4000
+_FLOCK = struct.Struct("hhqqi0q")  # struct flock of 64-bit Linux
+_PAUSE = 0.02  # seconds
+
+
+def _lock(path: Path, kind: int, stack: contextlib.ExitStack) -> bool:
+    """Whether nobody's lock was in the way; the lock is held until the stack is closed."""
+    mode = os.O_RDWR if kind == fcntl.F_WRLCK else os.O_RDONLY
+    try:
+        descriptor = os.open(path, mode | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return True  # whoever opens it next says why it cannot be
+    stack.callback(os.close, descriptor)
+    try:
+        lock = _FLOCK.pack(kind, os.SEEK_SET, _BYTE, 1, 0)
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
+@contextlib.contextmanager
+def chain_to_read(
+    path: str | Path, *, format: str | None = None, backing_dirs: Sequence[str | Path] = ()
+) -> Iterator[Chain]:
+    """`open_chain`, and until the block ends no imgtool gives the chain's image other content."""
+    path = Path(path)
+    until = time.monotonic() + PATIENCE
+    with contextlib.ExitStack() as held:
+        while True:
+            with contextlib.ExitStack() as locks:
+                overlay = unfinished_commit(path)
+                # Where a write is being finished the overlay has all of it, and has to stay.
+                free = _lock(path, fcntl.F_RDLCK, locks)
+                if overlay is not None:
+                    free = _lock(overlay, fcntl.F_RDLCK, locks)
+                if (free and unfinished_commit(path) == overlay) or time.monotonic() > until:
+                    held.enter_context(locks.pop_all())
+                    break
+            time.sleep(_PAUSE)
+        yield open_chain(path, format=format, backing_dirs=backing_dirs)
+
+
+def passes_locks(chain: Chain) -> bool:
+    """Whether to read past QEMU's locks: where somebody writes, or a write is being finished.
+
+    Elsewhere QEMU's own locks keep a writer from starting while it reads.
+    """
+    if any(in_use_for_writing(path) is not None for path in chain.files):
+        return True
+    return any(is_unfinished(read_facts(link.path)) for link in chain.links[1:])
+
+
+@contextlib.contextmanager
+def no_readers(paths: Sequence[Path]) -> Iterator[None]:
+    """Until the block ends nobody begins to read these images as they are.
+
+    Those who read are given some seconds to finish. Raises `RefusedError` if one does not.
+    """
+    until = time.monotonic() + PATIENCE
+    with contextlib.ExitStack() as held:
+        for path in paths:
+            while not _locked(path, held):
+                if time.monotonic() > until:
+                    raise RefusedError(
+                        f"another imgtool has been reading it for {PATIENCE:g} s or more",
+                        subject=printable(path),
+                        hint="wait until it has ended, then repeat the command",
+                    )
+                time.sleep(_PAUSE)
+        yield
+
+
+def _locked(path: Path, held: contextlib.ExitStack) -> bool:
+    with contextlib.ExitStack() as attempt:
+        if not _lock(path, fcntl.F_WRLCK, attempt):
+            return False
+        held.enter_context(attempt.pop_all())
+    return True
+
+
+def remove_unread(path: Path) -> None:
+    """Remove an overlay that nobody needs; who has just found it may still be opening it."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(RefusedError):  # it has long been opened, and stays open to them
+            stack.enter_context(no_readers([path]))
+        path.unlink()
