@@ -1,14 +1,17 @@
-"""What scripts/bench measures of inject: twenty steps against one copy-in, and virt-customize."""
+"""What scripts/bench measures of inject: twenty steps against one copy-in, and virt-customize; ten
+clones of one base."""
 
 from __future__ import annotations
 
 from bench_cases import (
     IMGTOOL,
     NO_ENGINE,
+    CannotMeasure,
     Case,
     Command,
     Peer,
     Place,
+    image,
     line,
     make_overlay,
     overlay,
@@ -16,6 +19,7 @@ from bench_cases import (
 )
 
 WRITTEN = 14
+CLONES = 10
 
 
 def guests_folder(place: Place) -> str:
@@ -52,6 +56,26 @@ def customize() -> Command:
     return line(*words, "--delete", "/etc/motd", "-a", overlay)
 
 
+def clones(parallel: int) -> Command:
+    """Ten clones of the guest, so many at a time."""
+
+    def command(place: Place) -> list[str]:
+        words = [str(IMGTOOL), "inject", *line(image, spec)(place), "-P", str(parallel)]
+        words += ["--hostname", "{{ image }}", "--backing-dir", guests_folder(place)]
+        for new in place.overlays(CLONES):
+            words += ["--clone", str(new)]
+        return words
+
+    return command
+
+
+def small(place: Place) -> None:
+    """Raise unless the clones together are smaller than their base: it was not copied."""
+    together = sum(new.stat().st_blocks for new in place.overlays(CLONES))
+    if together >= place.image.stat().st_blocks:
+        raise CannotMeasure(f"the clones take {together * 512} bytes, more than their base")
+
+
 INJECT_CASES = (
     Case(
         "inject",
@@ -72,5 +96,15 @@ INJECT_CASES = (
         engines=(NO_ENGINE,),
         prepare=prepare,
         silent=True,
+    ),
+    Case(
+        "inject-clones",
+        lambda place, engine: clones(2)(place),
+        (Peer("one at a time", clones(1), 1.0),),
+        engines=(NO_ENGINE,),
+        prepare=prepare,
+        finish=small,
+        by_name=True,
+        once=True,
     ),
 )

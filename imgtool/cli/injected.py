@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imgtool.cli import render
-from imgtool.cli.session import Request
 from imgtool.errors import ImgtoolError
 
 if TYPE_CHECKING:
@@ -36,17 +35,18 @@ def unopened_row(image: Path, error: ImgtoolError) -> dict[str, Any]:
     return {name: known.get(name) for name in FIELDS}
 
 
-def say(request: Request, result: Result) -> None:
+def say(image: Path, result: Result, *, dry_run: bool, is_clone: bool) -> None:
     """One line on stderr about what was done to an image."""
     steps = len(result.outcomes)
     changed = sum(outcome.status == "changed" for outcome in result.outcomes)
     if result.errors:
         line = "a step failed; nothing was written"
-    elif request.dry_run:
+    elif dry_run:
         line = f"{changed} of {steps} steps would change it; nothing was written"
     elif not changed:
-        line = "everything was so already; nothing was written"
+        line = "everything was so already; "
+        line += "it is the same as its base" if is_clone else "nothing was written"
     else:
         line = f"{changed} of {steps} steps changed it"
-    render.message("note", f"{line} ({request.image})")
+    render.message("note", f"{line} ({image})")
     sys.stderr.flush()

@@ -40,6 +40,11 @@ class _Request(Request):
         same = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
         return cls(**{**same, "image": image, **more})
 
+    @property
+    def written(self) -> Path:
+        """The image that has the result."""
+        return self.clone or self.image
+
     def _review(self, written: Sequence[Chain]) -> None:
         if not self.shows_changes:
             return
@@ -144,10 +149,15 @@ def inject(
     key: options.Keys = None,
     engine: options.EngineOption = options.Engine.auto,
     dry_run: options.DryRun = False,
-    clone: options.Clone = None,
+    clone: Annotated[
+        list[Path] | None,
+        _many("--clone", "NEW", "Leave the image alone; the result is a new overlay on it."),
+    ] = None,
     clone_dir: Annotated[
         Path | None,
-        typer.Option("--clone-dir", metavar="DIR", help="As --clone, for several images."),
+        typer.Option(
+            "--clone-dir", metavar="DIR", help="As --clone, in this folder, by the images' names."
+        ),
     ] = None,
     tmp_dir: options.TmpDir = None,
     backing_dir: options.BackingDirs = None,
@@ -164,12 +174,13 @@ def inject(
     images, spec = _spec_and_images(paths, spec)
     if len(images) > 1 and (add or clone):
         raise UsageError("-a and --clone are for one image", hint="--clone-dir is for several")
-    request = Request.of({**locals(), "image": images[0]})
+    targets = _targets(images, clone or [], clone_dir)
+    request = Request.of({**locals(), "image": images[0], "clone": None})
     failures = Failures(debug)
     steps, variables = _read(spec, failures)
     variables |= variables_of(var or ())
     steps += steps_of(locals())
-    _check(steps, images, variables, failures)
+    _check(steps, [new or image for image, new in targets], variables, failures)
     failures.finish()
     if not steps:
         raise UsageError(
@@ -179,13 +190,34 @@ def inject(
         _Request.for_image(
             request,
             image,
-            clone=clone if clone_dir is None else clone_dir / f"{image.stem}.qcow2",
+            clone=new,
             shows_changes=output is Output.table,
-            title=f"{image}:" if len(images) > 1 else None,
+            title=f"{new or image}:" if len(targets) > 1 else None,
         )
-        for image in images
+        for image, new in targets
     ]
     _carry_out(requests, steps, variables, failures, parallel=parallel, output=output)
+
+
+def _targets(
+    images: Sequence[Path], clones: Sequence[Path], clone_dir: Path | None
+) -> list[tuple[Path, Path | None]]:
+    """Each image with the clone that is made of it, if one is."""
+    if clones and clone_dir is not None:
+        raise UsageError("--clone and --clone-dir name the same", hint="give one of them")
+    targets: list[tuple[Path, Path | None]]
+    if clones:
+        targets = [(images[0], new) for new in clones]
+    elif clone_dir is not None:
+        targets = [(image, clone_dir / f"{image.stem}.qcow2") for image in images]
+    else:
+        return [(image, None) for image in images]
+    seen = set()
+    for _, new in targets:
+        if new in seen:
+            raise UsageError("two clones would have this name", subject=new)
+        seen.add(new)
+    return targets
 
 
 def _read(spec: Path | None, failures: Failures) -> tuple[list[Placed], dict[str, str]]:
@@ -219,7 +251,7 @@ def _check(
 
 
 def _carry_out(
-    requests: Sequence[Request],
+    requests: Sequence[_Request],
     steps: Sequence[Placed],
     variables: Mapping[str, str],
     failures: Failures,
@@ -227,7 +259,7 @@ def _carry_out(
     parallel: int,
     output: Output,
 ) -> None:
-    def one(request: Request) -> Result | ImgtoolError:
+    def one(request: _Request) -> Result | ImgtoolError:
         try:
             if interrupt.pending():  # no further image is begun after Ctrl-C
                 raise Interrupted("interrupted")
@@ -244,15 +276,20 @@ def _carry_out(
                 raise result
             failures.add(result)
             if len(requests) > 1 or output is not Output.table:
-                rows.append(unopened_row(request.image, result))
+                rows.append(unopened_row(request.written, result))
             continue
         for error in result.errors:
             failures.add(error)
         rows += [
-            row(request.image, number, outcome, result.committed)
+            row(request.written, number, outcome, result.committed)
             for number, outcome in enumerate(result.outcomes, 1)
         ]
-        say(request, result)
+        say(
+            request.written,
+            result,
+            dry_run=request.dry_run,
+            is_clone=request.clone is not None,
+        )
     columns = ["status", "kind", "subject", "where"]
     if len(requests) > 1:
         columns.insert(0, "image")
@@ -262,7 +299,7 @@ def _carry_out(
     failures.finish()
 
 
-def _injected(request: Request, steps: Sequence[Placed], variables: Mapping[str, str]) -> Result:
+def _injected(request: _Request, steps: Sequence[Placed], variables: Mapping[str, str]) -> Result:
     from imgtool.inject.running import image_variables, inject
 
     reads = dataclasses.replace(request, engine="direct")
@@ -271,7 +308,7 @@ def _injected(request: Request, steps: Sequence[Placed], variables: Mapping[str,
         reads.opened if directly else None,
         request.opened_to_write,
         steps,
-        image_variables(request.image, variables),
+        image_variables(request.written, variables),
         commits=not request.dry_run,
         clones=request.clone is not None,
     )

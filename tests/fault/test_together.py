@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import random
 import subprocess
 import time
@@ -68,6 +70,29 @@ def test_twenty_readers_beside_a_writer_see_all_old_or_all_new(disk, tmp_path):
         assert seen == sorted(seen, key=[old, new].index), "new, and then old again"
         assert seen[-1] == new
     assert left_over(image.parent) == []
+
+
+def test_clones_of_one_base_are_made_side_by_side_and_named(disk, tmp_path):
+    image = make(disk, "qcow2", tmp_path / "images")
+    before = hashlib.sha256(image.read_bytes()).hexdigest(), image.stat().st_mtime_ns
+    new = [image.with_name(f"web{number}.qcow2") for number in range(3)]
+    words = [word for path in new for word in ("--clone", path)]
+    done = imgtool(*("inject", image, "--hostname", "{{ image }}", *words, "-P", "2", "-o", "json"))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [(row["image"], row["status"]) for row in rows] == [
+        (str(path), "changed") for path in new
+    ]
+    assert [imgtool("cat", path, "/etc/hostname").stdout for path in new] == [
+        "web0\n",
+        "web1\n",
+        "web2\n",
+    ]
+    assert (hashlib.sha256(image.read_bytes()).hexdigest(), image.stat().st_mtime_ns) == before
+    assert sum(path.stat().st_blocks for path in new) < image.stat().st_blocks
+    assert left_over(image.parent) == []
+    done = imgtool("inject", image, "--hostname", "x", "--clone", new[0])
+    assert done.returncode == 4 and "exists already" in done.stderr
 
 
 def test_a_base_of_overlays_is_not_written_to(disk, tmp_path):

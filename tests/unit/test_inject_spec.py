@@ -198,5 +198,19 @@ def test_all_that_can_be_checked_is_checked_before_a_guest_is_opened(command, tm
     assert command("inject", "one.img", "two.img", "--mkdir", "/a", "--clone", "x").status == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("one.img", "--clone", "x", "--clone", "y", "--clone", "x"), "two clones"),
+        (("one.img", "--clone", "x", "--clone-dir", "."), "--clone and --clone-dir"),
+        (("a/one.img", "b/one.qcow2", "--clone-dir", "."), "two clones"),
+    ],
+)
+def test_each_clone_has_a_name_of_its_own(command, words, said):
+    result = command("inject", *words, "--mkdir", "/a")
+    assert result.status == 2
+    assert said in result.err
+
+
 def test_the_schema_is_printed(command):
     assert json.loads(command("inject", "--schema").text)["title"]
