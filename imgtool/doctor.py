@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from imgtool.engines.libguestfs.launch import remembered
+from imgtool.engines.libguestfs.launch import remembered, saved_home
+from imgtool.engines.libguestfs.saved import all_saved
 from imgtool.errors import HostError, UsageError
 from imgtool.process import Limits, run
 
@@ -77,11 +78,13 @@ def examine(
     if launch and launcher is None:
         raise UsageError("examine(launch=True) needs a launcher")
     host = host or Host()
+    kvm = _kvm(host)
     checks = [
         *_bindings(host),
         *_qemu(host),
         *_appliance(host),
-        _kvm(host),
+        kvm,
+        _saved(kvm),
         _cache_space(),
         _memory(host),
         _sandbox(host),
@@ -302,6 +305,23 @@ def _kvm(host: Host) -> Check:
         found = f"{node} makes virtual machines, but the appliance did not start with it: {slow}"
         return Check("KVM", None, False, found, "nested virtualisation may be broken on the host")
     return Check("KVM", True, False, f"{node} makes virtual machines (API {version})")
+
+
+def _saved(kvm: Check) -> Check:
+    """Whether an emulated appliance was saved that commands can continue."""
+    name = "saved appliance"
+    if kvm.ok:
+        return Check(name, None, False, "not needed: appliances start with KVM")
+    found = all_saved(saved_home())
+    fresh = [one for one in found if one.fresh]
+    if fresh:
+        disks = ", ".join(str(one.disks) for one in fresh)
+        size = sum(one.size for one in fresh) / 1e6
+        return Check(name, True, False, f"for guests of so many disks: {disks} ({size:.0f} MB)")
+    why = "of another QEMU, kernel or libguestfs" if found else "none"
+    return Check(
+        name, None, False, f"{why}: each command starts an appliance", "imgtool appliance save"
+    )
 
 
 def _cache_space() -> Check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -15,6 +16,9 @@ from imgtool.cli import render
 from imgtool.cli.commands import app_with
 from imgtool.errors import ExitStatus, ImgtoolError
 
+# What a write ends with where a file system, a quota or a limit is full.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
@@ -26,6 +30,7 @@ def _run(arguments: list[str]) -> int:
         return ExitStatus.USAGE
     try:
         result = command.main(arguments, prog_name="imgtool", standalone_mode=False)
+        sys.stdout.flush()
     except typer.TyperException as error:
         render.message("error", error.format_message().rstrip("."))
         context = getattr(error, "ctx", None)
@@ -49,6 +54,12 @@ def _run(arguments: list[str]) -> int:
     except Exception as error:  # the last resort: a defect of imgtool, told as one
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            reason = (error.strerror or "").lower()
+            where = f" ({error.filename})" if error.filename else ""
+            render.message("error", f"what was asked for cannot be written: {reason}{where}")
+            render.hint("make room, or write it elsewhere, then repeat the command")
+            return ExitStatus.HOST_CANNOT
         render.message("error", f"internal error: {type(error).__name__}: {error}")
         render.hint("run it again with --debug and report what it prints")
         return ExitStatus.FAILED
@@ -60,7 +71,6 @@ def main() -> None:
     with interrupt.watch():
         try:
             status = _run(sys.argv[1:])
-            sys.stdout.flush()
         except KeyboardInterrupt:  # before the command itself, or after it
             status = ExitStatus.INTERRUPTED
         except SystemExit as ended:

@@ -94,10 +94,17 @@ def ls(
     with request.opened() as guest:
         owners = guest.owners() if long or output is not Output.table else None
 
-        def listed(path: str) -> Iterator[Entry]:
+        begun = False
+
+        def listed(path: str, title: str | None = None) -> Iterator[Entry]:
+            nonlocal begun
             with failures.caught():
+                top = _top(guest, path)
+                if title is not None:
+                    print("\n" * begun + title)
+                    begun = True
                 yield from _entries(
-                    guest, path, recursive, checksum.value if checksum else None, failures
+                    guest, top, recursive, checksum.value if checksum else None, failures
                 )
 
         if output is not Output.table:
@@ -105,10 +112,9 @@ def ls(
             every = (row(entry, owners) for path in paths for entry in listed(path))
             render.emit(every, FIELDS, output)
         else:
-            for number, path in enumerate(paths):
-                if len(paths) > 1 and not recursive:
-                    print(("\n" if number else "") + f"{render.plain(path)}:")
-                for entry in listed(path):
+            titles = len(paths) > 1 and not recursive
+            for path in paths:
+                for entry in listed(path, f"{render.plain(path)}:" if titles else None):
                     name = entry.path if recursive else entry.name or b"/"
                     if owners is not None:
                         print(_line(entry, owners, name, human, checksum is not None))
@@ -120,15 +126,20 @@ def ls(
     failures.finish()
 
 
-def _entries(
-    guest: Guest, path: str, recursive: bool, checksum: str | None, failures: Failures
-) -> Iterator[Entry]:
-    """What `ls PATH` lists: a directory's content, or the one thing that the path names."""
+def _top(guest: Guest, path: str) -> Entry:
+    """What the path names; of a link to a directory, the directory."""
     entry = guest.lstat(path)
     if entry.type == "symlink":
         resolved = guest.resolve(path)
         if guest.lstat(resolved).type == "directory":
-            entry = guest.lstat(resolved)
+            return guest.lstat(resolved)
+    return entry
+
+
+def _entries(
+    guest: Guest, entry: Entry, recursive: bool, checksum: str | None, failures: Failures
+) -> Iterator[Entry]:
+    """What `ls PATH` lists: a directory's content, or the one thing that the path names."""
     if entry.type != "directory":
         summed = checksum is not None and entry.type == "file"
         yield guest.summed(entry, str(checksum), failures.problem) if summed else entry

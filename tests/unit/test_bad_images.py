@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -108,6 +109,39 @@ def test_usage_errors_are_status_2(capfd, tmp_path):
         ["df", "a", "b", "-a", "c"],
     ):
         assert run(capfd, *arguments)[0] == 2
+
+
+@pytest.mark.parametrize("command", [("info",), ("chain", "show"), ("partitions", "-o", "json")])
+def test_an_output_that_has_no_room_is_the_hosts_fault(tmp_path, command):
+    image = tmp_path / "disk.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "imgtool", *command, image],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 6
+    assert "cannot be written: no space left on device" in done.stderr
+    assert "hint:" in done.stderr
+
+
+def test_a_path_that_is_not_there_has_no_title(tmp_path, capfd):
+    (tmp_path / "tree/one").mkdir(parents=True)
+    (tmp_path / "tree/two").mkdir()
+    (tmp_path / "tree/two/file").touch()
+    image = tmp_path / "disk.raw"
+    mke2fs = ["mke2fs", "-q", "-t", "ext4", "-d", tmp_path / "tree", image, "8M"]
+    env = {**os.environ, "PATH": "/usr/sbin:/sbin:/usr/bin"}
+    subprocess.run(mke2fs, check=True, env=env, capture_output=True)
+    words = ["ls", "-m", "/dev/sda", str(image), "/gone", "/one", "/gone", "/two"]
+    with pytest.raises(SystemExit) as ended:
+        cli.app_with("ls")(words, standalone_mode=False)
+    assert ended.value.code == 5
+    out, err = capfd.readouterr()
+    assert out == "/one:\n\n/two:\nfile\n"
+    assert err.count("(/gone)") == 2
 
 
 def test_ctrl_c_is_status_130_and_says_so():

@@ -14,6 +14,7 @@ import pytest
 
 from imgtool import doctor
 from imgtool.doctor import Check, Host, examine
+from imgtool.engines.libguestfs.saved import Saved
 from imgtool.errors import HostError, UsageError
 from imgtool.mount import available
 from imgtool.mount.mechanisms import MECHANISMS
@@ -298,6 +299,25 @@ def test_a_kvm_device_that_makes_no_virtual_machine_is_not_called_usable(machine
     assert found.ok is None
     assert "cannot make a virtual machine" in found.found
     assert sorted(Path("/proc/self/fd").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("states", "ok", "said", "fix"),
+    [
+        ([], None, "none", "imgtool appliance save"),
+        ([False], None, "of another QEMU", "imgtool appliance save"),
+        ([True, False], True, "so many disks: 1 (150 MB)", None),
+    ],
+)
+def test_without_kvm_a_saved_appliance_is_looked_for(machine, monkeypatch, states, ok, said, fix):
+    saved = [
+        Saved(Path("/cache"), number, 150_000_000, 0, "qemu", fresh)
+        for number, fresh in enumerate(states, 1)
+    ]
+    monkeypatch.setattr(doctor, "all_saved", lambda home: saved)
+    found = check(machine, "saved appliance")
+    assert (found.ok, found.required, found.fix) == (ok, False, fix)
+    assert said in found.found
 
 
 def test_too_little_memory_stops_the_main_job(machine: Host) -> None:
