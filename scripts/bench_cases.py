@@ -119,7 +119,8 @@ class Case:
     by_name: bool = False  # only where named
     once: bool = False  # one round
     silent: bool = False  # says nothing when it went well
-    step: str | None = None  # imgtool's time is that of this step, as it prints it itself
+    step: str | None = None  # imgtool's time is that of this step, as its last line says
+    step_of_peers: bool = False  # so is theirs
 
 
 def say(line: str) -> None:
