@@ -85,7 +85,7 @@ class Root:
             target = os.fsencode(os.readlink(self.host(path)))
         return Entry(
             os.fsencode(name), found.st_mode, *self.owners.get(name, (0, 0)),
-            size=found.st_size, mtime_ns=found.st_mtime_ns, target=target,
+            size=found.st_size, mtime_ns=found.st_mtime_ns, target=target, nlink=found.st_nlink,
         )  # fmt: skip
 
     def entries(self, path: str | bytes) -> Iterator[Entry]:

@@ -228,8 +228,7 @@ class ChangeOwner(_OnPath):
     def apply(self, site: Site) -> bool:
         """Set it; below a folder links get it themselves."""
         view = site.view
-        top = view.real(self.path, follow=True)
-        return self._own(view, top)
+        return self._own(view, view.place(self.path, follow=True))
 
     def _own(self, view: View, path: str) -> bool:
         entry = view.lstat(path)

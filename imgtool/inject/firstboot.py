@@ -35,6 +35,8 @@ scripts={SCRIPTS}
 ran={DONE}
 log={LOG}
 mkdir -p "$ran"
+# /var/log is not always root's alone.
+if [ -L "$log" ]; then rm -f "$log"; fi
 touch "$log" && chmod 0600 "$log"
 status=0
 for script in "$scripts"/*; do

@@ -97,7 +97,12 @@ class Looking:
         With `follow` a link at the end is followed too. Raises `NotInGuestError` for a folder that
         is not there, `ImgtoolError` for links in a loop.
         """
+        return self._resolved(path, follow=follow)[0]
+
+    def _resolved(self, path: str, *, follow: bool) -> tuple[str, set[int]]:
+        """`real`, and which users but root made links that were followed on the way."""
         left, done, links = _parts(path)[::-1], "", 0
+        makers: set[int] = set()
         while left:
             name = left.pop()
             if name == "..":
@@ -108,11 +113,13 @@ class Looking:
             if entry is None:
                 if left:
                     raise NotInGuestError("no such folder in the guest", subject=here)
-                return here
+                return here, makers
             if entry.type == "symlink" and (left or follow):
                 links += 1
                 if links > _MOST_LINKS:
                     raise ImgtoolError("too many symbolic links", subject=path)
+                if here not in self._now and entry.uid != 0:  # not one that a step made
+                    makers.add(entry.uid)
                 target = os.fsdecode(entry.target or b"")
                 if target.startswith("/"):
                     done = ""
@@ -121,7 +128,7 @@ class Looking:
             if left and entry.type != "directory":
                 raise NotInGuestError("not a folder of the guest", subject=here)
             done = here
-        return done or "/"
+        return done or "/", makers
 
     def lstat(self, path: str, *, follow: bool = False) -> Entry | None:
         """What is at a path; None for nothing, or if a folder on the way is not there."""

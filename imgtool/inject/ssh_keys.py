@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from imgtool.errors import NotInGuestError, UsageError
+from imgtool.errors import NotInGuestError, RefusedError, UsageError
 from imgtool.inject.names import Account, account
 from imgtool.inject.step import Site, Step, host_file
 from imgtool.inject.view import View
@@ -58,8 +58,10 @@ class SshKey(Step):
         owner = account(view, self.user)
         folder = f"{_home(view, owner)}/.ssh"
         numbers = (owner.uid, owner.gid)
-        changed = view.folder(folder, mode=0o700, owner=numbers)
         path = f"{folder}/authorized_keys"
+        if owner.uid != 0:
+            _refuse_links(view, folder, path)
+        changed = view.folder(folder, mode=0o700, owner=numbers)
         old = view.read(path) or b""
         have = {_identity(line) for line in old.decode("utf-8", "replace").splitlines()}
         new = [key for key in self._keys() if _identity(key) not in have]
@@ -72,6 +74,21 @@ def _home(view: View, owner: Account) -> str:
     if not owner.home.startswith("/") or view.kind(owner.home) != "directory":
         raise NotInGuestError(f"{owner.name} has no home folder in the guest", subject=owner.home)
     return owner.home.rstrip("/")
+
+
+def _refuse_links(view: View, *paths: str) -> None:
+    """What is in a home is the user's to make, and what a link leads to would become the user's."""
+    for path in paths:
+        entry = view.lstat(path)
+        if entry is not None and (
+            entry.type == "symlink" or (entry.type == "file" and entry.nlink > 1)
+        ):
+            raise RefusedError(
+                "a link in a user's home is not followed, nor a file of several names changed",
+                subject=path,
+                hint="delete it in a step before, or add the key to the right file with "
+                "append-line",
+            )
 
 
 def _identity(line: str) -> tuple[str, ...]:

@@ -3,6 +3,10 @@
 Nothing is written here. Steps read and change a `View`; when every step could be taken, what is
 different is written in one go (`imgtool.inject.writing`). So a step that fails has touched nothing,
 and a guest that is as it should be is not even opened to be written.
+
+What is written is written as root, also in folders of the guest's users. A user's link is therefore
+followed only to what is that user's own, and a file that a user may have linked into a folder from
+elsewhere is left alone: neither makes a user the owner of what is not his.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import dataclasses
 import os
 import stat
 
-from imgtool.errors import ImgtoolError, NotInGuestError
+from imgtool.errors import ImgtoolError, NotInGuestError, RefusedError
 from imgtool.guest.model import Entry
 from imgtool.inject.changes import Changes, Content, Owner
 from imgtool.inject.looking import Files, Looking, size_of
@@ -47,6 +51,42 @@ class View(Looking):
         self.touched.add(here)
         self._now[here] = entry
 
+    def place(self, path: str, *, follow: bool = False, replaces: bool = False) -> str:
+        """`real`, of what is to be changed; with `replaces` only its name is, in its folder.
+
+        Raises `RefusedError` where a user of the guest led there and it is not that user's.
+        """
+        here, makers = self._resolved(path, follow=follow)
+        folder = self._entry(here.rpartition("/")[0]) if here.count("/") > 1 else None
+        entry = self._entry(here) if here != "/" else None
+        changed = folder if replaces or entry is None else entry
+        if makers - {0 if changed is None else changed.uid}:
+            raise RefusedError(
+                "a user's link leads to what is not the user's; it is not followed",
+                subject=path,
+                hint=f"name what it leads to, if that is meant: {here}",
+            )
+        if not replaces and self._may_be_linked(here):
+            raise RefusedError(
+                "a file that a user may have linked from elsewhere is not changed",
+                subject=path,
+                hint="it has several names, and is not of who may write to this folder; "
+                "delete this name in a step before",
+            )
+        return here
+
+    def _may_be_linked(self, here: str) -> bool:
+        """Whether a user could have made this name for a file of somebody else."""
+        above = here.rpartition("/")[0]
+        if self._is_removed(here):
+            return False
+        file, folder = self._before(here), self._before(above) if above else None
+        if file is None or folder is None or file.type != "file" or file.nlink < 2:
+            return False
+        if folder.uid != 0:
+            return file.uid != folder.uid
+        return bool(folder.mode & (stat.S_IWGRP | stat.S_IWOTH))
+
     def _folder_of(self, here: str) -> None:
         folder = here.rpartition("/")[0]
         entry = self._entry(folder) if folder else None
@@ -68,7 +108,7 @@ class View(Looking):
         A file that is there stays the same file, with its mode and owner but for what `mode` and
         `owner` say; a new one otherwise gets `new_mode` and `new_owner`.
         """
-        here = self.real(path, follow=True)
+        here = self.place(path, follow=True)
         entry = self._entry(here)
         if entry is None:
             self._folder_of(here)
@@ -102,7 +142,7 @@ class View(Looking):
         different = False
         if parent and self.kind(parent) is None:
             different = self.folder(parent, new_owner=new_owner)
-        here = self.real(path, follow=True)
+        here = self.place(path, follow=True)
         entry = self._entry(here) if here != "/" else None
         if here != "/" and entry is None:
             bits = new_mode if mode is None else mode
@@ -118,7 +158,7 @@ class View(Looking):
 
     def symlink(self, path: str, target: str, *, owner: Owner = (0, 0)) -> bool:
         """Have a symbolic link with this target, in the place of what is no folder."""
-        here = self.real(path)
+        here = self.place(path, replaces=True)
         entry = self._entry(here)
         wanted = os.fsencode(target)
         if entry is not None:
@@ -134,7 +174,7 @@ class View(Looking):
     def delete(self, path: str) -> bool:
         """Have nothing at a path; a folder goes with all that is in it, a link alone."""
         try:
-            here = self.real(path)
+            here = self.place(path, replaces=True)
         except NotInGuestError:
             return False
         if here == "/":
@@ -166,7 +206,7 @@ class View(Looking):
         return True
 
     def _there(self, path: str, *, follow: bool) -> tuple[str, Entry]:
-        here = self.real(path, follow=follow)
+        here = self.place(path, follow=follow)
         entry = self._entry(here)
         if entry is None:
             raise NotInGuestError("no such file or directory in the guest", subject=path)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import base64
 import ctypes.util
 import io
+import os
 import subprocess
 from types import SimpleNamespace
 
 import pytest
 
-from imgtool.errors import NotInGuestError, UsageError
+from imgtool.errors import NotInGuestError, RefusedError, UsageError
 from imgtool.inject import crypt
 from imgtool.inject.accounts import User
+from imgtool.inject.files import Delete
 from imgtool.inject.passwords import Password, Secret
 from imgtool.inject.ssh_keys import SshKey
 from tests.inject_root import Root
@@ -88,6 +90,37 @@ def test_a_key_that_is_there_is_known_by_itself_not_by_its_comment(root):
     root.take(SshKey("alice", key=KEY))
     assert KEY not in root.text("/home/alice/.ssh/authorized_keys")
     assert root.mode("/home/alice/.ssh/authorized_keys") == 0o600
+
+
+def _linked(root, name: str, target: str, uid: int = 1000) -> None:
+    (root.folder / name).symlink_to(target)
+    root.owners[f"/{name}"] = (uid, uid)
+
+
+@pytest.mark.parametrize("uid", [0, 1000])
+def test_a_key_goes_through_no_link_in_a_home(root, uid):
+    _linked(root, "home/alice/.ssh", "/root/.ssh", uid)
+    (root.folder / "root/.ssh").mkdir(mode=0o700)
+    (outcome,) = root.take(SshKey("alice", key=KEY))
+    assert isinstance(outcome.error, RefusedError)
+    assert os.listdir(root.folder / "root/.ssh") == []
+
+
+def test_a_key_goes_into_no_file_that_a_user_linked(root):
+    folder = root.folder / "home/alice/.ssh"
+    folder.mkdir(mode=0o700)
+    root.owners["/home/alice/.ssh"] = (1000, 1000)
+    _linked(root, "home/alice/.ssh/authorized_keys", "../../../etc/shadow")
+    (outcome,) = root.take(SshKey("alice", key=KEY))
+    assert isinstance(outcome.error, RefusedError)
+    (folder / "authorized_keys").unlink()
+    (folder / "authorized_keys").hardlink_to(root.folder / "etc/shadow")
+    (outcome,) = root.take(SshKey("alice", key=KEY))
+    assert isinstance(outcome.error, RefusedError)
+    assert KEY not in root.text("/etc/shadow")
+    # What the hint says helps.
+    done = root.twice(Delete("/home/alice/.ssh/authorized_keys"), SshKey("alice", key=KEY))
+    assert done == ["changed", "changed"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.errors import ImgtoolError, NotInGuestError, UsageError
+from imgtool.errors import ImgtoolError, NotInGuestError, RefusedError, UsageError
 from imgtool.inject import files
 from imgtool.inject.view import View
 from tests.inject_root import Root
@@ -84,6 +84,66 @@ def test_a_link_of_the_guest_never_leads_out_of_it(root, tmp_path):
     view = View(root)
     assert view.real("/etc/up") == "/etc/up"
     assert view.real("/etc/absolute", follow=True) if root.host(str(outside)).exists() else True
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        files.Write("/home/alice/d/motd", content="x"),
+        files.Write("/home/alice/d/hostname", content="x"),
+        files.AppendLine("/home/alice/shadow", line="x"),
+        files.MakeFolder("/home/alice/d/new"),
+        files.MakeFolder("/home/alice/d", owner="alice"),
+        files.ChangeMode("/home/alice/shadow", mode="0666"),
+        files.ChangeOwner("/home/alice/shadow", owner="alice"),
+        files.ChangeOwner("/home/alice/d", owner="alice", recursive=True),
+        files.Link("/home/alice/d/new", "/dev/null"),
+        files.Delete("/home/alice/d/hostname"),
+    ],
+)
+def test_a_users_link_leads_to_nothing_of_somebody_else(root, step):
+    for name, target in (("d", "/etc"), ("shadow", "/etc/shadow")):
+        (root.folder / "home/alice" / name).symlink_to(target)
+        root.owners[f"/home/alice/{name}"] = (1000, 1000)
+    before = dict(root.owners)
+    (outcome,) = root.take(step)
+    assert isinstance(outcome.error, RefusedError)
+    assert root.owners == before and root.text("/etc/hostname") == "dead-guest\n"
+
+
+def test_links_to_what_is_the_users_own_and_roots_links_are_followed(root):
+    for name, target, uid in (("mine", "letter.txt", 1000), ("roots", "/etc/hostname", 0)):
+        (root.folder / "home/alice" / name).symlink_to(target)
+        root.owners[f"/home/alice/{name}"] = (uid, uid)
+    root.owners["/home/alice/letter.txt"] = (1000, 1000)
+    steps = [files.Write(f"/home/alice/{name}", content="x") for name in ("mine", "roots")]
+    assert root.twice(*steps) == ["changed"] * 2
+    assert root.text("/home/alice/letter.txt") == root.text("/etc/hostname") == "x"
+    made = files.Link("/home/alice/of-a-step", "/etc")
+    assert root.twice(made, files.Write("/home/alice/of-a-step/motd", content="y"))[1] == "changed"
+
+
+@pytest.mark.parametrize("folder", ["home/alice", "tmp"])
+def test_a_file_that_a_user_may_have_linked_there_is_not_changed(root, folder):
+    (root.folder / "tmp").mkdir()
+    (root.folder / "tmp").chmod(0o1777)
+    (root.folder / folder / "x").hardlink_to(root.folder / "etc/shadow")
+    for step in (
+        files.Write(f"/{folder}/x", content="x"),
+        files.ChangeOwner(f"/{folder}", owner="alice", recursive=True),
+        files.ChangeMode(f"/{folder}/x", mode="0666"),
+    ):
+        (outcome,) = root.take(step)
+        assert isinstance(outcome.error, RefusedError)
+    assert "/etc/shadow" not in root.owners and root.mode("/etc/shadow") == 0o640
+    steps = (files.Delete(f"/{folder}/x"), files.Write(f"/{folder}/x", content="x"))
+    assert [outcome.error for outcome in root.take(*steps)] == [None, None]
+    assert root.text("/etc/shadow") != "x"
+
+
+def test_hard_links_where_only_root_makes_them_are_changed(root):
+    (root.folder / "usr/bin/sh").hardlink_to(root.folder / "usr/bin/bash")
+    assert root.twice(files.ChangeMode("/usr/bin/sh", mode="0755")) == ["changed"]
 
 
 def test_links_in_a_loop_are_an_error_and_no_hang(root):
