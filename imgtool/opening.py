@@ -174,12 +174,23 @@ def open_guest_to_write(
     is in use, or the base of overlays.
     """
     from imgtool.image import transaction
+    from imgtool.image.guards import refuse_if_interrupted
 
-    chains = _chains_to_write([image, *add], format, backing_dirs, notice)
+    if clone is not None:
+        if add:
+            raise UsageError("a clone is made of one disk", subject=clone)
+        if tmp_dir is not None:
+            raise UsageError(
+                "--tmp-dir says nothing of a clone: what is written is the clone", subject=clone
+            )
+    if clone is None and review is None:
+        chains = _chains_to_write([image, *add], format, backing_dirs, notice)
+    else:
+        for disk in (image, *add):  # it is left alone: what was interrupted on it too
+            refuse_if_interrupted(Path(disk))
+        chains = open_images([image, *add], format=format, backing_dirs=backing_dirs)
     options = _write_options(image, mounts, root, keys, notice, debug)
     if clone is not None:
-        if len(chains) > 1:
-            raise UsageError("a clone is made of one disk", subject=clone)
         begun: AbstractContextManager[transaction.Clone | transaction.Transaction] = (
             transaction.clone(chains[0], clone)
         )
@@ -204,18 +215,27 @@ def open_guest_to_write(
 def _refuse_new_faults(
     found: Sequence[Unsound], chains: Sequence[Chain], options: dict[str, Any]
 ) -> None:
-    """Raise `ImgtoolError` where a filesystem was sound before it was written to."""
-    from imgtool.engines.libguestfs.soundness import check, filesystems
+    """Raise `ImgtoolError` where a filesystem has faults that it had not before it was written to.
+
+    A filesystem with older faults may be written to: a guest that does not start is often mended
+    by one file.
+    """
+    from imgtool.engines.libguestfs.soundness import check, filesystems, new_faults
 
     with _appliance(chains, **options) as before:
+        # What is in the journals counts as written.
+        before.mount_layout()
+        before.unmount_layout()
         same = filesystems(before.volumes, [one.device for one in found])
-        faults = check(before.handle, same)
-    known = {one.device for one in faults}
+        known = {one.device: one for one in check(before.handle, same)}
     for one in found:
-        if one.device not in known:
+        if new := new_faults(known.get(one.device), one):
             raise ImgtoolError(
-                f"what was written left its filesystem unsound ({one.said}); nothing was changed",
+                f"what was written left its filesystem unsound ({new[0]}); nothing was changed",
                 subject=one.device,
+                hint="it had faults before: on a copy of the image, have it mended first"
+                if one.device in known
+                else None,
             )
         options["notice"](f"{one.device} had faults before it was written to: {one.said}")
 

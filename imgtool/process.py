@@ -113,11 +113,12 @@ def run(
     env: dict[str, str] | None = None,
     owner: tuple[int, int] | None = None,
     before: Callable[[], None] | None = None,
+    apart: bool = False,
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a program to its end and return what it wrote.
 
     As root, `owner` (UID, GID) is whom the program runs as. `before` is called in the new process
-    before the program starts.
+    before the program starts. `apart`, a Ctrl-C at the terminal is for imgtool alone.
 
     Raises `HostError` if there is no such program, `TimedOut` past `limits.wall`, and
     `ProgramFailed` for a status that is not in `ok`.
@@ -126,6 +127,7 @@ def run(
     words = [str(word) for word in argv]
     log.debug("run: %s", shlex.join(words))
     options = _options(limits, pass_fds, env, owner, before)
+    options["process_group"] = 0 if apart else None
     stdin = subprocess.DEVNULL if input is None else PIPE
     with _started(words, stdin=stdin, stdout=PIPE, stderr=PIPE, **options) as process:
         try:

@@ -174,6 +174,10 @@ def create(
 
 def recover(
     image: options.Image,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Finish it on a copy too, made of the image as it was left."),
+    ] = False,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
     debug: options.Debug = False,
@@ -184,7 +188,7 @@ def recover(
     from imgtool.image.recovery import recover as settle
 
     set_up_logging(verbose=verbose, debug=debug)
-    line = settle(image, backing_dirs=backing_dir or ())
+    line = settle(image, backing_dirs=backing_dir or (), force=force)
     if line is None and not image.exists():
         raise ImageError("no such file, and no record of work on it", subject=printable(image))
     render.message("note", line or "nothing was interrupted on it")

@@ -17,7 +17,7 @@ from imgtool.errors import ImageError, NotInGuestError, RefusedError
 from imgtool.image.host_file import file_node, node_driver
 from imgtool.image.info import PROBE_LIMITS, ImageInfo, Snapshot, ask_qemu, probe
 from imgtool.image.places import Places, printable
-from imgtool.image.record import unfinished_commit
+from imgtool.image.unfinished import unfinished_commit
 from imgtool.process import ProgramFailed, TimedOut, run
 
 MAX_LINKS = 200
@@ -158,11 +158,10 @@ def follow_chain(
     """The links of the chain that starts at `path`, each with its problems, as far as they can be
     followed: the errors are those of `open_chain`, raised where the next link would come."""
     path = Path(path).absolute()
+    places = Places.around(path, backing_dirs)
     if (overlay := unfinished_commit(path)) is not None:
         # The image holds a part of what the overlay has all of, until the commit is finished.
-        backing_dirs = [*backing_dirs, path.parent]
         path, format = overlay.absolute(), "qcow2"
-    places = Places.around(path, backing_dirs)
     link = probe(path, format=format, places=places, by_header=True)
     if link.probed and link.format != "raw" and link.backing and path.suffix == ".raw":
         # A guest can write any header to its raw disk; the name says which of the two to believe.

@@ -14,6 +14,7 @@ from imgtool.image.info import ImageInfo
 from imgtool.image.locks import refuse_if_in_use
 from imgtool.image.places import printable
 from imgtool.image.recovery import pending_below
+from imgtool.image.unfinished import unfinished_commit
 
 
 def refuse_if_not_writable(path: Path) -> None:
@@ -69,12 +70,22 @@ def refuse_if_unfinished(chain: Chain) -> None:
     What of it is in the base already would show through, or be nowhere, if it were changed.
     """
     overlay = chain.active.path
-    base = pending_below(overlay)
+    base = pending_below(overlay, [link.path.parent for link in chain.links[1:2]])
     if base is not None:
         raise RefusedError(
             f"a commit of it into {printable(base)} was interrupted",
             subject=printable(overlay),
             hint=f"finish it first: imgtool recover {printable(overlay)}",
+        )
+
+
+def refuse_if_interrupted(image: Path) -> None:
+    """Raise `RefusedError` for an image that holds a part of what was being written to it."""
+    if unfinished_commit(image) is not None:
+        raise RefusedError(
+            "work on it was interrupted",
+            subject=printable(image),
+            hint=f"finish or undo it first: imgtool recover {printable(image)}",
         )
 
 

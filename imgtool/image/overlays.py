@@ -25,19 +25,14 @@ from imgtool.image.guards import (
 )
 from imgtool.image.info import ImageInfo, probe
 from imgtool.image.locks import kept_from_writers, refuse_if_in_use
-from imgtool.image.places import Places, printable
+from imgtool.image.places import Places, in_same_tree, name_from, printable
 from imgtool.image.qemu_img import same_content
-from imgtool.image.reading import no_readers
-from imgtool.image.record import temporary_path
+from imgtool.image.reading import kept_as_base, no_readers
+from imgtool.image.record import identity_of, temporary_path
 from imgtool.image.recovery import as_untouched, committed
 from imgtool.image.work import Plan, Seen, Work, sync_file
 
 Dirs = Sequence[str | Path]
-
-
-def in_same_tree(path: Path, folder: Path) -> bool:
-    """Whether a folder, which may be moved as a whole, holds or is beside what is at `path`."""
-    return path.is_relative_to(folder) or folder.is_relative_to(path.parent)
 
 
 def backing_name(base: Path, overlay: Path) -> str:
@@ -78,18 +73,19 @@ def plan_create(
         _refuse_to_protect(base)
 
     def do(work: Work) -> None:
-        work.reserve(temporary)
-        words = ["create", "-f", "qcow2", "-F", format, "-b", name, str(temporary)]
-        work.qemu_img("create", [*words], new)
-        mode = stat.S_IMODE(base.stat().st_mode)
-        if protect_base:
-            base.chmod(mode & ~0o222)
-        try:
-            work.place(temporary, new)
-        except BaseException:
+        with kept_as_base(chain):
+            work.reserve(temporary)
+            words = ["create", "-f", "qcow2", "-F", format, "-b", name, str(temporary)]
+            work.qemu_img("create", [*words], new)
+            mode = stat.S_IMODE(base.stat().st_mode)
             if protect_base:
-                base.chmod(mode)
-            raise
+                base.chmod(mode & ~0o222)
+            try:
+                work.place(temporary, new)
+            except BaseException:
+                if protect_base:
+                    base.chmod(mode)
+                raise
 
     return Plan(
         "create",
@@ -166,15 +162,20 @@ def plan_commit(
             committed(work.record, overlay)
 
     # Named as it will be found if the folder is moved before the work is done.
-    folder, real = into.resolve().parent, overlay.resolve()
-    named = os.path.relpath(real, folder) if in_same_tree(real, folder) else str(real)
+    named = name_from(into.resolve().parent, overlay.resolve())
     return Plan(
         "commit",
         into,
         tuple(lines),
         do,
+        base.active.format,
         space=space,
-        facts={"overlay": named, "remove": remove, "before": as_untouched(into)},
+        facts={
+            "overlay": named,
+            "remove": remove,
+            "before": as_untouched(into),
+            "identity": identity_of(into),
+        },
         seen=Seen.of(*chain.files),
         repeatable=("overlay", "remove"),
     )
@@ -265,6 +266,7 @@ def plan_rebase(
         overlay.absolute(),
         lines,
         do,
+        "qcow2",
         space=space,
         seen=Seen.of(*chain.files, *below.files),
     )
@@ -291,7 +293,7 @@ def _plan_unsafe(link: ImageInfo, below: Chain, *, force: bool, backing_dirs: Di
     def do(work: Work) -> None:
         work.qemu_img("rebase", _rebase(overlay, name, base.format, "-u"), overlay)
 
-    return Plan("rebase", overlay, lines, do, seen=Seen.of(overlay))
+    return Plan("rebase", overlay, lines, do, "qcow2", seen=Seen.of(overlay))
 
 
 def _refuse_another(link: ImageInfo, below: Chain, backing_dirs: Dirs) -> None:

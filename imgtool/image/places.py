@@ -24,6 +24,17 @@ def printable(name: str | Path) -> str:
     )
 
 
+def in_same_tree(path: Path, folder: Path) -> bool:
+    """Whether a folder, which may be moved as a whole, holds or is beside what is at `path`."""
+    return path.is_relative_to(folder) or folder.is_relative_to(path.parent)
+
+
+def name_from(folder: Path, path: Path) -> str:
+    """How what is in a folder names the file at `path`, neither with symlinks: relative where both
+    may be moved as a whole."""
+    return os.path.relpath(path, folder) if in_same_tree(path, folder) else str(path)
+
+
 def protocol_of(name: str) -> str | None:
     """The protocol of a file name, by QEMU's rule: what stands before a colon before any slash."""
     head, colon, _ = name.partition("/")[0].partition(":")

@@ -22,21 +22,34 @@ _DIFFERENT = 1
 _WITH_PROGRESS = ("commit", "compare", "convert", "rebase")  # it is silent where it is quiet
 
 
-def qemu_img(words: Sequence[str | Path], *, image: Path, on_part: OnPart | None = None) -> None:
+class Locked(ImgtoolError):
+    """QEMU could not work on an image since another process holds its locks on it."""
+
+
+def qemu_img(
+    words: Sequence[str | Path],
+    *,
+    image: Path,
+    on_part: OnPart | None = None,
+    apart: bool = False,
+) -> None:
     """Run a sub-command that works on `image`, with its progress where `on_part` asks for it.
 
-    It is quiet otherwise: no word has to say so. Raises `ImgtoolError` with QEMU's own reason.
+    It is quiet otherwise: no word has to say so. `apart`, Ctrl-C does not reach it. Raises
+    `Locked`, or `ImgtoolError` with QEMU's own reason.
     """
-    status, said = _run(words, on_part)
+    status, said = _run(words, on_part, apart=apart)
     if status != 0:
         raise _failed(said, image)
 
 
-def _run(words: Sequence[str | Path], on_part: OnPart | None) -> tuple[int, str]:
+def _run(
+    words: Sequence[str | Path], on_part: OnPart | None, *, apart: bool = False
+) -> tuple[int, str]:
     """The exit status and what was said on standard error."""
     if on_part is None or words[0] not in _WITH_PROGRESS:
         try:
-            run(["qemu-img", words[0], "-q", *words[1:]], limits=_LIMITS)
+            run(["qemu-img", words[0], "-q", *words[1:]], limits=_LIMITS, apart=apart)
         except ProgramFailed as error:
             return error.returncode, error.stderr
         return 0, ""
@@ -58,7 +71,8 @@ def _failed(stderr: str, image: Path) -> ImgtoolError:
     lines = [line for line in stderr.strip().splitlines() if line.strip()]
     reason = lines[-1].removeprefix("qemu-img: ") if lines else "no reason given"
     full = "No space left on device" in stderr
-    return ImgtoolError(
+    kind = Locked if 'Failed to get "' in stderr else ImgtoolError
+    return kind(
         f"QEMU could not do it: {printable(reason)}",
         subject=printable(image),
         hint="make room on the file system of the image, then repeat the command" if full else None,

@@ -20,7 +20,8 @@ from imgtool.errors import RefusedError
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.locks import PATIENCE, in_use_for_writing
 from imgtool.image.places import printable
-from imgtool.image.record import is_unfinished, read_facts, unfinished_commit
+from imgtool.image.record import read_facts
+from imgtool.image.unfinished import is_unfinished, unfinished_commit
 
 # Far from the bytes that QEMU locks, which end at 263.
 _BYTE = 4000
@@ -61,9 +62,11 @@ def chain_to_read(
                 free = _lock(path, fcntl.F_RDLCK, locks)
                 if overlay is not None:
                     free = _lock(overlay, fcntl.F_RDLCK, locks)
-                if (free and unfinished_commit(path) == overlay) or time.monotonic() > until:
+                if free and unfinished_commit(path) == overlay:
                     held.enter_context(locks.pop_all())
                     break
+            if time.monotonic() > until:
+                raise _being_written(path)
             time.sleep(_PAUSE)
         yield open_chain(path, format=format, backing_dirs=backing_dirs)
 
@@ -75,7 +78,28 @@ def passes_locks(chain: Chain) -> bool:
     """
     if any(in_use_for_writing(path) is not None for path in chain.files):
         return True
-    return any(is_unfinished(read_facts(link.path)) for link in chain.links[1:])
+    return any(is_unfinished(link.path, read_facts(link.path)) for link in chain.links[1:])
+
+
+def _being_written(path: Path) -> RefusedError:
+    return RefusedError(
+        f"another imgtool has been writing to it for {PATIENCE:g} s or more",
+        subject=printable(path),
+        hint="wait until it has ended, then repeat the command",
+    )
+
+
+@contextlib.contextmanager
+def kept_as_base(chain: Chain) -> Iterator[None]:
+    """Until the block ends no imgtool writes to a chain on which an overlay is being made."""
+    until = time.monotonic() + PATIENCE
+    with contextlib.ExitStack() as held:
+        for path in chain.files:
+            while not _locked(path, held, fcntl.F_RDLCK):
+                if time.monotonic() > until:
+                    raise _being_written(path)
+                time.sleep(_PAUSE)
+        yield
 
 
 @contextlib.contextmanager
@@ -98,9 +122,9 @@ def no_readers(paths: Sequence[Path]) -> Iterator[None]:
         yield
 
 
-def _locked(path: Path, held: contextlib.ExitStack) -> bool:
+def _locked(path: Path, held: contextlib.ExitStack, kind: int = fcntl.F_WRLCK) -> bool:
     with contextlib.ExitStack() as attempt:
-        if not _lock(path, fcntl.F_WRLCK, attempt):
+        if not _lock(path, kind, attempt):
             return False
         held.enter_context(attempt.pop_all())
     return True

@@ -14,12 +14,12 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from imgtool import interrupt
-from imgtool.errors import HostError, ImageError, RefusedError
-from imgtool.image import headers
+from imgtool.errors import HostError, RefusedError
 from imgtool.image.places import printable
 
 _PREFIX, _SUFFIX = ".", ".imgtool-record"
@@ -59,11 +59,44 @@ def _beside(image: Path) -> Path:
     return real
 
 
-class Record:
-    """The record of one piece of work on `image`; `facts` are the lines so far, as one."""
+def identity_of(image: Path) -> list[int | str]:
+    """What tells an image from another one that has its name by now: of a file the inode; of a
+    block device the names that go with the hardware, or else which attachment of which boot it is.
+    """
+    status = image.stat()
+    if not stat.S_ISBLK(status.st_mode):
+        return [status.st_ino]
+    real = image.resolve()
+    names: list[int | str] = []
+    with contextlib.suppress(OSError):
+        links = Path("/dev/disk/by-id").iterdir()
+        names += sorted(link.name for link in links if link.resolve() == real)
+    if names:
+        return names
+    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    node = Path("/sys/dev/block", number).resolve()
+    for kept in (
+        node / "diskseq",
+        node.parent / "diskseq",
+        Path("/proc/sys/kernel/random/boot_id"),
+    ):
+        with contextlib.suppress(OSError):
+            names.append(kept.read_text().strip())
+    return [number, *names]
 
-    def __init__(self, image: Path, descriptor: int, facts: dict[str, Any]) -> None:
+
+class Record:
+    """The record of one piece of work on `image`; `facts` are the lines so far, as one.
+
+    `path` is where it is, `owner` the id of the user who wrote it.
+    """
+
+    def __init__(
+        self, image: Path, path: Path, descriptor: int, owner: int, facts: dict[str, Any]
+    ) -> None:
         self.image = image
+        self.path = path
+        self.owner = owner
         self.facts = facts
         self._descriptor = descriptor
         self._removed = False
@@ -81,9 +114,11 @@ class Record:
         return value
 
     def texts(self, fact: str) -> list[str]:
-        """A fact that is some lines of text; `RefusedError` where it is not."""
+        """A fact that is one or more lines of text; `RefusedError` where it is not."""
         value = self.facts.get(fact)
-        if not isinstance(value, list) or not all(isinstance(line, str) for line in value):
+        if not isinstance(value, list) or not value:
+            raise self._senseless(fact)
+        if not all(isinstance(line, str) and line and "\0" not in line for line in value):
             raise self._senseless(fact)
         return value
 
@@ -91,7 +126,7 @@ class Record:
         return RefusedError(
             f"the record of work on it makes no sense: no {fact}",
             subject=printable(self.image),
-            hint=f"look at it, then remove it: {printable(record_path(self.image))}",
+            hint=f"look at it, then remove it: {printable(self.path)}",
         )
 
     def note(self, **facts: Any) -> None:
@@ -105,17 +140,16 @@ class Record:
                 os.fsync(self._descriptor)
             except OSError as error:
                 os.ftruncate(self._descriptor, end)
-                raise _not_written(error, record_path(self.image).parent) from error
+                raise _not_written(error, self.path.parent) from error
             self.facts.update(facts)
 
     def remove(self) -> None:
         """The work is done, or undone."""
         if self._removed:  # by now another imgtool may have one of its own there
             return
-        path = record_path(self.image)
         with interrupt.whole():
-            path.unlink(missing_ok=True)
-            sync_folder(path.parent)
+            self.path.unlink(missing_ok=True)
+            sync_folder(self.path.parent)
             self._removed = True
             self.facts.clear()
 
@@ -169,81 +203,46 @@ def _is_believed(status: os.stat_result, image: Path) -> bool:
     return stat.S_ISREG(status.st_mode) and status.st_nlink <= 1 and status.st_uid in owners
 
 
-def read_facts(image: Path) -> dict[str, Any]:
-    """What is written down about an image, by whomever; empty where nothing is."""
+def not_believed(image: Path) -> RefusedError:
+    """The error for a record that anybody can have put there."""
+    return RefusedError(
+        "what stands beside it as the record of work on it was not written by its owner",
+        subject=printable(image),
+        hint=f"look at it, then remove it: {printable(record_path(image))}",
+    )
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is written down about an image, and by which user; `believed` where that one may do to
+    the image what it says."""
+
+    facts: dict[str, Any]
+    owner: int
+    believed: bool
+
+
+def written_down(image: Path) -> Written | None:
+    """What the record of an image says; None where there is none."""
     try:
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(record_path(image), flags)
     except (OSError, ValueError):
-        return {}
+        return None
     try:
-        if not _is_believed(os.fstat(descriptor), image):
-            return {}
-        return _facts(os.pread(descriptor, _LONGEST, 0))[0]
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        facts = _facts(os.pread(descriptor, _LONGEST, 0))[0]
+        return Written(facts, status.st_uid, _is_believed(status, image))
     finally:
         os.close(descriptor)
 
 
-def stands_on(overlay: Path, base: Path) -> bool:
-    """Whether the header of an overlay names this base."""
-    with contextlib.suppress(OSError, ValueError):
-        header = headers.read(overlay)
-        below = headers.base_of(header) if header is not None else None
-        return below is not None and below.samefile(base)
-    return False
-
-
-def overlay_of(image: Path, facts: dict[str, Any]) -> Path | None:
-    """The overlay that a record of work on an image names; None where it names none.
-
-    A name that is not absolute starts in the image's folder, which can be moved as a whole.
-    """
-    name = facts.get("overlay")
-    if not isinstance(name, str) or not name or "\0" in name:
-        return None
-    return image.resolve().parent / name
-
-
-def unfinished_commit(image: Path) -> Path | None:
-    """The overlay that has all of an image while a commit into the image is incomplete.
-
-    Raises `ImageError` if that overlay is not there any more: then nothing has all of it.
-    """
-    facts = read_facts(image)
-    if not is_unfinished(facts):
-        return None
-    overlay = overlay_of(image, facts)
-    if overlay is not None and stands_on(overlay, image):
-        return overlay
-    if facts.get("operation") == "write":
-        return None  # an overlay of imgtool's own goes when it is done with
-    raise ImageError(
-        "a commit into it was interrupted, so it holds a part of an overlay that is not there any"
-        f" more, or no longer stands on it: {printable(str(facts.get('overlay')))}",
-        subject=printable(image),
-        hint="bring the overlay back; or, to take the image as it is, remove"
-        f" {printable(record_path(image))}",
-    )
-
-
-def is_unfinished(facts: dict[str, Any]) -> bool:
-    """Whether an image may hold a part of what an overlay has all of."""
-    if facts.get("operation") == "commit":
-        return facts.get("step") != "proved"
-    return is_committed(facts)
-
-
-def is_committed(facts: dict[str, Any]) -> bool:
-    """Whether a write was to be kept: the record of the first of its images says so for all."""
-    if facts.get("operation") != "write":
-        return False
-    if facts.get("step") == "ready":
-        images = facts.get("images")
-        if not isinstance(images, list) or not images or not isinstance(images[0], str):
-            return False
-        of_first = read_facts(Path(images[0]))
-        return of_first.get("id") == facts.get("id") and of_first.get("step") == "commit"
-    return facts.get("step") == "commit"
+def read_facts(image: Path) -> dict[str, Any]:
+    """What is written down about an image by somebody who is believed; empty where nothing is."""
+    written = written_down(image)
+    return written.facts if written is not None and written.believed else {}
 
 
 def is_ours(name: str) -> bool:
@@ -261,33 +260,30 @@ def opened(image: Path, *, create: bool) -> Iterator[Record | None]:
     """
     with contextlib.ExitStack() as stack:
         with interrupt.whole():  # an empty record would be left
-            record = _of_descriptor(image, _locked(image, create=create), stack)
+            path = record_path(image)
+            record = _of_descriptor(image, path, _locked(image, path, create=create), stack)
         yield record
 
 
 def _of_descriptor(
-    image: Path, descriptor: int | None, stack: contextlib.ExitStack
+    image: Path, path: Path, descriptor: int | None, stack: contextlib.ExitStack
 ) -> Record | None:
     """The record that is open, which ends with the stack."""
     if descriptor is None:
         return None
     stack.callback(os.close, descriptor)
-    if not _is_believed(os.fstat(descriptor), image):
-        raise RefusedError(
-            "what stands beside it as the record of work on it was not written by its owner",
-            subject=printable(image),
-            hint=f"look at it, then remove it: {printable(record_path(image))}",
-        )
+    status = os.fstat(descriptor)
+    if not _is_believed(status, image):
+        raise not_believed(image)
     facts, length = _facts(os.pread(descriptor, _LONGEST, 0))
     # What was not written whole must not swallow the line that comes next.
     os.ftruncate(descriptor, length)
-    record = Record(image, descriptor, facts)
+    record = Record(image, path, descriptor, status.st_uid, facts)
     stack.callback(record.remove_if_empty)
     return record
 
 
-def _locked(image: Path, *, create: bool) -> int | None:
-    path = record_path(image)
+def _locked(image: Path, path: Path, *, create: bool) -> int | None:
     while True:
         try:
             descriptor = _open(path, create=create)

@@ -13,16 +13,16 @@ from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
 from imgtool.image.info import Snapshot, probe
 from imgtool.image.locks import PATIENCE, refuse_if_in_use
-from imgtool.image.places import printable
-from imgtool.image.qemu_img import qemu_img, same_content
+from imgtool.image.places import Places, printable
+from imgtool.image.qemu_img import Locked, qemu_img, same_content
 from imgtool.image.reading import remove_unread
-from imgtool.image.record import (
-    Record,
+from imgtool.image.record import Record, is_temporary_of, opened, written_down
+from imgtool.image.unfinished import (
     is_committed,
-    is_temporary_of,
-    opened,
+    lost,
     overlay_of,
-    record_path,
+    refuse_another_file,
+    refuse_strange_overlay,
     stands_on,
     unfinished_commit,
 )
@@ -37,11 +37,14 @@ REPLACED_FILES = ("flatten", "compact")
 IN_PLACE = ("rebase", "snapshot create", "snapshot delete", "resize", "repair")
 
 
-def settle(record: Record, *, finish: bool, backing_dirs: Dirs = ()) -> str | None:
+def settle(
+    record: Record, *, finish: bool, backing_dirs: Dirs = (), force: bool = False
+) -> str | None:
     """Bring an image to its old or its new state and remove the record; a line that says which.
 
     What takes long, the rest of a commit, is done only with `finish`; without, the record stays,
-    and the line says so. A revert is finished with it, and undone without.
+    and the line says so. A revert is finished with it, and undone without. With `force` also of an
+    image that is a copy of the one that the record was written of.
     """
     operation, image = record.operation, record.image
     name = printable(image)
@@ -54,36 +57,34 @@ def settle(record: Record, *, finish: bool, backing_dirs: Dirs = ()) -> str | No
     if operation in NEW_FILES or operation in REPLACED_FILES:
         line = _settle_file(record)
     elif operation in IN_PLACE:
-        mend(image)
+        mend(image, format=_format(record))
         line = f"an interrupted {operation} left {name} sound, as before it or as after it"
     elif operation == "revert":
         line = _settle_revert(record, finish=finish)
     elif operation == "commit":
-        if not finish and record.facts.get("step") != "proved" and not _is_untouched(record):
+        if not finish and record.facts.get("step") != "proved" and not is_untouched(record):
             overlay = printable(record.text("overlay"))
             return (
                 f"{name} holds a part of what was to be committed, {overlay} all of it:"
                 " repeat the command to finish"
             )
-        line = _settle_commit(record, finish=finish, backing_dirs=backing_dirs)
-    elif operation == "write" and is_committed(record.facts):
+        line = _settle_commit(record, finish=finish, backing_dirs=backing_dirs, force=force)
+    elif operation == "write" and is_committed(image, record.facts):
         if not finish:
             return (
                 f"{name} holds a part of what was written, and is read through what holds all of"
                 f" it: imgtool recover {name}"
             )
-        images = record.texts("images")
-        for other in images:
-            if other == images[0] != str(image.resolve()):
-                break  # only the first waits for the others
-            if other != str(image.resolve()):
-                recover(Path(other), backing_dirs=backing_dirs)
+        if not force:
+            refuse_another_file(image, record.facts)
+        _settle_others_first(record, backing_dirs, force)
         finish_write(record, backing_dirs, cut_off=True)
         return f"an interrupted write to {name} was finished"
     elif operation == "write":
-        temporary = Path(record.text("overlay"))
+        _settle_others_first(record, backing_dirs, force)
+        temporary = _overlay(record)
         line = None
-        if is_temporary_of(image, temporary.name) and os.path.lexists(temporary):
+        if os.path.lexists(temporary):
             temporary.unlink()
             line = f"an interrupted write to {name} was undone"
     else:
@@ -97,29 +98,60 @@ def settle(record: Record, *, finish: bool, backing_dirs: Dirs = ()) -> str | No
     return line
 
 
-def recover(image: Path, *, backing_dirs: Dirs = (), below: bool = True) -> str | None:
+def _settle_others_first(record: Record, backing_dirs: Dirs, force: bool) -> None:
+    """The record of the first of several disks goes last: what it says goes for the others."""
+    folder, own = record.image.resolve().parent, record.image.resolve()
+    first, *others = [(folder / name).resolve() for name in record.texts("images")]
+    if own != first:
+        return
+    for other in others:
+        written = written_down(other)
+        if written is not None and written.facts.get("id") == record.facts.get("id"):
+            recover(other, backing_dirs=backing_dirs, below=False, force=force)
+
+
+def recover(
+    image: Path, *, backing_dirs: Dirs = (), below: bool = True, force: bool = False
+) -> str | None:
     """Finish or undo what was interrupted on an image; a line that says so, None if nothing was.
 
-    With `below` a commit of the image into its base is finished too.
+    With `below` a commit of the image into its base is finished too. With `force` also where the
+    image is a copy of the one that was written to.
     """
     line = None
-    if below and (base := pending_below(image)) is not None:
-        line = recover(base, backing_dirs=backing_dirs, below=False)
+    if below and (base := pending_below(image, backing_dirs)) is not None:
+        line = recover(base, backing_dirs=backing_dirs, below=False, force=force)
     with opened(image, create=False) as record:
-        settled = settle(record, finish=True, backing_dirs=backing_dirs) if record else None
+        settled = None
+        if record is not None:
+            settled = settle(record, finish=True, backing_dirs=backing_dirs, force=force)
     return "; ".join(part for part in (line, settled) if part) or None
 
 
-def pending_below(overlay: Path) -> Path | None:
-    """The base of an overlay, if a commit of this very overlay into it was interrupted."""
+def pending_below(overlay: Path, backing_dirs: Dirs = ()) -> Path | None:
+    """The base of an overlay, if a commit of this very overlay into it was interrupted.
+
+    A base that the chain rule does not allow is not looked at.
+    """
     try:
         header = headers.read(overlay)
         base = headers.base_of(header) if header is not None else None
-        if base is not None and (unfinished := unfinished_commit(base)) is not None:
+        if base is None or not Places.around(overlay, backing_dirs).hold(base.resolve()):
+            return None
+        if (unfinished := unfinished_commit(base)) is not None:
             return base if unfinished.samefile(overlay) else None
-    except (OSError, ValueError, ImageError):
+    except RefusedError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImageError):
         pass  # whoever opens it says what is wrong with it
     return None
+
+
+def _overlay(record: Record) -> Path:
+    """The overlay that a record names. Raises `RefusedError` where it may not name that one."""
+    refuse_strange_overlay(record.image, record.facts, record.owner)
+    overlay = overlay_of(record.image, record.facts)
+    return overlay if overlay is not None else Path(record.text("overlay"))  # which says why not
 
 
 def finish_write(record: Record, backing_dirs: Dirs = (), *, cut_off: bool = False) -> None:
@@ -127,21 +159,23 @@ def finish_write(record: Record, backing_dirs: Dirs = (), *, cut_off: bool = Fal
 
     Where that was `cut_off` before, QEMU may have left clusters that nothing uses.
     """
-    overlay = Path(record.text("overlay"))
-    if overlay.exists():
-        if not is_temporary_of(record.image, overlay.name):
-            raise _no_longer(record.image, overlay)
+    overlay = _overlay(record)
+    if record.facts.get("step") != "written":
+        if not stands_on(overlay, record.image):
+            raise lost(record.image, record.facts)
         if cut_off:
             mend(record.image, as_named_in=overlay)
         _commit(record.image, overlay, backing_dirs)
         if cut_off:
             mend(record.image, as_named_in=overlay)
+        record.note(step="written")  # without the overlay, that it is done with is known from this
+    if os.path.lexists(overlay):
         remove_unread(overlay)
     record.remove()
 
 
 def _gone(record: Record) -> ImageError:
-    left = [record_path(record.image)]
+    left = [record.path]
     if isinstance(record.facts.get("temporary"), str) and (made := _temporary(record)).exists():
         left.append(made)
     names = " ".join(printable(path) for path in left)
@@ -159,9 +193,9 @@ def _temporary(record: Record) -> Path:
         raise RefusedError(
             f"the record of work on it names a file that is not imgtool's: {printable(name)}",
             subject=printable(record.image),
-            hint=f"look at it, then remove it: {printable(record_path(record.image))}",
+            hint=f"look at it, then remove it: {printable(record.path)}",
         )
-    return record_path(record.image).with_name(name)
+    return record.path.with_name(name)
 
 
 def _settle_file(record: Record) -> str | None:
@@ -179,13 +213,19 @@ def _settle_file(record: Record) -> str | None:
     return f"{what} was undone"
 
 
-def mend(image: Path, *, as_named_in: Path | None = None) -> None:
+def _format(record: Record) -> str | None:
+    """The format that the image was worked on as; None in a record that does not say."""
+    return record.text("format") if "format" in record.facts else None
+
+
+def mend(image: Path, *, format: str | None = None, as_named_in: Path | None = None) -> None:
     """Have QEMU set its tables right after it was killed at work; no guest data are touched.
 
-    The format is what an overlay on it says: what a guest wrote to a raw disk may look like any.
+    The format is the one that is given, or what an overlay on it says: what a guest wrote to a raw
+    disk may look like any.
     """
     header = headers.read(as_named_in) if as_named_in is not None else None
-    link = probe(image, format=header.backing_format if header is not None else None)
+    link = probe(image, format=header.backing_format if header is not None else format)
     refuse_if_in_use(Chain((link,)))
     if link.format != "qcow2":
         return
@@ -216,15 +256,15 @@ def _lengthen(image: Path) -> None:
 
 
 def on_snapshots(image: Path, option: str, name: str) -> None:
-    """`qemu-img snapshot` on one image file; what it stands on is not opened."""
-    alone = Chain((probe(image),)).filename(read_only=False)
+    """`qemu-img snapshot` on one qcow2 file; what it stands on is not opened."""
+    alone = Chain((probe(image, format="qcow2"),)).filename(read_only=False)
     qemu_img(["snapshot", option, name, alone], image=image)
 
 
 def _settle_revert(record: Record, *, finish: bool) -> str:
     image, saved = record.image, record.text("saved")
     what = f"an interrupted revert of {printable(image)} was"
-    mend(image)
+    mend(image, format="qcow2")
     kept = _named(image, saved)
     begun = record.facts.get("step") == "apply"
     finished = begun and (finish or kept is None)
@@ -234,12 +274,12 @@ def _settle_revert(record: Record, *, finish: bool) -> str:
         on_snapshots(image, "-a", kept.id)
     if kept is not None and (record.facts.get("temporary") or not finished):
         on_snapshots(image, "-d", saved)
-    mend(image)
+    mend(image, format="qcow2")
     return f"{what} {'finished' if finished else 'undone'}"
 
 
 def _named(image: Path, name: str) -> Snapshot | None:
-    return next((row for row in probe(image).snapshots if row.name == name), None)
+    return next((row for row in probe(image, format="qcow2").snapshots if row.name == name), None)
 
 
 def as_untouched(base: Path) -> list[int]:
@@ -248,22 +288,22 @@ def as_untouched(base: Path) -> list[int]:
     return [status.st_ino, status.st_size, status.st_mtime_ns]
 
 
-def _is_untouched(record: Record) -> bool:
+def is_untouched(record: Record) -> bool:
     """Whether a commit failed before it had written anything; a device does not tell."""
     image = record.image
     return not image.is_block_device() and record.facts.get("before") == as_untouched(image)
 
 
-def _settle_commit(record: Record, *, finish: bool, backing_dirs: Dirs) -> str:
-    base, overlay = record.image, overlay_of(record.image, record.facts)
-    if overlay is None:
-        raise _no_longer(base, Path("?"))
+def _settle_commit(record: Record, *, finish: bool, backing_dirs: Dirs, force: bool) -> str:
+    base, overlay = record.image, _overlay(record)
     name = f"an interrupted commit of {printable(overlay)} into {printable(base)} was"
     if record.facts.get("step") != "proved":
         if not finish:
             return f"{name} undone: nothing had been written yet"
         if not stands_on(overlay, base):
             raise _no_longer(base, overlay)
+        if not force:
+            refuse_another_file(base, record.facts)
         mend(base, as_named_in=overlay)
         chain = _commit(base, overlay, backing_dirs)
         if not same_content(chain.filename(), Chain(chain.links[1:]).filename()):
@@ -295,10 +335,11 @@ def _commit(base: Path, overlay: Path, backing_dirs: Dirs) -> Chain:
     until = time.monotonic() + PATIENCE
     while True:
         try:
-            qemu_img(["commit", "-d", chain.filename(read_only=False)], image=overlay)
-        except ImgtoolError as error:
-            # QEMU's locks are another's: a reader that came just now is gone in a moment.
-            if 'Failed to get "' not in error.message or time.monotonic() > until:
+            words = ["commit", "-d", chain.filename(read_only=False)]
+            qemu_img(words, image=overlay, apart=True)
+        except Locked:
+            # A reader that came just now is gone in a moment.
+            if time.monotonic() > until:
                 raise
             time.sleep(0.1)
         else:

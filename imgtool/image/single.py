@@ -161,7 +161,7 @@ def plan_resize(
             words.extend((chain.filename(read_only=False), str(wanted)))
             work.qemu_img("resize", words, path)
 
-    return Plan("resize", path.absolute(), lines, do, seen=Seen.of(*chain.files))
+    return Plan("resize", path.absolute(), lines, do, active.format, seen=Seen.of(*chain.files))
 
 
 def plan_repair(
@@ -188,4 +188,4 @@ def plan_repair(
             )
 
     lines = (f"mend the tables of {printable(path)} ({what})",)
-    return Plan("repair", path.absolute(), lines, do, seen=Seen.of(path))
+    return Plan("repair", path.absolute(), lines, do, link.format, seen=Seen.of(path))

@@ -72,7 +72,7 @@ def plan_create(path: Path, name: str, *, backing_dirs: Dirs = ()) -> Plan:
             on_snapshots(path, "-c", name)
 
     lines = (f"keep the present state of {printable(path)} as '{printable(name)}'",)
-    return Plan("snapshot create", path.absolute(), lines, do, seen=Seen.of(path))
+    return Plan("snapshot create", path.absolute(), lines, do, "qcow2", seen=Seen.of(path))
 
 
 def plan_delete(path: Path, name: str, *, backing_dirs: Dirs = ()) -> Plan:
@@ -90,7 +90,7 @@ def plan_delete(path: Path, name: str, *, backing_dirs: Dirs = ()) -> Plan:
         f"delete the snapshot '{printable(snapshot.name)}' of {printable(path)};"
         " the file does not shrink",
     )
-    return Plan("snapshot delete", path.absolute(), lines, do, seen=Seen.of(path))
+    return Plan("snapshot delete", path.absolute(), lines, do, "qcow2", seen=Seen.of(path))
 
 
 def plan_revert(
@@ -142,6 +142,7 @@ def plan_revert(
         path.absolute(),
         tuple(lines),
         do,
+        "qcow2",
         facts={"to": argument, "saved": saved, "temporary": save_as is None},
         seen=Seen.of(path),
     )

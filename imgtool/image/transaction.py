@@ -15,9 +15,11 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from imgtool import interrupt
 from imgtool.errors import ImgtoolError, RefusedError
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
+from imgtool.image.dependants import refuse_if_base
 from imgtool.image.guards import (
     refuse_existing,
     refuse_if_too_little_space,
@@ -27,11 +29,11 @@ from imgtool.image.guards import (
 from imgtool.image.info import probe
 from imgtool.image.locks import refuse_if_in_use
 from imgtool.image.overlays import backing_name
-from imgtool.image.places import printable
+from imgtool.image.places import name_from, printable
 from imgtool.image.qemu_img import qemu_img
-from imgtool.image.reading import no_readers
-from imgtool.image.record import Record, opened, temporary_path
-from imgtool.image.recovery import finish_write, settle
+from imgtool.image.reading import kept_as_base, no_readers
+from imgtool.image.record import Record, identity_of, opened, sync_folder, temporary_path
+from imgtool.image.recovery import as_untouched, finish_write, is_untouched, settle
 from imgtool.image.work import Notice, put_in_place, sync_file
 
 # Of an overlay that holds nothing yet.
@@ -58,23 +60,58 @@ class Transaction:
     `chains` are those of the overlays, in the order of the disks.
     """
 
-    def __init__(self, chains: Sequence[Chain], records: Sequence[Record]) -> None:
+    def __init__(
+        self,
+        chains: Sequence[Chain],
+        records: Sequence[Record],
+        backing_dirs: Sequence[str | Path],
+        notice: Notice,
+    ) -> None:
         self.chains = tuple(chains)
         self._records = tuple(records)
+        self._backing_dirs = backing_dirs
+        self._notice = notice
 
     def commit(self) -> None:
-        """Write everything down; from the first moment on it is either finished or can be."""
+        """Write everything down; from the first moment on it is either finished or can be.
+
+        Ctrl-C then waits for the end. Where not one byte could be written, all is as it was.
+        """
         for chain in self.chains:
             _sound_on_disk(chain)
             refuse_if_in_use(Chain(chain.links[1:]))
         with no_readers([record.image for record in self._records]):
+            for chain in self.chains:
+                self._refuse_what_came_meanwhile(Chain(chain.links[1:]), chain)
             for record in self._records:
-                record.note(step="ready")
-            self._records[0].note(step="commit")
-            # The chains were opened: what they stand on may be where no rule looks by itself.
-            below = [link.path.parent for chain in self.chains for link in chain.links]
-            for record in reversed(self._records):
-                finish_write(record, below)
+                sync_folder(record.path.parent)
+                record.note(step="ready", before=as_untouched(record.image))
+            with interrupt.on_interrupt(self._say_that_it_goes_on), interrupt.whole():
+                self._records[0].note(step="commit")
+                try:
+                    self._finish()
+                except BaseException:
+                    if all(is_untouched(record) for record in self._records):
+                        self._records[0].note(step="ready")
+                    raise
+
+    def _finish(self) -> None:
+        # The chains were opened: what they stand on may be where no rule looks by itself.
+        below = [link.path.parent for chain in self.chains for link in chain.links]
+        for record in reversed(self._records):
+            finish_write(record, below)
+
+    def _refuse_what_came_meanwhile(self, image: Chain, overlay: Chain) -> None:
+        """A guest that was started on the image, a new overlay on it, a host that became full."""
+        refuse_if_in_use(image)
+        refuse_if_base(image, self._backing_dirs)
+        if image.active.driver == "file":
+            free = max(image.active.virtual_size - image.active.actual_size, 0)
+            grows = min(overlay.active.path.stat().st_blocks * 512, free)
+            refuse_if_too_little_space(image.active.path.resolve().parent, grows)
+
+    def _say_that_it_goes_on(self) -> None:
+        self._notice("the write is being finished, so that nothing is left half done")
 
 
 def _sound_on_disk(chain: Chain) -> None:
@@ -110,7 +147,7 @@ def clone(chain: Chain, new: Path) -> Iterator[Clone]:
     """
     refuse_existing(new)
     refuse_if_in_use(chain, read_only=True)  # others may read it, as other clones do
-    with opened(new, create=True) as record:
+    with kept_as_base(chain), opened(new, create=True) as record:
         assert record is not None
         settle(record, finish=True)
         temporary = temporary_path(new)
@@ -137,35 +174,56 @@ def transaction(
     """
     for chain in chains:
         refuse_to_write(chain, backing_dirs)
+        _refuse_several_names(chain.active.path)
         beside = temporary_path(chain.active.path)
         refuse_if_too_little_space(tmp_dir or beside.parent, _EMPTY)
     name = secrets.token_hex(8)
-    images = [str(chain.active.path.resolve()) for chain in chains]
+    images = [chain.active.path.resolve() for chain in chains]
     with contextlib.ExitStack() as stack:
-        records = []
-        for chain in chains:
-            record = stack.enter_context(opened(chain.active.path, create=True))
-            assert record is not None
-            if record.facts:
-                raise RefusedError(
-                    f"a {record.operation} of it was interrupted",
-                    subject=printable(chain.active.path),
-                    hint=f"imgtool recover {printable(chain.active.path)}",
-                )
-            overlay = temporary_path(chain.active.path)
-            if tmp_dir is not None:
-                overlay = tmp_dir.resolve() / overlay.name
-            record.note(operation="write", id=name, images=images, overlay=str(overlay))
-            records.append(record)
+        records, overlays = [], []
         try:
-            overlays = [
-                overlay_on(chain, Path(record.facts["overlay"]))
-                for chain, record in zip(chains, records, strict=True)
+            for image in images:
+                record = stack.enter_context(opened(image, create=True))
+                assert record is not None
+                if record.facts:
+                    raise RefusedError(
+                        f"a {record.operation} of it was interrupted",
+                        subject=printable(image),
+                        hint=f"imgtool recover {printable(image)}",
+                    )
+                overlay = temporary_path(image)
+                if tmp_dir is not None:
+                    overlay = tmp_dir.resolve() / overlay.name
+                folder = image.parent
+                record.note(
+                    operation="write",
+                    id=name,
+                    images=[name_from(folder, other) for other in images],
+                    overlay=name_from(folder, overlay),
+                    identity=identity_of(image),
+                )
+                records.append(record)
+                overlays.append(overlay)
+            above = [
+                overlay_on(chain, overlay, backing_name(image, overlay))
+                for chain, image, overlay in zip(chains, images, overlays, strict=True)
             ]
-            yield Transaction(overlays, records)
+            yield Transaction(above, records, backing_dirs, notice)
         finally:
-            # What was committed has no record any more.
-            for record in records:
+            # What was committed has no record any more. The first one's goes last.
+            for record in reversed(records):
                 line = settle(record, finish=False, backing_dirs=backing_dirs)
                 if line and record.facts:
                     notice(line)
+
+
+def _refuse_several_names(image: Path) -> None:
+    """Raise `RefusedError` for a file with hard links: by its other names it would be read, and
+    written to, as if there were no record."""
+    status = image.stat()
+    if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+        raise RefusedError(
+            f"its file has {status.st_nlink} names (hard links), and would change under all",
+            subject=printable(image),
+            hint="make it a file of its own: cp --reflink=auto, then mv",
+        )

@@ -131,15 +131,17 @@ def _identity(path: Path) -> tuple[int, ...]:
 class Plan:
     """What a command is about to do to `image`, in `lines` for the user; `run` does it.
 
-    `space` is how many bytes it may need in the image's folder, `facts` what its record says, and
-    `seen` the files that were looked at to make it. What is `repeatable` is finished by doing it
-    again, which is the same where the facts named in it are.
+    `format` is that of the image, where it is there already: what a guest wrote to a raw disk may
+    look like any. `space` is how many bytes it may need in the image's folder, `facts` what its
+    record says, and `seen` the files that were looked at to make it. What is `repeatable` is
+    finished by doing it again, which is the same where the facts named in it are.
     """
 
     operation: str
     image: Path
     lines: tuple[str, ...]
     do: Callable[[Work], None]
+    format: str | None = None
     space: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
     seen: Seen = field(default_factory=Seen)
@@ -160,12 +162,13 @@ class Plan:
             try:
                 repeated = bool(record.facts)
                 if repeated:
-                    mend(self.image)
+                    mend(self.image, format=self.format)
                 else:
-                    record.note(operation=self.operation, **self.facts)
+                    known = {"format": self.format} if self.format is not None else {}
+                    record.note(operation=self.operation, **known, **self.facts)
                 self.do(work)
                 if repeated:
-                    mend(self.image)
+                    mend(self.image, format=self.format)
                 record.remove()
             except BaseException:
                 try:

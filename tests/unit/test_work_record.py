@@ -15,9 +15,9 @@ from imgtool.image.record import (
     read_facts,
     record_path,
     temporary_path,
-    unfinished_commit,
 )
 from imgtool.image.recovery import recover
+from imgtool.image.unfinished import unfinished_commit
 
 
 @pytest.fixture

@@ -1,0 +1,458 @@
+"""A write that was cut off in the middle of becoming the image's own, and what may happen to the
+image, its overlay and its record before somebody finishes it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from imgtool.errors import ImageError, RefusedError
+from imgtool.image import recovery, transaction
+from imgtool.image.chain import open_chain
+from imgtool.image.qemu_img import Locked
+from imgtool.image.record import read_facts, record_path
+from imgtool.image.recovery import recover
+from tests.fault.writes import (
+    KILLED,
+    NEW,
+    OLD,
+    fill,
+    in_child,
+    left_over,
+    made,
+    pattern,
+    reads_as,
+)
+
+ALICE, BOB = 12345, 12346
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to act as another user")
+
+
+def torn(*images: Path, tmp_dir: Path | None = None) -> None:
+    """Write to raw images, and be killed when a part of it is in the last one."""
+
+    def killed(record, *others, **options):
+        with record.image.open("r+b") as file:
+            file.write(bytes([NEW]) * 4096)
+        os._exit(KILLED)
+
+    def work() -> None:
+        transaction.finish_write = killed
+        write(*images, tmp_dir=tmp_dir)
+
+    assert in_child(work) == KILLED
+
+
+def write(*images: Path, tmp_dir: Path | None = None) -> None:
+    chains = [open_chain(image, format="raw") for image in images]
+    with transaction.transaction(chains, tmp_dir=tmp_dir, notice=lambda line: None) as writing:
+        for chain in writing.chains:
+            fill(chain.active.path, "qcow2", NEW)
+        writing.commit()
+
+
+def sees(image: Path, value: int) -> bool:
+    """Whether a reader of the image sees this content."""
+    return reads_as(open_chain(image, format="raw").filename(), value)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    folder = tmp_path / "guests"
+    folder.mkdir()
+    return made(folder, "raw")
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user can enter."""
+    folder = Path(tempfile.mkdtemp(prefix="imgtool-test-", dir="/tmp"))
+    folder.chmod(0o777)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def user(uid: int) -> Iterator[None]:
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+# What is moved, lost or replaced before it is finished
+
+
+def test_a_folder_that_was_moved_is_read_whole_and_finished(disk, tmp_path):
+    torn(disk)
+    moved = disk.parent.rename(tmp_path / "elsewhere") / disk.name
+    assert sees(moved, NEW)
+    assert "finished" in recover(moved)
+    assert pattern(moved, "raw", NEW)
+    assert left_over(moved.parent) == []
+
+
+def test_two_disks_that_were_moved_are_finished_together(disk, tmp_path):
+    second = disk.with_name("second.img")
+    shutil.copyfile(disk, second)
+    torn(disk, second)
+    folder = disk.parent.rename(tmp_path / "elsewhere")
+    assert sees(folder / "second.img", NEW)
+    assert sees(folder / disk.name, NEW)
+    recover(folder / disk.name)
+    assert pattern(folder / "second.img", "raw", NEW)
+    assert pattern(folder / disk.name, "raw", NEW)
+    assert left_over(folder) == []
+
+
+def test_one_of_two_disks_without_the_other_is_refused(disk, tmp_path):
+    second = disk.with_name("second.img")
+    shutil.copyfile(disk, second)
+    torn(disk, second)
+    disk.rename(tmp_path / disk.name)
+    record_path(disk).rename(tmp_path / record_path(disk).name)
+    for look in (lambda: sees(second, NEW), lambda: recover(second)):
+        with pytest.raises(RefusedError, match="whether it was to be kept"):
+            look()
+    assert record_path(second).exists()
+
+
+def test_what_holds_all_of_it_is_lost_and_no_part_is_taken_for_the_whole(disk, tmp_path):
+    elsewhere = tmp_path / "tmp"
+    elsewhere.mkdir()
+    torn(disk, tmp_dir=elsewhere)
+    assert sees(disk, NEW)
+    shutil.rmtree(elsewhere)
+    for look in (lambda: sees(disk, NEW), lambda: recover(disk)):
+        with pytest.raises(ImageError, match="holds a part of an overlay") as caught:
+            look()
+        assert record_path(disk).name in str(caught.value.hint)
+    assert record_path(disk).exists()
+
+
+def test_another_image_of_the_same_name_is_neither_read_nor_written_by_it(disk):
+    torn(disk)
+    os.replace(made(disk.parent.parent, "raw"), disk)
+    before = disk.read_bytes()
+    for look in (lambda: sees(disk, NEW), lambda: recover(disk)):
+        with pytest.raises(RefusedError, match="another file that had this name") as caught:
+            look()
+        assert "--force" in str(caught.value.hint)
+    assert disk.read_bytes() == before
+
+
+def test_a_copy_of_all_that_was_left_is_finished_where_it_is_said_to_be_one(disk, tmp_path):
+    torn(disk)
+    copy = Path(shutil.copytree(disk.parent, tmp_path / "copy")) / disk.name
+    shutil.rmtree(disk.parent)
+    with pytest.raises(RefusedError):
+        recover(copy)
+    assert "finished" in recover(copy, force=True)
+    assert pattern(copy, "raw", NEW)
+
+
+def test_a_link_that_leads_elsewhere_by_now_takes_no_other_record_away(disk):
+    link, other = disk.with_name("current"), disk.with_name("other.img")
+    shutil.copyfile(disk, other)
+    torn(other)
+    link.symlink_to(disk.name)
+    with transaction.transaction([open_chain(link, format="raw")], notice=lambda line: None):
+        link.unlink()
+        link.symlink_to(other.name)
+    assert record_path(other).exists()
+    assert not record_path(disk).exists()
+
+
+def test_a_file_with_several_names_is_not_written(disk):
+    disk.with_name("second").hardlink_to(disk)
+    with pytest.raises(RefusedError, match="2 names"):
+        write(disk)
+
+
+def test_a_disk_that_is_in_the_way_leaves_no_record_of_the_first(disk):
+    second = disk.with_name("second.img")
+    shutil.copyfile(disk, second)
+    with (
+        transaction.transaction([open_chain(second, format="raw")], notice=lambda line: None),
+        pytest.raises(RefusedError, match="another imgtool"),
+    ):
+        write(disk, second)
+    assert left_over(disk.parent) == []
+
+
+# Other users
+
+
+@needs_root
+def test_another_user_is_refused_what_he_could_read_only_a_part_of(open_folder):
+    disk = made(open_folder, "raw")
+    disk.chmod(0o644)
+    torn(disk)
+    with user(ALICE), pytest.raises(RefusedError, match="another user wrote") as caught:
+        open_chain(disk, format="raw")
+    assert "recover" in str(caught.value.hint)
+
+
+@needs_root
+def test_a_write_by_somebody_of_the_group_is_not_read_past(open_folder):
+    disk = made(open_folder, "raw")
+    torn(disk)
+    os.chown(disk, ALICE, -1)
+    os.chown(record_path(disk), BOB, -1)
+    with pytest.raises(RefusedError, match="not written by its owner"):
+        open_chain(disk, format="raw")
+
+
+@needs_root
+@pytest.mark.parametrize("step", [{}, {"step": "proved"}], ids=["begun", "proved"])
+def test_a_base_of_somebody_else_cannot_have_an_overlay_written_into_it(open_folder, step):
+    base, victim = made(open_folder, "qcow2"), open_folder / "victim.qcow2"
+    words = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, victim]
+    subprocess.run(words, check=True)
+    victim.chmod(0o600)
+    os.chown(base, ALICE, -1)
+    facts = {"operation": "commit", "overlay": victim.name, "remove": True, **step}
+    record_path(base).write_text(json.dumps(facts) + "\n")
+    os.chown(record_path(base), ALICE, -1)
+    before = base.read_bytes()
+    if step:
+        assert recover(victim) is None  # there is nothing left to be written
+    for image in (base,) if step else (victim, base):
+        with pytest.raises(RefusedError, match="a file of another user"):
+            recover(image)
+    assert victim.exists()
+    assert base.read_bytes() == before
+
+
+def test_a_base_outside_its_places_is_not_looked_at(tmp_path):
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    outside.mkdir()
+    base, overlay = made(outside, "qcow2"), inside / "overlay.qcow2"
+    words = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, overlay]
+    subprocess.run(words, check=True)
+    facts = {"operation": "commit", "overlay": str(overlay), "remove": True}
+    record_path(base).write_text(json.dumps(facts) + "\n")
+    assert recover(overlay) is None
+    assert overlay.exists()
+    assert "finished" in recover(overlay, backing_dirs=[outside])
+
+
+@needs_root
+def test_a_record_cannot_have_a_file_of_somebody_else_removed(open_folder):
+    disk = made(open_folder, "raw")
+    theirs = open_folder / f".{disk.name}.imgtool-1234"
+    theirs.write_text("precious")
+    os.chown(disk, ALICE, -1)
+    facts = {"operation": "write", "overlay": theirs.name, "images": [disk.name], "id": "x"}
+    record_path(disk).write_text(json.dumps(facts) + "\n")
+    os.chown(record_path(disk), ALICE, -1)
+    with pytest.raises(RefusedError, match="a file of another user"):
+        recover(disk)
+    assert theirs.read_text() == "precious"
+
+
+def test_an_overlay_of_a_record_leads_no_further_than_the_image_may(disk, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    overlay, secret = outside / f".{disk.name}.imgtool-1234", outside / "secret"
+    words = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={secret}", "-F", "raw"]
+    subprocess.run([*words, "-b", disk, overlay], check=True, capture_output=True)
+    facts = {"operation": "write", "step": "commit", "overlay": str(overlay), "images": [disk.name]}
+    record_path(disk).write_text(json.dumps(facts) + "\n")
+    with pytest.raises(RefusedError, match="outside the folders"):
+        open_chain(disk, format="raw")
+
+
+@pytest.mark.parametrize("names", [["a\0b"], [1], [], ["/nowhere/\0"]])
+def test_senseless_names_in_a_record_are_refused_in_words(disk, names):
+    facts = {"operation": "write", "id": "x", "images": names, "overlay": f".{disk.name}.imgtool-1"}
+    record_path(disk).write_text(json.dumps(facts) + "\n")
+    with pytest.raises(RefusedError, match="makes no sense"):
+        recover(disk)
+
+
+# What comes while it is being written
+
+
+def test_a_reader_that_locks_for_a_moment_makes_the_commit_wait(disk, monkeypatch):
+    really, calls = recovery.qemu_img, []
+
+    def busy(words, **options):
+        calls.append(words[0])
+        if len(calls) == 1:
+            raise Locked('Failed to get "write" lock')
+        really(words, **options)
+
+    monkeypatch.setattr(recovery, "qemu_img", busy)
+    write(disk)
+    assert len(calls) == 2
+    assert pattern(disk, "raw", NEW)
+
+
+def holding(image: Path, work: Callable[[], None]) -> None:
+    """Do something while a QEMU, as that of a guest, has the image open for writing."""
+    words = ["qemu-io", "-f", "raw", image]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
+        guest.stdin.write(b"read 0 512\n")
+        guest.stdin.flush()
+        guest.stdout.readline()
+        try:
+            work()
+        finally:
+            guest.stdin.close()
+
+
+def test_a_lock_of_another_qemu_is_known_as_one(disk):
+    pidfile = disk.with_name("pid")
+    serve = ["qemu-nbd", "--fork", "-t", "-f", "raw", f"--pid-file={pidfile}"]
+    subprocess.run([*serve, f"--socket={disk.parent}/socket", disk], check=True)
+    try:
+        with pytest.raises(Locked):
+            recovery.qemu_img(["resize", "-f", "raw", disk, "8M"], image=disk)
+    finally:
+        os.kill(int(pidfile.read_text()), signal.SIGTERM)
+
+
+def test_a_guest_that_is_started_before_the_word_has_the_image_to_itself(disk, monkeypatch):
+    def started() -> None:
+        with pytest.raises(RefusedError, match="in use"):
+            writing.commit()
+
+    with transaction.transaction(
+        [open_chain(disk, format="raw")], notice=lambda line: None
+    ) as writing:
+        fill(writing.chains[0].active.path, "qcow2", NEW)
+        sound, begun = transaction.refuse_if_in_use, []
+
+        def looked(chain, **options):
+            if begun:  # the first look was before it waited for readers
+                sound(chain, **options)
+            begun.append(chain)
+
+        monkeypatch.setattr(transaction, "refuse_if_in_use", looked)
+        holding(disk, started)
+    assert pattern(disk, "raw", OLD)
+    assert left_over(disk.parent) == []
+
+
+def test_the_word_is_taken_back_where_nothing_could_be_written(disk, monkeypatch):
+    def refused(*words, **options):
+        raise OSError("no")
+
+    monkeypatch.setattr(recovery, "_commit", refused)
+    with pytest.raises(OSError, match="no"):
+        write(disk)
+    assert left_over(disk.parent) == []
+    assert sees(disk, OLD)
+
+
+def test_an_overlay_that_was_made_meanwhile_keeps_its_base(disk):
+    with (
+        pytest.raises(RefusedError, match="base of an overlay"),
+        transaction.transaction(
+            [open_chain(disk, format="raw")], notice=lambda line: None
+        ) as writing,
+    ):
+        fill(writing.chains[0].active.path, "qcow2", NEW)
+        words = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", disk]
+        subprocess.run([*words, disk.with_name("above.qcow2")], check=True)
+        writing.commit()
+    assert pattern(disk, "raw", OLD)
+    assert left_over(disk.parent) == []
+
+
+def test_while_a_clone_is_made_its_base_is_not_written(disk, monkeypatch):
+    monkeypatch.setattr("imgtool.image.reading.PATIENCE", 0.3)
+    new = disk.with_name("clone.qcow2")
+    with transaction.clone(open_chain(disk, format="raw"), new) as cloning:
+        with pytest.raises(RefusedError, match="another imgtool has been reading it"):
+            write(disk)
+        cloning.commit()
+    assert new.exists()
+    assert pattern(disk, "raw", OLD)
+    with pytest.raises(RefusedError, match="base of an overlay"):
+        write(disk)
+
+
+def test_a_clone_of_a_torn_image_is_refused(disk):
+    from imgtool.opening import open_guest_to_write
+
+    torn(disk)
+    for options in ({"clone": disk.with_name("clone.qcow2")}, {"review": lambda chains: None}):
+        with (
+            pytest.raises(RefusedError, match="was interrupted") as caught,
+            open_guest_to_write(disk, format="raw", **options),
+        ):
+            pass
+        assert "recover" in str(caught.value.hint)
+    assert read_facts(disk)["step"] == "commit"
+
+
+def test_ctrl_c_waits_until_the_image_is_whole(disk):
+    code = """
+import os, signal, sys
+from pathlib import Path
+import imgtool.image.recovery as recovery
+from imgtool import interrupt
+from tests.unit.test_unfinished import write
+really = recovery.qemu_img
+def interrupted(words, **options):
+    os.killpg(0, signal.SIGINT)
+    really(words, **options)
+recovery.qemu_img = interrupted
+os.setpgid(0, 0)
+with interrupt.watch():
+    try:
+        write(Path(sys.argv[1]))
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+    done = subprocess.run([sys.executable, "-c", code, disk], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT or done.returncode == 130, done.stderr
+    assert pattern(disk, "raw", NEW)
+    assert left_over(disk.parent) == []
+
+
+def test_a_host_that_is_too_full_for_it_is_told_before_the_word(disk, monkeypatch):
+    sparse = disk.with_name("sparse.raw")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "raw", sparse, "64M"], check=True)
+
+    def little(folder):
+        return shutil._ntuple_diskusage(1 << 30, 1 << 30, 100)
+
+    with (
+        pytest.raises(RefusedError, match="too little space"),
+        transaction.transaction(
+            [open_chain(sparse, format="raw")], notice=lambda line: None
+        ) as writing,
+    ):
+        fill(writing.chains[0].active.path, "qcow2", NEW)
+        monkeypatch.setattr(shutil, "disk_usage", little)
+        writing.commit()
+    monkeypatch.undo()
+    assert reads_as(str(sparse), 0)
+    assert left_over(disk.parent) == []
+
+
+def test_what_a_guest_wrote_is_not_mended_as_if_it_were_the_image(disk):
+    inner = disk.with_name("inner.qcow2")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", inner, "1G"], check=True)
+    with disk.open("r+b") as file:
+        file.write(inner.read_bytes())
+    before = disk.read_bytes()
+    facts = {"operation": "resize", "format": "raw"}
+    record_path(disk).write_text(json.dumps(facts) + "\n")
+    assert "sound" in recover(disk)
+    assert disk.read_bytes() == before
