@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,29 +20,45 @@ from imgtool.engines.direct.client import Client, WorkerFailed
 from imgtool.engines.direct.filesystem import NeedsAppliance
 from imgtool.image.chain import open_chain
 
-# What a reader does that was taken over by its image: everything after the filter is in place.
+# What a program does that was taken over by its image.
 ATTACK = """
-import sys; sys.path[:0] = {paths!r}
-import contextlib, ctypes, json, os, socket, subprocess
-from imgtool.engines.direct import seccomp
-from imgtool.engines.direct.sources import Disk
-argv = json.loads(sys.stdin.buffer.readline())
-targets = json.loads(sys.stdin.buffer.readline())
-with seccomp.last_programs(1) if targets["last"] else contextlib.nullcontext():
-    disk = Disk(argv)
-disk.wait()
-if targets["confined"]:
-    seccomp.confine(seccomp.worker_filter())
+import ctypes, json, os, socket, stat, subprocess, sys, threading
 libc = ctypes.CDLL(None, use_errno=True)
-said = {{}}
+said = {}
 def attempt(name, action):
     try:
         said[name] = "done: %r" % (action(),)
     except BaseException as error:
         said[name] = type(error).__name__
 def call(*words):
-    if libc.syscall(*words) < 0:
-        raise OSError(ctypes.get_errno())
+    found = libc.syscall(*words)
+    if found < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+    return found
+def forked():
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    os.waitpid(pid, 0)
+def overwrite(path):
+    descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    return os.pwrite(descriptor, b"overwritten", 1 << 20)
+def can_be_written(program):
+    descriptor = os.open(program, os.O_RDONLY)
+    if os.fstatvfs(descriptor).f_flag & os.ST_RDONLY:
+        raise PermissionError
+def many():
+    opened = []
+    try:
+        for _ in range(2000):
+            opened.append(os.open("/dev/null", os.O_RDONLY))
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+def thread():
+    one = threading.Thread(target=lambda: None)
+    one.start()
+    one.join()
 attempt("host file", lambda: open(targets["secret"]).read())
 attempt("password file", lambda: open("/etc/passwd").read())
 attempt("process of the host", lambda: open("/proc/%d/environ" % targets["pid"]).read())
@@ -49,6 +67,17 @@ attempt("network", lambda: socket.create_connection(("127.0.0.1", targets["port"
 attempt("local socket", lambda: socket.socket(socket.AF_UNIX).connect(targets["socket"]))
 attempt("program", lambda: subprocess.run(["/usr/bin/python3", "-c", "pass"], check=True))
 attempt("the image for writing", lambda: open("/images/0", "r+b"))
+for pid in sorted(name for name in os.listdir("/proc") if name.isdigit()):
+    who = "own" if int(pid) == os.getpid() else "first" if pid == "1" else "other"
+    for number in range(64):
+        at = "/proc/%s/fd/%d" % (pid, number)
+        try:
+            plain = stat.S_ISREG(os.stat(at).st_mode)
+        except OSError:
+            continue
+        if plain:
+            attempt("descriptor %d of the %s process" % (number, who), lambda: overwrite(at))
+    attempt("the program of the %s process" % who, lambda: can_be_written("/proc/%s/exe" % pid))
 for place in ("/", "/images", "/usr/lib", "/python/own/imgtool", "/dev", "/dev/shm", "/proc"):
     attempt("write in " + place, lambda: open(place + "/x", "w"))
 attempt("more than the scratch", lambda: open("/tmp/x", "wb").write(bytes(1 << 30)))
@@ -56,20 +85,63 @@ for name in ("kernel/core_pattern", "vm/swappiness", "kernel/modprobe"):
     attempt("sysctl " + name, lambda: open("/proc/sys/" + name, "r+b"))
 attempt("namespace by clone", lambda: call(56, 0x10000000 | 17, 0, 0, 0, 0))
 attempt("mount", lambda: call(165, b"none", b"/tmp", b"tmpfs", 0, 0))
+attempt("mount proc", lambda: call(165, b"proc", b"/tmp", b"proc", 0, 0))
+for place in (b"/", b"/usr/lib", b"/proc", b"/images/0", b"/dev"):
+    attempt("mount %r for writing" % place, lambda: call(165, 0, place, 0, 32 | 4096, 0))
+    attempt("unmount %r" % place, lambda: call(166, place, 2))
 attempt("namespace", lambda: call(272, 0x10000000))
+attempt("mount namespace", lambda: call(272, 0x00020000))
 attempt("trace", lambda: call(101, 16, 1, 0, 0))
-attempt("setuid", lambda: os.setuid(0))
-said["image"] = disk.read(0, 4).hex()
-said["network devices"] = sorted(os.listdir("/sys/class/net")) if os.path.exists("/sys") else []
+attempt("setuid", lambda: os.setuid(0) if os.getuid() else os.setuid(1))
+attempt("memory without a name", lambda: os.memfd_create("x"))
+attempt("shared memory", lambda: call(29, 0, 1 << 20, 0o1600))
+attempt("message queue", lambda: call(68, 0, 0o1600))
+attempt("process by fork", forked)
+attempt("process by clone3", lambda: call(435, 0, 0))
+attempt("thread", thread)
+attempt("open files", many)
 said["processes"] = len([name for name in os.listdir("/proc") if name.isdigit()])
-sys.stdout.write(json.dumps(said))
-sys.stdout.flush()
+said["capabilities"] = [
+    line.split()[1] for line in open("/proc/self/status") if line.startswith(("CapPrm", "CapEff"))
+] if os.path.exists("/proc/self/status") else []
+"""
+
+# It in the place of the worker, or of what the worker starts.
+IN_WORKER = """
+import sys; sys.path[:0] = {paths!r}
+import json, os
+from imgtool.engines.direct import program, seccomp, start
+from imgtool.engines.direct.worker import Worker
+argv = json.loads(sys.stdin.buffer.readline())
+targets = json.loads(sys.stdin.buffer.readline())
+import ctypes, socket, subprocess, stat, threading
+if not targets["filtered"]:
+    seccomp.confine = lambda program: None
+if targets["started"]:
+    started = program.served
+    program.served = lambda argv: (
+        started(argv),
+        program.start(["/usr/bin/python3", "-I", "-S", "-B", "-c", targets["code"]], {{1: 1}}),
+    )[0]
+(disk,) = start.disks([argv])
+disk.wait()
+if targets["started"]:
+    os.wait()
+else:
+    seccomp.confine(seccomp.worker_filter())
+    exec(targets["code"])
+    assert disk.read(0, 4).hex() == "42424242"
 """
 
 
 @pytest.fixture
-def image(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.qcow2"
+def image() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:  # which is not root's alone, unlike tmp_path
+        Path(folder).chmod(0o755)
+        yield new_image(Path(folder, "disk.qcow2"))
+
+
+def new_image(path: Path) -> Path:
     subprocess.run(
         ["qemu-img", "create", "-f", "qcow2", path, "64M"], check=True, capture_output=True
     )
@@ -93,12 +165,18 @@ def inside(image: Path, monkeypatch: pytest.MonkeyPatch, program: str, **given: 
     return answer
 
 
+@pytest.mark.parametrize("owner", [None, 4321])
 @pytest.mark.parametrize(
-    ("confined", "last"),
-    [(True, True), (False, True), (False, False)],
-    ids=["filtered", "as qemu-nbd", "namespaces alone"],
+    ("started", "filtered"),
+    [(False, True), (True, True), (False, False)],
+    ids=["worker", "qemu-nbd", "namespaces alone"],
 )
-def test_nothing_gets_out(image, tmp_path, monkeypatch, confined, last):
+def test_nothing_gets_out(image, tmp_path, monkeypatch, started, filtered, owner):
+    if owner is not None:
+        if os.geteuid() != 0:
+            pytest.skip("only root can own files of somebody else")
+        os.chown(image, owner, owner)
+        image.chmod(0o600)
     secret = tmp_path / "secret"
     secret.write_text("secret")
     local = tmp_path / "socket"
@@ -107,71 +185,128 @@ def test_nothing_gets_out(image, tmp_path, monkeypatch, confined, last):
         tcp.listen()
         unix.bind(str(local))
         unix.listen()
+        targets = {
+            "secret": str(secret),
+            "pid": os.getpid(),
+            "port": tcp.getsockname()[1],
+            "socket": str(local),
+        }
+        code = f"targets = {targets!r}\n{ATTACK}\nos.write(1, json.dumps(said).encode())\n"
         before = (image.read_bytes(), image.stat().st_mtime_ns)
         said = json.loads(
-            inside(
-                image,
-                monkeypatch,
-                ATTACK,
-                confined=confined,
-                last=last,
-                secret=str(secret),
-                pid=os.getpid(),
-                port=tcp.getsockname()[1],
-                socket=str(local),
-            )
+            inside(image, monkeypatch, IN_WORKER, code=code, started=started, filtered=filtered)
         )
-    assert said.pop("image") == "42424242"  # it could read what it is there to read
-    assert said.pop("network devices") in ([], ["lo"])
+    assert (image.read_bytes(), image.stat().st_mtime_ns) == before
     assert said.pop("processes") <= 4
-    if not (confined or last):
+    assert set(said.pop("capabilities")) == {"0" * 16}
+    thread = said.pop("thread")
+    if started:
+        assert thread.startswith("done")  # QEMU cannot do without
+    if not filtered:
         # Without the filters it can start what is in the sandbox: Python, which gains nothing.
         assert said.pop("program").startswith(("done", "CalledProcessError"))
+        assert said.pop("process by fork").startswith("done")
     done = {name: result for name, result in said.items() if result.startswith("done")}
     assert done == {}
-    assert len(said) >= 16
-    assert (image.read_bytes(), image.stat().st_mtime_ns) == before
+    assert len(said) >= 30
 
 
-# Programs that are started as qemu-nbd is, all of which try to start another, and to have a child
-# do so; the first of them as soon as it can.
+# Programs that are started as qemu-nbd is, all of which try to start another, and a process; the
+# first of them as soon as it can. Then whoever started them does.
 STARTED = """
 import sys; sys.path[:0] = {paths!r}
 import json, os
-from imgtool.engines.direct import seccomp
+from imgtool.engines.direct import program, seccomp
 sys.stdin.buffer.readline(), sys.stdin.buffer.readline()
 PYTHON = "/usr/bin/python3"
 TRY = '''
 import os
-for child in (False, True):
-    if not (child and os.fork()):
-        try:
-            os.execv("/usr/bin/python3", ["python3", "-I", "-S", "-c", "print('started')"])
-        except OSError as error:
-            print(error.strerror, flush=True)
-        if child:
-            os._exit(0)
-os.wait()
+for action in (os.fork, lambda: os.execv("/usr/bin/python3", ["python3", "-c", "print(1)"])):
+    try:
+        action()
+        os.write(1, b"started" + bytes((10,)))
+    except OSError as error:
+        os.write(1, error.strerror.encode() + bytes((10,)))
 '''
-def start():
-    pid = os.fork()
-    if not pid:
-        os.execv(PYTHON, ["python3", "-I", "-S", "-c", TRY])
-    return pid
-with seccomp.last_programs(3):
-    pids = [start() for _ in range(3)]
+program.keep_to_itself()
+pids = [program.start([PYTHON, "-I", "-S", "-c", TRY], {{1: 1}}) for _ in range(3)]
+seccomp.confine(seccomp.lone_filter())
 for pid in pids:
     os.waitpid(pid, 0)
-try:
-    os.execv(PYTHON, ["python3", "-I", "-S", "-c", "print('started')"])
-except OSError as error:
-    print(error.strerror, flush=True)
+exec(TRY)
 """
 
 
 def test_what_is_started_like_qemu_nbd_starts_nothing_itself(image, monkeypatch):
     said = inside(image, monkeypatch, STARTED).splitlines()
-    assert said == [b"Function not implemented"] * 7
+    assert said == [b"Operation not permitted"] * 8
+
+
+# What such a program gets, and what it sees of the process that starts the others.
+GIVEN = """
+import sys; sys.path[:0] = {paths!r}
+import json, os
+from imgtool.engines.direct import program, start
+argv = json.loads(sys.stdin.buffer.readline())
+TRY = '''
+import json, os
+said = dict(os.environ)
+def kind(number):
+    try:
+        return os.readlink("/proc/self/fd/%d" % number).split(":")[0]
+    except OSError:
+        return None
+said["open"] = [kind(number) for number in range(64)]
+for name in ("fd/0", "fd/1", "mem", "exe", "syscall"):
+    try:
+        os.read(os.open("/proc/1/" + name, os.O_RDONLY | os.O_NONBLOCK), 1)
+        said["seen"] = name
+    except OSError:
+        pass
+os.write(3, json.dumps(said).encode())
+'''
+sys.stdin.buffer.readline()
+begin = program.start
+def begun(argv, descriptors, **options):
+    assert sorted(descriptors) == [0, 1, 3]
+    words = ["/usr/bin/python3", "-I", "-S", "-c", TRY]
+    return begin(words, {{**descriptors, 3: 1}}, **options)
+program.start = begun
+start.Disk = int
+start.disks([argv])
+os.wait()
+"""
+
+
+def test_qemu_nbd_is_given_its_socket_and_no_sight_of_the_worker(image, monkeypatch):
+    said = json.loads(inside(image, monkeypatch, GIVEN))
+    opened = [(number, kind) for number, kind in enumerate(said["open"]) if kind is not None]
+    assert opened == [(0, "/dev/null"), (1, "/dev/null"), (2, "pipe"), (3, "pipe")]
+    assert said["LISTEN_FDS"] == "1"
+    assert "seen" not in said
+
+
+# Threads, in the place of qemu-nbd.
+THREADS = """
+import threading, time, os
+count = 0
+try:
+    while count < 1000:
+        threading.Thread(target=time.sleep, args=(30,), daemon=True).start()
+        count += 1
+except RuntimeError:
+    pass
+os.write(1, b"%d" % count)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can own files of somebody else")
+def test_an_ordinary_user_has_a_limited_number_of_threads(image, monkeypatch):
+    os.chown(image, 4321, 4321)
+    image.chmod(0o600)
+    said = inside(image, monkeypatch, IN_WORKER, code=THREADS, started=True, filtered=True)
+    assert 64 < int(said) < 200
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can own files of somebody else")

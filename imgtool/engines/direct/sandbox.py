@@ -154,6 +154,8 @@ def arguments(
         "--unshare-user",
         "--die-with-parent",
         "--new-session",
+        # bwrap itself would be in it, with its file as the host has it, in /proc/1/exe.
+        "--as-pid-1",
     ]
     words += ["--cap-drop", "ALL", "--uid", str(user), "--gid", str(user), "--hostname", "sandbox"]
     words += ["--clearenv", "--setenv", "LC_ALL", "C.UTF-8", "--setenv", *_MEMORY_KEPT]

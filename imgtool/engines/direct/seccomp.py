@@ -2,40 +2,29 @@
 
 Three of them: one for the whole tree of processes, given to bwrap, which takes away what no reader
 of an image needs (new namespaces, mounts, tracing, kernel keys, BPF, sockets other than local
-ones); one for the worker and the qemu-nbd that it starts, after which nothing is started; and one
-that the worker puts on itself once qemu-nbd runs, which lets it do little more than read, write,
-map memory and end.
+ones, memory that no limit counts); one for each program that looks at an image, which then starts
+no process and no other program; and one that the worker puts on itself once the image is open,
+which lets it do little more than read, write, map memory and end.
 
-Source: seccomp(2), seccomp_unotify(2), linux/filter.h, linux/seccomp.h; numbers of asm/unistd_64.h
-and asm-generic/unistd.h.
+Source: seccomp(2), linux/filter.h, linux/seccomp.h; numbers of asm/unistd_64.h and
+asm-generic/unistd.h.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import errno
-import fcntl
 import os
-import select
 import struct
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_OF, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL = 0x7FFF0000, 0x80000000
 _EPERM, _ENOSYS = 0x00050000 | 1, 0x00050000 | 38
-_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16
+_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT, _FOURTH_ARGUMENT = 0, 4, 16, 40
 _X32 = 0x40000000
 _AF_UNIX = 1
 
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _FILTER = 38, 22, 2
-
-_SET_MODE_FILTER, _NEW_LISTENER, _ASK = 1, 8, 0x7FC00000
-# Of a listener: what is asked (an id comes first), and the answer: id, value, error, flags.
-_RECEIVE, _SEND = 0xC0502100, 0xC0182101
-_NOTICE, _ANSWER, _CONTINUE = 80, struct.Struct("=QqiI"), 1
-_PATIENCE = 10_000  # milliseconds from a fork to its exec
 
 # System calls by name: their numbers on x86_64 and on aarch64 (None: there is no such call).
 _CALLS: dict[str, tuple[int | None, int | None]] = {
@@ -159,9 +148,16 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
     "fanotify_init": (300, 262),
     "memfd_secret": (447, 447),
     "execveat": (322, 281),
+    # memory that outlives its mapping, which is all that is limited
+    "memfd_create": (319, 279),
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+    "semget": (64, 190),
+    "mq_open": (240, 180),
 }
-_EXECVE, _SECCOMP = (59, 221), (317, 277)
-_CLONE, _CLONE3 = (56, 220), (435, 435)
+_EXECVE, _CLONE, _CLONE3 = (59, 221), (56, 220), (435, 435)
+_FORKS: tuple[tuple[int | None, int | None], ...] = ((57, None), (58, None))  # and vfork
+_THREAD = 0x00010000  # of clone(2): no process of its own
 # Flags of clone(2) for new namespaces: mount, cgroup, UTS, IPC, user, PID, network.
 _NAMESPACES = (
     0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
@@ -181,9 +177,18 @@ def _statement(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
     return struct.pack("<HBBI", code, yes, no, value)
 
 
+def _column() -> int:
+    return _ARCHITECTURES[os.uname().machine][1]
+
+
 def _numbers(names: Iterable[str]) -> list[int]:
-    column = _ARCHITECTURES[os.uname().machine][1]
+    column = _column()
     return [number for name in names if (number := _CALLS[name][column]) is not None]
+
+
+def execve_number() -> int:
+    """The number of execve(2)."""
+    return _EXECVE[_column()]
 
 
 def _start() -> list[bytes]:
@@ -204,7 +209,7 @@ def tree_filter(*, mounts: bool = False) -> bytes:
     for number in _numbers(name for name in _NEVER if not (mounts and name in _MOUNTS)):
         program += [_statement(_EQUAL, number, 0, 1), _statement(_RETURN, _EPERM)]
     # No namespaces by clone(2), whose flags are seen; clone3(2) hides them, and libc does without.
-    column = _ARCHITECTURES[os.uname().machine][1]
+    column = _column()
     program += [
         _statement(_EQUAL, _CLONE3[column], 0, 1),
         _statement(_RETURN, _ENOSYS),
@@ -223,6 +228,38 @@ def tree_filter(*, mounts: bool = False) -> bytes:
         _statement(_RETURN, _EPERM),
         _statement(_RETURN, _ALLOW),
     ]
+    return b"".join(program)
+
+
+def lone_filter(secret: int | None = None) -> bytes:
+    """Threads, but no new process; and no program, but by the call of execve(2) that has the secret
+    as its fourth argument, which it does not look at.
+    """
+    column = _column()
+    program = _start()
+    for number in (forks[column] for forks in _FORKS):
+        if number is not None:
+            program += [_statement(_EQUAL, number, 0, 1), _statement(_RETURN, _EPERM)]
+    program += [
+        _statement(_EQUAL, _CLONE3[column], 0, 1),
+        _statement(_RETURN, _ENOSYS),
+        _statement(_EQUAL, _CLONE[column], 0, 4),
+        _statement(_LOAD, _FIRST_ARGUMENT),
+        _statement(_ANY_OF, _THREAD, 0, 1),
+        _statement(_RETURN, _ALLOW),
+        _statement(_RETURN, _EPERM),
+        _statement(_EQUAL, _EXECVE[column], 1, 0),
+        _statement(_RETURN, _ALLOW),
+    ]
+    if secret is not None:
+        program += [
+            _statement(_LOAD, _FOURTH_ARGUMENT),
+            _statement(_EQUAL, secret & 0xFFFFFFFF, 0, 3),
+            _statement(_LOAD, _FOURTH_ARGUMENT + 4),
+            _statement(_EQUAL, secret >> 32, 0, 1),
+            _statement(_RETURN, _ALLOW),
+        ]
+    program.append(_statement(_RETURN, _EPERM))
     return b"".join(program)
 
 
@@ -247,47 +284,3 @@ def confine(program: bytes) -> None:
         _PR_SET_SECCOMP, _FILTER, ctypes.byref(given), 0, 0
     ):
         raise OSError(ctypes.get_errno(), "the seccomp filter cannot be set")
-
-
-def _listener() -> int:
-    """A descriptor that is asked whenever this process, or one that it starts, starts a program."""
-    column = _ARCHITECTURES[os.uname().machine][1]
-    asking = [_statement(_EQUAL, _EXECVE[column], 0, 1), _statement(_RETURN, _ASK)]
-    program = b"".join([*_start(), *asking, _statement(_RETURN, _ALLOW)])
-    libc = ctypes.CDLL(None, use_errno=True)
-    given = ctypes.byref(_Program(len(program) // 8, program))
-    descriptor = libc.syscall(_SECCOMP[column], _SET_MODE_FILTER, _NEW_LISTENER, given)
-    if descriptor < 0:
-        raise OSError(ctypes.get_errno(), "the seccomp filter cannot be set")
-    return int(descriptor)
-
-
-@contextlib.contextmanager
-def last_programs(count: int) -> Iterator[None]:
-    """The `count` processes that the block forks start a program each, and that was all: neither
-    they nor this one, nor their children, start another.
-
-    None of the programs runs before all of them are about to: a program that is up to no good
-    cannot take the place of the next. Where the kernel has no such listener, or some container has
-    it already, the sandbox alone has to do.
-    """
-    try:
-        listener = _listener()
-    except OSError as error:
-        if error.errno not in (errno.EBUSY, errno.EINVAL):
-            raise
-        yield
-        return
-    try:
-        yield
-        asked: list[int] = []
-        ready = select.poll()
-        ready.register(listener, select.POLLIN)
-        while len(asked) < count and ready.poll(_PATIENCE):
-            notice = bytearray(_NOTICE)
-            fcntl.ioctl(listener, _RECEIVE, notice)
-            asked.append(int.from_bytes(notice[:8], sys.byteorder))
-        for number in asked:
-            fcntl.ioctl(listener, _SEND, bytearray(_ANSWER.pack(number, 0, 0, _CONTINUE)))
-    finally:
-        os.close(listener)  # whoever starts something now is told that there is no such call

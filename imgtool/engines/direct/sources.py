@@ -29,9 +29,11 @@ class CannotOpen(Exception):
 
 
 class Disk:
-    """A disk, read through a qemu-nbd of its own that starts with it, but has to be waited for."""
+    """A disk, read through a socket that is connected to a qemu-nbd of its own, which has to be
+    waited for.
+    """
 
-    def __init__(self, argv: Sequence[str]) -> None:
+    def __init__(self, connection: int) -> None:
         import nbd
 
         self._error: type[Exception] = nbd.Error
@@ -39,7 +41,7 @@ class Disk:
         self._nbd.add_meta_context(_DEPTH)
         self._size = 0
         try:
-            self._nbd.aio_connect_systemd_socket_activation(list(argv))
+            self._nbd.aio_connect_socket(connection)
         except nbd.Error as error:
             raise CannotOpen(str(error)) from error
         self._kept: OrderedDict[int, bytes] = OrderedDict()

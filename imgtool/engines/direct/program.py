@@ -1,0 +1,120 @@
+"""Programs of the sandbox that start nothing themselves: no process and no other program.
+
+A filter that never lets execve(2) through would not let the program itself start, and a filter
+remembers nothing. So it lets the one call through that has a secret in a register which execve(2)
+does not look at. The process that is about to become the program draws it, and it is gone, with all
+the memory of that process, once the program runs.
+
+Source: execve(2) clears the registers; systemd's sd_listen_fds(3) for sockets that are inherited.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import resource
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from imgtool.engines.direct import seccomp
+
+_PR_SET_DUMPABLE = 4
+_FIRST_FREE = 64  # beyond the descriptors that a program is given
+_SOCKET = 3  # the first that is inherited by sd_listen_fds(3)
+# Of QEMU's pool for each disk there are up to 64, and a few besides.
+_THREADS, _THREADS_A_DISK = 32, 80
+_OPEN = 1024
+
+
+def close_inherited(*kept: int) -> None:
+    """Close what this process was started with, but for its standard streams and `kept`.
+
+    An image's file is open there as the host sees it. Through /proc/self/fd it could be opened
+    again, for writing, past the mount that makes it read-only in the sandbox.
+    """
+    for number in [int(entry.name) for entry in os.scandir("/proc/self/fd")]:
+        if number > 2 and number not in kept:
+            with contextlib.suppress(OSError):  # what listed them is closed by now
+                os.close(number)
+
+
+def limit(disks: int) -> None:
+    """Limit what no size of memory does, in this process and what it starts: threads, and open
+    files, each with a buffer in the kernel. Root may have any number of threads for all of it.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for kind, most in (
+        (resource.RLIMIT_NPROC, _THREADS + _THREADS_A_DISK * disks),
+        (resource.RLIMIT_NOFILE, _OPEN),
+    ):
+        hard = resource.getrlimit(kind)[1]
+        if hard == resource.RLIM_INFINITY or hard > most:
+            resource.setrlimit(kind, (most, most))
+
+
+def keep_to_itself() -> None:
+    """Let no other process look at the memory and the descriptors of this one."""
+    if ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0):
+        raise OSError("the process cannot be closed to others")
+
+
+def start(argv: Sequence[str], descriptors: Mapping[int, int], *, listening: bool = False) -> int:
+    """Start a program that starts nothing itself; gives its PID.
+
+    It gets standard error and `descriptors` (its number: ours), no others; with `listening`, 3 is
+    a socket that it finds as systemd's services do. If it cannot be started, it ends with status
+    127.
+    """
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        # Aside first: none may end where another one still is.
+        aside = {
+            number: fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE)
+            for number, ours in descriptors.items()
+        }
+        for number, ours in aside.items():
+            os.dup2(ours, number)
+        environment = dict(os.environ)
+        if listening:
+            environment |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
+        _become(argv, environment)
+    finally:
+        os._exit(127)
+
+
+def _become(argv: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
+    words = [os.fsencode(word) for word in argv]
+    settings = [os.fsencode(f"{name}={value}") for name, value in environment.items()]
+    secret = int.from_bytes(os.urandom(8), "big")
+    seccomp.confine(seccomp.lone_filter(secret))
+    ctypes.CDLL(None).syscall(
+        ctypes.c_long(seccomp.execve_number()),
+        words[0],
+        (ctypes.c_char_p * (len(words) + 1))(*words, None),
+        (ctypes.c_char_p * (len(settings) + 1))(*settings, None),
+        ctypes.c_ulong(secret),
+    )
+    os._exit(127)
+
+
+def served(argv: Sequence[str]) -> int:
+    """Start qemu-nbd; gives the socket that is connected to it, or will be as soon as it listens.
+
+    The name of its own socket has no place in any file system.
+    """
+    import _socket  # what `socket` adds takes longer to load than QEMU to start
+
+    listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    listener.bind(b"")  # the kernel chooses
+    listener.listen(1)
+    connected = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    connected.connect(listener.getsockname())
+    nothing = os.open(os.devnull, os.O_RDWR)
+    start(argv, {0: nothing, 1: nothing, _SOCKET: listener.fileno()}, listening=True)
+    os.close(nothing)
+    listener.close()  # the program's is the only one: if it ends, the connection does
+    return connected.detach()
