@@ -14,6 +14,7 @@ import platform
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,11 +171,13 @@ def _program(program: str, package: str, *, required: bool) -> Check:
     if shutil.which(program) is None:
         return Check(program, missing, required, "not found on PATH", _install(package))
     try:
-        said = run([program, "--version"], limits=_MOMENT).stdout.decode(errors="replace")
+        # supermin makes a folder for itself before it knows what it is asked, and leaves it.
+        with tempfile.TemporaryDirectory(prefix="imgtool-") as folder:
+            done = run([program, "--version"], limits=_MOMENT, env={"TMPDIR": folder})
     except HostError as error:
         fix = f"sudo apt-get install --reinstall {package}"
         return Check(program, missing, required, error.message, fix)
-    version = re.search(r"\d+\.\d[\w.]*", said)
+    version = re.search(r"\d+\.\d[\w.]*", done.stdout.decode(errors="replace"))
     return Check(program, True, required, version[0] if version else "version unknown")
 
 

@@ -451,3 +451,16 @@ def test_nothing_is_launched_unless_asked(machine: Host) -> None:
     assert "launch" not in names
     with pytest.raises(UsageError):
         examine(host=machine, launch=True)
+
+
+def test_the_programs_that_are_asked_leave_nothing_behind(machine, monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    program = tmp_path / "bin/supermin"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\nmkdir "${TMPDIR:-/var/tmp}/left"; echo supermin 5.2.2\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert check(machine, "supermin").found == "5.2.2"
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]
+    assert not Path("/var/tmp/left").exists()
