@@ -21,10 +21,17 @@ SMALL_FILE = 256 * 1024
 
 # What holds other things rather than files.
 CONTAINERS = frozenset(
-    ("swap", "LVM2_member", "linux_raid_member", "crypto_LUKS", "BitLocker", "ldm", "unknown")
+    (
+        *("swap", "swsuspend", "LVM2_member", "linux_raid_member", "crypto_LUKS", "BitLocker"),
+        *("ldm", "unknown"),
+    )
 )
 BUILT_IN = frozenset(("ext2", "ext3", "ext4"))
 BTRFS_VOLUME = "btrfsvol:"
+
+
+class NothingMounts(NotInGuestError):
+    """There are filesystems, and none of them can be mounted."""
 
 
 class Volume(Protocol):
@@ -200,7 +207,7 @@ def _data_layout(findings: Findings) -> Layout:
                 hint=f"give the key: --key {locked[0]}:file:FILE, or --key all:key:PASSPHRASE",
             )
         if findings.failures:
-            raise NotInGuestError(
+            raise NothingMounts(
                 "no filesystem can be mounted: " + _described(findings),
                 hint="'imgtool filesystems --all' shows what the image holds",
             )

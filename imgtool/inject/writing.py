@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from imgtool.engines.libguestfs.calls import CallFailed, printable
 from imgtool.engines.libguestfs.changing import explained, rewrite_from
 from imgtool.engines.libguestfs.stream import upload
-from imgtool.engines.libguestfs.volumes import reason
-from imgtool.engines.libguestfs.writing import Labels
+from imgtool.engines.libguestfs.writing import Labels, is_full
 from imgtool.errors import EngineError, HostError, ImgtoolError, RefusedError
 from imgtool.guest.model import Entry
 from imgtool.inject.changes import Changes, Content
@@ -52,6 +51,8 @@ def carry_out(guest: LibguestfsGuest, changes: Changes) -> bool:
             guest.calls.rm_rf(os.fsencode(path))
     if changes.made:
         _unpack(guest, changes.made)
+        # What is unpacked at the root may be on any of the guest's filesystems.
+        guest.calls.touched |= {entry.path for entry, _ in changes.made}
         labels = Labels(guest)
         if labels.contexts is not None:
             tops = sorted(path for path in made if path.rpartition("/")[0] not in made)
@@ -96,12 +97,9 @@ def _rewrite(guest: LibguestfsGuest, path: str, content: Content) -> None:
         return
     try:
         # In one message: an upload takes half a second without KVM, whatever its size.
-        guest.handle.write(path, content)
-    except UnicodeEncodeError:
-        rewrite_from(guest, where, partial(_write, content))
-    except RuntimeError as error:
-        failed = CallFailed(reason(error), guest.handle.last_errno(), where)
-        raise explained(guest, where, failed) from error
+        guest.calls.write(where, content)
+    except CallFailed as error:
+        raise explained(guest, where, error) from error
 
 
 def _write(content: Content, out: BinaryIO) -> None:
@@ -158,11 +156,7 @@ def _explain(
         raise error
     folders = {entry.path.rpartition(b"/")[0] or b"/" for entry, _ in made}
     for folder in sorted(folders, key=len):
-        try:
-            numbers = guest.handle.statvfs(os.fsdecode(folder))
-        except (RuntimeError, UnicodeError):  # not made yet
-            continue
-        if numbers["bavail"] < 16 or numbers["favail"] == 0:
+        if is_full(guest, folder):
             raise ImgtoolError(
                 "no space left on the guest's filesystem; nothing was changed",
                 subject=printable(folder),
@@ -212,6 +206,11 @@ def relabelled(guest: LibguestfsGuest) -> bool:
             )
         if guest.handle.vfs_type(mount.source.removeprefix("btrfsvol:")) in _WITHOUT_LABELS:
             left_out.append(mount.mountpoint)
+    guest.calls.touched |= {
+        os.fsencode(mount.mountpoint)
+        for mount in guest.layout.mounts
+        if mount.mountpoint not in left_out
+    }
     words = [word for path in left_out for word in ("-e", shlex.quote(f"/sysroot{path}"))]
     said = _setfiles(guest, contexts, ["/"], "-v", *words)
     return any(line.startswith(b"Relabeled ") for line in said.splitlines())

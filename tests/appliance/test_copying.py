@@ -200,13 +200,17 @@ def test_labels_are_kept_and_new_files_get_those_of_the_guests_policy(
     image = overlay("selinux")
     (tmp_path / "shadow").write_text("root:*:::::::\n")
     (tmp_path / "new.conf").write_text("x\n")
-    result = imgtool_cli("copy-in", image, tmp_path / "shadow", tmp_path / "new.conf", "/etc")
+    odd = tmp_path / os.fsdecode(b"\xff.conf")
+    odd.write_text("x\n")
+    sources = (tmp_path / "shadow", tmp_path / "new.conf", odd)
+    result = imgtool_cli("copy-in", image, *sources, "/etc")
     assert result.status == 0, result.err
     with open_guests.shared(image) as opened:
         opened.mount_layout()
         for path, label in (
-            ("/etc/shadow", guests.SELINUX_LABELS["/etc/shadow"]),
-            ("/etc/new.conf", guests.SELINUX_NEW["/etc/new.conf"]),
+            (b"/etc/shadow", guests.SELINUX_LABELS["/etc/shadow"]),
+            (b"/etc/new.conf", guests.SELINUX_NEW["/etc/new.conf"]),
+            (b"/etc/\xff.conf", guests.SELINUX_NEW["/etc/new.conf"]),
         ):
-            found = opened.calls.getxattr(path.encode(), b"security.selinux")
+            found = opened.calls.getxattr(path, b"security.selinux")
             assert found.rstrip(b"\0").decode() == label

@@ -11,7 +11,8 @@ import pytest
 
 from imgtool import open_guest
 from imgtool.errors import RefusedError
-from imgtool.inject.running import check, inject, plan
+from imgtool.inject.files import AppendLine, Write
+from imgtool.inject.running import Placed, check, inject, plan
 from imgtool.inject.spec import read_spec
 from imgtool.inject.writing import carry_out, refuse_if_changed
 from imgtool.opening import open_guest_to_write
@@ -75,7 +76,7 @@ def test_a_spec_is_carried_out_in_one_launch_and_once(tmp_path: Path, monkeypatc
                 labels[path] = raw.rstrip(b"\0").decode()
             # What has changed since it was looked at is not written over.
             _, changes = plan(opened, spec.steps[:2], variables)
-            opened.handle.write("/etc/new.conf", b"somebody else's")
+            opened.calls.write(b"/etc/new.conf", b"somebody else's")
             with pytest.raises(RefusedError, match="changed while"):
                 refuse_if_changed(opened, changes)
             _, back = plan(opened, spec.steps[1:3], variables)
@@ -122,3 +123,30 @@ def test_a_spec_is_carried_out_in_one_launch_and_once(tmp_path: Path, monkeypatc
     assert {outcome.status for outcome in again.outcomes} == {"unchanged"}
     assert launches == [image]
     assert image.read_bytes() == before
+
+
+def test_every_filesystem_that_is_written_to_is_checked(tmp_path: Path):
+    image = tmp_path / "lvm.qcow2"
+    shutil.copy(guest("lvm"), image)
+    steps = [
+        Placed(Write("/home/new", content="a new file"), "1"),
+        Placed(AppendLine("/boot/grub.cfg", line="a file that is there"), "2"),
+    ]
+    with open_guest_to_write(image) as opened:
+        sources = {mount.mountpoint: mount.source for mount in opened.layout.mounts}
+        _, first = plan(opened, [Placed(Write("/boot/grub.cfg", content="x\n"), "0")], {})
+        carry_out(opened, first)
+        opened.calls.touched.clear()
+        _, changes = plan(opened, steps, {})
+        assert [path for path, _ in changes.rewritten] == ["/boot/grub.cfg"]
+        carry_out(opened, changes)
+        checked = {one.device for one in opened._written_to()}
+        assert checked >= {sources["/home"], sources["/boot"]}
+        opened.calls.touched.clear()
+        opened.calls.write(b"/boot/grub.cfg", b"y")
+        assert {one.device for one in opened._written_to()} == {sources["/boot"]}
+        # What went below a filesystem that is not there would never be seen.
+        opened._unshown["/boot"] = "it cannot be mounted"
+        with pytest.raises(RefusedError, match="could not be mounted"):
+            opened._written_to()
+        opened._unshown.clear()

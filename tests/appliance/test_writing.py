@@ -113,6 +113,16 @@ def test_faults_from_before_are_said_and_new_ones_undo_all(image):
     with open_guest_to_write(image, notice=said.append) as guest:
         guest.calls.chmod(guest.resolve("/etc/link.conf"), 0o600)
     assert len(said) == 1 and "had faults before" in said[0]
+    before = content(image)
+    with (
+        pytest.raises(ImgtoolError, match=r"unsound .* nothing was changed") as refused,
+        open_guest_to_write(image, notice=said.append) as guest,
+    ):
+        guest.calls.chmod(guest.resolve("/etc/link.conf"), 0o644)
+        guest.handle.umount_all()
+        guest.handle.pwrite_device("/dev/sda", b"\xff" * 1024, _inode_bitmap(image))
+    assert "had faults before" in str(refused.value.hint)
+    assert content(image) == before
     command = "sif /etc/real.conf links_count 2"
     subprocess.run(["debugfs", "-w", "-R", command, image], check=True, capture_output=True)
     before = content(image)
@@ -123,6 +133,44 @@ def test_faults_from_before_are_said_and_new_ones_undo_all(image):
         guest.calls.chmod(guest.resolve("/etc/link.conf"), 0o644)
         guest.handle.umount_all()
         guest.handle.pwrite_device("/dev/sda", b"\xff" * 1024, _inode_bitmap(image))
+    assert content(image) == before
+
+
+def test_a_guest_that_is_hibernated_is_not_written_to(tmp_path, image):
+    disk, swap = tmp_path / "guest.raw", tmp_path / "swap"
+    swap.touch(0o600)
+    os.truncate(swap, 8 << 20)
+    subprocess.run(["mkswap", swap], check=True, capture_output=True)
+    partitions = "label: gpt\nsize=48MiB\nsize=8MiB\n"
+    disk.touch()
+    os.truncate(disk, 60 << 20)
+    subprocess.run(["sfdisk", "-q", disk], input=partitions.encode(), check=True)
+    with disk.open("r+b") as file:
+        file.seek(1 << 20)
+        file.write(image.read_bytes())
+    with disk.open("r+b") as file:
+        file.seek(49 << 20)
+        file.write(swap.read_bytes())
+        file.seek((49 << 20) + 4086)
+        file.write(b"S1SUSPEND\0")
+    before = content(disk)
+    done = imgtool("edit", disk, "/etc/real.conf", "-e", "s/22/23/")
+    assert (done.status, "hibernated" in done.err) == (4, True), done.err
+    assert "/dev/sda2" in done.err and "shut it down properly" in done.err
+    assert content(disk) == before
+    done = imgtool("df", "--engine", "libguestfs", disk)
+    assert (done.status, done.err) == (0, "")
+
+
+def test_a_filesystem_damaged_beyond_its_journal_is_refused_with_what_to_do(image, tmp_path):
+    command = ["debugfs", "-w", "-R", "sif <8> mode 0", image]
+    subprocess.run(command, check=True, capture_output=True)
+    before = content(image)
+    (tmp_path / "new").write_text("content\n")
+    for more in ((), ("-m", "/dev/sda")):
+        done = imgtool("copy-in", image, tmp_path / "new", "/etc", *more)
+        assert (done.status, "cannot be mounted" in done.err) == (3, True), done.err
+        assert "hint: " in done.err and "e2fsck" in done.err
     assert content(image) == before
 
 

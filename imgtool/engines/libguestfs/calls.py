@@ -86,9 +86,14 @@ class _CopyAttributes(ctypes.Structure):
     ]
 
 
+class _Relabel(ctypes.Structure):
+    _fields_ = [("bitmask", c_uint64), ("force", c_int)]
+
+
 _XATTRIBUTES = 1 << 2
 _NUMERICOWNER = 1 << 1
 _EXCLUDES = 1 << 2
+_FORCE = 1 << 0
 
 
 def _load() -> ctypes.CDLL:
@@ -122,6 +127,8 @@ def _load() -> ctypes.CDLL:
         ("rename", c_int, [c_char_p, c_char_p]),
         ("mkdir_mode", c_int, [c_char_p, c_int]),
         ("upload", c_int, [c_char_p, c_char_p]),
+        ("write", c_int, [c_char_p, c_char_p, ctypes.c_size_t]),
+        ("selinux_relabel_argv", c_int, [c_char_p, c_char_p, POINTER(_Relabel)]),
         ("chmod", c_int, [c_int, c_char_p]),
         ("lchown", c_int, [c_int, c_int, c_char_p]),
         ("ln_sf", c_int, [c_char_p, c_char_p]),
@@ -339,6 +346,15 @@ class Calls:
     def upload(self, source: str, path: bytes) -> None:
         """Make the file `source` of the host the content of a file, which stays the same file."""
         self._change("upload", path, source.encode(), path)
+
+    def write(self, path: bytes, content: bytes) -> None:
+        """Make these bytes the content of a file, in one message: libguestfs takes 4 MiB."""
+        self._change("write", path, path, content, len(content))
+
+    def relabel(self, contexts: bytes, path: bytes) -> None:
+        """Give a file, or all below a folder, the SELinux labels of a guest's file_contexts."""
+        options = ctypes.byref(_Relabel(bitmask=_FORCE, force=1))
+        self._change("selinux_relabel_argv", path, contexts, path, options)
 
     def chmod(self, path: bytes, mode: int) -> None:
         """Change the mode of what is at the path; a symbolic link is followed."""

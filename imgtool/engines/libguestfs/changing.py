@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import secrets
 import tarfile
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from imgtool.engines.libguestfs.calls import CallFailed, printable
 from imgtool.engines.libguestfs.stream import upload
 from imgtool.engines.libguestfs.walk import join
-from imgtool.engines.libguestfs.writing import put
+from imgtool.engines.libguestfs.writing import is_full, put
 from imgtool.errors import ImgtoolError
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def rewrite(guest: LibguestfsGuest, path: bytes, content: bytes) -> None:
 
 def rewrite_from(guest: LibguestfsGuest, path: bytes, produce: Callable[[BinaryIO], None]) -> None:
     """`rewrite` with content that `produce` writes to a stream."""
-    kept = join(path.rpartition(b"/")[0] or b"/", b".imgtool-capability")
+    # A name that nobody can have put a link at.
+    kept = join(path.rpartition(b"/")[0] or b"/", b".imgtool-" + secrets.token_hex(8).encode())
     has_capability = False
     with contextlib.suppress(CallFailed):
         guest.calls.getxattr(path, _CAPABILITY)
@@ -61,17 +63,14 @@ def rewrite_from(guest: LibguestfsGuest, path: bytes, produce: Callable[[BinaryI
 
 def explained(guest: LibguestfsGuest, path: bytes, error: CallFailed) -> ImgtoolError:
     """The error of a write that failed, or that the filesystem is full."""
-    if not guest.interrupted():
-        numbers = guest.handle.statvfs(
-            (path.rpartition(b"/")[0] or b"/").decode("utf-8", "replace")
-        )
-        if numbers["bavail"] < 16:
-            return ImgtoolError(
-                "no space left on the guest's filesystem; nothing was changed",
-                subject=printable(path),
-                hint="'imgtool df' shows the space",
-            )
-    return error
+    folder = path.rpartition(b"/")[0] or b"/"
+    if guest.interrupted() or not is_full(guest, folder, inodes=False):
+        return error
+    return ImgtoolError(
+        "no space left on the guest's filesystem; nothing was changed",
+        subject=printable(path),
+        hint="'imgtool df' shows the space",
+    )
 
 
 def create(

@@ -15,17 +15,31 @@ from contextlib import AbstractContextManager
 from typing import Any, BinaryIO
 
 from imgtool import interrupt
-from imgtool.engines.libguestfs import devices, inspection, soundness, usage, walk
+from imgtool.engines.libguestfs import (
+    devices,
+    hibernation,
+    inspection,
+    soundness,
+    usage,
+    walk,
+)
 from imgtool.engines.libguestfs.calls import CallFailed, Calls, printable
 from imgtool.engines.libguestfs.launch import kill
 from imgtool.engines.libguestfs.stream import streamed
 from imgtool.engines.libguestfs.volumes import ApplianceVolumes, reason
-from imgtool.errors import EngineError, NotInGuestError, UsageError
+from imgtool.errors import (
+    EngineError,
+    ImageError,
+    ImgtoolError,
+    NotInGuestError,
+    RefusedError,
+    UsageError,
+)
 from imgtool.guest.files import Unknown
 from imgtool.guest.guest import CHECKSUMS, Guest, OnProblem
 from imgtool.guest.guest_files import GuestFiles
 from imgtool.guest.keys import Key
-from imgtool.guest.layout import discover
+from imgtool.guest.layout import NothingMounts, discover
 from imgtool.guest.model import (
     Device,
     Entry,
@@ -105,9 +119,17 @@ class LibguestfsGuest(Guest):
             for mount in sorted(self.layout.mounts, key=lambda m: -len(m.mountpoint)):
                 below = mount.mountpoint.rstrip("/").encode() + b"/"
                 if (path.rstrip(b"/") + b"/").startswith(below):
-                    found.add(mount.source)
+                    found.add(mount)
                     break
-        return soundness.filesystems(self.volumes, sorted(found))
+        for mount in found:
+            if mount.mountpoint in self._unshown:
+                # It went into the folder below, where the guest would never see it.
+                raise RefusedError(
+                    "its filesystem could not be mounted, so nothing is written there",
+                    subject=mount.mountpoint,
+                    hint="give the --key of an encrypted device, or have the filesystem mended",
+                )
+        return soundness.filesystems(self.volumes, sorted(mount.source for mount in found))
 
     def finish(self) -> None:
         """Unmount everything and wait until the appliance has written all of it to the image.
@@ -137,7 +159,10 @@ class LibguestfsGuest(Guest):
                 self._layout = self._given_layout()
             else:
                 started = time.monotonic()
-                self._layout = discover(self.volumes, root=self._root)
+                try:
+                    self._layout = discover(self.volumes, root=self._root)
+                except NothingMounts as error:
+                    raise self._unwritable(error) from error
                 log.info("layout: discovered in %.1f s", time.monotonic() - started)
                 for problem in self._layout.problems:
                     self._notice(problem)
@@ -152,7 +177,10 @@ class LibguestfsGuest(Guest):
                     subject=mount.source,
                     hint="it has: " + ", ".join(sorted(known)),
                 )
-        self._mount(self._given[0])
+        try:
+            self._mount(self._given[0])
+        except EngineError as error:
+            raise self._unwritable(error) from error
         os_type = "windows" if self._has_windows() else None
         self.handle.umount_all()
         return Layout(self._given, os_type=os_type)
@@ -186,19 +214,33 @@ class LibguestfsGuest(Guest):
             return
         mounts = self.layout.mounts
         started = time.monotonic()
+        if self.write:
+            hibernation.refuse_sleeping_devices(self.volumes.blocks())
         for mount in mounts:
             try:
                 self._mount(mount)
             except EngineError as error:
                 if mount.mountpoint == "/" or self._given:
-                    raise
+                    raise self._unwritable(error) from error
                 self._unshown[mount.mountpoint] = str(error)
                 self._notice(f"{mount.mountpoint} is not shown: {error}")
         if self.write:
             known = soundness.filesystems(self.volumes, [mount.source for mount in mounts])
             soundness.refuse_unless_writable(self.handle, mounts, known)
+            hibernation.refuse_sleeping_files(self)
         log.info("layout: mounted in %.1f s", time.monotonic() - started)
         self._mounted = True
+
+    def _unwritable(self, error: ImgtoolError) -> ImgtoolError:
+        """What to raise for what cannot be mounted: who wants to write is told what to do."""
+        if not self.write:
+            return error
+        return ImageError(
+            error.message,
+            subject=error.subject,
+            hint="it is damaged beyond what its journal mends: on a copy of the image, "
+            "have it checked (e2fsck -f, xfs_repair, chkdsk)",
+        )
 
     def unmount_layout(self) -> None:
         """Unmount everything; the next use of a path mounts it again."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,11 +28,18 @@ _CHECKS = {
     "xfs": "xfs_repair -n",
     "vfat": "fsck.fat -n",
 }
-# e2fsck and fsck.fat: errors are left; xfs_repair: 1 is corruption.
-_UNSOUND = {"ext2": 4, "ext3": 4, "ext4": 4, "xfs": 1, "vfat": 1}
+# What e2fsck ends with where it found no fault, or only such as it would have put right.
+_EXT_SOUND = (0, 1, 2, 3)
+# What a checker says that is about no fault, and the numbers in a line that every write changes.
+_NO_FAULT = re.compile(
+    r"e2fsck \d|fsck\.fat |Pass |Phase |\s+- |Warning|No modify flag set|Leaving filesystem|"
+    r"\S+: \*+ WARNING|\S+: \d+/\d+ files|\S+: \d+ files, |[A-Z][\w ]*\? no$"
+)
+_COUNTS = re.compile(r"\(\d+, counted=\d+\)")
+# More than this of what one checker says is not kept: then old and new faults cannot be told apart.
+_MOST_SAID = 256 * 1024
 # Beyond this many inodes in use a check takes minutes under emulation: then it is left out.
 _MOST_INODES = 500_000
-_MARK = "--imgtool-"
 
 
 @dataclass(frozen=True)
@@ -50,10 +59,19 @@ class Filesystem:
 
 @dataclass(frozen=True)
 class Unsound:
-    """A filesystem that its checker finds fault with; `said` is the first line of that."""
+    """A filesystem that its checker finds fault with, or cannot check to the end.
+
+    `faults` are its words, line by line; `all_told` if these are all.
+    """
 
     device: str
-    said: str
+    faults: tuple[str, ...]
+    all_told: bool = True
+
+    @property
+    def said(self) -> str:
+        """The first of the faults."""
+        return self.faults[0] if self.faults else "no reason given"
 
 
 def filesystems(volumes: ApplianceVolumes, devices: Iterable[str]) -> tuple[Filesystem, ...]:
@@ -64,6 +82,11 @@ def filesystems(volumes: ApplianceVolumes, devices: Iterable[str]) -> tuple[File
         if block is not None and block.type is not None:
             found.append(Filesystem(device, f"/dev/{block.kernel}", block.type))
     return tuple(found)
+
+
+def _mark() -> str:
+    """What stands between answers; nothing that a guest has in them can look like it."""
+    return f"--imgtool-{secrets.token_hex(8)}-"
 
 
 def _shell(handle: Any, script: str) -> str:
@@ -80,12 +103,13 @@ def _ext_headers(
     exts = [one for one in filesystems if one.is_ext]
     if not exts:
         return {}
+    mark = _mark()
     script = [
-        f"echo {_MARK}{number}; dumpe2fs -h {shlex.quote(one.node)} 2>/dev/null"
+        f"echo {mark}{number}; dumpe2fs -h {shlex.quote(one.node)} 2>/dev/null"
         for number, one in enumerate(exts)
     ]
     headers = {}
-    for section in _shell(handle, "\n".join(script)).split(_MARK)[1:]:
+    for section in _shell(handle, "\n".join(script)).split(mark)[1:]:
         which, _, text = section.partition("\n")
         pairs = (row.partition(":") for row in text.splitlines())
         headers[exts[int(which)]] = {key: value.strip() for key, _, value in pairs}
@@ -110,27 +134,57 @@ def check(handle: Any, filesystems: Iterable[Filesystem]) -> tuple[Unsound, ...]
     wanted = [one for one in wanted if one not in large]
     if not wanted:
         return ()
-    parts, answers = [], []
+    parts, answers, mark = [], [], _mark()
     for number, one in enumerate(wanted):
         output = f"/run/imgtool-check-{number}"
         command = f"{_CHECKS[one.type]} {shlex.quote(one.node)}"
         parts.append(f"( {command} >{output} 2>&1; echo $? >{output}.status ) &")
-        answers.append(f"echo {_MARK}{number} $(cat {output}.status); cat {output}")
+        size = f"$(stat -c %s {output})"
+        answers.append(f"echo {mark}{number} $(cat {output}.status) {size}")
+        answers.append(f"head -c {_MOST_SAID} {output}; echo")
     found = []
-    for section in _shell(handle, "\n".join([*parts, "wait", *answers])).split(_MARK)[1:]:
+    for section in _shell(handle, "\n".join([*parts, "wait", *answers])).split(mark)[1:]:
         head, _, text = section.partition("\n")
-        which, _, status = head.partition(" ")
+        which, *numbers = head.split()
         one = wanted[int(which)]
-        if int(status) & _UNSOUND[one.type]:
-            found.append(Unsound(one.device, _first_fault(text)))
+        unsound = judged(one, numbers, text)
+        if unsound is not None:
+            found.append(unsound)
     return tuple(found)
 
 
-def _first_fault(text: str) -> str:
+def judged(one: Filesystem, numbers: Sequence[str], text: str) -> Unsound | None:
+    """What a checker's status, and how many bytes it said, mean; None for a sound filesystem.
+
+    One that could not do its work (8 of e2fsck, 137 if it was killed) has found nothing sound.
+    """
+    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+        return Unsound(one.device, ("its checker did not end",))
+    status, size = map(int, numbers)
+    if status == 0 or (one.is_ext and status in _EXT_SOUND):
+        return None
+    # The kernel's name of a disk may be another one the next time.
+    faults = list(_faults(text.replace(one.node, one.device)))
+    if status >= 8 or (status > 1 and not one.is_ext):
+        faults.append(f"its checker could not do its work: status {status}")
+    return Unsound(one.device, tuple(faults), all_told=size <= _MOST_SAID)
+
+
+def _faults(text: str) -> Iterable[str]:
     for line in text.splitlines():
-        if line.strip() and not re.match(r"e2fsck |fsck\.fat |Pass |Phase |\s+- |Warning", line):
-            return line.strip().removesuffix("Fix? no").rstrip()
-    return "no reason given"
+        if line.strip() and not _NO_FAULT.match(line):
+            said = re.sub(r"\s*\b[A-Z]\w*\? no$", "", line.strip())
+            yield _COUNTS.sub("", said).rstrip(" .")
+
+
+def new_faults(before: Unsound | None, now: Unsound) -> tuple[str, ...]:
+    """The faults that were not there before, of a filesystem that was checked twice.
+
+    Where not all can be compared, and so none can be called old, all of them.
+    """
+    if before is None or not (before.all_told and now.all_told):
+        return now.faults or (now.said,)
+    return tuple((Counter(now.faults) - Counter(before.faults)).elements())
 
 
 def refuse_unless_writable(

@@ -8,13 +8,13 @@ after everything has arrived.
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
 from imgtool.engines.libguestfs.calls import CallFailed, printable
 from imgtool.engines.libguestfs.stream import upload
-from imgtool.engines.libguestfs.volumes import reason
 from imgtool.engines.libguestfs.walk import join
 from imgtool.errors import EngineError, HostError, ImgtoolError, NotInGuestError, RefusedError
 from imgtool.guest.model import Entry
@@ -61,10 +61,10 @@ class Labels:
         if self.contexts is None:
             return
         try:
-            self._guest.handle.selinux_relabel(self.contexts, path.decode(), force=True)
-        except RuntimeError as error:
+            self._guest.calls.relabel(os.fsencode(self.contexts), path)
+        except CallFailed as error:
             raise EngineError(
-                f"the SELinux label cannot be set: {reason(error)}", subject=printable(path)
+                f"the SELinux label cannot be set: {error.message}", subject=printable(path)
             ) from error
 
 
@@ -172,11 +172,30 @@ def put(
             _place(guest, staged, final, labels)
 
 
+def _is_utf8(path: bytes) -> bool:
+    try:
+        path.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def is_full(guest: LibguestfsGuest, directory: bytes, *, inodes: bool = True) -> bool:
+    """Whether the filesystem of a directory has no room left, or no inode."""
+    # The binding takes no name that is not UTF-8: the folder above tells the same.
+    while not _is_utf8(directory):
+        directory = directory.rpartition(b"/")[0] or b"/"
+    try:
+        numbers = guest.handle.statvfs(directory.decode())
+    except RuntimeError:
+        return False  # what failed is worse than a lack of room
+    return bool(numbers["bavail"] < 16 or (inodes and numbers["favail"] == 0))
+
+
 def _explain(guest: LibguestfsGuest, directory: bytes, error: CallFailed) -> None:
     if guest.interrupted():
         raise error
-    numbers = guest.handle.statvfs(directory.decode("utf-8", "replace"))
-    if numbers["bavail"] < 16 or numbers["favail"] == 0:
+    if is_full(guest, directory):
         raise ImgtoolError(
             "no space left on the guest's filesystem; nothing was copied",
             subject=printable(directory),
