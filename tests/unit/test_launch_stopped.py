@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,6 +43,26 @@ def test_the_limit_ends_it(handle) -> None:
     with pytest.raises(RuntimeError):
         launch._try(handle, 1.0)
     assert processes_naming(f"guestfs_identifier={name}") == []
+
+
+def test_the_limit_ends_also_what_comes_after_the_launch(monkeypatch) -> None:
+    """A saved appliance that hangs once it continues."""
+    killed = threading.Event()
+
+    class Launched:
+        def launch(self) -> None:
+            pass
+
+    def hangs(handle: Launched) -> None:
+        if not killed.wait(30):
+            pytest.fail("nobody stops it")
+        raise RuntimeError("the appliance is gone")
+
+    handle = Launched()
+    monkeypatch.setattr(launch, "kill", lambda handle: killed.set())
+    monkeypatch.setitem(launch._watches, handle, SimpleNamespace(start=lambda: None))
+    with pytest.raises(RuntimeError, match="is gone"):
+        launch._try(handle, 0.2, hangs)
 
 
 def test_what_the_user_appends_stays(handle) -> None:

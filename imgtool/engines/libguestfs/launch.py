@@ -135,7 +135,8 @@ def _kill_named(name: str) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _try(handle: Any, limit: float) -> None:
+def _try(handle: Any, limit: float, then: Callable[[Any], None] = lambda handle: None) -> None:
+    """Launch, and do what is to be done `then`; a limit, or Ctrl-C, ends the one and the other."""
     ended = threading.Event()
 
     def stop() -> None:
@@ -152,6 +153,7 @@ def _try(handle: Any, limit: float) -> None:
         _watches[handle].start()
         try:
             handle.launch()
+            then(handle)
         finally:
             ended.set()
             timer.cancel()
@@ -229,6 +231,11 @@ def _attempts() -> list[_Attempt]:
     return [_Attempt("kvm", KVM_LIMIT, otherwise=otherwise), *emulated]
 
 
+def _settle(handle: Any) -> None:
+    if saved.continued(handle):
+        saved.settle(handle)
+
+
 def _first_that_starts(
     add_drives: Callable[[Any], None],
     attempts: list[_Attempt],
@@ -249,10 +256,8 @@ def _first_that_starts(
                     close(handle)
                     continue
                 handle.set_hv(str(found.starter))
-            _try(handle, attempt.limit)
+            _try(handle, attempt.limit, _settle if attempt.saved else lambda handle: None)
             continues = attempt.saved and saved.continued(handle)
-            if continues:
-                saved.settle(handle)
         except (RuntimeError, EngineError) as error:
             close(handle)
             if interrupt.pending():

@@ -65,31 +65,39 @@ class Watch:
         self._listening = socket.socket(socket.AF_UNIX)
         name = f"imgtool-{secrets.token_hex(16)}"
         self._listening.bind(f"\0{name}")
-        self._listening.listen(1)
+        self._listening.listen(16)
         handle.config("-chardev", f"socket,id=imgtool,path={name},abstract=on")
         handle.config("-mon", "chardev=imgtool,mode=control")
 
     def start(self) -> None:
         """Listen until the appliance has gone."""
-        threading.Thread(target=self._listen, daemon=True).start()
+        threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._listening.shutdown(socket.SHUT_RDWR)  # wakes up who waits for it
         self._listening.close()
 
-    def _listen(self) -> None:
-        with contextlib.suppress(OSError, EOFError, ValueError, HostError):
-            connection, _ = self._listening.accept()
-            with connection, connection.makefile("rb") as heard, connection.makefile("wb") as told:
-                facts = connection.getsockopt(
-                    socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
-                )
-                if _CREDENTIALS.unpack(facts)[1] != os.geteuid():
-                    return
-                monitor = Monitor(told, heard)
-                while True:
-                    self._event(monitor.message())
+    def _accept(self) -> None:
+        # Everybody on the host can see the name and come before QEMU: nobody may keep it out.
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listening.accept()
+                threading.Thread(target=self._listen, args=(connection,), daemon=True).start()
+
+    def _listen(self, connection: socket.socket) -> None:
+        with (
+            contextlib.suppress(OSError, EOFError, ValueError, HostError),
+            connection,
+            connection.makefile("rb") as heard,
+            connection.makefile("wb") as told,
+        ):
+            facts = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            if _CREDENTIALS.unpack(facts)[1] != os.geteuid():
+                return
+            monitor = Monitor(told, heard)
+            while True:
+                self._event(monitor.message())
 
     def _event(self, event: dict[str, Any]) -> None:
         data = event.get("data", {})

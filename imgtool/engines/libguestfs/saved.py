@@ -5,7 +5,13 @@ empty disks, writes its memory to a file at the moment at which it would tell li
 there, and gives libguestfs a program to start in QEMU's place (`starter`). A launch that asks for
 the same appliance (same QEMU, kernel, memory, number of disks) then continues that memory with the
 guest's disks in the place of the empty ones; `settle` lets the appliance's kernel look at them
-again, sets its clock, and gives it new random numbers. Any other launch is an ordinary one.
+again, sets its clock, and mixes new random numbers into those that it has. Any other launch is an
+ordinary one.
+
+The kernel uses what was mixed in only when it seeds its generator anew, within a minute, and no
+program of the appliance can tell it to do so at once. Until then each continuation of one saved
+appliance may see the same random numbers. imgtool makes all that has to be secret, or unique, on
+the host.
 
 No guest was ever in the memory that is saved. The files are the user's own and are used only while
 nobody else may write to them.
@@ -13,15 +19,20 @@ nobody else may write to them.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import grp
 import json
 import logging
 import os
+import pwd
 import shlex
 import shutil
 import stat
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -30,7 +41,7 @@ from typing import Any
 from imgtool.engines.libguestfs.monitor import Monitor
 from imgtool.engines.libguestfs.starter import appliance_drive, file_of, identity, quoted, shape
 from imgtool.engines.libguestfs.starter import stands as _stands
-from imgtool.errors import EngineError, HostError
+from imgtool.errors import EngineError, HostError, ImgtoolError, RefusedError
 from imgtool.process import PIPE, command_of, run, spawn
 
 log = logging.getLogger(__name__)
@@ -48,8 +59,8 @@ head -c 256 /dev/hwrng >/dev/urandom 2>/dev/null
 root=$(mountpoint -d /)
 for disk in /sys/block/sd*; do
     [ "$(cat $disk/dev)" = "$root" ] && continue
-    echo 1 >$disk/device/rescan
-    blockdev --flushbufs --rereadpt /dev/${disk##*/}
+    echo 1 >$disk/device/rescan || exit 1
+    blockdev --flushbufs --rereadpt /dev/${disk##*/} || exit 1
 done
 udevadm settle
 if grep -qs 'raid_member' /run/udev/data/b*; then
@@ -88,13 +99,39 @@ class Saved:
 
 
 def _safe(folder: Path) -> bool:
-    """Whether all of it is this user's, and nobody else can write to it."""
-    for path in (folder, *folder.iterdir()):
+    """Whether all of it is this user's, and nobody else can write to it or replace it."""
+    for path in (folder.parent, folder, *folder.iterdir()):
         facts = path.lstat()
         if facts.st_uid != os.geteuid() or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             log.info("%s is not used: others may have written to it", path)
             return False
+    if (above := _exposed(folder.parent)) is not None:
+        log.info("%s is not used: others may write to %s", folder, above)
+        return False
     return True
+
+
+def _exposed(home: Path) -> Path | None:
+    """A folder above, in which somebody else could put another in the place of this one."""
+    for path in home.absolute().resolve().parents:
+        facts = path.stat()
+        if facts.st_uid not in (0, os.geteuid()):
+            return path
+        if facts.st_mode & stat.S_ISVTX:  # in it, names are taken away by their owners alone
+            continue
+        others = facts.st_mode & stat.S_IWOTH
+        if others or (facts.st_mode & stat.S_IWGRP and not _is_own_group(facts.st_gid)):
+            return path
+    return None
+
+
+def _is_own_group(number: int) -> bool:
+    """Whether it is the group that many systems give to each user for himself."""
+    try:
+        user, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(number)
+    except KeyError:
+        return False
+    return group.gr_name == user and set(group.gr_mem) <= {user}
 
 
 def _read(folder: Path) -> Saved | None:
@@ -162,26 +199,58 @@ def save(home: Path, handle: Any, hypervisor: str) -> Saved:
     """Start the appliance that this handle, not launched yet, would start, and save it.
 
     What the handle has as drives is counted but not used. Replaces what was saved for this many
-    disks. Raises `HostError` if the appliance does not start or there is no room.
+    disks. Raises `HostError` if the appliance does not start, there is no room, or others may
+    write to the place, and `RefusedError` while another one is saved.
     """
     with tempfile.TemporaryDirectory(prefix="imgtool-") as name:
         argv = _asked(handle, hypervisor, Path(name))
         try:
-            home.mkdir(mode=0o700, parents=True, exist_ok=True)
-            new = Path(tempfile.mkdtemp(prefix=".new-", dir=home))
-            try:
+            with _place_for_new(home) as new:
                 _start_and_save(argv, hypervisor, Path(name), new)
                 _describe(argv, len(handle.debug_drives()), hypervisor, new)
                 _put_in_place(new, home / str(len(handle.debug_drives())))
-            finally:
-                shutil.rmtree(new, ignore_errors=True)
         except OSError as error:
+            if isinstance(error, ImgtoolError):
+                raise
             reason = f"the appliance cannot be saved: {error.strerror}"
             raise HostError(reason, subject=home) from error
     saved = _read(home / str(len(handle.debug_drives())))
     if saved is None:
         raise HostError("the appliance was saved but cannot be used", subject=home)
     return saved
+
+
+@contextlib.contextmanager
+def _place_for_new(home: Path) -> Iterator[Path]:
+    """A private folder for what is saved, removed with the block unless it was put in its place.
+
+    What saves that were killed have left is removed first: it can be large.
+    """
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in (home, home.parent):  # imgtool's own, whatever the umask was
+        if path.stat().st_uid == os.geteuid() and path.name in ("appliance", "imgtool"):
+            path.chmod(path.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
+    if (above := _exposed(home)) is not None:
+        raise HostError(
+            "an appliance is not saved where others could put another in its place",
+            subject=above,
+            hint=f"chmod go-w {above}, or set XDG_CACHE_HOME to a folder that is yours alone",
+        )
+    lock = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RefusedError("another appliance is being saved", subject=home) from None
+        for left in (*home.glob(".new-*"), *home.glob(".old-*")):
+            shutil.rmtree(left, ignore_errors=True)
+        new = Path(tempfile.mkdtemp(prefix=".new-", dir=home))
+        try:
+            yield new
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def _describe(argv: list[str], disks: int, hypervisor: str, folder: Path) -> None:
@@ -192,7 +261,10 @@ def _describe(argv: list[str], disks: int, hypervisor: str, folder: Path) -> Non
         "time": time.time_ns(),
         "hypervisor": hypervisor,
         "shape": shape(argv),
-        "files": [identity(hypervisor), identity(file_of(argv[appliance_drive(argv)]))],
+        "files": [
+            identity(hypervisor),
+            identity(file_of(argv[appliance_drive(argv)]), time=False),
+        ],
     }
     (folder / "saved.json").write_text(json.dumps(facts))
     _write_starter(folder)
@@ -200,6 +272,7 @@ def _describe(argv: list[str], disks: int, hypervisor: str, folder: Path) -> Non
 
 def _put_in_place(new: Path, place: Path) -> None:
     for path in new.iterdir():
+        path.chmod(0o700 if path.name == "qemu" else 0o600)  # whatever the umask
         with path.open("rb") as file:
             os.fsync(file.fileno())
     if place.exists():
