@@ -127,6 +127,7 @@ def copy_in(
     from imgtool.transfer import copy_in as inward
 
     request = Request.of(locals())
+    request.refuse_direct()
     sources, dest = _split(paths)
     if owner is not None and preserve_owner:
         raise UsageError("--owner and --preserve-owner exclude each other")

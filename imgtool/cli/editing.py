@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from typing import Annotated
@@ -11,6 +12,10 @@ import typer
 from imgtool.cli import completing, options, render
 from imgtool.cli.session import Request
 from imgtool.errors import UsageError
+
+
+def _note(line: str) -> None:
+    render.message("note", line)
 
 
 def edit(
@@ -36,13 +41,19 @@ def edit(
     ] = None,
     backup: Annotated[
         str | None,
-        typer.Option("-b", "--backup", metavar="ENDING", help="Keep the old file, such as .bak."),
+        typer.Option(
+            "-b",
+            "--backup",
+            metavar="ENDING",
+            help="Keep the old file beside it, such as .bak; a file of that name is not replaced.",
+        ),
     ] = None,
     add: options.Add = None,
     format: options.Format = None,
     mounts: options.Mounts = None,
     root: options.Root = None,
     key: options.Keys = None,
+    engine: options.EngineOption = options.Engine.auto,
     dry_run: options.DryRun = False,
     clone: options.Clone = None,
     tmp_dir: options.TmpDir = None,
@@ -53,29 +64,36 @@ def edit(
     """Edit a file of a guest in $VISUAL or $EDITOR, or with -e and --set without one.
 
     A symbolic link is followed inside the guest. The file keeps its mode, owner, attributes and
-    label. Unchanged content writes nothing; what is written is there whole or not at all.
+    label. Unchanged content writes nothing; what is written is there whole or not at all, and what
+    you wrote in an editor is kept if it cannot be. It is always libguestfs that writes.
     """
     from imgtool.transfer import edit as text
 
     request = Request.of(locals())
+    request.refuse_direct()
     if backup is not None and (not backup or "/" in backup):
         raise UsageError("not an ending for a name", subject=backup, hint="such as -b .bak")
     changes: list[text.Change] = [text.Substitution.parse(e).apply for e in expressions or ()]
     changes += [text.Setting.parse(s).apply for s in settings or ()]
-    if not changes:
+    in_editor = not changes
+    name = re.sub(r"[^\w.-]", "_", path.rpartition("/")[2]) or "file"
+    if in_editor:
         if not sys.stdin.isatty():
             raise UsageError(
                 "an editor needs a terminal", hint="change the file with -e or --set instead"
             )
-        name = re.sub(r"[^\w.-]", "_", path.rpartition("/")[2]) or "file"
         changes = [text.in_editor(name, text.editor_words())]
     # Read without an appliance where that can be: an editor that opens at once, and no launch at
     # all where nothing is changed.
     with request.opened() as guest:
-        found, old = text.read_to_edit(guest, path)
+        # Who has written a text is not told then that it cannot be.
+        found, old = text.read_to_edit(guest, path, backup=backup if in_editor else None)
     new = text.all_of(changes)(old)
     if new == old:
         render.message("note", f"unchanged, nothing was written ({render.escaped(found)})")
         return
-    with request.opened_to_write() as guest:
+    with contextlib.ExitStack() as stack:
+        if in_editor:
+            stack.enter_context(text.kept_if_refused(name, new, _note))
+        guest = stack.enter_context(request.opened_to_write())
         text.write_edited(guest, found, old, new, backup=backup)

@@ -168,6 +168,7 @@ def inject(
 
     Steps are those of the spec in its order, then those of the options, in the order of this list.
     What is so already is left alone, and a guest in which all is so is not written to at all.
+    Only a spec has the steps 'network' and 'cloud-init', and more details of the others: --schema.
     """
     from imgtool.inject.words import steps_of, variables_of
 
@@ -176,6 +177,7 @@ def inject(
         raise UsageError("-a and --clone are for one image", hint="--clone-dir is for several")
     targets = _targets(images, clone or [], clone_dir)
     request = Request.of({**locals(), "image": images[0], "clone": None})
+    request.refuse_direct()
     failures = Failures(debug)
     steps, variables = _read(spec, failures)
     variables |= variables_of(var or ())

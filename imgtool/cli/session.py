@@ -147,6 +147,15 @@ class Request:
             "debug": self.debug,
         }
 
+    def refuse_direct(self) -> None:
+        """Raise `UsageError` where a command that writes is to do so by the direct engine alone."""
+        if self.engine == "direct":
+            raise UsageError(
+                "the direct engine does not write",
+                subject="--engine direct",
+                hint="leave --engine out: what is only read is read directly where that can be",
+            )
+
     @contextlib.contextmanager
     def opened(self) -> Iterator[Guest]:
         """The guest, open to be read; with `-v` it says which engine it is and what takes time."""

@@ -6,15 +6,17 @@ it is meant to be.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imgtool.errors import HostError, ImgtoolError, RefusedError, UsageError
+from imgtool import interrupt
+from imgtool.errors import HostError, ImgtoolError, NotInGuestError, RefusedError, UsageError
 from imgtool.process import interactive
 
 if TYPE_CHECKING:
@@ -136,7 +138,9 @@ class Setting:
         if lines:
             lines[-1] = _ended(lines[-1], end)
         separator = b"=" if _uses_equals(lines) else b" "
-        return b"".join([*lines, self.key.encode() + separator + value + end])
+        return b"".join(
+            [*lines, self.key.encode("utf-8", "surrogateescape") + separator + value + end]
+        )
 
 
 def _ended(line: bytes, end: bytes) -> bytes:
@@ -187,17 +191,57 @@ def in_editor(name: str, words: Sequence[str]) -> Change:
     return change
 
 
-def read_to_edit(guest: Guest, path: str) -> tuple[bytes, bytes]:
+@contextlib.contextmanager
+def kept_if_refused(name: str, content: bytes, notice: Callable[[str], None]) -> Iterator[None]:
+    """Keep what a person wrote in a private file of the host if the block that writes it fails.
+
+    The hint of the error says where; `notice` does for Ctrl-C, which has no hint.
+    """
+    try:
+        yield
+    except BaseException as error:
+        descriptor, kept = tempfile.mkstemp(prefix="imgtool-edit-", suffix=f"-{name}")  # mode 0600
+        with os.fdopen(descriptor, "wb") as out:
+            out.write(content)
+        line = f"what you wrote is kept in {kept}"
+        if isinstance(error, ImgtoolError) and not interrupt.pending():
+            error.hint = f"{error.hint}; {line}" if error.hint else line
+        else:
+            notice(line)
+        raise
+
+
+def read_to_edit(guest: Guest, path: str, *, backup: str | None = None) -> tuple[bytes, bytes]:
     """The path without links and the content of a file that is to be edited.
 
-    Raises `ImgtoolError` for what is no regular file or larger than `LARGEST`, and
-    `NotInGuestError` for what is not there.
+    Raises `ImgtoolError` for what is no regular file or larger than `LARGEST`, `NotInGuestError`
+    for what is not there, and `RefusedError` where the `backup` would overwrite something.
     """
     found = guest.resolve(path)
     kind = guest.lstat(found).type
     if kind != "file":
         raise ImgtoolError(f"not a regular file but a {kind}", subject=path)
+    if backup is not None:
+        backup_of(guest, found, backup)
     return found, guest.read_bytes(found, LARGEST)
+
+
+def backup_of(guest: Guest, path: bytes, ending: str) -> bytes:
+    """The name of a file's backup; `RefusedError` if there is something of that name.
+
+    An older backup is kept, and what a user of the guest put there, such as a link to another
+    file, is neither followed nor replaced.
+    """
+    name = path + os.fsencode(ending)
+    try:
+        guest.lstat(name)
+    except NotInGuestError:
+        return name
+    raise RefusedError(
+        "the backup would overwrite what is there; nothing was changed",
+        subject=os.fsdecode(name),
+        hint="choose another ending, such as -b .bak2",
+    )
 
 
 def write_edited(
@@ -206,7 +250,7 @@ def write_edited(
     """Replace the content that was edited, once it is sure that it still is the one in the guest.
 
     With `backup` a copy of the old file is kept beside it, under the name with that ending. Raises
-    `RefusedError` where the file has changed meanwhile.
+    `RefusedError` where the file has changed meanwhile, or something has that name.
     """
     from imgtool.engines.libguestfs.changing import rewrite
 
@@ -214,7 +258,7 @@ def write_edited(
     if guest.read_bytes(now, LARGEST) != old:
         raise RefusedError("the file has changed since it was read", subject=os.fsdecode(path))
     if backup is not None:
-        guest.calls.copy(now, now + os.fsencode(backup))
+        guest.calls.copy(now, backup_of(guest, now, backup))
     rewrite(guest, now, new)
 
 

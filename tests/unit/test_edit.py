@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from imgtool.errors import HostError, ImgtoolError, UsageError
-from imgtool.transfer.edit import Setting, Substitution, all_of, editor_words, in_editor
+import imgtool.engines.libguestfs.changing as changing
+from imgtool import cli, interrupt
+from imgtool.errors import HostError, ImgtoolError, NotInGuestError, RefusedError, UsageError
+from imgtool.transfer.edit import (
+    Setting,
+    Substitution,
+    all_of,
+    editor_words,
+    in_editor,
+    kept_if_refused,
+    read_to_edit,
+    write_edited,
+)
 
 
 def substituted(expression: str, content: bytes) -> bytes:
@@ -66,6 +78,8 @@ def test_what_is_no_substitution_is_said(expression):
         ("A=", b"A=1\n", b"A=\n"),
         ("A=2", b"A=2\n", b"A=2\n"),
         ("A=2", b"\xff=1\nA=1\n", b"\xff=1\nA=2\n"),
+        ("\udcff=\udcfe", b"A=1\n", b"A=1\n\xff=\xfe\n"),
+        ("\udcff=2", b"\xff=1\n", b"\xff=2\n"),
     ],
 )
 def test_a_key_gets_its_value(setting, content, expected):
@@ -96,6 +110,79 @@ def test_an_editor_gets_a_private_copy():
 def test_an_editor_that_fails_changes_nothing():
     with pytest.raises(ImgtoolError, match="ended with status 3; nothing was changed"):
         in_editor("note", [sys.executable, "-c", "import sys; sys.exit(3)"])(b"text")
+
+
+def test_what_was_written_is_kept_where_it_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    said: list[str] = []
+    for hint in (None, "wait"):
+        with (
+            pytest.raises(RefusedError) as refused,
+            kept_if_refused("shadow", b"\xffsecret", said.append),
+        ):
+            raise RefusedError("in use", hint=hint)
+        (kept,) = tmp_path.iterdir()
+        assert str(kept) in str(refused.value.hint)
+        assert (kept.read_bytes(), kept.stat().st_mode & 0o777) == (b"\xffsecret", 0o600)
+        kept.unlink()
+    assert said == []
+    monkeypatch.setattr(interrupt, "pending", lambda: True)
+    with pytest.raises(KeyboardInterrupt), kept_if_refused("note", b"text", said.append):
+        raise KeyboardInterrupt
+    (kept,) = tmp_path.iterdir()
+    assert said == [f"what you wrote is kept in {kept}"]
+    kept.unlink()
+    with kept_if_refused("note", b"text", said.append):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+class Guest:
+    """A guest with one file, and what else is named."""
+
+    def __init__(self, *names: bytes) -> None:
+        self.names = {b"/etc/conf", *names}
+        self.copied: list[tuple[bytes, bytes]] = []
+        self.calls = self
+
+    def resolve(self, path: str | bytes) -> bytes:
+        return os.fsencode(path)
+
+    def lstat(self, path: bytes) -> SimpleNamespace:
+        if path not in self.names:
+            raise NotInGuestError("no such file")
+        return SimpleNamespace(type="file" if path == b"/etc/conf" else "symlink")
+
+    def read_bytes(self, path: bytes, limit: int) -> bytes:
+        return b"old"
+
+    def copy(self, source: bytes, path: bytes) -> None:
+        self.copied.append((source, path))
+
+
+def test_a_backup_replaces_nothing(monkeypatch):
+    monkeypatch.setattr(changing, "rewrite", lambda *arguments: None)
+    free, taken = Guest(), Guest(b"/etc/conf.bak")
+    write_edited(free, b"/etc/conf", b"old", b"new", backup=".bak")  # type: ignore[arg-type]
+    assert free.copied == [(b"/etc/conf", b"/etc/conf.bak")]
+    with pytest.raises(RefusedError, match="would overwrite"):
+        write_edited(taken, b"/etc/conf", b"old", b"new", backup=".bak")  # type: ignore[arg-type]
+    with pytest.raises(RefusedError, match="would overwrite"):
+        read_to_edit(taken, "/etc/conf", backup=".bak")  # type: ignore[arg-type]
+    assert taken.copied == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("edit", "disk.raw", "/etc/x", "--set", "A=1"),
+        ("copy-in", "disk.raw", "x", "/etc"),
+        ("inject", "disk.raw", "--hostname", "x"),
+    ],
+)
+def test_what_writes_does_not_do_so_with_the_direct_engine(words, capsys):
+    assert cli._run([*words, "--engine", "direct"]) == 2
+    assert "direct engine does not write" in capsys.readouterr().err
 
 
 def test_the_editor_is_the_users(monkeypatch):
