@@ -96,7 +96,7 @@ def _mapping(raw: bytes, what: str) -> Mapping[str, Any]:
 
 def _check_user_data(raw: bytes) -> None:
     if raw.startswith(_GZIP):
-        return
+        raw = _unpacked(raw)
     first = raw.partition(b"\n")[0].decode("utf-8", "replace").strip()
     if not first.startswith(_HEADERS):
         raise UsageError(
@@ -105,6 +105,22 @@ def _check_user_data(raw: bytes) -> None:
         )
     if first == "#cloud-config" and raw.partition(b"\n")[2].strip():
         _mapping(raw, "it")
+
+
+def _unpacked(raw: bytes) -> bytes:
+    """What is in a gzip file, which cloud-init unpacks too; it has the limit of a plain one."""
+    import zlib
+
+    unpacker = zlib.decompressobj(wbits=31)  # with the header and the check sum of gzip
+    try:
+        content = unpacker.decompress(raw, _LARGEST + 1)
+    except zlib.error as error:
+        raise UsageError(f"not a gzip file: {error}") from error
+    if len(content) > _LARGEST:
+        raise UsageError(f"unpacked it is longer than {_LARGEST} bytes")
+    if not unpacker.eof:
+        raise UsageError("the gzip file is cut off")
+    return content
 
 
 def _check_meta_data(raw: bytes) -> None:

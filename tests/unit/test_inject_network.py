@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import gzip
 import shutil
 
 import pytest
@@ -195,3 +196,27 @@ def test_a_seed_that_cloud_init_would_not_take_is_told_before(tmp_path, part, te
     (tmp_path / "part").write_text(text)
     with pytest.raises(UsageError, match=part):
         CloudInit({part: tmp_path / "part"}).check({})
+
+
+@pytest.mark.parametrize(
+    ("packed", "reason"),
+    [
+        (gzip.compress(b"packages: [nginx]\n"), "does not know what this is"),
+        (gzip.compress(b"#cloud-config\n- a list\n"), "not a mapping"),
+        (gzip.compress(bytes(17 << 20)), "longer than"),
+        (gzip.compress(b"#cloud-config\na: 1\n")[:-4], "cut off"),
+        (b"\x1f\x8bnot gzip", "not a gzip file"),
+    ],
+)
+def test_packed_user_data_are_looked_into_before(tmp_path, packed, reason):
+    (tmp_path / "part").write_bytes(packed)
+    with pytest.raises(UsageError, match=f"user-data: .*{reason}"):
+        CloudInit({"user-data": tmp_path / "part"}).check({})
+
+
+def test_packed_user_data_are_written_as_they_are(root, tmp_path):
+    give(root, "/etc/cloud/cloud.cfg")
+    packed = gzip.compress(b"#cloud-config\npackages: [nginx]\n")
+    (tmp_path / "part").write_bytes(packed)
+    assert root.twice(CloudInit({"user-data": tmp_path / "part"})) == ["changed"]
+    assert root.host(f"{SEED}/user-data").read_bytes() == packed
