@@ -207,6 +207,7 @@ def test_a_seed_that_cloud_init_would_not_take_is_told_before(tmp_path, part, te
         (gzip.compress(b"#cloud-config\na: 1\n")[:-4], "cut off"),
         (b"\x1f\x8bnot gzip", "not a gzip file"),
     ],
+    ids=["no header", "no mapping", "too long", "cut off", "no gzip"],
 )
 def test_packed_user_data_are_looked_into_before(tmp_path, packed, reason):
     (tmp_path / "part").write_bytes(packed)
