@@ -9,13 +9,17 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from imgtool import open_guest
+from imgtool.engines.direct import replay
 from imgtool.errors import ImageError
+from imgtool.guest.model import Mount
+from tests.unit.test_direct_sandbox import ATTACK
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not Path("/dev/loop-control").exists(),
@@ -122,6 +126,22 @@ def test_a_crashed_partition_behind_an_overlay(tmp_path):
         assert guest.read_bytes("/link") == b"7\n" * 50
 
 
+def test_two_crashed_partitions_of_one_disk(tmp_path):
+    disk = tmp_path / "disk.raw"
+    with disk.open("wb") as file:
+        file.truncate(320 << 20)
+    table = "label: gpt\nstart=8192, size=262144\nstart=278528, size=262144\n"
+    subprocess.run(["sfdisk", "-q", disk], input=table.encode(), check=True)
+    for kind, start in (("ext4", 8192), ("ext3", 278528)):
+        (tmp_path / kind).mkdir()
+        with disk.open("rb+") as file:
+            file.seek(start * 512)
+            file.write(crashed(tmp_path / kind, kind).read_bytes())
+    for device in ("/dev/sda1", "/dev/sda2"):
+        with open_guest(disk, format="raw", engine="direct", mounts=[Mount(device, "/")]) as guest:
+            assert guest.read_bytes("/link") == b"7\n" * 50
+
+
 def test_a_journal_that_cannot_be_replayed_is_refused(tmp_path):
     image = crashed(tmp_path, "ext4")
     offset = subprocess.run(
@@ -146,3 +166,65 @@ def test_the_command_says_what_it_did(tmp_path):
     assert len(json.loads(done.stdout)) == 200
     assert b"engine: direct" in done.stderr
     assert b"journal: replayed" in done.stderr
+
+
+# The sandbox of the replay, where the first program that looks at the image is somebody else's.
+TAKEN_OVER = """
+import sys; sys.path[:0] = {paths!r}
+import os
+from imgtool.engines.direct import program, replay, seccomp
+if not {filtered}:
+    seccomp.confine = lambda program: None
+begin = program.start
+def start(argv, descriptors):
+    program.start = begin
+    with open("/tmp/code", "w") as file:
+        file.write({code!r})
+    os.waitpid(begin(["/usr/bin/python3", "-I", "-S", "-B", "/tmp/code"], {{1: 1}}), 0)
+    return begin(argv, descriptors)
+program.start = start
+replay.main()
+"""
+BEYOND = """
+attempt("overlay beyond its limit", lambda: os.truncate("/work/0", (4 << 30) + 1))
+attempt("overlay removed", lambda: os.unlink("/work/0"))
+os.write(1, json.dumps(said).encode() + bytes((10,)))
+"""
+
+
+@pytest.mark.parametrize("filtered", [True, False], ids=["filtered", "namespaces alone"])
+@pytest.mark.parametrize("owner", [None, 4321])
+def test_what_replays_a_journal_has_no_rights(tmp_path, monkeypatch, owner, filtered):
+    said = []
+    run = replay.run
+
+    def listened(*words, **options):
+        done = run(*words, **options)
+        first, _, last = done.stdout.partition(b"\n")
+        said.append(json.loads(first))
+        return subprocess.CompletedProcess(done.args, done.returncode, last, done.stderr)
+
+    nothing = {"secret": "/nowhere", "pid": os.getpid(), "port": 1, "socket": "/nowhere"}
+    code = f"targets = {nothing!r}\n{ATTACK}{BEYOND}"
+    program = TAKEN_OVER.replace("{code!r}", repr(code).replace("{", "{{").replace("}", "}}"))
+    monkeypatch.setattr(replay, "_START", program.replace("{filtered}", str(filtered)))
+    monkeypatch.setattr(replay, "run", listened)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        image = Path(shutil.copy(crashed(tmp_path, "ext4"), folder))
+        image.chmod(0o600)
+        if owner is not None:
+            os.chown(image, owner, owner)
+        before = hashlib.sha256(image.read_bytes()).hexdigest()
+        with open_guest(image, format="raw", engine="direct") as guest:
+            assert guest.read_bytes("/link") == b"7\n" * 50
+        assert hashlib.sha256(image.read_bytes()).hexdigest() == before
+    (found,) = said
+    assert set(found.pop("capabilities")) == {"0" * 16}
+    assert found.pop("processes") <= 4
+    found.pop("thread")
+    if not filtered:
+        found.pop("program")
+        found.pop("process by fork")
+    assert {name: result for name, result in found.items() if result.startswith("done")} == {}
+    assert len(found) >= 30

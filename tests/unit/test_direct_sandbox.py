@@ -78,9 +78,12 @@ for pid in sorted(name for name in os.listdir("/proc") if name.isdigit()):
         if plain:
             attempt("descriptor %d of the %s process" % (number, who), lambda: overwrite(at))
     attempt("the program of the %s process" % who, lambda: can_be_written("/proc/%s/exe" % pid))
-for place in ("/", "/images", "/usr/lib", "/python/own/imgtool", "/dev", "/dev/shm", "/proc"):
+places = ("", "/images", "/usr/lib", "/python/own/imgtool", "/dev", "/dev/shm", "/proc", "/work")
+for place in places:
     attempt("write in " + place, lambda: open(place + "/x", "w"))
 attempt("more than the scratch", lambda: open("/tmp/x", "wb").write(bytes(1 << 30)))
+if os.path.exists("/tmp/x"):
+    os.unlink("/tmp/x")
 for name in ("kernel/core_pattern", "vm/swappiness", "kernel/modprobe"):
     attempt("sysctl " + name, lambda: open("/proc/sys/" + name, "r+b"))
 attempt("namespace by clone", lambda: call(56, 0x10000000 | 17, 0, 0, 0, 0))

@@ -1,9 +1,14 @@
 """Replaying the journal of a crashed ext3 or ext4: e2fsck on a throw-away overlay, in a sandbox.
 
 This module is the program in that sandbox, and `recovered` what starts it. The image is not
-written: QEMU puts an overlay on it, exports the volume in it as a file through FUSE, and e2fsck,
-without any capability, does to that file what the kernel would do at mount: it replays the journal
-and releases orphaned inodes.
+written: QEMU puts an overlay on it, exports the volume in it as a file through FUSE, and e2fsck
+does to that file what the kernel would do at mount: it replays the journal and releases orphaned
+inodes.
+
+The file is mounted before anything looks at the image, and all rights are given up then: neither
+QEMU nor e2fsck has any, and both start nothing themselves. QEMU is given the connection to the
+kernel's FUSE that belongs to the mount, by the name that libfuse has for such a connection
+(fuse_session_mount() in libfuse 3.3 and newer): /dev/fd/N.
 """
 
 from __future__ import annotations
@@ -16,23 +21,25 @@ import re
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from imgtool.engines.direct import sandbox, seccomp
+from imgtool.engines.direct import program, sandbox, seccomp
 from imgtool.engines.direct.filesystem import NeedsAppliance
 from imgtool.image.chain import Chain
 from imgtool.process import Limits, ProgramFailed, TimedOut, run
 
-_LIMITS = Limits(memory=4 << 30, cpu=120, wall=120, file_size=4 << 30)
-_PR_CAPBSET_DROP, _CAP_SETPCAP, _CAP_SYS_ADMIN = 24, 8, 21
+_MEMORY, _SECONDS = 4 << 30, 120
+_OVERLAYS = 4 << 30  # bytes, all of them together
+_SAID = 1 << 20
+_MS_NOSUID, _MS_NODEV = 2, 4
+_CAPABILITIES = 0x20080522  # of which version capset(2) is told, linux/capability.h
 _CLEAN = ": clean,"
 # What e2fsck says of what the kernel does too at mount. Anything else it repaired is damage, which
 # the kernel would show, or refuse.
 _KERNEL_DOES = re.compile(
-    r"/tmp/volume: (recovering journal$|(Clearing|Truncating) orphaned inode \d+ |clean, )"
+    r"/tmp/volume\d+: (recovering journal$|(Clearing|Truncating) orphaned inode \d+ |clean, )"
 )
 _START = (
     "import sys; sys.path[:0] = {paths!r}; from imgtool.engines.direct.replay import main; main()"
@@ -60,10 +67,15 @@ def recovered(
 
     They are gone with the block. Raises `NeedsAppliance` where e2fsck is not content.
     """
-    with tempfile.TemporaryDirectory(prefix="imgtool-replay-") as folder:
-        if images.owner is not None:
-            os.chown(folder, *images.owner)
+    with tempfile.TemporaryDirectory(prefix="imgtool-replay-") as name:
+        folder = Path(name)
         disks = sorted({disk for disk, _, _ in places})
+        files = [folder / str(disk) for disk in disks]
+        for path in files:
+            path.touch()
+        if images.owner is not None:
+            for path in (folder, *files):
+                os.chown(path, *images.owner)
         request = {
             "overlays": [
                 [disk, sizes[disk], overlay_node(f"/work/{disk}", chains[disk], images)]
@@ -78,15 +90,27 @@ def recovered(
                 _START,
                 programs=_PROGRAMS,
                 options=(
-                    *("--cap-add", "CAP_SYS_ADMIN", "--cap-add", "CAP_SETPCAP"),
-                    *("--dev-bind", "/dev/fuse", "/dev/fuse", "--bind", folder, "/work"),
+                    *("--cap-add", "CAP_SYS_ADMIN"),
+                    # Here /dev/fd is a folder of plain files: QEMU wants to see one at the place
+                    # that it is told, before libfuse takes the name for a connection.
+                    *("--tmpfs", "/dev", "--dir", "/dev/shm", "--symlink", "/tmp", "/dev/fd"),
+                    *("--dev-bind", "/dev/null", "/dev/null"),
+                    *("--dev-bind", "/dev/fuse", "/dev/fuse"),
+                    # The files, not their folder: no more can be made, so that the limit for the
+                    # size of each is one for all.
+                    *(w for path in files for w in ("--bind", str(path), f"/work/{path.name}")),
                 ),
                 user=0,  # FUSE lets nobody else mount
             )
             try:
                 done = run(
                     argv,
-                    limits=_LIMITS,
+                    limits=Limits(
+                        memory=_MEMORY,
+                        cpu=_SECONDS,
+                        wall=_SECONDS,
+                        file_size=_OVERLAYS // len(disks),
+                    ),
                     input=json.dumps(request).encode("ascii"),
                     pass_fds=[*images.descriptors.values(), descriptor],
                     owner=images.owner,
@@ -95,52 +119,84 @@ def recovered(
                 raise NeedsAppliance(f"its journal cannot be replayed here: {error}") from error
         if done.stdout != b"clean":
             raise NeedsAppliance("its journal was replayed, and it is not clean")
-        yield {disk: Path(folder, str(disk)) for disk in disks}
+        yield dict(zip(disks, files, strict=True))
 
 
 # Inside
 
 
-def _confine() -> None:
-    """No capability, and the strict filter, for the program that looks at the hostile journal."""
+def _mounted(at: str) -> int:
+    """Mount a file at `at`; gives the connection that whoever serves it needs."""
+    Path(at).touch()
+    connection = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    options = f"fd={connection},rootmode=100000,user_id=0,group_id=0,default_permissions"
     libc = ctypes.CDLL(None, use_errno=True)
-    # What is not in the bounding set is not there after the next exec.
-    for capability in (_CAP_SYS_ADMIN, _CAP_SETPCAP):
-        if libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0):
-            os._exit(126)
+    flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV)
+    if libc.mount(b"volume", at.encode(), b"fuse", flags, options.encode()):
+        raise OSError(ctypes.get_errno(), "FUSE cannot be mounted")
+    return connection
+
+
+def _confine() -> None:
+    """Give up all capabilities, for good (no program that is started gets more), and mount(2)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, none = (ctypes.c_uint32 * 2)(_CAPABILITIES, 0), (ctypes.c_uint32 * 6)()
+    if libc.capset(header, none):
+        raise OSError(ctypes.get_errno(), "the capabilities cannot be given up")
     seccomp.confine(seccomp.tree_filter())
+    program.keep_to_itself()
 
 
-def _replay(overlay: str, node: dict[str, Any], place: Place) -> bool:
+def _replay(overlay: dict[str, Any], place: Place, at: str, connection: int) -> bool:
     _, offset, size = place
     volume = {"driver": "raw", "node-name": "volume", "offset": offset, "size": size}
-    at, pid = Path("/tmp/volume"), Path("/tmp/pid")
-    at.touch()
-    argv = ["qemu-storage-daemon", "--daemonize", "--pidfile", str(pid)]
-    argv += ["--blockdev", json.dumps({**node, "node-name": "overlay"})]
+    Path(f"/tmp/{connection}").touch()  # what QEMU sees as /dev/fd
+    argv = ["/usr/bin/qemu-storage-daemon"]
+    argv += ["--blockdev", json.dumps({**overlay, "node-name": "overlay"})]
     argv += ["--blockdev", json.dumps({**volume, "file": "overlay"})]
-    argv += ["--export", f"type=fuse,id=e,node-name=volume,mountpoint={at},writable=on"]
-    run(argv)
-    try:
-        done = run(["e2fsck", "-p", at], ok=(0, 1), before=_confine)
-    finally:
-        os.kill(int(pid.read_text()), signal.SIGTERM)
-        deadline = time.monotonic() + 60
-        while pid.exists() and time.monotonic() < deadline:
-            time.sleep(0.002)  # it removes the file when all is written
-    lines = done.stdout.decode("utf-8", "replace").strip().splitlines()
+    argv += ["--export", f"type=fuse,id=e,node-name=volume,mountpoint=/dev/fd/{connection}"]
+    argv[-1] += ",writable=on"
+    nothing = os.open(os.devnull, os.O_RDWR)
+    # In a place of limited size: whoever started this sandbox keeps all that it says.
+    errors = os.open("/tmp/errors", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    server = program.start(argv, {0: nothing, 1: nothing, 2: errors, connection: connection})
+    # e2fsck waits for the server to begin; only the server has the connection, so not for one that
+    # has ended.
+    os.close(connection)
+    reading, writing = os.pipe()
+    checker = program.start(["/usr/bin/e2fsck", "-p", at], {0: nothing, 1: writing, 2: errors})
+    os.close(writing)
+    with os.fdopen(reading, "rb") as out:
+        said = out.read(_SAID)
+    checked = os.waitstatus_to_exitcode(os.waitpid(checker, 0)[1])
+    os.kill(server, signal.SIGTERM)
+    served = os.waitstatus_to_exitcode(os.waitpid(server, 0)[1])  # with 0, all is written
+    os.close(nothing)
+    if checked not in (0, 1) or served:
+        last = os.pread(errors, _SAID, 0).decode("utf-8", "replace").strip().splitlines()[-1:]
+        sys.exit(ascii(last[0][:200]) if last else "e2fsck is not content")
+    os.close(errors)
+    lines = said.decode("utf-8", "replace").strip().splitlines()
     return all(_KERNEL_DOES.match(line) for line in lines) and _CLEAN in lines[-1]
 
 
 def main() -> None:
     """Make the overlays, replay each journal, and say `clean` if all are."""
+    program.close_inherited()
+    program.limit(1)
     request = json.load(sys.stdin)
     os.environ["PATH"] = "/usr/bin"
+    places: list[Place] = [tuple(place) for place in request["places"]]
+    mounts = [f"/tmp/volume{number}" for number in range(len(places))]
+    connections = [_mounted(at) for at in mounts]
+    _confine()
     nodes = {}
     for disk, size, node in request["overlays"]:
         nodes[disk] = node
         # The size is known; nothing has to be opened to make an overlay.
         run(["qemu-img", "create", "-q", "-f", "qcow2", f"/work/{disk}", str(size)])
-    places = [tuple(place) for place in request["places"]]
-    if all(_replay(f"/work/{place[0]}", nodes[place[0]], place) for place in places):
+    if all(
+        _replay(nodes[place[0]], place, at, connection)
+        for place, at, connection in zip(places, mounts, connections, strict=True)
+    ):
         sys.stdout.write("clean")
