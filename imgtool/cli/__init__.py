@@ -25,11 +25,11 @@ def _run(arguments: list[str]) -> int:
     completing = "_IMGTOOL_COMPLETE" in os.environ
     wanted = arguments[0] if arguments and not completing else None
     command = typer.main.get_command(app_with(wanted))
-    if not arguments and not completing:
-        command.main(["--help"], prog_name="imgtool", standalone_mode=False)
-        return ExitStatus.USAGE
+    helpless = not arguments and not completing
     try:
-        result = command.main(arguments, prog_name="imgtool", standalone_mode=False)
+        result = command.main(
+            ["--help"] if helpless else arguments, prog_name="imgtool", standalone_mode=False
+        )
         sys.stdout.flush()
     except typer.TyperException as error:
         render.message("error", error.format_message().rstrip("."))
@@ -54,6 +54,9 @@ def _run(arguments: list[str]) -> int:
     except Exception as error:  # the last resort: a defect of imgtool, told as one
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno == errno.EBADF and sys.__stdout__ is None:
+            render.message("error", "the answer cannot be written: stdout is closed")
+            return ExitStatus.FAILED
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             reason = (error.strerror or "").lower()
             where = f" ({error.filename})" if error.filename else ""
@@ -63,11 +66,30 @@ def _run(arguments: list[str]) -> int:
         render.message("error", f"internal error: {type(error).__name__}: {error}")
         render.hint("run it again with --debug and report what it prints")
         return ExitStatus.FAILED
+    if helpless:
+        return ExitStatus.USAGE
     return result if isinstance(result, int) else ExitStatus.DONE
+
+
+def _open_streams() -> None:
+    """Open the standard streams that whoever started imgtool has closed: else the next file that is
+    opened, an image perhaps, would be taken for one of them. To such a stdout nothing can be
+    written; what goes to such a stderr is lost.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY)
+            os.dup2(opened, number)
+            if opened != number:
+                os.close(opened)
+            os.set_inheritable(number, True)
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, os.fdopen(number, mode, errors="surrogateescape"))
 
 
 def main() -> None:
     """The console script: run the command, say what went wrong, exit with its status."""
+    _open_streams()
     with interrupt.watch():
         try:
             status = _run(sys.argv[1:])
