@@ -15,6 +15,7 @@ from imgtool.engines.direct import sandbox
 from imgtool.engines.direct.client import Client, WorkerFailed
 from imgtool.engines.direct.protocol import BadMessage
 from imgtool.engines.direct.ring import SLOT, Ring, ring
+from imgtool.errors import EngineError
 from imgtool.image.chain import open_chain
 from imgtool.process import environment
 from imgtool.transfer.copy_out import Report, copy_out
@@ -129,6 +130,39 @@ def test_a_place_outside_of_the_shared_memory_is_nonsense(offset, length):
         with pytest.raises(BadMessage):
             shared.lent(offset.to_bytes(4, "big") + length.to_bytes(4, "big"))
         assert len(shared.lent((8 * SLOT - 1).to_bytes(4, "big") + (1).to_bytes(4, "big"))) == 1
+
+
+def test_one_unreadable_cluster_is_damage_of_what_is_in_it(tmp_path):
+    """QEMU ends a connection on which a read that it answers in fragments fails."""
+    contents, image = tmp_path / "contents", tmp_path / "disk.img"
+    contents.mkdir()
+    chance = random.Random(3)
+    expected = {}
+    for number in range(10):
+        data = b"".join(bytes([chance.randrange(65, 91)]) * 64 for _ in range(_MIB // 64))
+        # By pieces, and by several requests at once.
+        expected[f"f{number}"] = data * (5 if number % 2 else 1)
+        (contents / f"f{number}").write_bytes(expected[f"f{number}"])
+    words = ["mke2fs", "-q", "-t", "ext4", "-d", contents, image, "64M"]
+    subprocess.run(words, check=True, env=environment())
+    disk = tmp_path / "disk.qcow2"
+    subprocess.run(["qemu-img", "convert", "-c", "-O", "qcow2", image, disk], check=True)
+    size = disk.stat().st_size
+    with disk.open("r+b") as file:
+        file.seek(size // 2)
+        file.write(b"\xff" * 3000)
+    bad, problems = [], []
+    with open_guest(disk, engine="direct") as guest:
+        for name, data in expected.items():
+            try:
+                assert guest.read_bytes(f"/{name}") == data
+            except EngineError as error:
+                assert "QEMU cannot read the image" in error.message
+                bad.append(f"/{name}".encode())
+        listed = list(guest.walk("/", checksum="md5", on_problem=lambda p, _: problems.append(p)))
+    assert 1 <= len(bad) <= 2 and problems == bad
+    summed = {entry.path for entry in listed if entry.checksum}
+    assert len(summed) == len(expected) - len(bad)
 
 
 def failure(image: Path, monkeypatch: pytest.MonkeyPatch, program: str, memory: Ring | None) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import random
 import stat
 import subprocess
 from pathlib import Path
@@ -114,6 +116,23 @@ def test_a_damaged_image_gives_an_error_and_not_zeros(disk: Path) -> None:
         file.write(((1 << 63) | 0x1234_5600).to_bytes(8, "big"))  # not on a cluster boundary
     with serve(open_chain(disk)) as server, pytest.raises(ImageError, match="cannot be read"):
         server.read(0, 1)
+
+
+def test_one_unreadable_cluster_is_all_that_cannot_be_read(tmp_path: Path) -> None:
+    raw, path = tmp_path / "raw", tmp_path / "disk.qcow2"
+    chance = random.Random(5)
+    content = b"".join(chance.randbytes(4) * 16 for _ in range((16 << 20) // 64))
+    raw.write_bytes(content)
+    qemu_img("convert", "-c", "-O", "qcow2", raw, path)
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\xff" * 3000)
+    good = 0
+    with serve(open_chain(path)) as server:
+        for at in range(0, 16 << 20, 1 << 20):
+            with contextlib.suppress(ImageError):
+                good += server.read(at, 1 << 20) == content[at : at + (1 << 20)]
+    assert 14 <= good < 16
 
 
 def test_contents_are_the_same_by_either_way(disk: Path) -> None:

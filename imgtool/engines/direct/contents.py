@@ -88,15 +88,20 @@ class Contents:
                     offset += piece.length
                 if not waiting:
                     return
-                for disk, asked in waiting[0].asked:
-                    disk.finish(asked)
+                self._finish(waiting[0])
                 done = waiting.popleft()
                 yield done.slot, done.length
         finally:
             for piece in waiting:  # nothing is written into a slot later on
-                for disk, asked in piece.asked:
+                while piece.asked:
                     with contextlib.suppress(ReadFailed):
-                        disk.finish(asked)
+                        self._finish(piece)
+
+    @staticmethod
+    def _finish(piece: _Piece) -> None:
+        while piece.asked:
+            disk, asked = piece.asked.pop()  # what failed is over: it is not waited for again
+            disk.finish(asked)
 
     def _ask(self, piece: _Piece, offset: int) -> None:
         view = self._view(piece.slot, piece.length)

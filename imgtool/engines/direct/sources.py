@@ -28,6 +28,10 @@ class CannotOpen(Exception):
     """QEMU does not open the image; why is on standard error."""
 
 
+class Lost(Exception):
+    """QEMU is gone: nothing can be read any more, which is no damage of what was asked for."""
+
+
 class Disk:
     """A disk, read through a socket that is connected to a qemu-nbd of its own, which has to be
     waited for.
@@ -38,6 +42,8 @@ class Disk:
 
         self._error: type[Exception] = nbd.Error
         self._nbd: Any = nbd.NBD()
+        self._nbd.set_strict_mode(self._nbd.get_strict_mode() & ~nbd.STRICT_FLAGS)
+        self._whole = nbd.CMD_FLAG_DF
         self._nbd.add_meta_context(_DEPTH)
         self._size = 0
         try:
@@ -52,8 +58,16 @@ class Disk:
             while self._nbd.aio_is_connecting():
                 self._nbd.poll(-1)
             self._size = int(self._nbd.get_size())
+            # A read that is answered in fragments and fails in the middle ends the connection.
+            if not self._nbd.can_df():
+                self._whole = 0
         except self._error as error:
             raise CannotOpen(str(error)) from error
+
+    def _failed(self, error: Exception) -> Exception:
+        if self._nbd.aio_is_ready() or self._nbd.aio_is_processing():
+            return ReadFailed(f"QEMU cannot read the image: {error}")
+        return Lost("QEMU has gone away")
 
     @property
     def size(self) -> int:
@@ -67,9 +81,12 @@ class Disk:
         first, last = offset // _BLOCK, (offset + length - 1) // _BLOCK
         if 0 < length <= _BLOCK and last - first < 2:
             start = offset - first * _BLOCK
-            if first == last:
-                return self._block(first)[start : start + length]
-            return (self._block(first) + self._block(last))[start : start + length]
+            try:
+                if first == last:
+                    return self._block(first)[start : start + length]
+                return (self._block(first) + self._block(last))[start : start + length]
+            except ReadFailed:
+                pass  # what cannot be read may lie beside what was asked for
         if 0 < length <= _LARGEST_READ:
             return self._fetched(offset, length)
         return b"".join(
@@ -88,9 +105,9 @@ class Disk:
         if offset < 0 or offset + len(buffer) > self._size:
             raise ReadFailed("past the end of the disk")
         try:
-            return int(self._nbd.aio_pread(buffer, offset))
+            return int(self._nbd.aio_pread(buffer, offset, flags=self._whole))
         except self._error as error:
-            raise ReadFailed(f"QEMU cannot read the image: {error}") from error
+            raise self._failed(error) from error
 
     def finish(self, started: int) -> None:
         """Wait for what was begun; `ReadFailed` where QEMU cannot."""
@@ -98,7 +115,7 @@ class Disk:
             while not self._nbd.aio_command_completed(started):
                 self._nbd.poll(-1)
         except self._error as error:
-            raise ReadFailed(f"QEMU cannot read the image: {error}") from error
+            raise self._failed(error) from error
 
     def written(self, links: int, most: int) -> list[tuple[int, int]] | None:
         """The stretches (start, end) in bytes that come from the topmost `links` of the chain.
@@ -146,9 +163,9 @@ class Disk:
     def _fetched(self, offset: int, length: int) -> bytes:
         try:
             # A bytearray, which is as good as bytes here and need not be copied.
-            return self._nbd.pread(length, offset)  # type: ignore[no-any-return]
+            return self._nbd.pread(length, offset, flags=self._whole)  # type: ignore[no-any-return]
         except self._error as error:
-            raise ReadFailed(f"QEMU cannot read the image: {error}") from error
+            raise self._failed(error) from error
 
 
 class Stretch:
