@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from imgtool.errors import (
     EngineError,
@@ -21,12 +21,16 @@ from imgtool.errors import (
 )
 from imgtool.guest.guest import Guest, OnProblem, OnProgress
 from imgtool.guest.model import Entry
+from imgtool.spool import large_files
 from imgtool.transfer.archive import members
 from imgtool.transfer.staging import Attributes, BadName, Staging
 
 # From this size a file that has holes is fetched by its ranges of data, not through the tar stream.
 SPARSE = 16 << 20
 BLOCK = 1 << 20
+_MOST_SPARSE = 4 << 20  # bytes of paths that are kept out of the tar stream by name
+_MOST_REMEMBERED = 256 << 20  # bytes of paths that are looked up again
+_ABOUT_ONE = 200  # bytes that go with a path that is remembered
 _GLOB = re.compile(rb"([*?\[\]\\])")
 _COPIED = ("file", "directory", "symlink")
 
@@ -83,27 +87,75 @@ def copy_out(
     """Copy one path of a guest into the directory `dest`, or to that name where it is none.
 
     Files, directories and symbolic links keep modes, times, holes and, as root, owners. Everything
-    is written beside its final name and moved there at the end.
+    is written beside its final name and moved there at the end. The result is called what was
+    typed, never what the guest says that a link leads to.
     """
+    typed = guest.path(source)
     entry = guest.lstat(source)
+    name = _name(typed, entry)
     if source.endswith("/"):
-        entry = guest.lstat(guest.resolve(guest.path(source)))
-    if not entry.name and dest.is_dir():  # the root of the guest: what is in it
-        for child in list(guest.entries("/")):
-            path = os.fsdecode(child.path)
-            copy_out(guest, path, dest, report, overwrite=overwrite, keep_partial=keep_partial)
+        entry = guest.lstat(guest.resolve(typed))
+    if not name and dest.is_dir():  # the root of the guest: what is in it
+        with TemporaryFile(prefix="imgtool-", dir=large_files()) as names:
+            for child in guest.entries("/"):
+                marshal.dump(child.path, names)
+            for path in _dumped(names):
+                copy_out(
+                    guest,
+                    os.fsdecode(path),
+                    dest,
+                    report,
+                    overwrite=overwrite,
+                    keep_partial=keep_partial,
+                )
         return
     if entry.type not in _COPIED:
         report.skipped(entry.path, f"a {entry.type} is not copied")
         return
-    if dest.is_dir():
-        parent, name = dest, entry.name
-    else:
+    parent = dest
+    if not dest.is_dir():
         parent, name = dest.absolute().parent, os.fsencode(dest.name)
     with Staging(parent, name, overwrite=overwrite) as staging:
         if not _Copy(guest, entry, staging, report, keep_partial).run():
             return
         staging.commit()
+
+
+def _name(typed: bytes, entry: Entry) -> bytes:
+    """The last component as it was typed, but in the guest's spelling where only that differs."""
+    name = typed.rpartition(b"/")[2]
+    same = os.fsdecode(name).upper() == os.fsdecode(entry.name).upper()
+    return entry.name if same else name
+
+
+def _dumped(file: BinaryIO) -> Iterator[Any]:
+    """What was written into a file with `marshal.dump`, from its start."""
+    file.seek(0)
+    while True:
+        try:
+            yield marshal.load(file)
+        except EOFError:
+            return
+
+
+class _Paths:
+    """Paths by a key, as far as there is room: memory does not grow with a guest."""
+
+    def __init__(self) -> None:
+        self._paths: dict[object, bytes] = {}
+        self._room = _MOST_REMEMBERED
+
+    def add(self, key: object, path: bytes) -> bool:
+        """Remember a path; False if there is no room for it."""
+        self._room -= len(path) + _ABOUT_ONE
+        if self._room < 0:
+            return False
+        self._paths[key] = path
+        return True
+
+    def get(self, key: object) -> bytes | None:
+        """The path of a key."""
+        return self._paths.get(key)
 
 
 def _attributes(entry: Entry) -> Attributes:
@@ -122,7 +174,8 @@ class _Copy:
         self._report = report
         self._keep_partial = keep_partial
         self._prefix = len(top.path.rstrip(b"/")) + 1
-        self._failed: set[bytes] = set()
+        # Those that failed after there was no room for more are said to be missing besides.
+        self._failed = _Paths()
         self._done = 0
         self._total = 0
 
@@ -158,7 +211,7 @@ class _Copy:
             kept = "what could be read was kept" if self._keep_partial else "it was left out"
             self._report.problem(entry.path, f"cannot be read ({error.message}); {kept}")
             if not self._keep_partial:
-                self._failed.add(relative)
+                self._failed.add(relative, b"")
                 self._staging.remove(relative)
             return self._keep_partial
         except BadName as error:
@@ -167,7 +220,7 @@ class _Copy:
         return True
 
     def _fail(self, path: bytes, relative: bytes, error: BadName) -> None:
-        self._failed.add(relative)
+        self._failed.add(relative, b"")
         self._report.problem(path, error.message)
 
     def _blocks(self, stream: IO[bytes]) -> Iterator[bytes]:
@@ -180,6 +233,8 @@ class _Copy:
             offset = start
             with self._guest.open_range(entry.path, start, length) as stream:
                 for block in self._blocks(stream):
+                    if offset + len(block) > entry.size:
+                        raise EngineError("it has data past its end")
                     yield offset, block
                     offset += len(block)
 
@@ -187,12 +242,12 @@ class _Copy:
 
     def _directory(self) -> None:
         """The tree as one tar stream; file by file if something in it cannot be read."""
-        with TemporaryFile(prefix="imgtool-") as records:
+        with TemporaryFile(prefix="imgtool-", dir=large_files()) as records:
             sparse = self._survey(records)
             self._staging.directory(b"")
             try:
                 # tar's list of patterns has a line each, and no blanks at their ends.
-                if any(b"\n" in path or path[-1:].isspace() for path in sparse):
+                if sparse is None or any(b"\n" in path or path[-1:].isspace() for path in sparse):
                     self._one_by_one(records)
                 else:
                     self._untar([self._pattern(path) for path in sparse])
@@ -205,30 +260,29 @@ class _Copy:
                 self._one_by_one(records)
             self._finish(records)
 
-    def _survey(self, records: BinaryIO) -> frozenset[bytes]:
-        """Write down every entry below the directory; returns the large files with holes."""
+    def _survey(self, records: BinaryIO) -> frozenset[bytes] | None:
+        """Write down every entry below the directory; returns the large files with holes, or None
+        if they are too many to be named.
+        """
         sparse = set()
+        room = _MOST_SPARSE
         for entry in self._guest.walk(self._top.path, on_problem=self._report.problem):
             if entry.type not in _COPIED:
                 self._report.skipped(entry.path, f"a {entry.type} is not copied")
                 continue
             if entry.type == "file":
                 self._total += entry.size
-                if entry.size >= SPARSE and entry.blocks * 512 < entry.size:
+                if entry.size >= SPARSE and entry.blocks * 512 < entry.size and room >= 0:
                     sparse.add(entry.path)
+                    room -= len(entry.path) + _ABOUT_ONE
             fields = (entry.path, entry.mode, entry.uid, entry.gid, entry.size, entry.mtime_ns)
             more = (entry.blocks, entry.nlink, entry.inode, entry.device)
             marshal.dump((*fields, *more, entry.target), records)
-        return frozenset(sparse)
+        return frozenset(sparse) if room >= 0 else None
 
     def _recorded(self, records: BinaryIO) -> Iterator[tuple[Entry, bytes]]:
         """What `_survey` wrote, in preorder, with each path relative to the directory."""
-        records.seek(0)
-        while True:
-            try:
-                values = marshal.load(records)
-            except EOFError:
-                return
+        for values in _dumped(records):
             path, mode, uid, gid, size, mtime, blocks, nlink, inode, device, target = values
             entry = Entry(
                 path, mode, uid, gid, size, mtime, blocks, nlink, inode, device, target=target
@@ -266,7 +320,8 @@ class _Copy:
             self._fail(name, name.removeprefix(b"./"), error)
 
     def _one_by_one(self, records: BinaryIO, only: frozenset[bytes] | None = None) -> None:
-        linked: dict[tuple[int, int], bytes] = {}
+        linked = _Paths()
+        full = False
         for entry, relative in self._recorded(records):
             if only is not None and entry.path not in only:
                 continue
@@ -276,10 +331,18 @@ class _Copy:
                     self._staging.directory(relative)
                 elif entry.type == "symlink":
                     self._staging.symlink(relative, entry.target or b"")
-                elif entry.nlink > 1 and inode in linked:
-                    self._staging.hardlink(relative, linked[inode])
-                elif self._file(entry, relative) and entry.nlink > 1:
-                    linked[inode] = relative
+                elif entry.nlink > 1 and (first := linked.get(inode)) is not None:
+                    self._staging.hardlink(relative, first)
+                elif (
+                    self._file(entry, relative)
+                    and entry.nlink > 1
+                    and not linked.add(inode, relative)
+                    and not full
+                ):
+                    full = True
+                    self._report.skipped(
+                        entry.path, "so many files have several names that more become copies"
+                    )
             except BadName as error:
                 self._fail(entry.path, relative, error)
 
@@ -299,7 +362,8 @@ class _Copy:
     def _attribute(self, entry: Entry, relative: bytes) -> None:
         try:
             there = self._staging.finish(relative, _attributes(entry))
-            if not there and relative not in self._failed:  # seen by the walk, not in the stream
+            # Seen by the walk, not in the stream.
+            if not there and self._failed.get(relative) is None:
                 self._report.problem(entry.path, "was not copied")
         except BadName as error:
             self._report.problem(entry.path, f"its attributes: {error.message}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import posixpath
@@ -21,6 +22,8 @@ import pytest
 
 from imgtool.errors import EngineError, ExitStatus, ImgtoolError, NotInGuestError, RefusedError
 from imgtool.guest.model import Entry
+from imgtool.spool import large_files
+from imgtool.transfer import copy_out as outward
 from imgtool.transfer.copy_out import Report, check_destination, copy_out
 
 MTIME = 1_500_000_000_987_654_321
@@ -623,11 +626,118 @@ def test_a_link_is_copied_as_a_link_and_with_a_slash_as_what_it_leads_to(
     guest.add(b"/link", mode=0o120777, target=b"/top")
     copy_out(guest, "/link", place / "dest", lines.report)  # type: ignore[arg-type]
     assert os.readlink(place / "dest/link") == "/top"
-    copy_out(guest, "/link/", place / "dest", lines.report)  # type: ignore[arg-type]
-    assert (place / "dest/top/f").read_bytes() == b"x"
+    (place / "dest/more").mkdir()
+    copy_out(guest, "/link/", place / "dest/more", lines.report)  # type: ignore[arg-type]
+    assert (place / "dest/more/link/f").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("target", [b"/.ssh", b"/"])
+def test_a_copy_is_called_what_was_typed_wherever_a_link_leads(
+    place: Path, lines: Lines, target: bytes
+) -> None:
+    guest = FakeGuest().directory(b"/.ssh").add(b"/.ssh/authorized_keys", b"mallory")
+    guest.add(b"/data", mode=0o120777, target=target)
+    copy_out(guest, "/data/", place / "dest", lines.report)  # type: ignore[arg-type]
+    assert os.listdir(place / "dest") == ["data"]
+    found = {path.name for path in (place / "dest/data").rglob("*") if path.is_file()}
+    assert found == {"authorized_keys"} and lines.problems == []
+
+
+def test_a_guest_that_names_another_file_does_not_name_the_copy(place: Path, lines: Lines) -> None:
+    guest = FakeGuest().add(b"/small", b"evil").add(b"/Data", b"x")
+    guest.files[b"/small"] = dataclasses.replace(guest.files[b"/small"][0], path=b"/.login"), b"x"
+    guest.files[b"/.login"] = guest.files[b"/small"]
+    copy_out(guest, "/small", place / "dest", lines.report)  # type: ignore[arg-type]
+    assert os.listdir(place / "dest") == ["small"]
+    guest.files[b"/data"] = guest.files[b"/Data"]  # as a guest that ignores case finds it
+    copy_out(guest, "/data", place / "dest", lines.report)  # type: ignore[arg-type]
+    assert set(os.listdir(place / "dest")) == {"small", "Data"}
+
+
+@pytest.mark.parametrize("start", [(1 << 63) - 10, 1 << 62, (64 << 20) - 10])
+@pytest.mark.parametrize("single", [False, True])
+def test_data_past_the_end_of_a_file_is_a_problem_of_that_file(
+    place: Path, lines: Lines, start: int, single: bool
+) -> None:
+    guest = FakeGuest().directory(b"/top").add(b"/top/good", b"good")
+    guest.add(b"/top/bad", size=64 << 20, blocks=8)
+    guest.data_ranges = lambda path: [(start, 4096)]  # type: ignore[method-assign]
+    source = "/top/bad" if single else "/top"
+    copy_out(guest, source, place / "dest", lines.report)  # type: ignore[arg-type]
+    assert [path for path, _ in lines.problems] == [b"/top/bad"]
+    assert "past its end" in lines.problems[0][1]
+    left = [path.name for path in (place / "dest").rglob("*") if path.is_file()]
+    assert left == ([] if single else ["good"])
 
 
 # Memory
+
+
+def test_sparse_files_are_named_only_if_they_are_few(
+    place: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = FakeGuest().directory(b"/top").add(b"/top/z", b"z")
+    for number in range(50):
+        guest.add(b"/top/%d" % number, size=64 << 20, blocks=16)
+    monkeypatch.setattr(outward, "_MOST_SPARSE", 10_000)
+    top = copied(guest, place, lines)
+    assert guest.excluded == [] and b"/top/z" in guest.opened  # each file alone
+    assert len(list(top.iterdir())) == 51 and lines.problems == [] and lines.skipped == []
+    assert (top / "7").stat().st_size == 64 << 20 and (top / "7").stat().st_blocks < 1000
+
+
+def test_more_hard_links_than_there_is_room_for_become_copies(
+    place: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = FakeGuest(tar_error=EngineError("tar failed")).directory(b"/top")
+    for name in (b"a", b"b"):
+        for number in range(20):
+            guest.add(b"/top/%b%d" % (name, number), b"same", nlink=2, inode=number, device=1)
+    monkeypatch.setattr(outward, "_MOST_REMEMBERED", 10 * 210)
+    top = copied(guest, place, lines)
+    linked = [path for path in top.iterdir() if path.stat().st_nlink == 2]
+    assert len(linked) == 20 and len(list(top.iterdir())) == 40
+    assert all(path.read_bytes() == b"same" for path in top.iterdir())
+    assert [line for _, line in lines.skipped if "become copies" in line] != []
+    assert len(lines.skipped) == 2 and lines.problems == []
+
+
+def test_memory_does_not_grow_with_the_root_of_a_guest(place: Path, lines: Lines) -> None:
+    class Wide(FakeGuest):
+        def lstat(self, path: str | bytes) -> Entry:
+            found = self.path(path)
+            return super().lstat(path) if found == b"/" else self.pipe(found)
+
+        def pipe(self, path: bytes) -> Entry:
+            return Entry(path, 0o10644, 0, 0, 0, MTIME)
+
+        def entries(self, path: str | bytes) -> Iterator[Entry]:
+            for number in range(20_000):
+                yield self.pipe(b"/a name of a pipe at the root %d" % number)
+
+    count = 0
+
+    def skipped(path: bytes, line: str) -> None:
+        nonlocal count
+        count += 1
+
+    report = Report(lines.report.problem, skipped)
+    tracemalloc.start()
+    copy_out(Wide(), "/", place / "dest", report)  # type: ignore[arg-type]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 20_000 and peak < 1 << 20
+
+
+@pytest.mark.parametrize("chosen", [None, "/dev/shm"])
+def test_large_temporary_files_are_not_in_memory_unless_the_user_says_so(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    monkeypatch.delenv("TMPDIR", raising=False)
+    assert large_files() == "/var/tmp"
+    if chosen:
+        monkeypatch.setenv("TMPDIR", chosen)
+        assert large_files() is None
 
 
 def peak_memory() -> int:
