@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from imgtool.errors import EngineError
+from imgtool.image.places import printable
 
 if TYPE_CHECKING:
     from imgtool.guest.model import Entry
@@ -66,6 +68,7 @@ class Walk:
         self._unreadable: deque[bytes] = deque()  # in the order of the walk
         self._hidden: list[bytes] = []
         self._entries: Iterator[Entry] = iter(())
+        self._reached = b""
         self.head: Entry | None = None
 
     def problem(self, path: bytes, line: str) -> None:
@@ -88,6 +91,16 @@ class Walk:
     def advance(self) -> None:
         """On to the next entry."""
         self.head = next(self._entries, None)
+        if self.head is None:
+            return
+        # Two walks that are merged tell nothing if one of them goes back.
+        order = _order(self.head.path)
+        if order < self._reached:
+            raise EngineError(
+                "its names are not in order: not compared",
+                subject=printable(os.fsdecode(self.head.path)),
+            )
+        self._reached = order
 
     def hides(self, path: bytes) -> bool:
         """Whether what this side has at a path is not what belongs there."""

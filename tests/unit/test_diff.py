@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import functools
 import hashlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -544,3 +547,27 @@ def test_links_apart_are_those_above_the_first_link_in_common(tmp_path: Path) ->
 def test_one_point_is_not_two() -> None:
     with pytest.raises(UsageError):
         points.two_points(points.Point(Path("a")), None, snapshot_after=None)
+
+
+def test_ctrl_c_ends_a_comparison_at_once_however_much_there_is_to_read(tmp_path):
+    image, root = tmp_path / "disk.img", tmp_path / "root"
+    root.mkdir()
+    for number in range(800):
+        with (root / str(number)).open("wb") as file:
+            file.truncate(8 << 20)
+    ran("mke2fs", "-q", "-t", "ext4", "-d", root, image, "64M")
+    other = tmp_path / "other.img"
+    other.write_bytes(image.read_bytes())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "imgtool", "diff", "--checksum", "sha256", image, other],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(1.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, b"imgtool: error: interrupted\n")
+    assert time.monotonic() - started < 3

@@ -11,16 +11,18 @@ from typing import Any
 
 from imgtool.engines.direct import protocol
 from imgtool.engines.direct.client import Client
+from imgtool.spool import large_files
 
 _MOST_ROWS = 8 << 30  # bytes: some fifty million entries
 
 
 class AnswerStream(io.RawIOBase):
-    """Frames of data as a file."""
+    """Frames of data as a file, of no more than `most` bytes if that is known."""
 
-    def __init__(self, client: Client, frames: Iterator[Any]) -> None:
+    def __init__(self, client: Client, frames: Iterator[Any], most: int | None = None) -> None:
         self._client = client
         self._frames = frames
+        self._most = most
         self._held = memoryview(b"")
 
     def readable(self) -> bool:
@@ -35,6 +37,10 @@ class AnswerStream(io.RawIOBase):
                 return 0
             if not isinstance(frame, (bytes, bytearray, memoryview)):
                 raise self._client.failure("no data")
+            if self._most is not None:
+                self._most -= len(frame)
+                if self._most < 0:
+                    raise self._client.failure("more than was asked for")
             self._held = memoryview(frame)
         count = min(len(buffer), len(self._held))
         buffer[:count] = self._held[:count]
@@ -48,8 +54,12 @@ def spooled(client: Client, frames: Iterator[bytes]) -> Iterator[Iterator[Any]]:
 
     So a refusal comes before any row, and who looks at a row may ask for more meanwhile.
     """
-    with tempfile.SpooledTemporaryFile(max_size=8 << 20, prefix="imgtool-") as spool:
+    with tempfile.SpooledTemporaryFile(
+        max_size=8 << 20, prefix="imgtool-", dir=large_files()
+    ) as spool:
         for payload in frames:
+            if not payload.startswith(b"[["):
+                raise client.failure("no rows")
             spool.write(len(payload).to_bytes(4, "big") + payload)
             if spool.tell() > _MOST_ROWS:
                 raise client.failure("an answer that does not end")
@@ -59,8 +69,6 @@ def spooled(client: Client, frames: Iterator[bytes]) -> Iterator[Iterator[Any]]:
             while head := spool.read(4):
                 payload = spool.read(int.from_bytes(head, "big"))
                 batch = client.checked(partial(protocol.parsed, payload))
-                if not isinstance(batch, list):
-                    raise client.failure("no rows")
                 yield from batch
 
         yield rows()

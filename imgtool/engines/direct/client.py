@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import re
-import select
-import time
+import stat
 from collections.abc import Callable, Generator
 from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -17,21 +15,24 @@ from typing import TYPE_CHECKING, Any
 from imgtool import interrupt
 from imgtool.engines.direct import protocol
 from imgtool.engines.direct.filesystem import NeedsAppliance
+from imgtool.engines.direct.pipes import Patience, Pipes
 from imgtool.engines.direct.ring import Ring
-from imgtool.errors import EngineError, ImageError, ImgtoolError, Interrupted, NotInGuestError
+from imgtool.errors import EngineError, ImageError, ImgtoolError, NotInGuestError
 from imgtool.guest.blocks import Block
-from imgtool.guest.model import Application, Entry, OperatingSystem
+from imgtool.guest.model import FILE_TYPES, Application, Entry, OperatingSystem
 from imgtool.image.places import printable
 
 if TYPE_CHECKING:
     import subprocess
 
-SILENCE = 60.0  # seconds without a byte from a worker that owes an answer
+SILENCE = 60.0  # seconds in which a worker that owes an answer has to be heard
+# What of an answer costs no more than to find and to read it: a KiB a second is ten names.
+_PATIENCE = {"start": 600.0, "least": 1024.0, "answer": 1.0}
+# Sums of large files: a day for one of them, a minute for each row of a walk, a week for all.
+_PATIENCE_FOR_SUMS = {"start": 24 * 3600.0, "least": 2.0, "answer": 60.0, "most": 7 * 24 * 3600.0}
 _LARGEST = (1 << 63) - 1
 _LONGEST_LINE = 4096
-_PIPE = 1 << 20
-_MOST_PASSED = 256 << 20  # bytes of an answer that was stopped
-_MOST_ALIVE = 1 << 16  # signs of life for one answer: 16 TiB of a file that is summed
+_MOST_WORDS = 1 << 20
 # What is in no path: a NUL, and components that are empty, `.` or `..`
 _ODD = re.compile(rb"\0|/(?:\.\.?)?(?:/|\Z)")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -54,40 +55,6 @@ class WorkerFailed(ImgtoolError):
     """
 
 
-class _Answers:
-    """The worker's stdout, read with a limit on how long it may be silent."""
-
-    def __init__(self, descriptor: int, silence: float) -> None:
-        self._descriptor = descriptor
-        self._silence = silence
-        # Fewer, larger parts; a system that allows no more than it gave is slower, not wrong.
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE)
-
-    def read(self, length: int) -> bytes:
-        """Exactly `length` bytes, or fewer at the end."""
-        found = bytearray(length)
-        view = memoryview(found)
-        done = 0
-        deadline = time.monotonic() + self._silence
-        while done < length:
-            self._wait(deadline)
-            count = os.readv(self._descriptor, [view[done:]])
-            if not count:
-                break
-            done += count
-        view.release()
-        del found[done:]
-        return found  # type: ignore[return-value]  # as good as bytes, and not copied
-
-    def _wait(self, deadline: float) -> None:
-        while not select.select([self._descriptor], [], [], 0.25)[0]:
-            if interrupt.pending():
-                raise Interrupted("interrupted")
-            if time.monotonic() > deadline:
-                raise TimeoutError
-
-
 class Client:
     """One worker, for one guest. Not for several threads."""
 
@@ -101,8 +68,10 @@ class Client:
     ) -> None:
         assert process.stdin is not None and process.stdout is not None
         _keep_memory()
-        self._requests = process.stdin
-        self._answers: Any = _Answers(process.stdout.fileno(), silence)
+        self._pipes: Any = Pipes(process.stdin.fileno(), process.stdout.fileno())
+        self._silence = silence
+        self._patience = Patience(**_PATIENCE)
+        self._patience_for_sums = Patience(**_PATIENCE_FOR_SUMS)
         self._process = process
         self._image = image
         self._ring = ring
@@ -136,9 +105,11 @@ class Client:
                     yield payload
 
     def payloads(self, do: str, **arguments: object) -> Generator[bytes, None, None]:
-        """The parts of an answer as they arrived; errors as `frames`."""
+        """The parts of an answer of JSON alone, as they arrived; errors as `frames`."""
         with contextlib.closing(self.frames(do, **arguments)) as frames:
-            for _, payload in frames:
+            for kind, payload in frames:
+                if kind != protocol.JSON:
+                    raise self.failure("not what was asked for")
                 yield payload
 
     def frames(self, do: str, **arguments: object) -> Generator[tuple[bytes, bytes], None, None]:
@@ -152,21 +123,25 @@ class Client:
             raise self.failure("it is not ready")
         self._busy = True
         body = json.dumps({"do": do, **arguments}).encode("ascii")
-        self._heard(self._ask, body)
-        alive = 0
+        sums = do == "checksum" or arguments.get("checksum") is not None
+        patience = self._patience_for_sums if sums else self._patience
         try:
+            self._pipes.allow(self._silence)
+            self._heard(self._pipes.write, len(body).to_bytes(4, "big") + body)
             while True:
-                kind, payload = self._heard(protocol.receive, self._answers)
+                kind, payload = self._heard(self._next, patience)
                 if kind == protocol.ALIVE:
-                    alive += 1
-                    if payload or alive > _MOST_ALIVE:
-                        raise self.failure("it does not come to an end")
+                    if not sums:
+                        raise self.failure("it has nothing to work at")
                     continue
                 if kind in (protocol.END, protocol.ERROR):
                     self._busy = False
+                    patience.answered()
                     break
                 if kind == protocol.LENT:
-                    yield protocol.DATA, self._heard(self._lent, payload)
+                    lent = self._heard(self._lent, payload)
+                    patience.earned(len(lent))
+                    yield protocol.DATA, lent
                     self._heard(self._taken)
                     continue
                 yield kind, payload
@@ -180,6 +155,13 @@ class Client:
         if kind == protocol.ERROR:
             raise self.checked(lambda: self._told(protocol.parsed(payload)))
 
+    def _next(self, patience: Patience) -> tuple[bytes, bytes]:
+        self._pipes.allow(self._silence)
+        kind, payload = protocol.receive(self._pipes)
+        patience.used(self._pipes.spent())
+        patience.earned(len(payload))
+        return kind, payload
+
     def _lent(self, payload: bytes) -> memoryview:
         if self._ring is None:
             raise protocol.BadMessage("nothing is shared")
@@ -188,27 +170,16 @@ class Client:
     def _taken(self) -> None:
         """Tell the worker that it may use again what it lent."""
         # It never has more than a few slots lent: who does not take their words in does not listen.
-        if not select.select([], [self._requests], [], 0)[1]:
+        if not self._pipes.offer(protocol.TAKEN):
             raise self.failure("it does not listen")
-        self._requests.write(protocol.TAKEN)
-        self._requests.flush()
 
     def _stop(self) -> None:
-        """Tell the worker that nobody reads the rest of its answer."""
-        self._heard(self._ask, b"")  # protocol.STOP
-        passed = 0
-        while True:
-            kind, payload = self._heard(protocol.receive, self._answers)
-            if kind in (protocol.END, protocol.ERROR):
-                self._busy = False
-                return
-            passed += len(payload) + 1
-            if passed > _MOST_PASSED:
-                raise self.failure("it does not stop")
-
-    def _ask(self, body: bytes) -> None:
-        self._requests.write(len(body).to_bytes(4, "big") + body)
-        self._requests.flush()
+        """Tell the worker that nobody reads the rest of its answer, and pass that over."""
+        self._pipes.allow(self._silence)  # for all of it
+        self._heard(self._pipes.write, protocol.STOP)
+        while self._busy:
+            kind, _ = self._heard(protocol.receive, self._pipes)
+            self._busy = kind not in (protocol.END, protocol.ERROR)
 
     def _heard(self, action: Callable[..., Any], *arguments: object) -> Any:
         """What the worker does; its death and its nonsense as its failure."""
@@ -225,7 +196,7 @@ class Client:
         said = b""
         with contextlib.suppress(OSError):
             os.set_blocking(self._process.stderr.fileno(), False)
-            said = os.read(self._process.stderr.fileno(), _PIPE)
+            said = os.read(self._process.stderr.fileno(), _MOST_WORDS)
         lines = said.decode("utf-8", "replace").strip().splitlines()
         return printable(lines[-1][:_LONGEST_LINE]) if lines else ""
 
@@ -240,6 +211,8 @@ class Client:
             return NotInGuestError(message)
         if kind == "appliance":
             return NeedsAppliance(message)
+        if kind == "lost":
+            return self.failure(message)
         if kind == "image":
             said = self._last_words().removeprefix("qemu-nbd: ")
             if "Permission denied" in said:
@@ -331,15 +304,57 @@ def entry(row: Any) -> Entry:
     return _entry(*row)
 
 
+def spelling(value: object, typed: str) -> bytes:
+    """A path that differs from the one that was typed in the case of its letters alone."""
+    found = real_path(value)
+    if protocol.text(found).upper() != typed.upper():
+        raise protocol.BadMessage("another path")
+    return found
+
+
+def entry_at(path: bytes, row: Any) -> Entry:
+    """An entry that is the one at this path: its name may become one of the host's."""
+    found = entry(row)
+    if found.path != path:
+        raise protocol.BadMessage("a name that is elsewhere")
+    return found
+
+
+def entry_below(directory: bytes, deep: bool, row: Any) -> Entry:
+    """An entry of a directory, or with `deep` of anywhere below it."""
+    found = entry(row)
+    prefix = directory.rstrip(b"/") + b"/"
+    if not found.path.startswith(prefix) or len(found.path) == len(prefix):
+        raise protocol.BadMessage("a name that is elsewhere")
+    if not deep and found.path.find(b"/", len(prefix)) >= 0:
+        raise protocol.BadMessage("a name that is elsewhere")
+    return found
+
+
+def problem_below(directory: bytes, deep: bool, row: Any) -> tuple[bytes, str]:
+    """A path that cannot be read, as `entry_below` or with `deep` the directory, and why."""
+    path, reason = row
+    found, text = real_path(path), printable(string(reason))
+    prefix = directory.rstrip(b"/") + b"/"
+    below = found.startswith(prefix) and len(found) > len(prefix)
+    if not (found == directory and deep) and not below:
+        raise protocol.BadMessage("a name that is elsewhere")
+    if not deep and found.find(b"/", len(prefix)) >= 0:
+        raise protocol.BadMessage("a name that is elsewhere")
+    return found, text
+
+
 @lru_cache(16)
 def _entry(*row: Any) -> Entry:
     path, mount, inode, mode, uid, gid, size, mtime, *others = row
     blocks, nlink, rdev, target, checksum, place = others
     if target is not None and "\0" in target:
         raise protocol.BadMessage("no target")
+    if stat.S_IFMT(whole(mode, most=0o177777)) not in FILE_TYPES:
+        raise protocol.BadMessage("of no known type")
     return Entry(
         path=real_path(path),
-        mode=whole(mode, most=0o177777),
+        mode=mode,
         uid=whole(uid, most=0xFFFFFFFF),
         gid=whole(gid, most=0xFFFFFFFF),
         size=whole(size),

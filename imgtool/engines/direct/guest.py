@@ -166,7 +166,7 @@ class DirectGuest(Guest):
         self._mount_layout()
         if self.windows:
             found = self._client.one("spelling", path=path)
-            path = protocol.text(self._client.checked(partial(protocol.name, found)))
+            path = protocol.text(self._client.checked(partial(wire.spelling, found, path)))
         return path
 
     @contextlib.contextmanager
@@ -191,7 +191,7 @@ class DirectGuest(Guest):
         at = self._at(path)
         with self._about(at):
             row = self._client.one("lstat", path=at)
-        return cast(Entry, self._client.checked(lambda: wire.entry(row)))
+        return cast(Entry, self._client.checked(partial(wire.entry_at, protocol.name(at), row)))
 
     def _listed(
         self,
@@ -206,15 +206,15 @@ class DirectGuest(Guest):
             "walk", path=at, deep=deep, checksum=checksum, written=written
         )
         with self._about(at), spooled(self._client, frames) as rows:
+            top = protocol.name(at)
             for row in rows:
                 if isinstance(row, list) and len(row) == 2:
-                    name = self._client.checked(partial(protocol.name, row[0]))
-                    reason = printable(str(row[1]))
+                    name, reason = self._client.checked(partial(wire.problem_below, top, deep, row))
                     if on_problem is None:
-                        raise EngineError(reason, subject=printable(str(row[0])))
+                        raise EngineError(reason, subject=printable(protocol.text(name)))
                     on_problem(name, reason)
                     continue
-                yield self._client.checked(partial(wire.entry, row))
+                yield self._client.checked(partial(wire.entry_below, top, deep, row))
 
     def entries(self, path: str | bytes, *, on_problem: OnProblem | None = None) -> Iterator[Entry]:
         """What is in a directory, sorted by name as bytes."""
@@ -255,38 +255,45 @@ class DirectGuest(Guest):
         """The md5, sha1 or sha256 of a regular file, in hexadecimal."""
         if kind not in CHECKSUMS:
             raise UsageError(f"no such checksum; choose from {', '.join(CHECKSUMS)}", subject=kind)
-        at = self._regular(path)
+        at = protocol.text(self._regular(path).path)
         with self._about(at):
             found = self._client.one("checksum", path=at, kind=kind)
         return cast(str, self._client.checked(lambda: wire.digest(found)))
 
-    def _regular(self, path: str | bytes) -> str:
-        found = self.resolve(path)
-        kind = self.lstat(found).type
-        if kind != "file":
+    def _regular(self, path: str | bytes) -> Entry:
+        found = self.lstat(self.resolve(path))
+        if found.type != "file":
             raise EngineError(
-                f"not a regular file but a {kind}", subject=printable(protocol.text(found))
+                f"not a regular file but a {found.type}",
+                subject=printable(protocol.text(found.path)),
             )
-        return protocol.text(found)
+        return found
 
     @contextlib.contextmanager
-    def _streamed(self, at: str, do: str, **arguments: object) -> Iterator[BinaryIO]:
+    def _streamed(
+        self, at: str, do: str, *, most: int | None = None, **arguments: object
+    ) -> Iterator[BinaryIO]:
         frames = self._client.request(do, path=at, **arguments)
         with self._about(at), contextlib.closing(frames):
             # A refusal comes now, not when somebody reads.
             first = list(itertools.islice(frames, 1))
-            stream = AnswerStream(self._client, itertools.chain(first, frames))
+            stream = AnswerStream(self._client, itertools.chain(first, frames), most)
             yield cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
 
     def open(self, path: str | bytes) -> AbstractContextManager[BinaryIO]:
         """A regular file's bytes as a stream; links are followed inside the guest."""
-        return self._streamed(self._regular(path), "read", offset=0, length=(1 << 63) - 1)
+        return self._part(self._regular(path), 0, (1 << 63) - 1)
 
     def open_range(
         self, path: str | bytes, offset: int, length: int
     ) -> AbstractContextManager[BinaryIO]:
         """A part of a regular file as a stream."""
-        return self._streamed(self._regular(path), "read", offset=offset, length=length)
+        return self._part(self._regular(path), offset, length)
+
+    def _part(self, file: Entry, offset: int, length: int) -> AbstractContextManager[BinaryIO]:
+        most = max(min(length, file.size - offset), 0)
+        at = protocol.text(file.path)
+        return self._streamed(at, "read", most=most, offset=offset, length=length)
 
     def tar(
         self, path: str | bytes, excludes: Sequence[bytes] = ()
@@ -300,12 +307,12 @@ class DirectGuest(Guest):
 
     def data_ranges(self, path: str | bytes) -> Sequence[tuple[int, int]]:
         """Where a sparse file has data: (offset, length) in bytes, ascending."""
-        at = self._regular(path)
+        file = self._regular(path)
+        at = protocol.text(file.path)
         with self._about(at):
             rows = self._client.one("ranges", path=at)
         return cast(
-            Sequence[tuple[int, int]],
-            self._client.checked(lambda: [(a, b) for a, b in (_numbers(row, 2) for row in rows)]),
+            Sequence[tuple[int, int]], self._client.checked(lambda: _ranges(rows, file.size))
         )
 
     # Whole guests
@@ -429,6 +436,15 @@ def _numbers(row: Any, count: int) -> list[int]:
     if len(row) != count:
         raise protocol.BadMessage("more or fewer numbers than were asked for")
     return [wire.whole(number) for number in row]
+
+
+def _ranges(rows: Any, size: int) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
+    end = 0
+    for start, length in (_numbers(row, 2) for row in rows):
+        end = wire.whole(start, least=end, most=size) + wire.whole(length, most=size - start)
+        found.append((start, length))
+    return found
 
 
 def _stretches(rows: Any, count: int) -> list[list[tuple[int, int]] | None]:

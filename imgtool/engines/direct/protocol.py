@@ -21,6 +21,7 @@ END = b"."  # the answer is complete
 ALIVE = b"~"  # nothing yet, but at work
 LENT = b"L"  # raw bytes of the answer that are in the shared memory: where, and how many
 _KINDS = (JSON, DATA, ERROR, END, ALIVE, LENT)
+_EMPTY = (END, ALIVE)
 
 # What the parent says of an answer on its way: that it wants no more, or that it has done with what
 # was lent. A request has its length there.
@@ -61,6 +62,9 @@ def receive(stream: BinaryIO) -> tuple[bytes, bytes]:
     kind, length = _HEAD.unpack(_exactly(stream, _HEAD.size))
     if kind not in _KINDS or length > LARGEST:
         raise BadMessage("a frame of unknown kind or of too many bytes")
+    # Who waits for something is not kept waiting with nothing.
+    if (length == 0) != (kind in _EMPTY):
+        raise BadMessage("a frame without what should be in it")
     return kind, _exactly(stream, length)
 
 

@@ -24,6 +24,8 @@ class WorkerVolume:
         found = self._client.one("small", path=path, limit=limit)
         if found is None:
             return None
+        if found == "":
+            return b""
         if not isinstance(found, (bytes, bytearray)) or len(found) > limit:
             raise self._client.failure("more than was asked for")
         return bytes(found)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import stat
+import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -18,7 +19,7 @@ from imgtool.engines.direct.contents import LARGE, Contents, Run, mapped
 from imgtool.engines.direct.filesystem import Filesystem, NeedsAppliance, ReadFailed
 from imgtool.engines.direct.requests import Requests, Stopped
 from imgtool.engines.direct.ring import SLOT, Slots
-from imgtool.engines.direct.sources import CannotOpen, Disk
+from imgtool.engines.direct.sources import CannotOpen, Disk, Lost
 from imgtool.engines.direct.tree import Found, Missing, Tree
 from imgtool.engines.direct.tree_files import TreeFiles, pieces
 from imgtool.engines.direct.volumes import Volumes
@@ -29,7 +30,7 @@ _MOST_RANGES = 150_000  # what fits in one frame
 _LARGEST_SMALL = 1 << 20
 _PART = 1 << 20
 _LEAST_LENT = 64 << 10  # a pipe is as good for less
-_SIGN_OF_LIFE = 256  # pieces of a file that is summed
+_SIGN_OF_LIFE = 5.0  # seconds, far less than the parent's patience with silence
 
 
 class Refused(Exception):
@@ -69,6 +70,8 @@ class Worker:
         except (ReadFailed, CannotOpen) as error:
             kind = "image" if isinstance(error, CannotOpen) else "failed"
             self._error(kind, str(error))
+        except Lost as error:
+            self._error("lost", str(error))
         except (MemoryError, RecursionError):
             self._error("appliance", "it takes too much memory")
         self._out.flush()
@@ -80,6 +83,8 @@ class Worker:
         protocol.send_json(self._out, protocol.JSON, value)
 
     def _data(self, data: bytes | bytearray) -> None:
+        if not data:
+            return
         if self._slots is None or len(data) < _LEAST_LENT:
             protocol.send(self._out, protocol.DATA, data)
             self._requests.heard()
@@ -247,11 +252,25 @@ class Worker:
             raise NeedsAppliance(reason)
         batch: list[list[Any]] = []
         names = 0  # bytes: far down, a few paths fill a frame
+        sent = time.monotonic()
+
+        def send() -> None:
+            nonlocal names, sent
+            self._json(batch)
+            self._out.flush()
+            self._requests.heard()
+            batch.clear()
+            names, sent = 0, time.monotonic()
+
+        def give(row: list[Any], length: int) -> None:
+            nonlocal names
+            batch.append(row)
+            names += length
+            if len(batch) >= _BATCH or names >= _NAMES or time.monotonic() - sent >= _SIGN_OF_LIFE:
+                send()
 
         def problem(at: bytes, reason: str) -> None:
-            nonlocal names
-            names += len(at)
-            batch.append([protocol.text(at), reason])
+            give([protocol.text(at), reason], len(at))
 
         shared = None
         if written is not None:
@@ -267,13 +286,7 @@ class Worker:
                     summed = self._sum(child, checksum) if at is None else None
                 except ReadFailed as error:
                     problem(child.path, str(error))
-            batch.append(_row(child, summed, at))
-            names += len(child.path) + len(child.target or b"")
-            if len(batch) >= _BATCH or names >= _NAMES or summed is not None:
-                self._json(batch)
-                self._out.flush()
-                batch.clear()
-                names = 0
+            give(_row(child, summed, at), len(child.path) + len(child.target or b""))
         if batch:
             self._json(batch)
 
@@ -293,11 +306,14 @@ class Worker:
         import hashlib
 
         digest = hashlib.new(kind, usedforsecurity=False)
-        for number, piece in enumerate(self._summed(found)):
+        sent = time.monotonic()
+        for piece in self._summed(found):
             digest.update(piece)
-            if number % _SIGN_OF_LIFE == _SIGN_OF_LIFE - 1:
+            if time.monotonic() - sent >= _SIGN_OF_LIFE:
                 protocol.send(self._out, protocol.ALIVE)
                 self._out.flush()
+                self._requests.heard()
+                sent = time.monotonic()
         return digest.hexdigest()
 
     def do_checksum(self, path: str, kind: str) -> str:
@@ -310,12 +326,16 @@ class Worker:
         self._contents(filesystem, found, offset, length)
 
     def do_small(self, path: str, limit: int) -> None:
-        """The first bytes of a regular file, whole in one frame; nothing if there is no file."""
+        """The first bytes of a regular file, whole in one frame; nothing if there is no file, and
+        a string if there is nothing in it.
+        """
         found = TreeFiles(self._mounted).read(
             protocol.text(protocol.name(path)), min(limit, _LARGEST_SMALL)
         )
-        if found is not None:
+        if found:
             protocol.send(self._out, protocol.DATA, found)
+        elif found is not None:
+            self._json("")
 
     def do_is_dir(self, path: str, any_case: bool) -> bool:
         """Whether a path leads to a directory."""

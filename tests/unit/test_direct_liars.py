@@ -1,0 +1,382 @@
+"""What the parent believes of a worker that was taken over by its image: nothing.
+
+The liar is the real worker in its sandbox, with some of its answers replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import itertools
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from imgtool import interrupt, open_guest
+from imgtool.compare.differences import Walk
+from imgtool.engines.direct import client as wire
+from imgtool.engines.direct import pipes, protocol, sandbox, worker
+from imgtool.engines.direct.client import Client, WorkerFailed
+from imgtool.engines.direct.pipes import Patience, Pipes
+from imgtool.engines.direct.protocol import BadMessage
+from imgtool.engines.direct.volumes_client import WorkerVolume
+from imgtool.errors import EngineError, ImageError, Interrupted
+from imgtool.guest.model import Entry, Mount
+from imgtool.process import environment
+from imgtool.transfer.copy_out import Report, copy_out
+
+LIAR = """
+import sys; sys.path[:0] = {{paths!r}}
+import time
+from imgtool.engines.direct import protocol, start
+from imgtool.engines.direct.worker import Worker
+DIRECTORY, FILE = 0o40755, 0o100644
+def row(path, mode=FILE, size=1, mtime=0):
+    return [path, 0, 12, mode, 0, 0, size, mtime, 8, 1, 0, None, None, None]
+def frame(self, kind, payload=b""):
+    protocol.send(self._out, kind, payload)
+    self._out.flush()
+{lies}
+start.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("liars")
+    root = folder / "root"
+    (root / "etc").mkdir(parents=True)
+    (root / "small").write_text("small")
+    (root / "empty").touch()
+    (root / "etc/hostname").write_text("guest")
+    (root / ".ssh").mkdir()
+    (root / ".ssh/authorized_keys").write_text("mallory")
+    (root / "data").symlink_to("/.ssh")
+    (root / "all").symlink_to("/")
+    (root / "large").write_bytes(os.urandom(5 << 20))
+    with (root / "sparse").open("wb") as file:
+        file.truncate(64 << 20)
+        file.write(b"x")
+    path = folder / "disk.img"
+    words = ["mke2fs", "-q", "-t", "ext4", "-d", root, path, "32M"]
+    subprocess.run(words, check=True, env=environment())
+    return path
+
+
+@pytest.fixture
+def lying(image: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    @contextlib.contextmanager
+    def opened(lies: str) -> Iterator[Any]:
+        monkeypatch.setattr(sandbox, "_START", LIAR.format(lies=lies))
+        with open_guest(image, engine="direct", mounts=[Mount("/dev/sda", "/")]) as guest:
+            yield guest
+
+    return opened
+
+
+def copied(guest: Any, source: str, dest: Path) -> list[str]:
+    said: list[str] = []
+
+    def problem(path: bytes, line: str) -> None:
+        said.append(line)
+
+    copy_out(guest, source, dest, Report(problem, problem))
+    return said
+
+
+# Names
+
+
+def test_the_worker_does_not_choose_the_name_that_is_written_on_the_host(lying, tmp_path):
+    lies = """
+def lstat(self, path): return row("/.bash_login")
+def resolve(self, path): return "/.bash_login"
+Worker.do_lstat = lstat; Worker.do_resolve = resolve
+"""
+    with lying(lies) as guest, pytest.raises(ImageError, match="makes no sense"):
+        copied(guest, "/small", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_is_called_what_was_typed_wherever_a_link_leads(image, tmp_path):
+    with open_guest(image, engine="direct") as guest:
+        assert copied(guest, "/data/", tmp_path) == []
+        assert copied(guest, "/all/", tmp_path) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "all"}
+    assert (tmp_path / "data/authorized_keys").read_text() == "mallory"
+    assert (tmp_path / "all/etc/hostname").read_text() == "guest"
+
+
+@pytest.mark.parametrize("found", ["/.bash_login", "/small/x", "small", "/../small"])
+def test_the_spelling_of_a_name_differs_in_case_alone(lying, found):
+    lies = f"""
+Worker.do_spelling = lambda self, path: {found!r}
+Worker.do_is_dir = lambda self, path, any_case: "Windows" in path
+"""
+    with lying(lies) as guest, pytest.raises(ImageError, match="makes no sense"):
+        guest.lstat("/small")
+
+
+LISTED = {
+    "elsewhere": "[row('/small')]",
+    "beside": "[row('/etc2/x')]",
+    "the directory itself": "[row('/etc')]",
+    "nothing": "[row('/etc/')]",
+    "an empty name": "[row('/etc//x')]",
+    "this directory": "[row('/etc/.')]",
+    "the one above": "[row('/etc/../x')]",
+    "no known type": "[row('/etc/x', 0o644)]",
+    "a problem elsewhere": "[['/small', 'it is damaged']]",
+    "a problem without a name": "[['', 'it is damaged']]",
+    "a problem that is none": "[['/etc/x', 5]]",
+    "a problem without an end": "[['/etc/x', 'x' * 100000]]",
+    "no row": "[[]]",
+    "no list": "'[['",
+    "nothing at all": "[]",
+}
+
+
+@pytest.mark.parametrize("told", LISTED)
+@pytest.mark.parametrize("deep", [False, True])
+def test_what_is_listed_lies_in_the_directory(lying, told, deep):
+    lies = f"Worker.do_walk = lambda self, **asked: {LISTED[told]}"
+    said: list[tuple[bytes, str]] = []
+    with lying(lies) as guest, pytest.raises(ImageError, match=r"no sense|no rows"):
+        listed = guest.walk if deep else guest.entries
+        list(listed("/etc", on_problem=lambda path, line: said.append((path, line))))
+    assert said == []
+
+
+def test_what_is_deeper_is_only_in_a_walk(lying):
+    lies = "Worker.do_walk = lambda self, **asked: [row('/etc/x/y')]"
+    with lying(lies) as guest:
+        assert [entry.path for entry in guest.walk("/etc")] == [b"/etc/x/y"]
+        with pytest.raises(ImageError, match="no sense"):
+            list(guest.entries("/etc"))
+
+
+def test_walks_that_are_compared_are_in_order():
+    walk = Walk(lambda path, line: None)
+    names = (b"/", b"/a", b"/a/b", b"/a-b", b"/a-a")
+    walk.start(Entry(name, 0o100644, 0, 0, 0, 0) for name in names)
+    with pytest.raises(EngineError, match="not in order"):
+        while walk.head is not None:
+            walk.advance()
+
+
+# Contents
+
+
+def test_a_file_is_no_longer_than_it_was_said_to_be(lying):
+    lies = """
+def read(self, path, offset, length):
+    for _ in range(100): frame(self, protocol.DATA, b"x")
+Worker.do_read = read
+"""
+    for part in (None, 3):
+        with lying(lies) as guest, pytest.raises(EngineError, match="more than was asked for"):
+            opened = guest.open("/small") if part is None else guest.open_range("/small", 0, part)
+            with opened as stream:
+                while stream.read(1):
+                    pass
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    ["[[1 << 62, 1 << 62]]", "[[0, 65 << 20]]", "[[4096, 1], [0, 1]]", "[[0, 2], [1, 2]]", "[[0]]"],
+)
+def test_the_ranges_of_a_file_lie_in_it(lying, ranges):
+    lies = f"Worker.do_ranges = lambda self, path: {ranges}"
+    with lying(lies) as guest, pytest.raises(ImageError, match="makes no sense"):
+        guest.data_ranges("/sparse")
+
+
+def test_an_empty_file_is_empty_and_none_is_none(image):
+    with open_guest(image, engine="direct") as guest:
+        volume = WorkerVolume(guest._guest._client)
+        guest.layout  # noqa: B018 - mounted
+        assert volume.read("/empty") == b""
+        assert volume.read("/small") == b"small"
+        assert volume.read("/none") is None
+        assert guest.read_bytes("/empty") == b""
+
+
+def test_a_lost_disk_is_no_damage_of_one_file(lying):
+    lies = """
+honest = Worker.do_read
+def read(self, path, offset, length):
+    self._opened.disks[0]._nbd.shutdown()
+    return honest(self, path, offset, length)
+Worker.do_read = read
+"""
+    with lying(lies) as guest, pytest.raises(ImageError, match="QEMU has gone away"):
+        guest.open("/large").__enter__()
+
+
+# Time
+
+
+class Liar:
+    """A program that has the pipes of a worker."""
+
+    def __init__(self, program: str) -> None:
+        head = "import sys, time; put = sys.stdout.buffer.write; flush = sys.stdout.flush\n"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", head + program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def __enter__(self) -> subprocess.Popen[bytes]:
+        return self.process
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+FOR_EVER = {
+    "a byte now and then": (
+        "put(b'J\\0\\0\\1\\0')\nwhile True: put(b' '); flush(); time.sleep(0.05)",
+        "does not answer",
+    ),
+    "no data": (
+        "while True: put(b'D\\0\\0\\0\\0'); flush()",
+        "without what should be in it",
+    ),
+    "no rows": (
+        "while True: put(b'J\\0\\0\\0\\2[]'); flush(); time.sleep(0.05)",
+        "does not come to an end",
+    ),
+    "signs of life where there is nothing to work at": (
+        "while True: put(b'~\\0\\0\\0\\0'); flush(); time.sleep(0.05)",
+        "nothing to work at",
+    ),
+    "signs of more than life": (
+        "put(b'~\\0\\0\\0\\1 '); flush(); time.sleep(60)",
+        "without what should be in it",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", FOR_EVER)
+def test_nobody_waits_for_ever(monkeypatch, way):
+    monkeypatch.setitem(wire._PATIENCE, "start", 1.0)
+    program, reason = FOR_EVER[way]
+    started = time.monotonic()
+    with Liar(program) as process:
+        client = Client(process, image="disk", silence=1.5)
+        with pytest.raises(WorkerFailed, match=reason):
+            for _ in client.request("walk"):
+                pass
+    assert time.monotonic() - started < 10
+
+
+def test_a_sum_does_not_take_for_ever(monkeypatch):
+    monkeypatch.setitem(wire._PATIENCE_FOR_SUMS, "start", 1.0)
+    with Liar("while True: put(b'~\\0\\0\\0\\0'); flush(); time.sleep(0.02)") as process:
+        client = Client(process, image="disk", silence=5.0)
+        with pytest.raises(WorkerFailed, match="does not come to an end"):
+            client.one("checksum")
+
+
+@pytest.mark.parametrize("more", ["~\\0\\0\\0\\0", "D\\0\\0\\0\\1x"])
+def test_what_is_told_to_stop_stops_in_time(more):
+    program = f"put(b'D\\0\\0\\0\\1x')\nwhile True: put(b'{more}'); flush(); time.sleep(0.02)"
+    started = time.monotonic()
+    with Liar(program) as process:
+        client = Client(process, image="disk", silence=1.0)
+        answer = client.request("read")
+        assert next(answer) == b"x"
+        with pytest.raises(WorkerFailed, match="does not answer"):
+            answer.close()
+    assert time.monotonic() - started < 10
+
+
+def test_who_does_not_listen_is_not_spoken_to_for_ever():
+    started = time.monotonic()
+    with Liar("time.sleep(60)") as process:
+        client = Client(process, image="disk", silence=1.0)
+        with pytest.raises(WorkerFailed, match="does not answer"):
+            client.one("tar", excluded=["x" * (1 << 20)])
+    assert time.monotonic() - started < 10
+
+
+def test_ctrl_c_is_heard_however_much_the_worker_says(monkeypatch):
+    monkeypatch.setattr(interrupt, "pending", lambda: True)
+    with Liar("while True: put(b'J\\0\\0\\0\\2[]')") as process:
+        client = Client(process, image="disk")
+        with pytest.raises(Interrupted):
+            for _ in client.request("walk"):
+                pass
+        process.wait(10)  # nothing more is heard of it
+
+
+def test_a_conversation_may_have_any_descriptor():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], 2048), before[1]))
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with Liar(
+            "put(b'J\\0\\0\\0\\1' + b'5' + b'.\\0\\0\\0\\0'); flush(); time.sleep(60)"
+        ) as process:
+            assert process.stdout.fileno() > 1024
+            assert Client(process, image="disk").one("answer") == 5
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_patience_is_earned():
+    patience = Patience(10.0, least=100.0, answer=1.0, most=30.0)
+    for _ in range(3):
+        patience.used(8.0)
+        patience.earned(1000)  # no more than there was
+    with pytest.raises(BadMessage):  # all in all
+        patience.used(8.0)
+    patience = Patience(10.0, least=100.0, answer=1.0)
+    for _ in range(10):
+        patience.used(2.0)
+        patience.answered()
+        if patience._left < 2:
+            break
+    with pytest.raises(BadMessage):
+        patience.used(2.0)
+
+
+def test_the_time_that_imgtool_itself_is_stopped_is_not_the_workers(monkeypatch):
+    answers, more = os.pipe()
+    requests = os.open(os.devnull, os.O_WRONLY)
+    clock = itertools.count(0, 1000)  # Ctrl-Z again and again
+    monkeypatch.setattr(pipes, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    try:
+        ends = Pipes(requests, answers)
+        ends.allow(60.0)
+        os.write(more, b"abc")
+        assert ends.read(3) == b"abc"
+        assert ends.spent() < 10
+    finally:
+        for descriptor in (answers, more, requests):
+            os.close(descriptor)
+
+
+def test_a_slow_disk_gives_signs_of_life_by_the_clock(monkeypatch):
+    clock = itertools.count(0, 3)  # each look at it is three seconds later
+    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    out = io.BytesIO()
+    summing = worker.Worker(SimpleNamespace(heard=lambda: None), out)  # type: ignore[arg-type]
+    monkeypatch.setattr(summing, "_summed", lambda found: [b"x"] * 20)
+    found: Any = None
+    assert summing._sum(found, "md5") == hashlib.md5(b"x" * 20).hexdigest()
+    assert out.getvalue().count(protocol.ALIVE) >= 9
