@@ -44,11 +44,11 @@ def mounted(image: Path, place: Path, options: str = "rw") -> Iterator[Path]:
         subprocess.run(["losetup", "--detach", device], check=True)
 
 
-def crashed(tmp_path: Path, kind: str) -> Path:
+def crashed(tmp_path: Path, kind: str, size: int = 128 << 20) -> Path:
     """An image as it is when the power goes: files, links and deletions only in the journal."""
     live, image = tmp_path / "live.img", tmp_path / f"{kind}.img"
     with live.open("wb") as file:
-        file.truncate(128 << 20)
+        file.truncate(size)
     subprocess.run(["mke2fs", "-q", "-b", "4096", "-t", kind, live], check=True)
     with mounted(live, tmp_path / "live") as root:
         (root / "kept").write_bytes(b"from before\n")
@@ -70,7 +70,7 @@ def crashed(tmp_path: Path, kind: str) -> Path:
         for path in (root / "folder").iterdir():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
-        shutil.copyfile(live, image)
+        subprocess.run(["cp", "--sparse=always", live, image], check=True)
         held.close()
     features = subprocess.run(["dumpe2fs", "-h", image], capture_output=True, check=True).stdout
     assert b"needs_recovery" in features
@@ -142,6 +142,12 @@ def test_two_crashed_partitions_of_one_disk(tmp_path):
             assert guest.read_bytes("/link") == b"7\n" * 50
 
 
+def test_a_crashed_filesystem_whose_journal_lies_far_behind(tmp_path):
+    image = crashed(tmp_path, "ext4", size=20 << 30)
+    with open_guest(image, format="raw", engine="direct") as guest:
+        assert guest.read_bytes("/link") == b"7\n" * 50
+
+
 def test_a_journal_that_cannot_be_replayed_is_refused(tmp_path):
     image = crashed(tmp_path, "ext4")
     offset = subprocess.run(
@@ -176,12 +182,12 @@ from imgtool.engines.direct import program, replay, seccomp
 if not {filtered}:
     seccomp.confine = lambda program: None
 begin = program.start
-def start(argv, descriptors):
+def start(argv, descriptors, **options):
     program.start = begin
     with open("/tmp/code", "w") as file:
         file.write({code!r})
-    os.waitpid(begin(["/usr/bin/python3", "-I", "-S", "-B", "/tmp/code"], {{1: 1}}), 0)
-    return begin(argv, descriptors)
+    os.waitpid(begin(["/usr/bin/python3", "-I", "-S", "-B", "/tmp/code"], {{1: 1}}, **options), 0)
+    return begin(argv, descriptors, **options)
 program.start = start
 replay.main()
 """
@@ -228,3 +234,29 @@ def test_what_replays_a_journal_has_no_rights(tmp_path, monkeypatch, owner, filt
         found.pop("process by fork")
     assert {name: result for name, result in found.items() if result.startswith("done")} == {}
     assert len(found) >= 30
+
+
+# An e2fsck that writes into the overlay, whichever limit there is for a file's size.
+FILLING = """
+import sys; sys.path[:0] = {paths!r}
+from imgtool.engines.direct import program, replay
+begin = program.start
+FILL = "import time; open('/work/0', 'wb').write(bytes(16 << 20)); time.sleep(60)"
+def start(argv, descriptors, **options):
+    if argv[0] == "/usr/bin/e2fsck":
+        argv = ["/usr/bin/python3", "-I", "-S", "-B", "-c", FILL]
+    return begin(argv, descriptors, **options)
+program.start = start
+replay._OVERLAYS = 8 << 20
+replay.main()
+"""
+
+
+def test_what_replays_a_journal_cannot_fill_the_host(tmp_path, monkeypatch):
+    image = crashed(tmp_path, "ext4")
+    monkeypatch.setattr(replay, "_START", FILLING)
+    with (
+        pytest.raises(ImageError, match="takes too much room"),
+        open_guest(image, format="raw", engine="direct"),
+    ):
+        pass

@@ -60,12 +60,18 @@ def keep_to_itself() -> None:
         raise OSError("the process cannot be closed to others")
 
 
-def start(argv: Sequence[str], descriptors: Mapping[int, int], *, listening: bool = False) -> int:
+def start(
+    argv: Sequence[str],
+    descriptors: Mapping[int, int],
+    *,
+    listening: bool = False,
+    file_size: int | None = None,
+) -> int:
     """Start a program that starts nothing itself; gives its PID.
 
     It gets standard error and `descriptors` (its number: ours), no others; with `listening`, 3 is
-    a socket that it finds as systemd's services do. If it cannot be started, it ends with status
-    127.
+    a socket that it finds as systemd's services do. It writes no file beyond `file_size` bytes. If
+    it cannot be started, it ends with status 127.
     """
     pid = os.fork()
     if pid:
@@ -78,6 +84,8 @@ def start(argv: Sequence[str], descriptors: Mapping[int, int], *, listening: boo
         }
         for number, ours in aside.items():
             os.dup2(ours, number)
+        if file_size is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
         environment = dict(os.environ)
         if listening:
             environment |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}

@@ -21,6 +21,7 @@ import re
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from imgtool.engines.direct.filesystem import NeedsAppliance
 from imgtool.image.chain import Chain
 from imgtool.process import Limits, ProgramFailed, TimedOut, run
 
-_MEMORY, _SECONDS = 4 << 30, 120
+_LIMITS = Limits(memory=4 << 30, cpu=120, wall=120)
 _OVERLAYS = 4 << 30  # bytes, all of them together
 _SAID = 1 << 20
 _MS_NOSUID, _MS_NODEV = 2, 4
@@ -96,8 +97,7 @@ def recovered(
                     *("--tmpfs", "/dev", "--dir", "/dev/shm", "--symlink", "/tmp", "/dev/fd"),
                     *("--dev-bind", "/dev/null", "/dev/null"),
                     *("--dev-bind", "/dev/fuse", "/dev/fuse"),
-                    # The files, not their folder: no more can be made, so that the limit for the
-                    # size of each is one for all.
+                    # The files, not their folder: no others can be made.
                     *(w for path in files for w in ("--bind", str(path), f"/work/{path.name}")),
                 ),
                 user=0,  # FUSE lets nobody else mount
@@ -105,12 +105,7 @@ def recovered(
             try:
                 done = run(
                     argv,
-                    limits=Limits(
-                        memory=_MEMORY,
-                        cpu=_SECONDS,
-                        wall=_SECONDS,
-                        file_size=_OVERLAYS // len(disks),
-                    ),
+                    limits=_LIMITS,
                     input=json.dumps(request).encode("ascii"),
                     pass_fds=[*images.descriptors.values(), descriptor],
                     owner=images.owner,
@@ -147,6 +142,23 @@ def _confine() -> None:
     program.keep_to_itself()
 
 
+def _ended(pid: int) -> int:
+    """Wait for a program; gives its status. If it fills the overlays instead, all ends at once: the
+    limit for a file's size has to let e2fsck write at the end of a volume.
+    """
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if sum(path.stat().st_blocks for path in Path("/work").iterdir()) * 512 > _OVERLAYS:
+            sys.exit("the overlay takes too much room")
+        time.sleep(0.002)
+
+
+def _lines(descriptor: int) -> list[str]:
+    return os.pread(descriptor, _SAID, 0).decode("utf-8", "replace").strip().splitlines()
+
+
 def _replay(overlay: dict[str, Any], place: Place, at: str, connection: int) -> bool:
     _, offset, size = place
     volume = {"driver": "raw", "node-name": "volume", "offset": offset, "size": size}
@@ -157,26 +169,29 @@ def _replay(overlay: dict[str, Any], place: Place, at: str, connection: int) -> 
     argv += ["--export", f"type=fuse,id=e,node-name=volume,mountpoint=/dev/fd/{connection}"]
     argv[-1] += ",writable=on"
     nothing = os.open(os.devnull, os.O_RDWR)
-    # In a place of limited size: whoever started this sandbox keeps all that it says.
-    errors = os.open("/tmp/errors", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    server = program.start(argv, {0: nothing, 1: nothing, 2: errors, connection: connection})
+    # In files, in a place of limited size: who has started this sandbox keeps all that it says.
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    said, errors = os.open("/tmp/said", flags, 0o600), os.open("/tmp/errors", flags, 0o600)
+    server = program.start(
+        argv,
+        {0: nothing, 1: nothing, 2: errors, connection: connection},
+        file_size=_OVERLAYS,
+    )
     # e2fsck waits for the server to begin; only the server has the connection, so not for one that
     # has ended.
     os.close(connection)
-    reading, writing = os.pipe()
-    checker = program.start(["/usr/bin/e2fsck", "-p", at], {0: nothing, 1: writing, 2: errors})
-    os.close(writing)
-    with os.fdopen(reading, "rb") as out:
-        said = out.read(_SAID)
-    checked = os.waitstatus_to_exitcode(os.waitpid(checker, 0)[1])
+    checker = program.start(
+        ["/usr/bin/e2fsck", "-p", at], {0: nothing, 1: said, 2: errors}, file_size=size
+    )
+    checked = _ended(checker)
     os.kill(server, signal.SIGTERM)
-    served = os.waitstatus_to_exitcode(os.waitpid(server, 0)[1])  # with 0, all is written
-    os.close(nothing)
+    served = _ended(server)  # with 0, all is written
     if checked not in (0, 1) or served:
-        last = os.pread(errors, _SAID, 0).decode("utf-8", "replace").strip().splitlines()[-1:]
+        last = _lines(errors)[-1:]
         sys.exit(ascii(last[0][:200]) if last else "e2fsck is not content")
-    os.close(errors)
-    lines = said.decode("utf-8", "replace").strip().splitlines()
+    lines = _lines(said)
+    for descriptor in (nothing, said, errors):
+        os.close(descriptor)
     return all(_KERNEL_DOES.match(line) for line in lines) and _CLEAN in lines[-1]
 
 
