@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # A side with more paths that cannot be read than this is not worth comparing.
 MOST_UNREADABLE = 100_000
+MOST_BYTES = 64 << 20  # of their names
 
 ADDED, REMOVED, CHANGED = "added", "removed", "changed"
 
@@ -66,6 +67,7 @@ class Walk:
     def __init__(self, say: Callable[[bytes, str], None]) -> None:
         self.say = say
         self._unreadable: deque[bytes] = deque()  # in the order of the walk
+        self._room = MOST_BYTES
         self._hidden: list[bytes] = []
         self._entries: Iterator[Entry] = iter(())
         self._reached = b""
@@ -75,6 +77,9 @@ class Walk:
         """A path that cannot be read, and why."""
         if len(self._unreadable) >= MOST_UNREADABLE:
             raise EngineError(f"more than {MOST_UNREADABLE} paths cannot be read: not compared")
+        self._room -= len(path)
+        if self._room < 0:
+            raise EngineError("too many long paths cannot be read: not compared")
         self._unreadable.append(path)
         self.say(path, line)
 
@@ -112,7 +117,7 @@ class Walk:
         while unreadable and _order(unreadable[0]) <= _order(path):
             if _below(path, unreadable[0]):
                 return False
-            unreadable.popleft()
+            self._room += len(unreadable.popleft())
         return True
 
 

@@ -211,7 +211,7 @@ class _Copy:
             kept = "what could be read was kept" if self._keep_partial else "it was left out"
             self._report.problem(entry.path, f"cannot be read ({error.message}); {kept}")
             if not self._keep_partial:
-                self._failed.add(relative, b"")
+                self._failed.add(relative, relative)
                 self._staging.remove(relative)
             return self._keep_partial
         except BadName as error:
@@ -220,7 +220,7 @@ class _Copy:
         return True
 
     def _fail(self, path: bytes, relative: bytes, error: BadName) -> None:
-        self._failed.add(relative, b"")
+        self._failed.add(relative, relative)
         self._report.problem(path, error.message)
 
     def _blocks(self, stream: IO[bytes]) -> Iterator[bytes]:

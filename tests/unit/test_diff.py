@@ -452,6 +452,10 @@ def test_a_side_with_endless_damage_is_given_up(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(differences, "MOST_UNREADABLE", 2)
     with pytest.raises(OSError, match="not compared"):
         walked("/a!", "/b!", "/c!")
+    monkeypatch.setattr(differences, "MOST_UNREADABLE", 100)
+    monkeypatch.setattr(differences, "MOST_BYTES", 10)
+    with pytest.raises(OSError, match="not compared"):
+        walked("/a-long-name!")
 
 
 @pytest.mark.parametrize(

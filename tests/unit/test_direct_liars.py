@@ -139,6 +139,7 @@ LISTED = {
     "a problem without a name": "[['', 'it is damaged']]",
     "a problem that is none": "[['/etc/x', 5]]",
     "a problem without an end": "[['/etc/x', 'x' * 100000]]",
+    "too deep": "[row('/etc' + '/x' * 11000)]",
     "no row": "[[]]",
     "no list": "'[['",
     "nothing at all": "[]",

@@ -702,6 +702,20 @@ def test_more_hard_links_than_there_is_room_for_become_copies(
     assert len(lines.skipped) == 2 and lines.problems == []
 
 
+def test_files_that_fail_are_not_all_remembered_and_none_goes_without_a_line(
+    place: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = FakeGuest(tar_error=EngineError("tar failed")).directory(b"/top")
+    for number in range(10):
+        path = b"/top/%d" % number
+        guest.add(path, b"x").unreadable[path] = EngineError("I/O error")
+    monkeypatch.setattr(outward, "_MOST_REMEMBERED", 5 * 205)
+    copied(guest, place, lines)
+    failed = [path for path, line in lines.problems if "cannot be read" in line]
+    missing = [path for path, line in lines.problems if line == "was not copied"]
+    assert failed == [b"/top/%d" % number for number in range(10)] and missing == failed[5:]
+
+
 def test_memory_does_not_grow_with_the_root_of_a_guest(place: Path, lines: Lines) -> None:
     class Wide(FakeGuest):
         def lstat(self, path: str | bytes) -> Entry:

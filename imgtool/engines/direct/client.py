@@ -26,12 +26,15 @@ if TYPE_CHECKING:
     import subprocess
 
 SILENCE = 60.0  # seconds in which a worker that owes an answer has to be heard
-# What of an answer costs no more than to find and to read it: a KiB a second is ten names.
+# How long all answers together may be waited for (see `Patience`). Names and contents: ten minutes,
+# and a second more for each KiB, some ten names, and for each answer.
 _PATIENCE = {"start": 600.0, "least": 1024.0, "answer": 1.0}
-# Sums of large files: a day for one of them, a minute for each row of a walk, a week for all.
+# Sums, of which the parent sees nothing but that somebody is at work: a day, a minute more for each
+# row and each answer, and a week in all.
 _PATIENCE_FOR_SUMS = {"start": 24 * 3600.0, "least": 2.0, "answer": 60.0, "most": 7 * 24 * 3600.0}
 _LARGEST = (1 << 63) - 1
 _LONGEST_LINE = 4096
+_LONGEST_BELOW = 20 << 10  # of a path, more than a walk goes down
 _MOST_WORDS = 1 << 20
 # What is in no path: a NUL, and components that are empty, `.` or `..`
 _ODD = re.compile(rb"\0|/(?:\.\.?)?(?:/|\Z)")
@@ -320,28 +323,31 @@ def entry_at(path: bytes, row: Any) -> Entry:
     return found
 
 
+def _check_below(directory: bytes, deep: bool, path: bytes) -> None:
+    start = len(directory) if directory.endswith(b"/") else len(directory) + 1
+    if (
+        not path.startswith(directory)
+        or path[start - 1 : start] != b"/"
+        or not start < len(path) <= start + _LONGEST_BELOW
+        or (not deep and path.find(b"/", start) >= 0)
+    ):
+        raise protocol.BadMessage("a name that is elsewhere")
+
+
 def entry_below(directory: bytes, deep: bool, row: Any) -> Entry:
     """An entry of a directory, or with `deep` of anywhere below it."""
     found = entry(row)
-    prefix = directory.rstrip(b"/") + b"/"
-    if not found.path.startswith(prefix) or len(found.path) == len(prefix):
-        raise protocol.BadMessage("a name that is elsewhere")
-    if not deep and found.path.find(b"/", len(prefix)) >= 0:
-        raise protocol.BadMessage("a name that is elsewhere")
+    _check_below(directory, deep, found.path)
     return found
 
 
 def problem_below(directory: bytes, deep: bool, row: Any) -> tuple[bytes, str]:
     """A path that cannot be read, as `entry_below` or with `deep` the directory, and why."""
     path, reason = row
-    found, text = real_path(path), printable(string(reason))
-    prefix = directory.rstrip(b"/") + b"/"
-    below = found.startswith(prefix) and len(found) > len(prefix)
-    if not (found == directory and deep) and not below:
-        raise protocol.BadMessage("a name that is elsewhere")
-    if not deep and found.find(b"/", len(prefix)) >= 0:
-        raise protocol.BadMessage("a name that is elsewhere")
-    return found, text
+    found = real_path(path)
+    if not (deep and found == directory):
+        _check_below(directory, deep, found)
+    return found, printable(string(reason))
 
 
 @lru_cache(16)
