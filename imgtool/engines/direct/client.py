@@ -236,10 +236,10 @@ class Client:
 
     # Values with a form
 
-    def checked(self, make: Callable[[], Any]) -> Any:
+    def checked(self, make: Callable[..., Any], *arguments: object) -> Any:
         """What `make` makes of an answer; nonsense in it is the worker's failure."""
         try:
-            return make()
+            return make(*arguments)
         except (
             *(protocol.BadMessage, TypeError, ValueError, LookupError),
             *(AttributeError, OverflowError),

@@ -209,12 +209,12 @@ class DirectGuest(Guest):
             top = protocol.name(at)
             for row in rows:
                 if isinstance(row, list) and len(row) == 2:
-                    name, reason = self._client.checked(partial(wire.problem_below, top, deep, row))
+                    name, reason = self._client.checked(wire.problem_below, top, deep, row)
                     if on_problem is None:
                         raise EngineError(reason, subject=printable(protocol.text(name)))
                     on_problem(name, reason)
                     continue
-                yield self._client.checked(partial(wire.entry_below, top, deep, row))
+                yield self._client.checked(wire.entry_below, top, deep, row)
 
     def entries(self, path: str | bytes, *, on_problem: OnProblem | None = None) -> Iterator[Entry]:
         """What is in a directory, sorted by name as bytes."""
