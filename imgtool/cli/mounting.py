@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pwd
 from enum import StrEnum
 from pathlib import Path
@@ -195,8 +196,11 @@ def cleanup(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Undo what is left of mounts whose imgtool was killed, that broke, or of an earlier boot."""
+    """Undo what an imgtool that was killed has left: mounts, also of an earlier boot, and temporary
+    folders."""
+    from imgtool.engines.libguestfs.launch import TEMPORARY_VARIABLE
     from imgtool.mount.mounting import clean_up
+    from imgtool.scratch import remove_left_behind
 
     set_up_logging(verbose=verbose, debug=debug)
     failures = Failures(debug=debug)
@@ -206,4 +210,6 @@ def cleanup(
         else:
             journal = cleaned.journal
             print(render.plain(f"undone: {journal.mountpoint} ({journal.images[0]})"))
+    for folder in remove_left_behind(*filter(None, [os.environ.get(TEMPORARY_VARIABLE)])):
+        print(render.plain(f"removed: {folder}"))
     failures.finish()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from imgtool.image.chain import Chain
 from imgtool.image.places import printable
 from imgtool.image.reading import passes_locks
 from imgtool.process import Limits, spawn
+from imgtool.scratch import scratch_folder
 
 # 200 links with QEMU's caches stay far below this; a hostile table that asks for more dies alone.
 _LIMITS = Limits(memory=4 << 30)
@@ -104,8 +104,8 @@ def serve(chain: Chain, *, snapshot: str | None = None) -> Iterator[NbdServer]:
     if snapshot is not None:
         # By id, since a name can hold what a command line cannot.
         argv.append("--load-snapshot=snapshot.id=" + chain.snapshot(snapshot).id.replace(",", ",,"))
-    with tempfile.TemporaryDirectory(prefix="imgtool-nbd-") as folder, contextlib.ExitStack() as up:
-        socket, ready, said = (Path(folder) / name for name in ("socket", "pid", "log"))
+    with scratch_folder("nbd") as folder, contextlib.ExitStack() as up:
+        socket, ready, said = (folder / name for name in ("socket", "pid", "log"))
         argv += [f"--socket={socket}", f"--pid-file={ready}"]
         argv += [chain.filename(force_share=passes_locks(chain))]
         log = up.enter_context(said.open("wb"))

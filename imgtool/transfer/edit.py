@@ -12,12 +12,12 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imgtool import interrupt
 from imgtool.errors import HostError, ImgtoolError, NotInGuestError, RefusedError, UsageError
 from imgtool.process import interactive
+from imgtool.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from imgtool.engines.libguestfs.guest import LibguestfsGuest
@@ -176,8 +176,8 @@ def in_editor(name: str, words: Sequence[str]) -> Change:
     """
 
     def change(content: bytes) -> bytes:
-        with tempfile.TemporaryDirectory(prefix="imgtool-edit-") as folder:
-            copy = Path(folder) / name
+        with scratch_folder("edit") as folder:
+            copy = folder / name
             with os.fdopen(os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
                 out.write(content)
             status = interactive([*words, str(copy)])

@@ -20,7 +20,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from imgtool.engines.direct import program, sandbox, seccomp
 from imgtool.engines.direct.filesystem import NeedsAppliance
 from imgtool.image.chain import Chain
 from imgtool.process import Limits, ProgramFailed, TimedOut, run
+from imgtool.scratch import scratch_folder
 
 _LIMITS = Limits(memory=4 << 30, cpu=120, wall=120)
 _OVERLAYS = 4 << 30  # bytes, all of them together
@@ -68,8 +68,7 @@ def recovered(
 
     They are gone with the block. Raises `NeedsAppliance` where e2fsck is not content.
     """
-    with tempfile.TemporaryDirectory(prefix="imgtool-replay-") as name:
-        folder = Path(name)
+    with scratch_folder("replay") as folder:
         disks = sorted({disk for disk, _, _ in places})
         files = [folder / str(disk) for disk in disks]
         for path in files:

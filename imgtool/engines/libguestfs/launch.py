@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import re
 import secrets
 import shutil
 import signal
@@ -31,7 +32,8 @@ from imgtool import interrupt
 from imgtool.engines.libguestfs import saved
 from imgtool.engines.libguestfs.monitor import Watch
 from imgtool.errors import EngineError, HostError, Interrupted
-from imgtool.process import processes_naming
+from imgtool.process import command_of, processes_naming
+from imgtool.scratch import goes_with, scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ KVM_LIMIT = 45.0
 FIRST_EMULATION_LIMIT = 120.0
 EMULATION_LIMIT = 600.0
 SAVED_LIMIT = 120.0  # of a saved appliance, which takes a second
+# Where libguestfs has its temporary files, if not where all programs have.
+TEMPORARY_VARIABLE = "LIBGUESTFS_TMPDIR"
 
 # The appliance runs no program but its own, for one user: zeroing every page that its kernel
 # allocates, AppArmor, audit and the mitigations against other users' programs are a sixth of an
@@ -103,9 +107,11 @@ def _bindings() -> Any:
     return guestfs
 
 
-def new_handle(*, debug: bool = False) -> Any:
-    """A libguestfs handle that is not launched yet."""
+def new_handle(*, debug: bool = False, temporary: Path | None = None) -> Any:
+    """A libguestfs handle that is not launched yet, with a folder for its temporary files."""
     handle = _bindings().GuestFS(python_return_dict=True, close_on_exit=False)
+    if temporary is not None:
+        handle.set_tmpdir(str(temporary))
     # Ctrl-C goes to imgtool alone, which decides what happens to the appliance.
     handle.set_pgroup(True)
     handle.set_smp(min(2, os.cpu_count() or 1))
@@ -241,10 +247,11 @@ def _first_that_starts(
     attempts: list[_Attempt],
     notice: Callable[[str], None],
     debug: bool,
+    temporary: Path,
 ) -> tuple[Any, str]:
     """A launched handle, and what accelerates it: `kvm`, `tcg`, or what the environment says."""
     for attempt in attempts:
-        handle = new_handle(debug=debug)
+        handle = new_handle(debug=debug, temporary=temporary)
         started = time.monotonic()
         try:
             if attempt.force_tcg:
@@ -291,19 +298,29 @@ def launched(
     `HostError` when no appliance starts, with what to install.
     """
     attempts = _attempts()
-    handle, name = _first_that_starts(add_drives, attempts, notice, debug)
-    if attempts[0].name == "kvm":
-        _remember(name)
-    try:
-        yield handle
-    except Exception as error:
-        if failed := _watches[handle].failed:
-            raise _not_written(failed) from error
-        raise
-    finally:
-        close(handle)
+    with scratch_folder("appliance", os.environ.get(TEMPORARY_VARIABLE)) as temporary:
+        handle, name = _first_that_starts(add_drives, attempts, notice, debug, temporary)
+        if attempts[0].name == "kvm":
+            _remember(name)
+        try:
+            _note_sockets(handle, temporary)
+            yield handle
+        except Exception as error:
+            if failed := _watches[handle].failed:
+                raise _not_written(failed) from error
+            raise
+        finally:
+            close(handle)
     if failed := _watches[handle].failed:
         raise _not_written(failed)
+
+
+def _note_sockets(handle: Any, temporary: Path) -> None:
+    """libguestfs keeps its sockets in a folder that nobody can choose: QEMU is told which."""
+    with contextlib.suppress(RuntimeError):  # a backend without a process
+        for word in command_of(handle.get_pid()):
+            if found := re.search(r"path=(/[^,]*/libguestfs\w+)/", word):
+                goes_with(temporary, found[1])
 
 
 def _not_written(reason: str) -> HostError:

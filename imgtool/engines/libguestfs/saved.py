@@ -43,6 +43,7 @@ from imgtool.engines.libguestfs.starter import appliance_drive, file_of, identit
 from imgtool.engines.libguestfs.starter import stands as _stands
 from imgtool.errors import EngineError, HostError, ImgtoolError, RefusedError
 from imgtool.process import PIPE, command_of, run, spawn
+from imgtool.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -202,11 +203,11 @@ def save(home: Path, handle: Any, hypervisor: str) -> Saved:
     disks. Raises `HostError` if the appliance does not start, there is no room, or others may
     write to the place, and `RefusedError` while another one is saved.
     """
-    with tempfile.TemporaryDirectory(prefix="imgtool-") as name:
-        argv = _asked(handle, hypervisor, Path(name))
+    with scratch_folder("save") as folder:
+        argv = _asked(handle, hypervisor, folder)
         try:
             with _place_for_new(home) as new:
-                _start_and_save(argv, hypervisor, Path(name), new)
+                _start_and_save(argv, hypervisor, folder, new)
                 _describe(argv, len(handle.debug_drives()), hypervisor, new)
                 _put_in_place(new, home / str(len(handle.debug_drives())))
         except OSError as error:

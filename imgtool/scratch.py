@@ -1,0 +1,83 @@
+"""Temporary folders that are known as imgtool's own: they go with the block that made them, and
+what an imgtool that was killed has left is found by `imgtool cleanup`.
+
+Each is locked for as long as it is in use, so that a lock that is free tells of one that is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_PREFIX = "imgtool-"
+_SOCKETS = "sockets"  # names a folder that another library made for what is in this one
+_NEW = 10.0  # seconds in which a folder may not be locked yet
+
+
+@contextlib.contextmanager
+def scratch_folder(purpose: str, inside: str | None = None) -> Iterator[Path]:
+    """A folder for its owner's eyes alone, `inside` another or where temporary ones are; gone with
+    the block."""
+    with tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{purpose}-", dir=inside) as name:
+        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield Path(name)
+        finally:
+            os.close(descriptor)
+
+
+def goes_with(folder: Path, other: str) -> None:
+    """Note in a scratch folder that another one goes with it."""
+    (folder / _SOCKETS).write_text(other)
+
+
+def remove_left_behind(*also: str) -> list[Path]:
+    """Remove the scratch folders that nobody uses any more, `also` inside other folders than the
+    usual; those that are gone. Of other users only root removes them.
+    """
+    gone = []
+    for top in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp", *also)):
+        for folder in sorted(Path(top).glob(f"{_PREFIX}*-*")):
+            with contextlib.suppress(OSError):  # it went meanwhile, or may not be looked into
+                if _is_left(folder):
+                    gone += _remove(folder)
+    return gone
+
+
+def _is_left(folder: Path) -> bool:
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or os.geteuid() not in (0, status.st_uid):
+        return False
+    if time.time() - status.st_ctime < _NEW:
+        return False
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _remove(folder: Path) -> list[Path]:
+    owner = folder.lstat().st_uid
+    others = []
+    with contextlib.suppress(OSError, ValueError):
+        note = folder / _SOCKETS
+        other = Path(note.read_text()) if stat.S_ISREG(note.lstat().st_mode) else folder
+        status = other.lstat()
+        ours = other.name.startswith("libguestfs") and status.st_uid == owner
+        if ours and stat.S_ISDIR(status.st_mode):
+            others.append(other)
+    for path in (*others, folder):  # the note goes last
+        shutil.rmtree(path)
+    return [*others, folder]
