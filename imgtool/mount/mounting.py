@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from imgtool.errors import (
+    EngineError,
     HostError,
+    ImageError,
     ImgtoolError,
+    NotInGuestError,
     RefusedError,
     UsageError,
 )
+from imgtool.guest.hibernation import refuse_sleeping_devices, refuse_sleeping_files
 from imgtool.guest.model import Mount
 from imgtool.guest.partition_table import disk_name
 from imgtool.guest.partitions import partitions_of
@@ -192,6 +196,36 @@ def _items(wanted: Wanted, disks: Sequence[Disk]) -> list[Item]:
         return plan.items_of(guest.layout, disks, [row.device for row in guest.devices()])
 
 
+def _refuse_sleeping(wanted: Wanted) -> None:
+    """Raise `RefusedError` for a Linux guest that is hibernated, as far as that can be told without
+    an appliance; of Windows its filesystem tells (`Mounter`)."""
+    from imgtool.opening import open_guest
+
+    def read(path: str, limit: int) -> bytes | None:
+        try:
+            with guest.open_range(path, 0, limit) as stream:
+                return stream.read(limit)
+        except (EngineError, ImageError, NotInGuestError) as error:
+            log.info("%s: not looked into: %s", path, error)
+            return None
+
+    try:
+        with open_guest(
+            wanted.image,
+            add=wanted.add,
+            format=wanted.format,
+            mounts=wanted.mounts,
+            root=wanted.root,
+            engine="direct",
+            backing_dirs=wanted.backing_dirs,
+            notice=wanted.notice,
+        ) as guest:
+            refuse_sleeping_devices(guest.devices())
+            refuse_sleeping_files(read)
+    except (EngineError, ImageError, NotInGuestError) as error:
+        log.info("whether the guest is hibernated is not known: %s", error)
+
+
 def _host_groups() -> set[str]:
     """Names and UUIDs of the host's volume groups, and names of those that are mapped."""
     found: set[str] = set()
@@ -284,6 +318,8 @@ def _mounted(wanted: Wanted, chains: Sequence[Chain], target: Path) -> Journal:
             journal.unlock()
         return journal
 
+    if wanted.writable and not wanted.force:
+        _refuse_sleeping(wanted)
     disks = [_disk(number, chain, wanted) for number, chain in enumerate(chains)]
     items = _items(wanted, disks)
     volumes = any(isinstance(item.source, Volume) for item in items)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -76,4 +77,34 @@ def test_force_gives_up_what_windows_had_in_memory(tmp_path: Path, place: Path) 
     good("umount", place)
     good("mount", image, place, "--via", "loop", "-m", "/dev/sda")
     assert (place / "new").read_bytes() == b"new"
+    good("umount", place)
+
+
+@pytest.mark.parametrize("where", ["partition", "file"])
+def test_a_hibernated_linux_is_not_written_to(tmp_path: Path, place: Path, where: str) -> None:
+    asleep = bytes(4086) + b"S1SUSPEND\0" + bytes(MIB)
+    tree = tmp_path / "tree"
+    (tree / "etc").mkdir(parents=True)
+    (tree / "etc/fstab").write_text("/dev/sda1 / ext4 defaults 0 1\n")
+    (tree / "etc/os-release").write_text("ID=debian\n")
+    if where == "file":
+        (tree / "swapfile").write_bytes(asleep)
+    root, disk = tmp_path / "root", tmp_path / "disk.raw"
+    run("mke2fs", "-q", "-t", "ext4", "-d", tree, root, "16M")
+    with disk.open("wb") as file:
+        file.truncate(32 * MIB)
+    table = "start=2048, size=32768\nstart=34816, size=8192, type=82\n"
+    subprocess.run(["sfdisk", "-q", disk], input=table.encode(), check=True)
+    with disk.open("r+b") as file:
+        file.seek(MIB)
+        file.write(root.read_bytes())
+        if where == "partition":
+            file.seek(17 * MIB)
+            file.write(asleep)
+    before = digest(disk)
+    done = imgtool("mount", disk, place, "--via", "loop", "--rw", "-p", "1")
+    assert done.status == 4
+    assert "hibernated" in done.err
+    assert digest(disk) == before
+    good("mount", disk, place, "--via", "loop", "--rw", "-p", "1", "--force")
     good("umount", place)

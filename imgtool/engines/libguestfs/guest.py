@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 from imgtool import interrupt
 from imgtool.engines.libguestfs import (
     devices,
-    hibernation,
     inspection,
     soundness,
     usage,
@@ -26,7 +25,7 @@ from imgtool.engines.libguestfs import (
 from imgtool.engines.libguestfs.calls import CallFailed, Calls, printable
 from imgtool.engines.libguestfs.launch import kill
 from imgtool.engines.libguestfs.stream import streamed
-from imgtool.engines.libguestfs.volumes import ApplianceVolumes, reason
+from imgtool.engines.libguestfs.volumes import ApplianceVolume, ApplianceVolumes, reason
 from imgtool.errors import (
     EngineError,
     ImageError,
@@ -38,6 +37,7 @@ from imgtool.errors import (
 from imgtool.guest.files import Unknown
 from imgtool.guest.guest import CHECKSUMS, Guest, OnProblem
 from imgtool.guest.guest_files import GuestFiles
+from imgtool.guest.hibernation import refuse_sleeping_devices, refuse_sleeping_files
 from imgtool.guest.keys import Key
 from imgtool.guest.layout import NothingMounts, discover
 from imgtool.guest.model import (
@@ -215,7 +215,7 @@ class LibguestfsGuest(Guest):
         mounts = self.layout.mounts
         started = time.monotonic()
         if self.write:
-            hibernation.refuse_sleeping_devices(self.volumes.blocks())
+            refuse_sleeping_devices(self.volumes.blocks())
         for mount in mounts:
             try:
                 self._mount(mount)
@@ -227,7 +227,7 @@ class LibguestfsGuest(Guest):
         if self.write:
             known = soundness.filesystems(self.volumes, [mount.source for mount in mounts])
             soundness.refuse_unless_writable(self.handle, mounts, known)
-            hibernation.refuse_sleeping_files(self)
+            refuse_sleeping_files(ApplianceVolume(self.handle, self.calls).read)
         log.info("layout: mounted in %.1f s", time.monotonic() - started)
         self._mounted = True
 

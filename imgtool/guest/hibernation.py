@@ -11,15 +11,12 @@ swap at the end of its first page; libblkid, which calls such a device `swsuspen
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
 
-from imgtool.engines.libguestfs.volumes import ApplianceVolume
 from imgtool.errors import RefusedError
 from imgtool.guest.blocks import Block
-
-if TYPE_CHECKING:
-    from imgtool.engines.libguestfs.guest import LibguestfsGuest
+from imgtool.guest.layout import SMALL_FILE
+from imgtool.guest.model import Device
 
 SLEEPS = "swsuspend"
 # Of the kernel's own hibernation, and of uswsusp and TuxOnIce.
@@ -47,19 +44,19 @@ def swap_files(fstab: bytes) -> Iterator[str]:
             yield fields[0]
 
 
-def refuse_sleeping_devices(blocks: Sequence[Block]) -> None:
+def refuse_sleeping_devices(devices: Iterable[Block] | Iterable[Device]) -> None:
     """Raise `RefusedError` if one of the guest's devices has the memory of a guest that sleeps."""
-    for block in blocks:
-        if block.type == SLEEPS:
-            raise _sleeps(block.device)
+    for one in devices:
+        if one.type == SLEEPS:
+            raise _sleeps(one.device)
 
 
-def refuse_sleeping_files(guest: LibguestfsGuest) -> None:
-    """The same for swap in a file, once the layout is mounted."""
-    root = ApplianceVolume(guest.handle, guest.calls)
-    listed = list(swap_files(root.read("/etc/fstab") or b""))[:_MOST]
+def refuse_sleeping_files(read: Callable[[str, int], bytes | None]) -> None:
+    """The same for swap in a file. `read` gives the first so many bytes of a file of the guest, of
+    which the layout is mounted; None where there is none."""
+    listed = list(swap_files(read("/etc/fstab", SMALL_FILE) or b""))[:_MOST]
     for path in dict.fromkeys((*_USUAL, *listed)):
-        start = root.read(path, max(_PAGES))
+        start = read(path, max(_PAGES))
         if start is not None and is_asleep(start):
             raise _sleeps(path)
 
