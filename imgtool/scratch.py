@@ -21,6 +21,27 @@ _SOCKETS = "sockets"  # names a folder that another library made for what is in 
 _NEW = 10.0  # seconds in which a folder may not be locked yet
 
 
+def is_in_use(folder: int) -> None:
+    """Say of a folder, by its descriptor, that it is in use for as long as that is open."""
+    with contextlib.suppress(OSError):  # a file system without locks, where none is ever removed
+        fcntl.flock(folder, fcntl.LOCK_EX)
+
+
+def is_left(folder: int) -> bool:
+    """Whether nobody uses a folder any more, given by its descriptor, and this user may remove it.
+
+    Root may of every user. From then on it is locked.
+    """
+    status = os.fstat(folder)
+    if os.geteuid() not in (0, status.st_uid) or time.time() - status.st_ctime < _NEW:
+        return False
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def scratch_folder(purpose: str, inside: str | None = None) -> Iterator[Path]:
     """A folder for its owner's eyes alone, `inside` another or where temporary ones are; gone with
@@ -28,7 +49,7 @@ def scratch_folder(purpose: str, inside: str | None = None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{purpose}-", dir=inside) as name:
         descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            is_in_use(descriptor)
             yield Path(name)
         finally:
             os.close(descriptor)
@@ -47,25 +68,16 @@ def remove_left_behind(*also: str) -> list[Path]:
     for top in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp", *also)):
         for folder in sorted(Path(top).glob(f"{_PREFIX}*-*")):
             with contextlib.suppress(OSError):  # it went meanwhile, or may not be looked into
-                if _is_left(folder):
-                    gone += _remove(folder)
+                gone += _remove_if_left(folder)
     return gone
 
 
-def _is_left(folder: Path) -> bool:
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or os.geteuid() not in (0, status.st_uid):
-        return False
-    if time.time() - status.st_ctime < _NEW:
-        return False
+def _remove_if_left(folder: Path) -> list[Path]:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return _remove(folder) if is_left(descriptor) else []
     finally:
         os.close(descriptor)
-    return True
 
 
 def _remove(folder: Path) -> list[Path]:

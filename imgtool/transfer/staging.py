@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterable, Iterator
@@ -20,12 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from imgtool import scratch
 from imgtool.errors import ImgtoolError, RefusedError
 from imgtool.transfer import folders
 
 BLOCK = 4096
 _ZEROS = bytes(1 << 20)
 _TOP = b"content"
+_PREFIX = b".imgtool-"
+_STAGED = re.compile(rb"\.imgtool-[0-9a-f]{12}")
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _RENAME_NOREPLACE = 1
 # What is wrong with one name or file, not with the destination.
@@ -88,6 +92,50 @@ def _nonzero_runs(block: bytes) -> Iterator[tuple[int, bytes]]:
         yield start, block[start:] if start else block
 
 
+def _remove_left_behind(parent: int) -> None:
+    """Remove the private folders of copies that were killed."""
+    for name in map(os.fsencode, os.listdir(parent)):
+        if not _STAGED.fullmatch(name):
+            continue
+        with contextlib.suppress(OSError):  # it went meanwhile, or is no folder
+            folder = os.open(name, _FOLDER, dir_fd=parent)
+            try:
+                if scratch.is_left(folder):
+                    _empty(folder)
+                    os.rmdir(name, dir_fd=parent)
+            finally:
+                os.close(folder)
+
+
+def _empty(top: int) -> None:
+    """Remove all that is in a folder. A tree may be deeper than descriptors, paths and recursion
+    reach: its directories are moved up to be emptied there."""
+    moved = 0
+    while names := os.listdir(top):
+        for name in names:
+            if _unlinked(name, top):
+                continue
+            folder = os.open(name, _FOLDER, dir_fd=top)
+            try:
+                for child in os.listdir(folder):  # noqa: PTH208
+                    if not _unlinked(child, folder):
+                        moved += 1
+                        os.rename(child, str(moved), src_dir_fd=folder, dst_dir_fd=top)
+            finally:
+                os.close(folder)
+            os.rmdir(name, dir_fd=top)
+
+
+def _unlinked(name: str, folder: int) -> bool:
+    """Whether it was a file and is gone; a directory is made writable instead."""
+    try:
+        os.unlink(name, dir_fd=folder)
+    except IsADirectoryError:
+        os.chmod(name, 0o700, dir_fd=folder)
+        return False
+    return True
+
+
 class Staging:
     """One top-level result, `parent/name`, on its way. `commit()` moves it into place.
 
@@ -104,7 +152,7 @@ class Staging:
         self._name = name
         self._overwrite = overwrite
         self._owners = os.geteuid() == 0 if owners is None else owners
-        self._folder = b".imgtool-" + secrets.token_hex(6).encode()
+        self._folder = _PREFIX + secrets.token_hex(6).encode()
         self._cached: tuple[tuple[bytes, ...], int] | None = None
 
     @property
@@ -118,8 +166,10 @@ class Staging:
             self._parent_fd = os.open(self._parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 self._refuse_existing()
+                _remove_left_behind(self._parent_fd)
                 os.mkdir(self._folder, 0o700, dir_fd=self._parent_fd)
                 self._root_fd = os.open(self._folder, _FOLDER, dir_fd=self._parent_fd)
+                scratch.is_in_use(self._root_fd)
             except BaseException:
                 os.close(self._parent_fd)
                 raise
@@ -133,40 +183,10 @@ class Staging:
     ) -> None:
         self._forget()
         with contextlib.suppress(OSError):
-            self._empty()
+            _empty(self._root_fd)
             os.rmdir(self._folder, dir_fd=self._parent_fd)
         os.close(self._root_fd)
         os.close(self._parent_fd)
-
-    def _empty(self) -> None:
-        """Remove what is left. A tree may be deeper than descriptors, paths and recursion reach:
-        its directories are moved up to be emptied there."""
-        moved = 0
-        while names := os.listdir(self._root_fd):  # noqa: PTH208 - a descriptor
-            for name in names:
-                if self._unlinked(name, self._root_fd):
-                    continue
-                folder = os.open(name, _FOLDER, dir_fd=self._root_fd)
-                try:
-                    for child in os.listdir(folder):  # noqa: PTH208
-                        if not self._unlinked(child, folder):
-                            moved += 1
-                            os.rename(
-                                child, str(moved), src_dir_fd=folder, dst_dir_fd=self._root_fd
-                            )
-                finally:
-                    os.close(folder)
-                os.rmdir(name, dir_fd=self._root_fd)
-
-    @staticmethod
-    def _unlinked(name: str, folder: int) -> bool:
-        """Whether it was a file and is gone; a directory is made writable instead."""
-        try:
-            os.unlink(name, dir_fd=folder)
-        except IsADirectoryError:
-            os.chmod(name, 0o700, dir_fd=folder)
-            return False
-        return True
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

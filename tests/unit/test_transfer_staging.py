@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from imgtool import scratch
 from imgtool.errors import ExitStatus, ImgtoolError, RefusedError
 from imgtool.transfer.staging import BLOCK, Attributes, BadName, Staging
 
@@ -146,6 +147,25 @@ def test_nothing_is_left_of_a_tree_deeper_than_a_path(tmp_path: Path) -> None:
             staging.directory(path)
         raise KeyError
     assert names(tmp_path) == set()
+
+
+def test_what_a_killed_copy_left_goes_with_the_next_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = [tmp_path / ".imgtool-0123456789ab.txt", tmp_path / ".imgtool-mine"]
+    left = tmp_path / ".imgtool-0123456789ab"
+    for folder in (left, kept[1]):
+        (folder / "content/deep").mkdir(parents=True)
+    kept[0].touch()
+    with Staging(tmp_path, b"first"):
+        assert left.exists()  # it may have been made just now
+    monkeypatch.setattr(scratch, "_NEW", -1.0)
+    with Staging(tmp_path, b"second") as second:
+        assert not left.exists()
+        with Staging(tmp_path, b"third"):
+            second.directory(b"")
+            second.commit()
+    assert names(tmp_path) == {"second", *(path.name for path in kept)}
 
 
 @needs_root
