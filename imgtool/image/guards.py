@@ -141,6 +141,17 @@ def refuse_if_too_little_space(folder: Path, needed: int, *, force: bool = False
         )
 
 
+def need_space(folder: Path, needed: int) -> None:
+    """Raise `HostError` if the file system of a folder has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise HostError(
+            f"the host has no room for what is written: up to {needed} bytes, {free} are free",
+            subject=printable(folder),
+            hint="make room, then repeat the command",
+        )
+
+
 def refuse_snapshots(chain: Chain, what: str, *, force: bool = False) -> None:
     """Raise `RefusedError` if the active image has internal snapshots, which `what` would ruin."""
     if chain.active.snapshots and not force:

@@ -21,8 +21,8 @@ from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
 from imgtool.image.dependants import refuse_if_base
 from imgtool.image.guards import (
+    need_space,
     refuse_existing,
-    refuse_if_too_little_space,
     refuse_to_guess,
     refuse_to_write,
 )
@@ -108,7 +108,7 @@ class Transaction:
         if image.active.driver == "file":
             free = max(image.active.virtual_size - image.active.actual_size, 0)
             grows = min(overlay.active.path.stat().st_blocks * 512, free)
-            refuse_if_too_little_space(image.active.path.resolve().parent, grows)
+            need_space(image.active.path.resolve().parent, grows)
 
     def _say_that_it_goes_on(self) -> None:
         self._notice("the write is being finished, so that nothing is left half done")
@@ -176,7 +176,7 @@ def transaction(
         refuse_to_write(chain, backing_dirs)
         _refuse_several_names(chain.active.path)
         beside = temporary_path(chain.active.path)
-        refuse_if_too_little_space(tmp_dir or beside.parent, _EMPTY)
+        need_space(tmp_dir or beside.parent, _EMPTY)
     name = secrets.token_hex(8)
     images = [chain.active.path.resolve() for chain in chains]
     with contextlib.ExitStack() as stack:

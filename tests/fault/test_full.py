@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,12 +57,38 @@ def test_a_host_without_room_is_said_and_the_image_is_as_it_was(name, kind, disk
 
 
 @needs_root
-def test_an_image_that_cannot_grow_is_read_through_what_was_written(disk, tmp_path):
+def test_an_image_that_cannot_grow_is_not_begun_to_be_written(disk, tmp_path):
+    with small_disk(tmp_path / "small", 100) as small:
+        image = make(disk, "raw", small / "images")
+        taken = fill(small, 4 * _MIB)
+        before = facts(image)
+        words = (*RUNS["copy-in"].words(image, disk.parent), "--tmp-dir", tmp_path)
+        done = imgtool(*words)
+        assert (done.returncode, "no room for what is written" in done.stderr) == (6, True)
+        assert facts(image) == before
+        assert left_over(image.parent) + left_over(tmp_path) == []
+        taken.unlink()
+        assert imgtool(*words).returncode == 0
+
+
+# As if somebody else took the room once it had been looked for.
+_TAKEN = """
+import imgtool.image.transaction as transaction
+from imgtool.cli import main
+transaction.need_space = lambda folder, needed: None
+main()
+"""
+
+
+@needs_root
+def test_an_image_that_cannot_grow_after_all_is_read_through_what_was_written(disk, tmp_path):
     with small_disk(tmp_path / "small", 100) as small:
         image = make(disk, "raw", small / "images")
         taken = fill(small, 4 * _MIB)
         words = (*RUNS["copy-in"].words(image, disk.parent), "--tmp-dir", tmp_path)
-        done = imgtool(*words)
+        done = subprocess.run(
+            [sys.executable, "-c", _TAKEN, *words], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 1
         assert "No space left on device" in done.stderr
         new = manifest(image)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.errors import ImageError, RefusedError
+from imgtool.errors import HostError, ImageError, RefusedError
 from imgtool.image import recovery, transaction
 from imgtool.image.chain import open_chain
 from imgtool.image.qemu_img import Locked
@@ -433,7 +433,7 @@ def test_a_host_that_is_too_full_for_it_is_told_before_the_word(disk, monkeypatc
         return shutil._ntuple_diskusage(1 << 30, 1 << 30, 100)
 
     with (
-        pytest.raises(RefusedError, match="too little space"),
+        pytest.raises(HostError, match="no room"),
         transaction.transaction(
             [open_chain(sparse, format="raw")], notice=lambda line: None
         ) as writing,
