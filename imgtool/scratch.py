@@ -1,7 +1,7 @@
-"""Temporary folders that are known as imgtool's own: they go with the block that made them, and
-what an imgtool that was killed has left is found by `imgtool cleanup`.
+"""Temporary files and folders: where large ones go, and folders that are known as imgtool's own.
 
-Each is locked for as long as it is in use, so that a lock that is free tells of one that is not.
+These go with the block that made them; what an imgtool that was killed has left `imgtool cleanup`
+finds. Each is locked for as long as it is in use: a lock that is free tells of one that is not.
 """
 
 from __future__ import annotations
@@ -16,9 +16,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+_ON_DISK = Path("/var/tmp")
 _PREFIX = "imgtool-"
 _SOCKETS = "sockets"  # names a folder that another library made for what is in this one
 _NEW = 10.0  # seconds in which a folder may not be locked yet
+
+
+def large_files() -> str | None:
+    """The folder for temporary files that may become large; None is the usual one.
+
+    On many hosts /tmp is memory, and /var/tmp never is. A TMPDIR is the user's own choice.
+    """
+    if os.environ.get("TMPDIR") or not os.access(_ON_DISK, os.W_OK | os.X_OK):
+        return None
+    return str(_ON_DISK)
 
 
 def is_in_use(folder: int) -> None:

@@ -21,7 +21,7 @@ from imgtool.errors import (
 )
 from imgtool.guest.guest import Guest, OnProblem, OnProgress
 from imgtool.guest.model import Entry
-from imgtool.spool import large_files
+from imgtool.scratch import large_files
 from imgtool.transfer.archive import members
 from imgtool.transfer.staging import Attributes, BadName, Staging
 

@@ -22,7 +22,7 @@ import pytest
 
 from imgtool.errors import EngineError, ExitStatus, ImgtoolError, NotInGuestError, RefusedError
 from imgtool.guest.model import Entry
-from imgtool.spool import large_files
+from imgtool.scratch import large_files
 from imgtool.transfer import copy_out as outward
 from imgtool.transfer.copy_out import Report, check_destination, copy_out
 

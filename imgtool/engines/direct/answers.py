@@ -11,7 +11,7 @@ from typing import Any
 
 from imgtool.engines.direct import protocol
 from imgtool.engines.direct.client import Client
-from imgtool.spool import large_files
+from imgtool.scratch import large_files
 
 _MOST_ROWS = 8 << 30  # bytes: some fifty million entries
 
