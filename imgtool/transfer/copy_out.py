@@ -27,7 +27,7 @@ from imgtool.transfer.staging import Attributes, BadName, Staging
 
 # From this size a file that has holes is fetched by its ranges of data, not through the tar stream.
 SPARSE = 16 << 20
-BLOCK = 1 << 20
+BLOCK = 2 << 20
 _MOST_SPARSE = 4 << 20  # bytes of paths that are kept out of the tar stream by name
 _MOST_REMEMBERED = 256 << 20  # bytes of paths that are looked up again
 _ABOUT_ONE = 200  # bytes that go with a path that is remembered

@@ -24,9 +24,8 @@ from types import TracebackType
 from imgtool import scratch
 from imgtool.errors import ImgtoolError, RefusedError
 from imgtool.transfer import folders
+from imgtool.transfer.writes import Writes
 
-BLOCK = 4096
-_ZEROS = bytes(1 << 20)
 _TOP = b"content"
 _PREFIX = b".imgtool-"
 _STAGED = re.compile(rb"\.imgtool-[0-9a-f]{12}")
@@ -72,24 +71,6 @@ def split(path: bytes) -> tuple[bytes, ...]:
     if path.startswith(b"/") or b".." in parts or b"\0" in path:
         raise BadName("a name in the guest would lead outside the destination; it was left out")
     return parts
-
-
-def _nonzero_runs(block: bytes) -> Iterator[tuple[int, bytes]]:
-    """The parts of a block that are not zeros, by whole filesystem blocks, with their offsets."""
-    if block == _ZEROS[: len(block)]:
-        return
-    first_bytes = block[::BLOCK]  # most blocks of most files are known by theirs
-    start, number = 0, first_bytes.find(0)
-    while number >= 0:
-        offset = number * BLOCK
-        piece = block[offset : offset + BLOCK]
-        if piece == _ZEROS[: len(piece)]:
-            if start < offset:
-                yield start, block[start:offset]
-            start = offset + len(piece)
-        number = first_bytes.find(0, number + 1)
-    if start < len(block):
-        yield start, block[start:] if start else block
 
 
 def _remove_left_behind(parent: int) -> None:
@@ -284,14 +265,13 @@ class Staging:
             file = os.open(name, flags, 0o600, dir_fd=folder)
         end = 0
         try:
-            for offset, piece in pieces:
+            with contextlib.closing(Writes(file)) as writes:
+                for offset, piece in pieces:
+                    with self._explained():
+                        writes.add(offset, piece)
+                    end = max(end, offset + len(piece))
                 with self._explained():
-                    for start, run in _nonzero_runs(piece):
-                        view, at = memoryview(run), offset + start
-                        while view:
-                            written = os.pwrite(file, view, at)
-                            view, at = view[written:], at + written
-                end = max(end, offset + len(piece))
+                    writes.finish()
             with self._explained():
                 os.ftruncate(file, end if size is None else size)
         finally:

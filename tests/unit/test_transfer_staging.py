@@ -15,7 +15,8 @@ import pytest
 
 from imgtool import scratch
 from imgtool.errors import ExitStatus, ImgtoolError, RefusedError
-from imgtool.transfer.staging import BLOCK, Attributes, BadName, Staging
+from imgtool.transfer.staging import Attributes, BadName, Staging
+from imgtool.transfer.writes import BLOCK
 
 NOBODY = 65534
 needs_root = pytest.mark.skipif(

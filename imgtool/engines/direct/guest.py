@@ -278,7 +278,7 @@ class DirectGuest(Guest):
             # A refusal comes now, not when somebody reads.
             first = list(itertools.islice(frames, 1))
             stream = AnswerStream(self._client, itertools.chain(first, frames), most)
-            yield cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
+            yield cast(BinaryIO, io.BufferedReader(stream, 2 << 20))
 
     def open(self, path: str | bytes) -> AbstractContextManager[BinaryIO]:
         """A regular file's bytes as a stream; links are followed inside the guest."""

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from imgtool.engines.direct.protocol import BadMessage
 from imgtool.engines.direct.requests import Requests
 
-SLOT = 1 << 20
+SLOT = 2 << 20
 _SLOTS = 8
 _SIZE = SLOT * _SLOTS
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL

@@ -44,6 +44,8 @@ class Disk:
         self._nbd: Any = nbd.NBD()
         self._nbd.set_strict_mode(self._nbd.get_strict_mode() & ~nbd.STRICT_FLAGS)
         self._whole = nbd.CMD_FLAG_DF
+        # Bytes of a read that failed are not looked at: libnbd need not clear them before.
+        self._nbd.set_pread_initialize(False)
         self._nbd.add_meta_context(_DEPTH)
         self._size = 0
         try:
