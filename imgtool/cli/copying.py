@@ -61,7 +61,8 @@ def copy_out(
         with request.opened() as guest:
             outward.tar_out(guest, sources[0], sys.stdout.buffer)
         return
-    outward.check_destination(sources, Path(dest), overwrite=overwrite)
+    images = [image, *(add or ())]
+    outward.check_destination(sources, dest, overwrite=overwrite, images=images)
     with request.opened() as guest, progress("copy-out") as bar:
         report = outward.Report(failures.problem, _left_out, bar)
         for source in sources:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -59,6 +59,17 @@ def _spec_and_images(paths: list[Path], spec: Path | None) -> tuple[list[Path], 
     if spec is None and len(paths) > 1 and paths[-1].suffix in (".yaml", ".yml"):
         return paths[:-1], paths[-1]
     return paths, spec
+
+
+def _explain_that_nothing_is_to_do(images: Sequence[Path], spec: Path | None) -> NoReturn:
+    if spec is not None:
+        raise UsageError("it has no steps, and no option gives one", subject=spec)
+    for path in images:
+        if path.suffix in (".yaml", ".yml"):
+            raise UsageError(
+                "it is taken for an image, not for a spec", subject=path, hint="IMAGE... SPEC.yaml"
+            )
+    raise UsageError("there is nothing to do", hint="name a SPEC.yaml, or give steps as options")
 
 
 def _show_schema(wanted: bool) -> None:
@@ -185,9 +196,7 @@ def inject(
     _check(steps, [new or image for image, new in targets], variables, failures)
     failures.finish()
     if not steps:
-        raise UsageError(
-            "there is nothing to do", hint="name a SPEC.yaml, or give steps as options"
-        )
+        _explain_that_nothing_is_to_do(images, spec)
     requests = [
         _Request.for_image(
             request,

@@ -11,6 +11,7 @@ from imgtool.cli import options, render
 from imgtool.cli.options import Output
 from imgtool.cli.session import Request, set_up_logging
 from imgtool.errors import ExitStatus, NotInGuestError
+from imgtool.guest.blocks import LOCKED
 from imgtool.guest.model import OperatingSystem
 
 FIELDS = (
@@ -62,13 +63,17 @@ def inspect(
     request = Request.of(locals())
     with request.opened() as guest:
         systems = guest.operating_systems(packages=packages)
+        closed = () if systems else [row.device for row in guest.devices() if row.type == LOCKED]
     if root is not None:
         systems = tuple(system for system in systems if system.root == root)
     if not systems:
         raise NotInGuestError(
-            "no operating system was found",
+            "no operating system was found"
+            + (f", and what is in {', '.join(closed)} is encrypted" if closed else ""),
             subject=request.image,
-            hint="'imgtool filesystems --all' shows what the image holds",
+            hint=f"give the key: --key {closed[0]}:file:FILE"
+            if closed
+            else "'imgtool filesystems --all' shows what the image holds",
         )
     if output is Output.table:
         for number, system in enumerate(systems):

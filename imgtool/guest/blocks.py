@@ -23,6 +23,10 @@ _NO_FILESYSTEM = frozenset(
 BIOS_BOOT = "21686148-6449-6e6f-744e-656564454649"
 
 
+LOCKED = "crypto_LUKS"
+IS_LOCKED = "encrypted, and no key was given that fits"
+
+
 @dataclass(frozen=True)
 class Block:
     """A block device: `device` is the guest's name of it.
@@ -99,3 +103,9 @@ def device_with(blocks: Sequence[Block], kind: str, value: str) -> str | None:
         if found == value or (kind == "partuuid" and found.lower() == value.lower()):
             return block.device
     return None
+
+
+def locked(blocks: Sequence[Block]) -> tuple[str, ...]:
+    """The encrypted devices in which nothing can be seen, since no key has opened them."""
+    opened = {parent for block in blocks for parent in block.parents}
+    return tuple(b.device for b in blocks if b.type == LOCKED and b.device not in opened)

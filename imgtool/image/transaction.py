@@ -10,13 +10,14 @@ together: the record of the first one says the word for all.
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from imgtool import interrupt
-from imgtool.errors import ImgtoolError, RefusedError
+from imgtool.errors import HostError, ImgtoolError, RefusedError
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
 from imgtool.image.dependants import refuse_if_base
@@ -172,6 +173,9 @@ def transaction(
     in use, the base of others, or that another imgtool is at work on, and `HostError` where this
     user may not write.
     """
+    if tmp_dir is not None and not tmp_dir.is_dir():
+        what = "not a folder" if os.path.lexists(tmp_dir) else "no such folder"
+        raise HostError(what, subject=printable(tmp_dir), hint="--tmp-dir names one that is there")
     for chain in chains:
         refuse_to_write(chain, backing_dirs)
         _refuse_several_names(chain.active.path)

@@ -33,6 +33,10 @@ _MOST_REMEMBERED = 256 << 20  # bytes of paths that are looked up again
 _ABOUT_ONE = 200  # bytes that go with a path that is remembered
 _GLOB = re.compile(rb"([*?\[\]\\])")
 _COPIED = ("file", "directory", "symlink")
+_KINDS = {
+    **{"char": "character device", "block": "block device"},
+    **{kind: kind for kind in ("fifo", "socket")},
+}
 
 
 @dataclass(frozen=True)
@@ -44,24 +48,45 @@ class Report:
     progress: OnProgress | None = None
 
 
-def check_destination(sources: Sequence[str], dest: Path, *, overwrite: bool) -> None:
-    """Refuse a destination that cannot be right, before anything is opened."""
+def _last(source: str) -> str:
+    return source.replace("\\", "/").rstrip("/").rpartition("/")[2]
+
+
+def check_destination(
+    sources: Sequence[str], dest: str | Path, *, overwrite: bool, images: Sequence[Path] = ()
+) -> None:
+    """Refuse a destination that cannot be right, before anything is opened: `images` are read."""
+    folder, dest = str(dest).endswith("/"), Path(dest)
+    names = [_last(source) for source in sources]
+    for name in names:
+        if name and names.count(name) > 1 and dest.is_dir():
+            raise UsageError("two sources would have the same name", subject=dest / name)
+    for file in (dest, *(dest / name for name in names if name)):
+        if file.is_file() and any(image.exists() and file.samefile(image) for image in images):
+            raise RefusedError("it is the image that is read", subject=file)
     if dest.is_dir():
         if not os.access(dest, os.W_OK | os.X_OK):
             raise ImgtoolError("the destination is not writable", subject=dest)
-        for source in sources:
-            name = source.replace("\\", "/").rstrip("/").rpartition("/")[2]
+        for name in names:
             if name and os.path.lexists(dest / name) and not overwrite:
                 raise RefusedError("exists", subject=dest / name, hint="replace it: --overwrite")
         return
+    if folder and not os.path.lexists(dest):
+        raise ImgtoolError("no such directory", subject=dest, hint=f"mkdir -p {dest}")
     if os.path.lexists(dest):
+        if folder:
+            raise ImgtoolError("not a directory", subject=dest)
         if len(sources) > 1:
             raise UsageError("several sources need a directory to go to", subject=dest)
         if not overwrite:
             raise RefusedError("exists", subject=dest, hint="replace it: --overwrite")
         return
-    if len(sources) > 1 or not dest.absolute().parent.is_dir():
+    if len(sources) > 1:
         raise ImgtoolError("no such directory", subject=dest, hint=f"mkdir -p {dest}")
+    if not (parent := dest.absolute().parent).is_dir():
+        if os.path.lexists(parent):
+            raise ImgtoolError("not a directory", subject=dest.parent)
+        raise ImgtoolError("no such directory", subject=dest.parent, hint=f"mkdir -p {dest.parent}")
 
 
 def tar_out(guest: Guest, source: str, out: BinaryIO) -> None:
@@ -98,7 +123,10 @@ def copy_out(
     if not name and dest.is_dir():  # the root of the guest: what is in it
         with TemporaryFile(prefix="imgtool-", dir=large_files()) as names:
             for child in guest.entries("/"):
-                marshal.dump(child.path, names)
+                if child.type in _COPIED:
+                    marshal.dump(child.path, names)
+                else:
+                    report.skipped(child.path, f"a {_KINDS[child.type]} is not copied")
             for path in _dumped(names):
                 copy_out(
                     guest,
@@ -110,8 +138,7 @@ def copy_out(
                 )
         return
     if entry.type not in _COPIED:
-        report.skipped(entry.path, f"a {entry.type} is not copied")
-        return
+        raise ImgtoolError(f"a {_KINDS[entry.type]} is not copied", subject=source)
     parent = dest
     if not dest.is_dir():
         parent, name = dest.absolute().parent, os.fsencode(dest.name)
@@ -268,7 +295,7 @@ class _Copy:
         room = _MOST_SPARSE
         for entry in self._guest.walk(self._top.path, on_problem=self._report.problem):
             if entry.type not in _COPIED:
-                self._report.skipped(entry.path, f"a {entry.type} is not copied")
+                self._report.skipped(entry.path, f"a {_KINDS[entry.type]} is not copied")
                 continue
             if entry.type == "file":
                 self._total += entry.size

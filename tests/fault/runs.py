@@ -164,7 +164,7 @@ def step(process: subprocess.Popen[str], image: Path) -> str:
     if process.poll() is not None:
         return "ended"
     facts = read_facts(image)
-    if facts.get("step") == "commit":
+    if facts.get("step") in ("commit", "written"):
         return "commit"
     return "appliance" if _qemus(process.pid) else "start"
 

@@ -20,7 +20,14 @@ from typing import Any
 
 import pytest
 
-from imgtool.errors import EngineError, ExitStatus, ImgtoolError, NotInGuestError, RefusedError
+from imgtool.errors import (
+    EngineError,
+    ExitStatus,
+    ImgtoolError,
+    NotInGuestError,
+    RefusedError,
+    UsageError,
+)
 from imgtool.guest.model import Entry
 from imgtool.scratch import large_files
 from imgtool.transfer import copy_out as outward
@@ -518,6 +525,38 @@ def test_special_files_are_left_out_with_a_line(place: Path, lines: Lines) -> No
     top = copied(guest, place, lines)
     assert [path.name for path in top.iterdir()] == ["f"]
     assert len(lines.skipped) == 3 and lines.problems == []
+
+
+def test_a_special_file_that_was_named_is_an_error(place: Path, lines: Lines) -> None:
+    guest = FakeGuest().add(b"/null", mode=stat.S_IFCHR | 0o666)
+    with pytest.raises(ImgtoolError, match="a character device is not copied"):
+        copy_out(guest, "/null", place / "dest", lines.report)  # type: ignore[arg-type]
+    assert list((place / "dest").iterdir()) == []
+
+
+def test_the_image_itself_is_not_replaced(tmp_path: Path) -> None:
+    image = tmp_path / "disk.qcow2"
+    image.touch()
+    for sources, dest in ((["/a"], image), (["/b/disk.qcow2"], tmp_path)):
+        with pytest.raises(RefusedError, match="the image that is read"):
+            check_destination(sources, dest, overwrite=True, images=[image])
+
+
+def test_a_destination_that_ends_with_a_slash_is_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ImgtoolError, match="no such directory") as caught:
+        check_destination(["/a"], f"{tmp_path}/new/", overwrite=False)
+    assert caught.value.hint == f"mkdir -p {tmp_path}/new"
+    with pytest.raises(ImgtoolError, match="not a directory"):
+        check_destination(["/a"], f"{tmp_path}/file/", overwrite=True)
+    with pytest.raises(ImgtoolError, match="not a directory") as caught:
+        check_destination(["/a"], f"{tmp_path}/file/x", overwrite=True)
+    assert caught.value.subject == tmp_path / "file" and caught.value.hint is None
+
+
+def test_two_sources_of_one_name_are_told_before_anything_is_copied(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="two sources"):
+        check_destination(["/a/x", "/b/x/"], tmp_path, overwrite=True)
 
 
 # What cannot be read

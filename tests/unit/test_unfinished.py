@@ -456,3 +456,12 @@ def test_what_a_guest_wrote_is_not_mended_as_if_it_were_the_image(disk):
     record_path(disk).write_text(json.dumps(facts) + "\n")
     assert "sound" in recover(disk)
     assert disk.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("gone", "no such folder"), ("raw.img", "not a folder")]
+)
+def test_a_tmp_dir_that_is_none_is_said_in_words(disk, name, said):
+    with pytest.raises(HostError, match=said):
+        write(disk, tmp_dir=disk.parent / name)
+    assert left_over(disk.parent) == []

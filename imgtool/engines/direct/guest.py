@@ -21,7 +21,7 @@ from imgtool.engines.direct.client import Client, WorkerFailed
 from imgtool.engines.direct.filesystem import NeedsAppliance
 from imgtool.engines.direct.volumes_client import WorkerVolume, WorkerVolumes
 from imgtool.errors import EngineError, ImgtoolError, NotInGuestError, UsageError
-from imgtool.guest.blocks import BIOS_BOOT, Block
+from imgtool.guest.blocks import BIOS_BOOT, IS_LOCKED, Block, locked
 from imgtool.guest.guest import CHECKSUMS, Guest, OnProblem, Stretches
 from imgtool.guest.layout import CONTAINERS, discover, survey
 from imgtool.guest.model import Device, Entry, Layout, Mount, OperatingSystem, SpaceUsage
@@ -380,8 +380,12 @@ class DirectGuest(Guest):
         rows = []
         mountpoints = self._mountpoints()
         types = {block.device: block.parttype for block in self._blocks}
+        closed = locked(self._blocks)
         for filesystem in self._volumes.filesystems():
             device, kind = filesystem.device, filesystem.type
+            if device in closed:
+                rows.append(SpaceUsage(self.image, device, None, kind, error=IS_LOCKED))
+                continue
             if kind in CONTAINERS:
                 continue
             if kind is None:

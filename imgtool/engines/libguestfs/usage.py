@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from imgtool.engines.libguestfs.volumes import is_subvolume, reason
 from imgtool.errors import ImgtoolError
-from imgtool.guest.blocks import BIOS_BOOT
+from imgtool.guest.blocks import BIOS_BOOT, IS_LOCKED, locked
 from imgtool.guest.layout import CONTAINERS
 from imgtool.guest.model import SpaceUsage
 
@@ -34,8 +34,12 @@ def usage(guest: LibguestfsGuest) -> tuple[SpaceUsage, ...]:
     rows: list[SpaceUsage] = []
     mountpoints = _mountpoints(guest)
     guest.unmount_layout()
+    closed = locked(guest.volumes.blocks())
     for filesystem in guest.volumes.filesystems():
         device, kind = filesystem.device, filesystem.type
+        if device in closed:
+            rows.append(SpaceUsage(guest.image, device, None, kind, error=IS_LOCKED))
+            continue
         if kind in CONTAINERS or is_subvolume(device):
             continue
         mountpoint = mountpoints.get(device)
