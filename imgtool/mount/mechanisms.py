@@ -43,6 +43,8 @@ class Mechanism:
 
     name: ClassVar[str]
     raw_only: ClassVar[bool] = False
+    # On an overlay even where no journal has to be replayed: to begin again would take long.
+    always_overlaid: ClassVar[bool] = False
 
     chains: Sequence[Chain]
     disks: Sequence[Disk]
@@ -205,6 +207,7 @@ class NbdMechanism(Mechanism):
     """Any format, through the kernel's nbd and qemu-nbd."""
 
     name = "nbd"
+    always_overlaid = True
 
     @classmethod
     def missing(cls, *, load: bool = True) -> str | None:

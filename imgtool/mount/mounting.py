@@ -330,8 +330,8 @@ def _mounted(wanted: Wanted, chains: Sequence[Chain], target: Path) -> Journal:
             hint="--via fuse, or imgtool copy-out",
         )
     host = _host_groups() if volumes and wanted.writable else set()
-    # The clone of a volume group is written to, and so is what QEMU serves: on an overlay.
-    overlays = not wanted.writable and (volumes or not mechanism.raw_only)
+    # The clone of a volume group is written to: on an overlay.
+    overlays = not wanted.writable and (volumes or mechanism.always_overlaid)
     while True:
         journal = _start(wanted, chains, target, mechanism.name)
         try:

@@ -32,7 +32,7 @@ from tests.mount.host import (
 from tests.mount.images import Image, attached, make_filesystem, mounted
 
 LOOP_STEPS = ("guard", "loop", "mount")
-EXPORT_STEPS = ("guard", "overlay", "export", "loop", "mount")
+EXPORT_STEPS = ("guard", "export", "loop", "mount")
 STEPS = [("loop", step) for step in LOOP_STEPS] + [("export", step) for step in EXPORT_STEPS]
 
 
@@ -166,8 +166,9 @@ def test_what_was_written_is_kept(images, place, tmp_path, nothing_more):
     nothing_more()
 
 
-def test_killed_while_a_journal_is_replayed(images, place, tmp_path, nothing_more):
-    """The second attempt of a loop mount, on an overlay."""
+@pytest.mark.parametrize("via", ["loop", "export"])
+def test_killed_while_a_journal_is_replayed(images, place, tmp_path, nothing_more, via):
+    """The second attempt, on an overlay."""
     live, image = tmp_path / "live.fs", tmp_path / "crashed.raw"
     with mounted(make_filesystem(live, "ext4", None)) as root:
         (root / "file").write_bytes(b"in the journal\n")
@@ -176,9 +177,15 @@ def test_killed_while_a_journal_is_replayed(images, place, tmp_path, nothing_mor
         run("sync", root / "later")
         shutil.copyfile(live, image)
     before = state_of([image])
-    for point in ("after overlay", "after export"):
-        done = imgtool("mount", image, place, "--via", "loop", "-m", "/dev/sda", fail_at=point)
-        assert done.status == SIGKILLED
+    words = ("mount", image, place, "--via", via, "-m", "/dev/sda")
+    for point in ("before overlay", "after overlay", "after export"):
+        assert imgtool(*words, fail_at=point).status == SIGKILLED
+        here("cleanup")
+        nothing_more()
+    for point in ("before undoing overlay", "after undoing overlay"):
+        here(*words)
+        assert (place / "later").read_bytes() == b"in the journal\n"
+        assert imgtool("umount", place, fail_at=point).status == SIGKILLED
         here("cleanup")
         nothing_more()
     assert state_of([image]) == before

@@ -210,7 +210,7 @@ def decoy(image: Image, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-@pytest.mark.parametrize("step", ["snapshot", "overlay", "export", "mount"])
+@pytest.mark.parametrize("step", ["snapshot", "export", "mount"])
 @pytest.mark.parametrize("when", ["before", "after", "before undoing", "after undoing"])
 def test_killed_at_any_step(image, place, tmp_path, nothing_more, when, step):
     before = state_of(image.files)
