@@ -60,7 +60,7 @@ if grep -qx 'ID="\?ubuntu"\?' /etc/os-release; then
 fi
 if [ $with_tests = yes ]; then
     packages+=(
-        mmdebstrap dosfstools ntfs-3g xfsprogs btrfs-progs e2fsprogs exfatprogs mdadm
+        mmdebstrap dosfstools ntfs-3g xfsprogs btrfs-progs e2fsprogs exfatprogs exfat-fuse mdadm
         cryptsetup-bin libhivex-bin python3-hivex fdisk parted psmisc attr strace shellcheck
         hyperfine zstd mtools xorriso genisoimage
         kpartx kmod busybox-static file udev iproute2 openssh-client

@@ -4,53 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-MIB = 1024 * 1024
-_ENVIRONMENT = {**os.environ, "LC_ALL": "C.UTF-8", "MTOOLS_SKIP_CHECK": "1"}
-
-
-class Image(NamedTuple):
-    """An image of one filesystem; `refused` is part of the reason where it is not to be read."""
-
-    path: Path
-    type: str
-    refused: str | None = None
-
-
-def run(*arguments: object) -> None:
-    """A program that must succeed."""
-    subprocess.run(
-        [str(argument) for argument in arguments],
-        check=True,
-        env=_ENVIRONMENT,
-        capture_output=True,
-        timeout=120,
-    )
-
-
-def _tree(folder: Path, files: int) -> Path:
-    """Ordinary and awkward names, deep directories, many files, sizes around a cluster's."""
-    noise = random.Random(7)
-    deep = folder / "one" / "two" / "three four" / "five"
-    deep.mkdir(parents=True)
-    (folder / "empty directory").mkdir()
-    many = folder / "many"
-    many.mkdir()
-    for number in range(files):
-        (many / f"file with a long name {number}.text").write_bytes(b"%d\n" % number * 9)
-    for size in (0, 1, 511, 512, 513, 4096, 65537, 300_000):
-        (deep / f"size-{size}.bin").write_bytes(noise.randbytes(size))
-    for name in ("UPPER.TXT", "lower.txt", "Mixed.Txt", "two.dots.gz", ".hidden", "żółw ✓.txt"):
-        (folder / name).write_bytes(name.encode())
-    (folder / ("x" * 200 + ".long")).write_bytes(b"long")
-    (folder / "a+b,c;d=e[f]").write_bytes(b"odd")
-    for name in ("deleted one.txt", "DELETED.TXT"):
-        (folder / name).write_bytes(b"gone" * 2000)
-    return folder
+from tests.differential import matrix_exfat
+from tests.differential.matrix import MIB, Image, patch, run, tree_of_files
 
 
 def _fat(path: Path, size: int, tree: Path, *options: object) -> None:
@@ -71,12 +29,6 @@ def _fat(path: Path, size: int, tree: Path, *options: object) -> None:
             file.write(bytes([bits]))
 
 
-def _patch(path: Path, offset: int, data: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
-
-
 def _entry_after_the_end(path: Path) -> None:
     """A whole entry behind zeros in the root directory: the kernel lists it."""
     raw = path.read_bytes()
@@ -84,7 +36,7 @@ def _entry_after_the_end(path: Path) -> None:
     last = entry
     while raw[last]:
         last += 32
-    _patch(path, last + 96, b"BEHIND  TXT" + raw[entry + 11 : entry + 32])
+    patch(path, last + 96, b"BEHIND  TXT" + raw[entry + 11 : entry + 32])
 
 
 def _ntfs(path: Path, size: int, fill: Callable[[Path], None], *options: object) -> None:
@@ -162,7 +114,7 @@ def _copy(tree: Path) -> Callable[[Path], None]:
 
 def make_images(folder: Path) -> Sequence[Image]:
     """All of them, in an empty folder."""
-    tree = _tree(folder / "tree", 60)
+    tree = tree_of_files(folder / "tree", 60)
     made: list[Image] = []
     for name, size, options in (
         ("fat12", 4 * MIB, ("-F", 12)),
@@ -178,7 +130,7 @@ def make_images(folder: Path) -> Sequence[Image]:
         _fat(folder / name, size, tree, *options)
         made.append(Image(folder / name, "vfat"))
     _entry_after_the_end(folder / "fat12-behind")
-    _patch(folder / "fat16-dirty", 37, b"\1")
+    patch(folder / "fat16-dirty", 37, b"\1")
     for name, size, fill, options in (
         ("ntfs", 24 * MIB, _copy(tree), ()),
         ("ntfs-64k", 32 * MIB, _copy(tree), ("-c", 65536)),
@@ -188,7 +140,7 @@ def make_images(folder: Path) -> Sequence[Image]:
     ):
         _ntfs(folder / name, size, fill, *options)
         made.append(Image(folder / name, "ntfs"))
-    rocky = _tree(folder / "rocky", 60)
+    rocky = tree_of_files(folder / "rocky", 60)
     os.symlink("one/two", rocky / "link")
     os.symlink("/usr/../x/./y", rocky / "absolute")
     os.link(rocky / "lower.txt", rocky / "hard link")
@@ -206,8 +158,4 @@ def make_images(folder: Path) -> Sequence[Image]:
         made.append(Image(folder / name, "iso9660"))
     run("xorriso", "-as", "mkisofs", "-R", "-J", "-o", folder / "iso-xorriso", rocky)
     made.append(Image(folder / "iso-xorriso", "iso9660"))
-    with (folder / "exfat").open("wb") as file:
-        file.truncate(16 * MIB)
-    run("mkfs.exfat", folder / "exfat")
-    made.append(Image(folder / "exfat", "exfat", "exFAT"))
-    return made
+    return [*made, *matrix_exfat.make_images(folder)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from imgtool.engines.direct import checksums
+from tests.exfat_images import ENTRY, Exfat, Tree, boot_sum, entry_sum
 
 MIB = 1 << 20
 SECTOR = 512
@@ -250,6 +251,40 @@ def _fat(folder: Path, tree: Path, name: str, size: int, *options: object) -> Se
     return Seed(name, content, tuple(regions))
 
 
+def _exfat_boot(image: bytearray, at: int) -> None:
+    image[11 * SECTOR : 12 * SECTOR] = boot_sum(bytes(image[: 11 * SECTOR])) * (SECTOR // 4)
+
+
+def _exfat(folder: Path, tree: Path) -> Seed:
+    volume = Exfat(folder / "exfat", 4 * MIB, SECTOR)
+
+    def files(directory: Path) -> Tree:
+        return {
+            path.name: files(path) if path.is_dir() else path.read_bytes()
+            for path in sorted(directory.iterdir())
+            if not path.is_symlink()
+        }
+
+    content = files(tree / "one/two/three")
+    volume.fill({"many": files(tree / "many"), "chained": content, "sparse": bytes(40_000)})
+
+    def directory(image: bytearray, at: int) -> None:
+        """The checksums of the sets that begin in a cluster; those that go on in it are first."""
+        for start in range(at, at + SECTOR, ENTRY):
+            length = (image[start + 1] + 1) * ENTRY
+            if image[start] == 0x85 and start + length <= at + SECTOR:
+                found = entry_sum(bytes(image[start : start + length]))
+                image[start + 2 : start + 4] = found.to_bytes(2, "little")
+
+    regions = [
+        Region("boot sector", 0, 120, _exfat_boot),
+        Region("table", volume.table, 1024),
+        Region("bitmap", volume.bitmap, 128),
+        *(Region("directory", at, SECTOR, directory) for at in volume.directories),
+    ]
+    return Seed("exfat", bytes(volume.image), tuple(regions))
+
+
 def _ntfs(folder: Path, tree: Path) -> Seed:
     path = _blank(folder / "ntfs", 4 * MIB)
     _run("mkntfs", "-q", "-Q", "-F", "-L", "label", "-c", 4096, path)
@@ -462,5 +497,6 @@ def make_seeds(folder: Path) -> list[Seed]:
         _gpt(folder, inner),
         _lvm(inner),
         _qcow2(folder, ext4.content),
+        _exfat(folder, tree),
         _iso(folder, tree),
     ]

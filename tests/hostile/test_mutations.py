@@ -20,7 +20,16 @@ from tests.hostile.reading import Outcome, differences, is_sound, read
 from tests.hostile.seeds import Seed, make_seeds
 
 _SHORT, _LONG = 60, 1050
-_PROGRAMS = ("mke2fs", "mkfs.xfs", "mkfs.vfat", "mcopy", "mkntfs", "ntfscp", "genisoimage")
+_PROGRAMS = (
+    "mke2fs",
+    "mkfs.xfs",
+    "mkfs.vfat",
+    "mcopy",
+    "mkfs.exfat",
+    "mkntfs",
+    "ntfscp",
+    "genisoimage",
+)
 # The kernel's own mount is the reference for what was read as if it were sound.
 _CAN_MOUNT = os.geteuid() == 0 and Path("/dev/loop-control").exists()
 _SEARCH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))

@@ -108,6 +108,8 @@ class Tree:
         else:
             self._names.move_to_end(place)
         known = names.get(filesystem.folded(name))
+        if known is None and filesystem.ignores_case:  # FAT has aliases that are not listed
+            return self._searched(filesystem, place, name)
         if known is None:
             raise Missing(name)
         return Place(place.mount, known)
