@@ -25,7 +25,7 @@ for n in $(seq 1 150); do
     echo $n >"right/another rather long name of a file $n.text"
 done
 rm left/*1.text right/*[2-5].text
-head -c 5000000 /dev/urandom >long.bin
+head -c 1500000 /dev/urandom >long.bin
 """
 _ATTRIBUTES = """\
 cd /sysroot
@@ -65,11 +65,12 @@ def _filled_by_linux(images: Sequence[Path], tree: Path, scripts: Sequence[str])
         for image in images:
             handle.add_drive_opts(str(image), format="raw")
 
+    archive = tree.with_suffix(".tar")
+    run("tar", "--owner=root", "--group=root", "-C", tree, "-cf", archive, ".")
     with launched(add, notice=print) as g:
         for device, script in zip(g.list_devices(), scripts, strict=True):
             g.mount(device, "/")
-            for top in sorted(tree.iterdir()):
-                g.copy_in(str(top), "/")
+            g.tar_in(str(archive), "/")
             said = g.debug("sh", [f"sh -ec {shlex.quote(script)} 2>&1 || echo FAILED"])
             assert "FAILED" not in said, said
             g.umount_all()
