@@ -11,16 +11,25 @@ from pathlib import Path
 import pytest
 
 from imgtool import open_guest
+from imgtool.engines.direct import guest as direct_guest
 from imgtool.engines.direct import sandbox
 from imgtool.engines.direct.client import Client, WorkerFailed
+from imgtool.engines.direct.plain import PlainStream, runs
 from imgtool.engines.direct.protocol import BadMessage
 from imgtool.engines.direct.ring import SLOT, Ring, ring
+from imgtool.engines.direct.runs import Run
 from imgtool.errors import EngineError
 from imgtool.image.chain import open_chain
+from imgtool.image.clusters import Stretch
 from imgtool.process import environment
 from imgtool.transfer.copy_out import Report, copy_out
 
 _MIB = 1 << 20
+
+
+def run_qemu_img(*words: object) -> None:
+    command = ["qemu-img", *(str(word) for word in words)]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def pieces_of(seed: int, size: int) -> list[tuple[int, bytes]]:
@@ -64,7 +73,15 @@ def large(request, tmp_path_factory) -> tuple[Path, Path]:
     return disk, contents
 
 
-def test_large_files_are_read_to_the_byte(large):
+@pytest.fixture(params=["by the worker", "from the files"])
+def way(request, monkeypatch) -> str:
+    """Who reads: the worker and QEMU, or the parent, where that can be."""
+    least = 0 if request.param == "from the files" else 1 << 62
+    monkeypatch.setattr(direct_guest, "_LARGE", least)
+    return request.param
+
+
+def test_large_files_are_read_to_the_byte(large, way):
     image, contents = large
     with open_guest(image, engine="direct") as guest:
         for name in ("holes", "whole"):
@@ -81,7 +98,7 @@ def test_large_files_are_read_to_the_byte(large):
             assert guest.checksum("sha256", f"/{name}") == digest
 
 
-def test_large_files_are_copied_out_with_their_holes(large, tmp_path):
+def test_large_files_are_copied_out_with_their_holes(large, way, tmp_path):
     image, contents = large
     said: list[str] = []
 
@@ -100,7 +117,7 @@ def test_large_files_are_copied_out_with_their_holes(large, tmp_path):
     assert (tmp_path / "holes").stat().st_blocks * 512 < 40 * _MIB
 
 
-def test_what_is_left_unread_does_not_reach_the_next_answer(large):
+def test_what_is_left_unread_does_not_reach_the_next_answer(large, way):
     image, contents = large
     expected = (contents / "whole").read_bytes()
     with open_guest(image, engine="direct") as guest:
@@ -110,6 +127,99 @@ def test_what_is_left_unread_does_not_reach_the_next_answer(large):
             with guest.open("/whole") as stream:
                 assert stream.read() == expected
             assert guest.read_bytes("/small") == b"small"
+
+
+def asked_of_the_worker(monkeypatch) -> list[str]:
+    """What is asked of it from now on."""
+    words: list[str] = []
+    request = Client.request
+
+    def noted(self, do, **arguments):
+        words.append(do)
+        return request(self, do, **arguments)
+
+    monkeypatch.setattr(Client, "request", noted)
+    return words
+
+
+def test_what_lies_plainly_in_the_files_is_not_asked_of_the_worker(large, monkeypatch, tmp_path):
+    image, contents = large
+    expected = (contents / "whole").read_bytes()
+    monkeypatch.setattr(direct_guest, "_LARGE", 1 << 20)
+    words = asked_of_the_worker(monkeypatch)
+    overlay = tmp_path / "overlay.qcow2"
+    run_qemu_img("create", "-f", "qcow2", "-b", image, "-F", "qcow2", overlay)
+    for disk in (image, overlay):
+        with (
+            open_guest(disk, engine="direct", backing_dirs=[image.parent]) as guest,
+            guest.open("/whole") as stream,
+        ):
+            assert stream.read() == expected
+    assert words.count("runs") == 2
+    assert "read" not in words
+
+
+def test_where_clusters_are_compressed_the_worker_takes_over(large, monkeypatch, tmp_path):
+    image, contents = large
+    expected = (contents / "whole").read_bytes()
+    monkeypatch.setattr(direct_guest, "_LARGE", 1 << 20)
+    packed, overlay = tmp_path / "packed.qcow2", tmp_path / "overlay.qcow2"
+    run_qemu_img("convert", "-c", "-O", "qcow2", image, packed)
+    run_qemu_img("create", "-f", "qcow2", "-b", packed, "-F", "qcow2", overlay)
+    with open_guest(image, engine="direct") as guest:
+        guest.lstat("/whole")
+        rows = guest._guest._client.one("runs", path="/whole", offset=0, length=1 << 40)
+    # The first of it is written again, and so is no longer compressed.
+    start, end, _, at = rows[0]
+    first = expected[start : min(end, start + 2 * _MIB)]
+    (tmp_path / "first").write_bytes(first)
+    words = ["write", "-s", tmp_path / "first", at, len(first)]
+    line = " ".join(str(word) for word in words)
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", line, overlay], check=True, capture_output=True)
+    asked = asked_of_the_worker(monkeypatch)
+    with open_guest(overlay, engine="direct") as guest:
+        with guest.open("/whole") as stream:
+            assert stream.read(5000) == expected[:5000]
+            assert stream.read() == expected[5000:]
+        assert asked.count("runs") == asked.count("read") == 1
+        with guest.open_range("/whole", 4 * _MIB, 3 * _MIB) as stream:
+            assert stream.read() == expected[4 * _MIB : 7 * _MIB]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        *([[0, 10, 1, 0]], [[0, 10, 0, 91]], [[0, 10, 0, -1]], [[5, 5, 0, 0]], [[9, 5, 0, 0]]),
+        *([[0, 10, 0, 0], [9, 20, 0, 50]], [[10, 20, 0, 0], [0, 5, 0, 50]], [[0, 10, 0]], 7, [7]),
+        *([["0", 10, 0, 0]], [[0.0, 10, 0, 0]], [[0, 1 << 70, 0, 0]]),
+    ],
+)
+def test_a_file_that_lies_nowhere_is_nonsense(rows):
+    with pytest.raises((BadMessage, TypeError, ValueError)):
+        runs(rows, [100])
+    assert runs([[0, 10, 0, 90], [10, 20, 0, 0]], [100])[1].at == 0
+
+
+def test_an_image_that_becomes_shorter_or_unreadable_is_an_error(tmp_path):
+    file = tmp_path / "disk"
+    file.write_bytes(bytes(8192))
+
+    class Plain:
+        def __init__(self, descriptor: int) -> None:
+            self._descriptor = descriptor
+
+        def at(self, offset: int, length: int) -> Stretch:
+            return Stretch(self._descriptor, offset, length)
+
+    with file.open("rb") as opened:
+        stream = PlainStream([Run(0, 9000, 0, 0)], [Plain(opened.fileno())], 0, 9000, lambda at: 1)
+        buffer = bytearray(8192)
+        assert stream.readinto(buffer) == 8192
+        with pytest.raises(EngineError, match="become shorter"):
+            stream.readinto(buffer)
+        unreadable = PlainStream([Run(0, 9, 0, 0)], [Plain(1 << 20)], 0, 9, lambda at: 1)
+        with pytest.raises(EngineError, match="cannot be read: Bad file descriptor"):
+            unreadable.readinto(buffer)
 
 
 @pytest.mark.parametrize("length", [0, SLOT - 1, SLOT + 1, 8 * SLOT, 8 * SLOT + 1])
@@ -132,7 +242,7 @@ def test_a_place_outside_of_the_shared_memory_is_nonsense(offset, length):
         assert len(shared.lent((8 * SLOT - 1).to_bytes(4, "big") + (1).to_bytes(4, "big"))) == 1
 
 
-def test_one_unreadable_cluster_is_damage_of_what_is_in_it(tmp_path):
+def test_one_unreadable_cluster_is_damage_of_what_is_in_it(way, tmp_path):
     """QEMU ends a connection on which a read that it answers in fragments fails."""
     contents, image = tmp_path / "contents", tmp_path / "disk.img"
     contents.mkdir()

@@ -24,6 +24,7 @@ import pytest
 from imgtool import interrupt, open_guest
 from imgtool.compare.differences import Walk
 from imgtool.engines.direct import client as wire
+from imgtool.engines.direct import guest as direct_guest
 from imgtool.engines.direct import pipes, protocol, sandbox, worker
 from imgtool.engines.direct.client import Client, WorkerFailed
 from imgtool.engines.direct.pipes import Patience, Pipes
@@ -199,6 +200,16 @@ def test_the_ranges_of_a_file_lie_in_it(lying, ranges):
     lies = f"Worker.do_ranges = lambda self, path: {ranges}"
     with lying(lies) as guest, pytest.raises(ImageError, match="makes no sense"):
         guest.data_ranges("/sparse")
+
+
+@pytest.mark.parametrize(
+    "rows", ["[[0, 5, 0, 1 << 50]]", "[[0, 5, 7, 0]]", "[[3, 3, 0, 0]]", "[['0']]", "7"]
+)
+def test_a_file_lies_on_the_guests_own_disks(lying, rows, monkeypatch):
+    monkeypatch.setattr(direct_guest, "_LARGE", 1)
+    lies = f"Worker.do_runs = lambda self, path, offset, length: {rows}"
+    with lying(lies) as guest, pytest.raises(ImageError, match="makes no sense"):
+        guest.read_bytes("/small")
 
 
 def test_an_empty_file_is_empty_and_none_is_none(image):

@@ -10,20 +10,12 @@ from typing import NamedTuple
 
 from imgtool.engines.direct.filesystem import Filesystem, ReadFailed
 from imgtool.engines.direct.ring import SLOT
+from imgtool.engines.direct.runs import Run
 from imgtool.engines.direct.sources import Disk
 from imgtool.engines.direct.volumes import Volumes, on_disks
 
 LARGE = 4 << 20  # below it the map of a file costs more than it saves
 _ON_THEIR_WAY = 4  # slots
-
-
-class Run(NamedTuple):
-    """Bytes of a file that lie together on a disk."""
-
-    start: int
-    end: int
-    disk: int
-    at: int
 
 
 def mapped(volumes: Volumes, filesystem: Filesystem, inode: int) -> list[Run] | None:

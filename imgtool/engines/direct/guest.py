@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from imgtool.engines.direct import client as wire
 from imgtool.engines.direct import protocol, replay
@@ -27,7 +27,12 @@ from imgtool.guest.layout import CONTAINERS, discover, survey
 from imgtool.guest.model import Device, Entry, Layout, Mount, OperatingSystem, SpaceUsage
 from imgtool.image.places import printable
 
+if TYPE_CHECKING:
+    from imgtool.image.clusters import Clusters
+
 log = logging.getLogger(__name__)
+_BUFFER = 2 << 20
+_LARGE = 32 << 20  # below it to ask where a file lies costs more than it saves
 
 
 class DirectGuest(Guest):
@@ -44,11 +49,13 @@ class DirectGuest(Guest):
         mounts: Sequence[Mount] = (),
         root: str | None = None,
         replayed: Collection[int] = (),
+        clusters: Callable[[], Sequence[Clusters | None]] = tuple,
         notice: Callable[[str], None],
     ) -> None:
         super().__init__()
         self._client = client
         self._replayed = replayed
+        self._clusters = clusters  # of each disk; None for those that only QEMU can read
         self.image = image
         self._given = tuple(mounts)
         self._root = root
@@ -278,7 +285,7 @@ class DirectGuest(Guest):
             # A refusal comes now, not when somebody reads.
             first = list(itertools.islice(frames, 1))
             stream = AnswerStream(self._client, itertools.chain(first, frames), most)
-            yield cast(BinaryIO, io.BufferedReader(stream, 2 << 20))
+            yield cast(BinaryIO, io.BufferedReader(stream, _BUFFER))
 
     def open(self, path: str | bytes) -> AbstractContextManager[BinaryIO]:
         """A regular file's bytes as a stream; links are followed inside the guest."""
@@ -293,7 +300,29 @@ class DirectGuest(Guest):
     def _part(self, file: Entry, offset: int, length: int) -> AbstractContextManager[BinaryIO]:
         most = max(min(length, file.size - offset), 0)
         at = protocol.text(file.path)
+        if most >= _LARGE and any(self._clusters()):
+            return self._from_the_files(at, offset, most)
         return self._streamed(at, "read", most=most, offset=offset, length=length)
+
+    @contextlib.contextmanager
+    def _from_the_files(self, at: str, offset: int, most: int) -> Iterator[BinaryIO]:
+        """A part of a large file, as far as it can be from the image's own files."""
+        from imgtool.engines.direct.plain import PlainStream, runs  # most commands do without
+
+        with self._about(at), contextlib.ExitStack() as stack:
+
+            def streamed(start: int) -> BinaryIO:
+                left = offset + most - start
+                stream = self._streamed(at, "read", most=left, offset=start, length=left)
+                return stack.enter_context(stream)
+
+            rows = self._client.one("runs", path=at, offset=offset, length=most)
+            if rows is None:
+                yield streamed(offset)
+                return
+            found = self._client.checked(runs, rows, self.disk_sizes)
+            stream = PlainStream(found, self._clusters(), offset, offset + most, streamed)
+            yield cast(BinaryIO, io.BufferedReader(stream, _BUFFER))
 
     def tar(
         self, path: str | bytes, excludes: Sequence[bytes] = ()

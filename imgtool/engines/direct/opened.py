@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from imgtool.image.reading import passes_locks
 
 if TYPE_CHECKING:
     from imgtool.engines.direct.guest import DirectGuest
+    from imgtool.image.clusters import Clusters
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,21 @@ def open_direct(
                 )
                 for number, chain in enumerate(chains)
             ]
+
+            @functools.cache
+            def clusters() -> list[Clusters | None]:
+                from imgtool.image.clusters import plain  # only large files need it
+
+                names = images.names.items()
+                files = {path: images.descriptors[name] for path, name in names}
+                return [
+                    # Else there is more to it, or somebody writes.
+                    plain(chain, files)
+                    if snapshot is None and not shared[number] and number not in overlays
+                    else None
+                    for number, chain in enumerate(chains)
+                ]
+
             memory = inner.enter_context(ring())
             process = inner.enter_context(sandbox.sandboxed(images, shared=[memory.descriptor]))
             # Loaded while the worker starts.
@@ -62,6 +79,7 @@ def open_direct(
                 mounts=mounts,
                 root=root,
                 replayed=overlays,
+                clusters=clusters,
                 notice=notice,
             )
 

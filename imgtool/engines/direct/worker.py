@@ -11,14 +11,16 @@ import contextlib
 import dataclasses
 import stat
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from imgtool.engines.direct import protocol, seccomp
-from imgtool.engines.direct.contents import LARGE, Contents, Run, mapped
+from imgtool.engines.direct.contents import LARGE, Contents, mapped
 from imgtool.engines.direct.filesystem import Filesystem, NeedsAppliance, ReadFailed
 from imgtool.engines.direct.requests import Requests, Stopped
 from imgtool.engines.direct.ring import SLOT, Slots
+from imgtool.engines.direct.runs import Run
 from imgtool.engines.direct.sources import CannotOpen, Disk, Lost
 from imgtool.engines.direct.tree import Found, Missing, Tree
 from imgtool.engines.direct.tree_files import TreeFiles, pieces
@@ -28,6 +30,7 @@ _BATCH = 500
 _NAMES = 256 << 10
 _MOST_RANGES = 150_000  # what fits in one frame
 _LARGEST_SMALL = 1 << 20
+_MOST_RUNS = 100_000  # what fits in one frame
 _PART = 1 << 20
 _LEAST_LENT = 64 << 10  # a pipe is as good for less
 _SIGN_OF_LIFE = 5.0  # seconds, far less than the parent's patience with silence
@@ -324,6 +327,16 @@ class Worker:
         """Bytes of a regular file, in frames of data."""
         filesystem, found = self._regular(path)
         self._contents(filesystem, found, offset, length)
+
+    def do_runs(self, path: str, offset: int, length: int) -> list[list[int]] | None:
+        """Where a part of a regular file lies on the disks, as `Run`; None where nobody knows."""
+        filesystem, found = self._regular(path)
+        runs = mapped(self._opened, filesystem, found.place.inode)
+        if runs is None:
+            return None
+        first = bisect_right(runs, offset, key=lambda run: run.end)
+        last = bisect_left(runs, offset + length, key=lambda run: run.start)
+        return [list(run) for run in runs[first:last]] if last - first <= _MOST_RUNS else None
 
     def do_small(self, path: str, limit: int) -> None:
         """The first bytes of a regular file, whole in one frame; nothing if there is no file, and
