@@ -28,6 +28,7 @@ from imgtool.image.overlays import backing_name
 from imgtool.image.places import printable
 from imgtool.image.qcow2_refcounts import used_ranges
 from imgtool.image.qemu_img import OnPart
+from imgtool.image.recognise import refuse_noise
 from imgtool.image.record import temporary_path
 from imgtool.image.work import Plan, Seen, Work
 
@@ -49,6 +50,8 @@ def plan_compact(
     formats than raw and qcow2.
     """
     chain = open_chain(path, format=format, backing_dirs=backing_dirs)
+    if format is None:
+        refuse_noise(chain, or_blank=True)
     active = chain.active
     if active.format not in ("raw", "qcow2"):
         raise ImageError(
@@ -82,6 +85,8 @@ def plan_compact(
             elif active.format == "raw":
                 words: list[str | Path] = ["convert", "-O", "raw", chain.filename(), temporary]
                 work.qemu_img("compact", words, path)
+                # QEMU makes whole sectors of it.
+                os.truncate(temporary, path.stat().st_size)
             else:
                 convert(work, "compact", chain, temporary, options, *_on_same_base(chain))
             new = Chain((probe(temporary, format=active.format), *chain.links[1:]))

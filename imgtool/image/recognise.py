@@ -6,20 +6,27 @@ from pathlib import Path
 
 from imgtool.errors import ImageError
 from imgtool.image.chain import Chain
+from imgtool.image.host_file import open_host_file
 from imgtool.process import Limits, ProgramFailed, run
 
 _NOTHING_FOUND = 2
 _AMBIGUOUS = 8
+_BEGINNING = 1 << 20
 
 
-def refuse_noise(chain: Chain) -> None:
-    """Raise `ImageError` if the chain is one raw file without partition table or known content.
+def refuse_noise(chain: Chain, *, or_blank: bool = False) -> None:
+    """Raise `ImageError` if the chain is one raw file without partition table or known content;
+    with `or_blank` not if it begins as a new disk does, with zeros.
 
     The signatures are those of libblkid, read by blkid(8) in low-level probing mode.
     """
     link = chain.links[0]
     if link.format != "raw" or len(chain.links) > 1:
         return
+    if or_blank:
+        with open_host_file(link.path) as file:
+            if not any(file.read(_BEGINNING)):
+                return
     argv: list[str | Path] = ["blkid", "--probe", "--output", "export", link.path.absolute()]
     try:
         found = run(argv, limits=Limits(memory=1 << 30, wall=10), ok=(0, _AMBIGUOUS))

@@ -20,6 +20,7 @@ from imgtool.image.guards import (
 )
 from imgtool.image.info import probe
 from imgtool.image.places import printable
+from imgtool.image.recognise import refuse_noise
 from imgtool.image.record import temporary_path
 from imgtool.image.work import Plan, Seen, Work
 
@@ -138,6 +139,8 @@ def plan_resize(
     `refuse_to_cut` is called before it shrinks and raises `RefusedError` if something lies beyond.
     """
     chain = open_chain(path, format=format, backing_dirs=backing_dirs)
+    if format is None:
+        refuse_noise(chain, or_blank=True)
     active = chain.active
     if active.format not in ("raw", "qcow2"):
         raise ImageError(

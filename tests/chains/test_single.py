@@ -133,11 +133,27 @@ def test_compact_of_a_raw_image_makes_holes(tmp_path, imgtool_cli):
     raw = tmp_path / "disk.raw"
     raw.write_bytes(b"x" * MIB + bytes(8 * MIB) + b"y" * MIB)
     content = raw.read_bytes()
-    assert imgtool_cli("compact", raw).status == 0
+    assert imgtool_cli("compact", "--format", "raw", raw).status == 0
     assert raw.read_bytes() == content and space(raw) < 3 * MIB
     qemu_img("convert", "-O", "vmdk", raw, tmp_path / "disk.vmdk")
     done = imgtool_cli("compact", tmp_path / "disk.vmdk")
     assert done.status == 3 and "imgtool convert" in done.err
+
+
+def test_what_is_no_image_keeps_its_bytes_and_its_length(tmp_path, imgtool_cli):
+    text = tmp_path / "notes.txt"
+    text.write_bytes(b"notes\n" * 500)
+    for words in (("compact", text), ("resize", text, "+1M")):
+        found = imgtool_cli(*words)
+        assert found.status == 3
+        assert "not a disk image" in found.err and "--format raw" in found.err
+    assert imgtool_cli("compact", "--format", "raw", text).status == 0
+    assert text.read_bytes() == b"notes\n" * 500
+    blank = tmp_path / "blank.raw"
+    blank.write_bytes(bytes(MIB))
+    assert imgtool_cli("compact", blank).status == 0
+    assert imgtool_cli("resize", blank, "+1M").status == 0
+    assert blank.stat().st_size == 2 * MIB
 
 
 def test_what_is_being_made_is_for_its_owners_eyes_alone(tmp_path, imgtool_cli, monkeypatch):
@@ -214,7 +230,7 @@ def test_a_disk_shrinks_only_where_nothing_lies_beyond(tmp_path, imgtool_cli):
     assert disk.stat().st_size == 5 * MIB + (4 << 30)
     bare = tmp_path / "bare.raw"
     bare.write_bytes(b"x" * MIB)
-    done = imgtool_cli("resize", bare, "512K")
+    done = imgtool_cli("resize", "--format", "raw", bare, "512K")
     assert done.status == 4 and "no partition table" in done.err
 
 
