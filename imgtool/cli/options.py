@@ -97,6 +97,8 @@ BackingDirs = Annotated[
     typer.Option(
         "--backing-dir",
         metavar="DIR",
+        exists=True,
+        file_okay=False,
         help="A further folder that backing files may be in (IMGTOOL_BACKING_DIRS).",
     ),
 ]

@@ -77,6 +77,14 @@ def test_a_chain_that_leaves_its_folder_is_refused_and_a_named_folder_is_not(cap
     assert int(cli._run(["partitions", str(overlay), "--backing-dir", str(tmp_path / "a")])) == 0
 
 
+@pytest.mark.parametrize("name", ["nowhere", "image"])
+def test_a_backing_folder_that_is_none_is_not_overlooked(name, tmp_path, capsys):
+    (tmp_path / "image").write_bytes(b"")
+    words = ["ls", "--backing-dir", str(tmp_path / name), str(tmp_path / "image"), "/"]
+    assert int(cli._run(words)) == 2
+    assert "'--backing-dir'" in capsys.readouterr().err
+
+
 def test_a_locked_image_is_not_written_and_the_holder_is_named(capfd, tmp_path):
     image = tmp_path / "held.qcow2"
     qemu_img("create", "-f", "qcow2", image, "1M")
