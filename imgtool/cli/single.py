@@ -188,6 +188,8 @@ def recover(
     from imgtool.image.recovery import recover as settle
 
     set_up_logging(verbose=verbose, debug=debug)
+    if image.is_dir():
+        raise ImageError("a directory, not an image", subject=printable(image))
     line = settle(image, backing_dirs=backing_dir or (), force=force)
     if line is None and not image.exists():
         raise ImageError("no such file, and no record of work on it", subject=printable(image))

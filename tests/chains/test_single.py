@@ -273,3 +273,5 @@ def test_recover_of_nothing_is_said(tmp_path, imgtool_cli):
     (tmp_path / "disk.raw").write_bytes(b"x" * MIB)
     done = imgtool_cli("recover", tmp_path / "disk.raw")
     assert done.status == 0 and "nothing was interrupted" in done.err
+    done = imgtool_cli("recover", tmp_path)
+    assert done.status == 3 and "a directory, not an image" in done.err
