@@ -121,6 +121,9 @@ def test_times_have_hundredths_and_an_offset(volume: Exfat) -> None:
         (21, b"\xc8", "impossible time"),
         (ENTRY + 1, b"\x00", "flags 0x0"),
         (ENTRY + 8, b"\x01", "not written to its end"),
+        (ENTRY + 20, b"\0\0\0\0", "outside of the volume"),
+        (ENTRY + 20, b"\1\0\0\0", "outside of the volume"),
+        (ENTRY + 20, b"\xff\xff\xff\xff", "outside of the volume"),
     ],
 )
 def test_an_odd_file_is_left_to_the_appliance(
@@ -215,6 +218,34 @@ def test_chains_in_circles_or_out_of_the_volume_end(volume: Exfat) -> None:
     found = _opened(image)
     with pytest.raises(NeedsAppliance, match="another size than its clusters"):
         list(found.names(found.lookup(found.root, b"chained directory")))
+    struct.pack_into("<I", image, volume.table + first * 4, 0)
+    found = _opened(image)
+    with pytest.raises(NeedsAppliance, match="leaves the volume"):
+        list(found.names(found.lookup(found.root, b"chained directory")))
+
+
+def test_a_file_that_reaches_past_the_last_cluster_is_left_to_the_appliance(volume: Exfat) -> None:
+    (clusters,) = struct.unpack_from("<I", volume.image, 92)
+    for first, fits in ((clusters + 2 - 8, True), (clusters + 2 - 7, False)):
+        image = _changed(volume, "plain", ENTRY + 20, first.to_bytes(4, "little"))
+        found = _opened(image)
+        inode = found.lookup(found.root, b"plain")
+        if fits:
+            assert len(found.read(inode, 0, 10_000)) == len(_LONG)
+        else:
+            with pytest.raises(NeedsAppliance, match="outside of the volume"):
+                found.stat(inode)
+    for size in (len(volume.image) * 2, 1 << 62):
+        both = size.to_bytes(8, "little")
+        image = _changed(volume, "chained file", ENTRY + 8, both + bytes(4))
+        at = _find(volume, "chained file")
+        cluster = volume.image[at + ENTRY + 20 : at + ENTRY + 24]
+        image[at + ENTRY + 20 : at + ENTRY + 32] = cluster + both
+        end = at + (image[at + 1] + 1) * ENTRY
+        image[at + 2 : at + 4] = entry_sum(bytes(image[at:end])).to_bytes(2, "little")
+        found = _opened(image)
+        with pytest.raises(NeedsAppliance, match="larger than the volume"):
+            found.stat(found.lookup(found.root, b"chained file"))
 
 
 def test_directories_that_share_their_clusters_are_left_to_the_appliance(volume: Exfat) -> None:

@@ -139,7 +139,15 @@ class ExfatFilesystem(Filesystem):
         start = inode * ENTRY
         stream = self._stream_of.get(inode, start + ENTRY)
         raw = self._source.read(start, ENTRY) + self._source.read(stream, ENTRY)
-        return exfat_directory.content(raw)
+        entry = exfat_directory.content(raw)
+        count = -(-entry.size // self._geometry.cluster_size)
+        room = self._geometry.end - entry.cluster
+        if count and (entry.cluster < FIRST_CLUSTER or room < (1 if entry.chained else count)):
+            # Versions of Linux differ in what they make of these.
+            raise NeedsAppliance("a file on exFAT has clusters outside of the volume")
+        if count > self._geometry.clusters:
+            raise NeedsAppliance("a file on exFAT is larger than the volume")
+        return entry
 
     def _listed(self, inode: int) -> tuple[list[tuple[bytes, int]], dict[bytes, int]]:
         """What a directory lists, and which entry the kernel finds for a folded name."""
@@ -186,10 +194,14 @@ class ExfatFilesystem(Filesystem):
         if self._directory_of_cluster.setdefault(first, inode) != inode:
             raise NeedsAppliance("two directories on exFAT share their clusters")
         places: list[int] = []
-        for start, length in pieces:
-            if (len(places) + length) * size > _LARGEST_DIRECTORY:
-                raise NeedsAppliance("a directory on exFAT is too large or goes in circles")
-            places.extend(self._place(start + number) for number in range(length))
+        try:
+            for start, length in pieces:
+                if (len(places) + length) * size > _LARGEST_DIRECTORY:
+                    raise NeedsAppliance("a directory on exFAT is too large or goes in circles")
+                places.extend(self._place(start + number) for number in range(length))
+        except ReadFailed as error:
+            # The kernel looks no further than the end of the entries.
+            raise NeedsAppliance(f"a directory on exFAT: {error}") from error
         if count not in (None, len(places)):
             raise NeedsAppliance("a directory on exFAT has another size than its clusters")
         return places
