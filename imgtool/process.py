@@ -172,6 +172,9 @@ def _options(
     owner: tuple[int, int] | None,
     before: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
+    if limits.memory is not None:
+        # Else each thread sets 64 MiB of addresses aside, which count: QEMU starts up to 64.
+        env = {"MALLOC_ARENA_MAX": "1", **(env or {})}
     return {
         "env": environment(env),
         "pass_fds": pass_fds,
