@@ -167,7 +167,7 @@ def diff(
     ] = False,
     add: Annotated[
         list[Path] | None,
-        typer.Option("-a", "--add", metavar="IMAGE", help="A further disk of A."),
+        typer.Option("-A", "--add", metavar="IMAGE", help="A further disk of A."),
     ] = None,
     add_b: Annotated[
         list[Path] | None, typer.Option("--add-b", metavar="IMAGE", help="A further disk of B.")

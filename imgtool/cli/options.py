@@ -61,7 +61,7 @@ InwardPaths = Annotated[
 ]
 Add = Annotated[
     list[Path] | None,
-    typer.Option("-a", "--add", metavar="IMAGE", help="A further disk of the same guest."),
+    typer.Option("-A", "--add", metavar="IMAGE", help="A further disk of the same guest."),
 ]
 Format = Annotated[
     str | None,

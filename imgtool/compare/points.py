@@ -77,7 +77,7 @@ def against_base(overlay: Point) -> tuple[Point, Point]:
         raise UsageError(
             "its disks stand on images of different formats, and one is taken for all",
             subject=printable(overlay.image),
-            hint="leave -a out, and compare the first disk alone",
+            hint="leave -A out, and compare the first disk alone",
         )
     # The chain rule was kept from the overlay on: where its images are, the base's may be too.
     folders = (link.path.parent for chain in chains for link in chain.links)

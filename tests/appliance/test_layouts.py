@@ -14,9 +14,9 @@ LUKS_KEY = f"all:key:{guests.PASSPHRASE}"
 
 
 def options(name: str) -> list[object]:
-    """IMAGE, and -a for the guest's further disks."""
+    """IMAGE, and -A for the guest's further disks."""
     first, *others = disks(name)
-    return [first, *(word for disk in others for word in ("-a", disk))]
+    return [first, *(word for disk in others for word in ("-A", disk))]
 
 
 def layout(imgtool_cli, name: str, *more: object) -> dict[str, str]:

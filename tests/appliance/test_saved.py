@@ -64,7 +64,7 @@ def test_partitions_volumes_and_filesystems_are_those_of_the_guest(cache):
 
 def test_raid_over_two_disks_is_put_together(cache):
     first, second = disks("md")
-    said = continued("ls", first, "-a", second, "/", cache=cache)
+    said = continued("ls", first, "-A", second, "/", cache=cache)
     assert "etc" in said.split()
 
 

@@ -23,11 +23,11 @@ REFUSED = {
 
 
 def words(name: str) -> list[object]:
-    """IMAGE, and -a for the guest's further disks."""
+    """IMAGE, and -A for the guest's further disks."""
     if name.startswith("overlay"):  # two images of two guests, made together
         return [guest(name)]
     first, *others = disks(name)
-    return [first, *(word for disk in others for word in ("-a", disk))]
+    return [first, *(word for disk in others for word in ("-A", disk))]
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ def test_a_linear_volume_over_two_disks(imgtool_cli, tmp_path):
         with image.open("wb") as file:
             file.truncate(32 * MIB)
     in_lvm(tmp_path, images, filesystem(tmp_path, "ext4", 48 * MIB, "spread"))
-    words = [images[0], "-a", images[1]]
+    words = [images[0], "-A", images[1]]
     found = compared(imgtool_cli, "filesystems", *words, "--all")
     assert found[0]["device"] == "/dev/two-disks/a-b"
     assert {row["kind"] for row in found} == {"filesystem", "lv", "vg", "pv", "device"}

@@ -243,7 +243,7 @@ def test_two_clones_at_once(images, tmp_path, filesystem, via):
 def test_two_disks(images, place, tmp_path):
     first, second = images.get("ext4"), images.get("xfs", "logical", "qcow2")
     here(
-        *("mount", first.path, place, "--via", "export", "-a", second.path),
+        *("mount", first.path, place, "--via", "export", "-A", second.path),
         *("-m", "/dev/sda2", "-m", "/dev/sdb5:/one"),
     )
     types = [row.type for row in mounts() if row.target.startswith(str(place))]

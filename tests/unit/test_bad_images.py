@@ -114,7 +114,8 @@ def test_usage_errors_are_status_2(capfd, tmp_path):
         ["copy-in", "x", "y"],
         ["copy-in", "x", "y", "/", "--owner", "alice"],
         ["copy-in", "x", "y", "/", "--mode", "rw"],
-        ["df", "a", "b", "-a", "c"],
+        ["df", "a", "b", "-A", "c"],
+        ["df", "a", "-a", "b"],
     ):
         assert run(capfd, *arguments)[0] == 2
 
