@@ -13,12 +13,13 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _ON_DISK = Path("/var/tmp")
 _PREFIX = "imgtool-"
 _SOCKETS = "sockets"  # names a folder that another library made for what is in this one
+_LONGEST_NAME = 4096
 _NEW = 10.0  # seconds in which a folder may not be locked yet
 
 
@@ -79,28 +80,44 @@ def remove_left_behind(*also: str) -> list[Path]:
     for top in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp", *also)):
         for folder in sorted(Path(top).glob(f"{_PREFIX}*-*")):
             with contextlib.suppress(OSError):  # it went meanwhile, or may not be looked into
-                gone += _remove_if_left(folder)
+                gone += _remove_if_left(folder, also)
     return gone
 
 
-def _remove_if_left(folder: Path) -> list[Path]:
+def _remove_if_left(folder: Path, also: Sequence[str]) -> list[Path]:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        return _remove(folder) if is_left(descriptor) else []
+        return _remove(folder, also) if is_left(descriptor) else []
     finally:
         os.close(descriptor)
 
 
-def _remove(folder: Path) -> list[Path]:
+def _remove(folder: Path, also: Sequence[str]) -> list[Path]:
     owner = folder.lstat().st_uid
     others = []
     with contextlib.suppress(OSError, ValueError):
         note = folder / _SOCKETS
-        other = Path(note.read_text()) if stat.S_ISREG(note.lstat().st_mode) else folder
+        other = Path(_note(note))
         status = other.lstat()
         ours = other.name.startswith("libguestfs") and status.st_uid == owner
+        if owner != os.geteuid():
+            # The folders on the way to it can be exchanged by another user, but for these.
+            tops = {Path(top) for top in (tempfile.gettempdir(), "/tmp", "/var/tmp", *also)}
+            ours = ours and other.parent in tops
         if ours and stat.S_ISDIR(status.st_mode):
             others.append(other)
     for path in (*others, folder):  # the note goes last
         shutil.rmtree(path)
     return [*others, folder]
+
+
+def _note(path: Path) -> str:
+    """What a file says that another user may have written; `OSError` where it is none."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise FileNotFoundError(path)
+        return os.fsdecode(os.pread(descriptor, _LONGEST_NAME, 0))
+    finally:
+        os.close(descriptor)

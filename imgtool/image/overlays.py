@@ -23,6 +23,7 @@ from imgtool.image.guards import (
     refuse_to_replace,
     refuse_to_write,
 )
+from imgtool.image.host_file import open_host_file
 from imgtool.image.info import ImageInfo, probe
 from imgtool.image.locks import kept_from_writers, refuse_if_in_use
 from imgtool.image.places import Places, in_same_tree, name_from, printable
@@ -77,15 +78,16 @@ def plan_create(
             work.reserve(temporary)
             words = ["create", "-f", "qcow2", "-F", format, "-b", name, str(temporary)]
             work.qemu_img("create", [*words], new)
-            mode = stat.S_IMODE(base.stat().st_mode)
-            if protect_base:
-                base.chmod(mode & ~0o222)
-            try:
-                work.place(temporary, new)
-            except BaseException:
+            with open_host_file(base) as file:
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
                 if protect_base:
-                    base.chmod(mode)
-                raise
+                    os.fchmod(file.fileno(), mode & ~0o222)
+                try:
+                    work.place(temporary, new)
+                except BaseException:
+                    if protect_base:
+                        os.fchmod(file.fileno(), mode)
+                    raise
 
     return Plan(
         "create",

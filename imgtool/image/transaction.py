@@ -35,7 +35,7 @@ from imgtool.image.qemu_img import qemu_img
 from imgtool.image.reading import kept_as_base, no_readers
 from imgtool.image.record import Record, identity_of, opened, sync_folder, temporary_path
 from imgtool.image.recovery import as_untouched, finish_write, is_untouched, settle
-from imgtool.image.work import Notice, put_in_place, sync_file
+from imgtool.image.work import Notice, made_file, put_in_place, sync_file
 
 # Of an overlay that holds nothing yet.
 _EMPTY = 4 << 20
@@ -136,7 +136,9 @@ class Clone:
         """Give it its name; the image that it stands on is as it was."""
         _sound_on_disk(self.chains[0])
         temporary = self.chains[0].active.path
-        temporary.chmod(stat.S_IMODE(self.chains[0].links[1].path.stat().st_mode) | stat.S_IWUSR)
+        mode = stat.S_IMODE(self.chains[0].links[1].path.stat().st_mode) | stat.S_IWUSR
+        with made_file(temporary) as descriptor:
+            os.fchmod(descriptor, mode)
         put_in_place(temporary, self._new)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -65,7 +64,8 @@ class Work:
     def place(self, temporary: Path, new: Path, *, like: Path | None = None) -> None:
         """Give a complete file its name; it may be read by those who may read `like`."""
         allowed = stat.S_IMODE(like.stat().st_mode) if like else 0o666
-        temporary.chmod((allowed & 0o666 | stat.S_IWUSR) & ~_umask())
+        with made_file(temporary) as descriptor:
+            os.fchmod(descriptor, (allowed & 0o666 | stat.S_IWUSR) & ~_umask())
         self.record.note(inode=temporary.stat().st_ino)
         put_in_place(temporary, new)
 
@@ -194,14 +194,44 @@ def keep_attributes(old: Path, new: Path) -> None:
     The content is the same, so an overlay that stands on it is not older than it.
     """
     status = old.stat()
-    if (status.st_uid, status.st_gid) != (new.stat().st_uid, new.stat().st_gid):
-        with contextlib.suppress(PermissionError):  # the plan refused, or was forced
-            os.chown(new, status.st_uid, status.st_gid)
-    shutil.copymode(old, new)
-    for name in os.listxattr(old):
-        with contextlib.suppress(OSError):  # some are the file system's own
-            os.setxattr(new, name, os.getxattr(old, name))
-    os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with made_file(new) as descriptor:
+        made = os.fstat(descriptor)
+        if (status.st_uid, status.st_gid) != (made.st_uid, made.st_gid):
+            with contextlib.suppress(PermissionError):  # the plan refused, or was forced
+                os.fchown(descriptor, status.st_uid, status.st_gid)
+        os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
+        for name in os.listxattr(old):
+            with contextlib.suppress(OSError):  # some are the file system's own
+                os.setxattr(descriptor, name, os.getxattr(old, name))
+        os.utime(descriptor, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@contextlib.contextmanager
+def made_file(path: Path) -> Iterator[int]:
+    """A descriptor of a file that imgtool has made, to change its attributes.
+
+    In a folder of another user that one can put a link to any file at its name, and root would
+    change that file. Raises `RefusedError` where it is a link, or has other names.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise _not_as_made(path) from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            raise _not_as_made(path)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _not_as_made(path: Path) -> RefusedError:
+    return RefusedError(
+        "somebody put something else in the place of a file that was made",
+        subject=printable(path),
+        hint="work on a copy in a folder that only you can write to",
+    )
 
 
 def sync_file(path: Path) -> None:

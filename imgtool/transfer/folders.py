@@ -13,6 +13,7 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -58,6 +59,20 @@ def is_folder(name: bytes, folder: int) -> bool:
         return False
 
 
+def change_mode(name: bytes | str, folder: int, mode: int) -> None:
+    """Give a directory another mode; `OSError` where the name is no directory itself.
+
+    chmod(2) by name would follow a link that somebody has put in its place.
+    """
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(name, flags, dir_fd=folder)
+    try:
+        # fchmod(2) takes no descriptor that was opened without the right to read.
+        Path(f"/proc/self/fd/{descriptor}").chmod(mode)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def movable(name: bytes, folder: int) -> Iterator[None]:
     """While the block runs, a name of a private folder can be moved elsewhere.
@@ -68,7 +83,7 @@ def movable(name: bytes, folder: int) -> Iterator[None]:
     if not stat.S_ISDIR(mode) or mode & 0o700 == 0o700:
         yield
         return
-    os.chmod(name, stat.S_IMODE(mode) | 0o700, dir_fd=folder)
+    change_mode(name, folder, stat.S_IMODE(mode) | 0o700)
     current = os.open(name, OPEN_FOLDER, dir_fd=folder)
     try:
         yield
@@ -99,7 +114,7 @@ def _pairs(source: int, target: int) -> Iterator[_Pair]:
             for name in map(os.fsencode, os.listdir(here)):  # noqa: PTH208 - a descriptor
                 if is_folder(name, here) and is_folder(name, there):
                     # What is merged is thrown away: only the folder that was there stays.
-                    os.chmod(name, 0o700, dir_fd=here)
+                    change_mode(name, here, 0o700)
                     pending.append((*parts, name))
                 else:
                     names.append(name)

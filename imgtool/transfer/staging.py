@@ -73,15 +73,44 @@ def split(path: bytes) -> tuple[bytes, ...]:
     return parts
 
 
+def _is_own(folder: int, parent: int) -> bool:
+    """Whether a private folder can be this user's, who alone can have been in it."""
+    status, above = os.fstat(folder), os.fstat(parent)
+    user = os.geteuid()
+    # FAT and others know no modes: there it is enough that all is the user's.
+    return status.st_uid == user and (above.st_uid == user or status.st_mode & 0o777 == 0o700)
+
+
+def _is_as_made(folder: int) -> bool:
+    """Whether a folder is one that this process has just made, and not another one that was put in
+    its place: it is empty, and has the owner and the mode that one has that is made in it now."""
+    if os.listdir(folder):
+        return False
+    os.mkdir(_TOP, 0o700, dir_fd=folder)
+    made = os.lstat(_TOP, dir_fd=folder)
+    os.rmdir(_TOP, dir_fd=folder)
+    status = os.fstat(folder)
+    return (status.st_uid, status.st_mode) == (made.st_uid, made.st_mode)
+
+
+def _is_staged(folder: int) -> bool:
+    """Whether it holds nothing but what a copy puts in its private folder.
+
+    The owner of the folder that it is in can give any other one such a name.
+    """
+    names = os.listdir(folder)
+    return all(name == os.fsdecode(_TOP) or name.isdecimal() for name in names)
+
+
 def _remove_left_behind(parent: int) -> None:
-    """Remove the private folders of copies that were killed."""
+    """Remove the private folders of this user's copies that were killed; root removes no others."""
     for name in map(os.fsencode, os.listdir(parent)):
         if not _STAGED.fullmatch(name):
             continue
         with contextlib.suppress(OSError):  # it went meanwhile, or is no folder
             folder = os.open(name, _FOLDER, dir_fd=parent)
             try:
-                if scratch.is_left(folder):
+                if _is_own(folder, parent) and scratch.is_left(folder) and _is_staged(folder):
                     _empty(folder)
                     os.rmdir(name, dir_fd=parent)
             finally:
@@ -112,7 +141,7 @@ def _unlinked(name: str, folder: int) -> bool:
     try:
         os.unlink(name, dir_fd=folder)
     except IsADirectoryError:
-        os.chmod(name, 0o700, dir_fd=folder)
+        folders.change_mode(name, folder, 0o700)
         return False
     return True
 
@@ -150,6 +179,13 @@ class Staging:
                 _remove_left_behind(self._parent_fd)
                 os.mkdir(self._folder, 0o700, dir_fd=self._parent_fd)
                 self._root_fd = os.open(self._folder, _FOLDER, dir_fd=self._parent_fd)
+                if not _is_as_made(self._root_fd):
+                    os.close(self._root_fd)
+                    raise RefusedError(
+                        "somebody put another folder in the place of a private one",
+                        subject=self._parent,
+                        hint="copy to a folder that only you can write to",
+                    )
                 scratch.is_in_use(self._root_fd)
             except BaseException:
                 os.close(self._parent_fd)

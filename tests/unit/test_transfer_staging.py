@@ -402,3 +402,81 @@ def test_whole_blocks_of_zeros_are_holes_and_nothing_else(
     made = tmp_path / "file"
     assert made.read_bytes() == content
     assert made.stat().st_blocks * 512 == sum(kind != "0" for kind in blocks) * BLOCK
+
+
+def exchange_on_unlink(
+    monkeypatch: pytest.MonkeyPatch, name: Path, target: Path, times: list[str]
+) -> None:
+    """Whoever owns the folder puts a link in the place of a directory, as soon as it is known that
+    it is no file."""
+    real = os.unlink
+
+    def unlink(path: str, *, dir_fd: int | None = None) -> None:
+        try:
+            real(path, dir_fd=dir_fd)
+        except IsADirectoryError:
+            if not times:
+                times.append(path)
+                name.rename(name.with_name("aside"))
+                name.symlink_to(target)
+            raise
+
+    monkeypatch.setattr(os, "unlink", unlink)
+
+
+def test_a_folder_exchanged_for_a_link_is_not_changed_where_the_link_leads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scratch, "_NEW", -1.0)
+    precious, left = tmp_path / "precious", tmp_path / "to/.imgtool-0123456789ab"
+    precious.mkdir(mode=0o755)
+    (left / "content").mkdir(parents=True)
+    left.chmod(0o700)
+    exchanged: list[str] = []
+    exchange_on_unlink(monkeypatch, left / "content", precious, exchanged)
+    with Staging(tmp_path / "to", b"new"):
+        pass
+    assert exchanged == ["content"]
+    assert stat.S_IMODE(precious.stat().st_mode) == 0o755
+
+
+@needs_root
+def test_root_removes_nothing_that_another_user_calls_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other user owns the destination: he may rename what root has there."""
+    monkeypatch.setattr(scratch, "_NEW", -1.0)
+    os.chown(tmp_path, NOBODY, NOBODY)
+    theirs, renamed, open_to_all = (tmp_path / f".imgtool-{i:012x}" for i in range(3))
+    for folder in (theirs, renamed, open_to_all):
+        (folder / ("work" if folder == renamed else "content")).mkdir(parents=True)
+        folder.chmod(0o755 if folder == open_to_all else 0o700)
+    os.chown(theirs, NOBODY, NOBODY)
+    killed = tmp_path / f".imgtool-{9:012x}"
+    (killed / "content/deep").mkdir(parents=True)
+    killed.chmod(0o700)
+    with Staging(tmp_path, b"new"):
+        pass
+    assert names(tmp_path) == {theirs.name, renamed.name, open_to_all.name}
+
+
+@needs_root
+@pytest.mark.parametrize("theirs", ["owner", "mode"])
+def test_a_copy_does_not_begin_in_a_folder_that_was_put_in_the_place_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theirs: str
+) -> None:
+    real = os.mkdir
+
+    def mkdir(path: bytes, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
+        real(path, mode, dir_fd=dir_fd)
+        if b".imgtool-" in path:
+            made = tmp_path / os.fsdecode(path)
+            made.rename(tmp_path / "aside")
+            real(made, 0o777)
+            made.chmod(0o777 if theirs == "mode" else 0o700)
+            if theirs == "owner":
+                os.chown(made, NOBODY, NOBODY)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with pytest.raises(RefusedError, match="in the place"), Staging(tmp_path, b"new"):
+        pytest.fail("it was begun")

@@ -18,6 +18,7 @@ from imgtool.image.record import (
 )
 from imgtool.image.recovery import recover
 from imgtool.image.unfinished import unfinished_commit
+from imgtool.image.work import keep_attributes
 
 
 @pytest.fixture
@@ -240,3 +241,21 @@ def test_any_name_of_an_image_has_a_record(tmp_path, name):
 def test_no_image_and_no_record_is_nothing_to_recover(tmp_path):
     assert recover(tmp_path / "nothing") is None
     assert recover(tmp_path / "nowhere" / "nothing") is None
+
+
+@pytest.mark.parametrize("kind", ["symlink", "hard link"])
+def test_attributes_go_to_no_other_file_that_was_put_in_the_place_of_the_new_one(tmp_path, kind):
+    """The owner of the folder exchanges it while root works on his image."""
+    image, temporary, precious = (tmp_path / name for name in ("image", "temporary", "precious"))
+    image.touch(mode=0o666)
+    precious.touch()
+    precious.chmod(0o600)
+    if kind == "symlink":
+        temporary.symlink_to(precious)
+    else:
+        temporary.hardlink_to(precious)
+    before = precious.stat()
+    with pytest.raises(RefusedError, match="in the place"):
+        keep_attributes(image, temporary)
+    after = precious.stat()
+    assert (after.st_mode, after.st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
