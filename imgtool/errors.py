@@ -10,7 +10,8 @@ API can write `except FileNotFoundError`.
 
 from __future__ import annotations
 
-from enum import IntEnum
+from collections.abc import Collection
+from enum import IntEnum, StrEnum
 
 
 class ExitStatus(IntEnum):
@@ -24,6 +25,26 @@ class ExitStatus(IntEnum):
     NOT_IN_GUEST = 5
     HOST_CANNOT = 6
     INTERRUPTED = 130
+
+
+class Reason(StrEnum):
+    """What a refusal protects from. `--force REASON` gives up that one guard, and no other."""
+
+    IS_BASE = "is-base"  # overlays stand on the image that is to be written to
+    IN_USE = "in-use"  # a device of the host stands on the image
+    SNAPSHOTS = "snapshots"  # internal snapshots would be lost
+    SPACE = "space"  # the host has less room than may be needed
+    HARD_LINKS = "hard-links"  # other names of the file would keep the old one
+    OWNER = "owner"  # the file would change its owner
+    SHRINK = "shrink"  # beyond the new end of a disk lies what is not zeros
+    CUT_PARTITION = "cut-partition"  # the new end of a disk lies within a partition
+    OTHER_BASE = "other-base"  # the new base has another content than the old one
+    HIBERNATED = "hibernated"  # the guest sleeps, and would undo or damage what is written
+    COPY = "copy"  # the interrupted work was on another file, of which this may be a copy
+
+
+# The guards that a user gives up.
+Force = Collection[Reason]
 
 
 class ImgtoolError(Exception):
@@ -61,9 +82,23 @@ class ImageError(ImgtoolError, OSError):
 
 
 class RefusedError(ImgtoolError, PermissionError):
-    """Refused to protect data."""
+    """Refused to protect data. Where `reason` is given, `--force REASON` does it all the same."""
 
     status = ExitStatus.REFUSED
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        subject: object = None,
+        hint: str | None = None,
+        reason: Reason | None = None,
+    ) -> None:
+        if reason is not None:
+            forced = f"to do it all the same: --force {reason}"
+            hint = forced if hint is None else f"{hint}; {forced}"
+        super().__init__(message, subject=subject, hint=hint)
+        self.reason = reason
 
     def __str__(self) -> str:
         return ImgtoolError.__str__(self)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imgtool.errors import ImgtoolError, UsageError
+from imgtool.errors import Force, ImgtoolError, UsageError
 from imgtool.guest.guest import Guest
 from imgtool.guest.keys import Key, parse_key
 from imgtool.guest.model import Mount
@@ -162,6 +162,7 @@ def open_guest_to_write(
     clone: Path | None = None,
     tmp_dir: Path | None = None,
     review: Callable[[Sequence[Chain]], None] | None = None,
+    force: Force = (),
     notice: Callable[[str], None] = _say_nothing,
     debug: bool = False,
 ) -> Iterator[LibguestfsGuest]:
@@ -171,7 +172,7 @@ def open_guest_to_write(
     otherwise the image is as it was. With `clone` it is in a new overlay on the image instead, and
     with `review` it is thrown away after that was called with the chains that have it. Until then
     it is in overlays beside the images, or in `tmp_dir`. Raises `RefusedError` for an image that
-    is in use, or the base of overlays.
+    is in use, or the base of overlays; `force` gives up what it names.
     """
     from imgtool.image import transaction
     from imgtool.image.guards import refuse_if_interrupted
@@ -192,14 +193,14 @@ def open_guest_to_write(
     options = _write_options(image, mounts, root, keys, notice, debug)
     if clone is not None:
         begun: AbstractContextManager[transaction.Clone | transaction.Transaction] = (
-            transaction.clone(chains[0], clone)
+            transaction.clone(chains[0], clone, force=force)
         )
     else:
         begun = transaction.transaction(
-            chains, backing_dirs=backing_dirs, tmp_dir=tmp_dir, notice=notice
+            chains, backing_dirs=backing_dirs, tmp_dir=tmp_dir, force=force, notice=notice
         )
     with begun as writing:
-        with _appliance(writing.chains, write=True, **options) as guest:
+        with _appliance(writing.chains, write=True, force=force, **options) as guest:
             yield guest
             guest.finish()
         if guest.unsound:
@@ -250,6 +251,7 @@ def open_guest_in_place(
     root: str | None = None,
     keys: Sequence[Key | str] = (),
     backing_dirs: Sequence[str | Path] = (),
+    force: Force = (),
     notice: Callable[[str], None] = _say_nothing,
     debug: bool = False,
 ) -> Iterator[LibguestfsGuest]:
@@ -260,9 +262,9 @@ def open_guest_in_place(
     chains = _chains_to_write([image, *add], format, backing_dirs, notice)
     for chain in chains:
         refuse_to_guess(chain)
-        refuse_to_write(chain, backing_dirs)
+        refuse_to_write(chain, backing_dirs, force=force)
     options = _write_options(image, mounts, root, keys, notice, debug)
-    with _appliance(chains, write=True, **options) as guest:
+    with _appliance(chains, write=True, force=force, **options) as guest:
         yield guest
         guest.finish()
 
@@ -309,6 +311,7 @@ def _appliance(
     root: str | None,
     keys: Sequence[Key],
     write: bool = False,
+    force: Force = (),
     notice: Callable[[str], None],
     debug: bool,
 ) -> Iterator[LibguestfsGuest]:
@@ -325,6 +328,7 @@ def _appliance(
             root=root,
             keys=keys,
             write=write,
+            force=force,
             notice=notice,
         )
 

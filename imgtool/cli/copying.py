@@ -117,6 +117,7 @@ def copy_in(
     dry_run: options.DryRun = False,
     clone: options.Clone = None,
     tmp_dir: options.TmpDir = None,
+    force: options.Force = None,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
     debug: options.Debug = False,

@@ -57,6 +57,7 @@ def edit(
     dry_run: options.DryRun = False,
     clone: options.Clone = None,
     tmp_dir: options.TmpDir = None,
+    force: options.Force = None,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
     debug: options.Debug = False,

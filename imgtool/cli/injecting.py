@@ -171,6 +171,7 @@ def inject(
         ),
     ] = None,
     tmp_dir: options.TmpDir = None,
+    force: options.Force = None,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
     debug: options.Debug = False,

@@ -63,12 +63,7 @@ def mount(
     executable: Annotated[
         bool, typer.Option("--exec", help="Let programs of the guest be run on the host.")
     ] = False,
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force", help="With --rw: also a hibernated Windows; what it had in memory is lost."
-        ),
-    ] = False,
+    force: options.Force = None,
     add: options.Add = None,
     format: options.Format = None,
     snapshot: options.Snapshot = None,
@@ -113,7 +108,7 @@ def mount(
             lv=lv,
             writable=rw,
             executable=executable,
-            force=force,
+            force=request.force,
             add=request.add,
             format=format,
             snapshot=snapshot,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from imgtool.cli import completing
+from imgtool.errors import Reason
 
 
 class Output(StrEnum):
@@ -113,6 +114,14 @@ Verbose = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks and the engine's own log.")]
 
 # Of the commands that write
+Force = Annotated[
+    list[Reason] | None,
+    typer.Option(
+        "--force",
+        metavar="REASON",
+        help="Give up the one guard that a refusal names so (repeatable).",
+    ),
+]
 Clone = Annotated[
     Path | None,
     typer.Option(

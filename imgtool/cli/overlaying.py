@@ -26,6 +26,7 @@ def create(
         bool, typer.Option("--protect-base", help="Make the base's file read-only.")
     ] = False,
     dry_run: options.DryRun = False,
+    force: options.Force = None,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
     debug: options.Debug = False,
@@ -43,6 +44,7 @@ def create(
             new,
             base_format=base_format,
             protect_base=protect_base,
+            force=force or (),
             backing_dirs=backing_dir or (),
         ),
         base,
@@ -58,7 +60,7 @@ def commit(
         bool, typer.Option("--remove", help="Remove the overlay once its content is proved.")
     ] = False,
     dry_run: options.DryRun = False,
-    force: working.Force = False,
+    force: options.Force = None,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
     debug: options.Debug = False,
@@ -72,7 +74,7 @@ def commit(
     set_up_logging(verbose=verbose, debug=debug)
     working.carry_out(
         lambda: overlays.plan_commit(
-            overlay, remove=remove, force=force, backing_dirs=backing_dir or ()
+            overlay, remove=remove, force=force or (), backing_dirs=backing_dir or ()
         ),
         overlay,
         dry_run=dry_run,
@@ -90,7 +92,7 @@ def rebase(
         typer.Option("--unsafe", help="Only write the name and format of the base into it."),
     ] = False,
     dry_run: options.DryRun = False,
-    force: working.Force = False,
+    force: options.Force = None,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
     debug: options.Debug = False,
@@ -108,7 +110,7 @@ def rebase(
             base,
             base_format=base_format,
             unsafe=unsafe,
-            force=force,
+            force=force or (),
             backing_dirs=backing_dir or (),
         ),
         overlay,
@@ -120,7 +122,7 @@ def rebase(
 def flatten(
     overlay: Overlay,
     dry_run: options.DryRun = False,
-    force: working.Force = False,
+    force: options.Force = None,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
     debug: options.Debug = False,
@@ -130,7 +132,7 @@ def flatten(
 
     set_up_logging(verbose=verbose, debug=debug)
     working.carry_out(
-        lambda: overlays.plan_flatten(overlay, force=force, backing_dirs=backing_dir or ()),
+        lambda: overlays.plan_flatten(overlay, force=force or (), backing_dirs=backing_dir or ()),
         overlay,
         dry_run=dry_run,
         backing_dirs=backing_dir,
@@ -140,7 +142,7 @@ def flatten(
 def compact(
     image: options.Image,
     dry_run: options.DryRun = False,
-    force: working.Force = False,
+    force: options.Force = None,
     format: options.Format = None,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
@@ -154,7 +156,9 @@ def compact(
 
     set_up_logging(verbose=verbose, debug=debug)
     working.carry_out(
-        lambda: plan_compact(image, format=format, force=force, backing_dirs=backing_dir or ()),
+        lambda: plan_compact(
+            image, format=format, force=force or (), backing_dirs=backing_dir or ()
+        ),
         image,
         dry_run=dry_run,
         backing_dirs=backing_dir,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from imgtool import interrupt
 from imgtool.cli import render
-from imgtool.errors import ExitStatus, ImgtoolError, UsageError
+from imgtool.errors import ExitStatus, Force, ImgtoolError, UsageError
 from imgtool.guest.model import Mount
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ class Request:
     dry_run: bool = False
     clone: Path | None = None
     tmp_dir: Path | None = None
+    force: Force = ()
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Request:
@@ -133,6 +134,7 @@ class Request:
             dry_run=given.get("dry_run", False),
             clone=given.get("clone"),
             tmp_dir=given.get("tmp_dir"),
+            force=given.get("force") or (),
         )
 
     def _options(self) -> dict[str, Any]:
@@ -180,6 +182,7 @@ class Request:
                 self.image,
                 clone=self.clone,
                 tmp_dir=self.tmp_dir,
+                force=self.force,
                 review=self._review if self.dry_run else None,
                 **self._options(),
             ) as guest,

@@ -41,6 +41,7 @@ def check(
         typer.Option("--repair", help="Mend lost space (leaks), or all that is wrong."),
     ] = None,
     dry_run: options.DryRun = False,
+    force: options.Force = None,
     output: options.OutputOption = Output.table,
     format: options.Format = None,
     backing_dir: options.BackingDirs = None,
@@ -58,7 +59,13 @@ def check(
     set_up_logging(verbose=verbose, debug=debug)
     if repair is not None:
         working.carry_out(
-            lambda: plan_repair(image, repair.value, format=format, backing_dirs=backing_dir or ()),
+            lambda: plan_repair(
+                image,
+                repair.value,
+                format=format,
+                force=force or (),
+                backing_dirs=backing_dir or (),
+            ),
             image,
             dry_run=dry_run,
             backing_dirs=backing_dir,
@@ -92,7 +99,7 @@ def convert(
     compress: Annotated[bool, typer.Option("--compress", help="Compress it.")] = False,
     snapshot: options.Snapshot = None,
     dry_run: options.DryRun = False,
-    force: working.Force = False,
+    force: options.Force = None,
     format: options.Format = None,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
@@ -110,7 +117,7 @@ def convert(
             compress=compress,
             snapshot=snapshot,
             format=format,
-            force=force,
+            force=force or (),
             backing_dirs=backing_dir or (),
         ),
         new,
@@ -125,7 +132,7 @@ def resize(
         str, typer.Argument(metavar="SIZE", help="20G, or +5G to grow, -5G to shrink by it.")
     ],
     dry_run: options.DryRun = False,
-    force: working.Force = False,
+    force: options.Force = None,
     format: options.Format = None,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
@@ -146,7 +153,7 @@ def resize(
             size,
             refuse_to_cut=refuse_to_cut,
             format=format,
-            force=force,
+            force=force or (),
             backing_dirs=backing_dir or (),
         ),
         image,
@@ -174,10 +181,7 @@ def create(
 
 def recover(
     image: options.Image,
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="Finish it on a copy too, made of the image as it was left."),
-    ] = False,
+    force: options.Force = None,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
     debug: options.Debug = False,
@@ -190,7 +194,7 @@ def recover(
     set_up_logging(verbose=verbose, debug=debug)
     if image.is_dir():
         raise ImageError("a directory, not an image", subject=printable(image))
-    line = settle(image, backing_dirs=backing_dir or (), force=force)
+    line = settle(image, backing_dirs=backing_dir or (), force=force or ())
     if line is None and not image.exists():
         raise ImageError("no such file, and no record of work on it", subject=printable(image))
     render.message("note", line or "nothing was interrupted on it")

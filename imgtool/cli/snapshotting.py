@@ -19,6 +19,7 @@ def create(
     image: options.Image,
     name: Annotated[str, typer.Argument(metavar="NAME", help="What to call it.")],
     dry_run: options.DryRun = False,
+    force: options.Force = None,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
     debug: options.Debug = False,
@@ -28,7 +29,9 @@ def create(
 
     set_up_logging(verbose=verbose, debug=debug)
     working.carry_out(
-        lambda: snapshots.plan_create(image, name, backing_dirs=backing_dir or ()),
+        lambda: snapshots.plan_create(
+            image, name, force=force or (), backing_dirs=backing_dir or ()
+        ),
         image,
         dry_run=dry_run,
         backing_dirs=backing_dir,
@@ -78,7 +81,7 @@ def revert(
         typer.Option("--save-as", metavar="NAME", help="Keep the present state under this name."),
     ] = None,
     dry_run: options.DryRun = False,
-    force: working.Force = False,
+    force: options.Force = None,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
     debug: options.Debug = False,
@@ -93,7 +96,7 @@ def revert(
             name,
             discard=discard,
             save_as=save_as,
-            force=force,
+            force=force or (),
             backing_dirs=backing_dir or (),
         ),
         image,
@@ -106,6 +109,7 @@ def delete(
     image: options.Image,
     name: Name,
     dry_run: options.DryRun = False,
+    force: options.Force = None,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
     debug: options.Debug = False,
@@ -115,7 +119,9 @@ def delete(
 
     set_up_logging(verbose=verbose, debug=debug)
     working.carry_out(
-        lambda: snapshots.plan_delete(image, name, backing_dirs=backing_dir or ()),
+        lambda: snapshots.plan_delete(
+            image, name, force=force or (), backing_dirs=backing_dir or ()
+        ),
         image,
         dry_run=dry_run,
         backing_dirs=backing_dir,

@@ -6,19 +6,13 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from imgtool.cli import render
 from imgtool.cli.session import warning
 
 if TYPE_CHECKING:
     from imgtool.image.work import OnStep, Plan
-
-Force = Annotated[
-    bool, typer.Option("--force", help="Do it though data may be lost, for who knows better.")
-]
 
 
 @contextlib.contextmanager

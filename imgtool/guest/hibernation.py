@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-from imgtool.errors import RefusedError
+from imgtool.errors import Reason, RefusedError
 from imgtool.guest.blocks import Block
 from imgtool.guest.layout import SMALL_FILE
 from imgtool.guest.model import Device
@@ -67,4 +67,5 @@ def _sleeps(subject: str) -> RefusedError:
         subject=subject,
         hint="start it and shut it down properly; or give its session up with "
         "mkswap on this swap, on a copy of the image",
+        reason=Reason.HIBERNATED,
     )

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from imgtool.errors import ImageError, ImgtoolError
+from imgtool.errors import Force, ImageError, ImgtoolError
 from imgtool.image import qcow2
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
@@ -40,7 +40,7 @@ def plan_compact(
     path: Path,
     *,
     format: str | None = None,
-    force: bool = False,
+    force: Force = (),
     backing_dirs: Sequence[str | Path] = (),
 ) -> Plan:
     """Write the image into a new file without what holds nothing, prove it, and swap it in.

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from imgtool.errors import RefusedError
+from imgtool.errors import Force, Reason, RefusedError
 from imgtool.image import headers
 from imgtool.image.chain import Chain
 from imgtool.image.headers import Header
@@ -106,9 +106,15 @@ def overlays_on(path: Path, backing_dirs: Sequence[str | Path] = ()) -> list[Pat
 
 
 def refuse_if_base(
-    chain: Chain, backing_dirs: Sequence[str | Path] = (), *, but_for: Path | None = None
+    chain: Chain,
+    backing_dirs: Sequence[str | Path] = (),
+    *,
+    but_for: Path | None = None,
+    force: Force = (),
 ) -> None:
     """Raise `RefusedError` if an overlay stands on the active image, other than `but_for`."""
+    if Reason.IS_BASE in force:
+        return
     path = chain.active.path
     overlays = [
         overlay
@@ -123,4 +129,5 @@ def refuse_if_base(
             f" {names}{more}",
             subject=printable(path),
             hint="write to the overlay; what is written to its base would make garbage of it",
+            reason=Reason.IS_BASE,
         )

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from imgtool.errors import HostError, ImageError, RefusedError
+from imgtool.errors import Force, HostError, ImageError, Reason, RefusedError
 from imgtool.image.chain import Chain
 from imgtool.image.dependants import refuse_if_base
 from imgtool.image.info import ImageInfo
@@ -35,32 +35,34 @@ def refuse_if_not_writable(path: Path) -> None:
         )
 
 
-def refuse_to_replace(chain: Chain, *, force: bool = False) -> None:
+def refuse_to_replace(chain: Chain, *, force: Force = ()) -> None:
     """Raise unless another file can take the place of the active image's without harm.
 
     `RefusedError` if it, or something below it, is in use, if it is no plain file, or has several
-    names, or would change its owner; `force` overrides the last two.
+    names, or would change its owner; `force` overrides the last two, and devices.
     """
     path = chain.active.path
-    refuse_if_in_use(chain)
+    refuse_if_in_use(chain, force=force)
     refuse_if_unfinished(chain)
     refuse_if_not_writable(path)
     status = path.stat()
     if chain.active.driver != "file":
         raise ImageError("a block device cannot be replaced by a file", subject=printable(path))
-    if status.st_nlink > 1 and not force:
+    if status.st_nlink > 1 and Reason.HARD_LINKS not in force:
         raise RefusedError(
             f"its file has {status.st_nlink} names (hard links): the others would keep the old one",
             subject=printable(path),
-            hint="remove the other names first, or add --force",
+            hint="remove the other names first",
+            reason=Reason.HARD_LINKS,
         )
     groups = (os.getegid(), *os.getgroups())
     kept = status.st_uid == os.geteuid() and status.st_gid in groups
-    if os.geteuid() != 0 and not kept and not force:
+    if os.geteuid() != 0 and not kept and Reason.OWNER not in force:
         raise RefusedError(
             "the new file could not be given to the owner of the old one",
             subject=printable(path),
-            hint="run imgtool as its owner or as root, or add --force",
+            hint="run imgtool as its owner or as root",
+            reason=Reason.OWNER,
         )
 
 
@@ -115,7 +117,7 @@ def refuse_to_write(
     chain: Chain,
     backing_dirs: Sequence[str | Path] = (),
     *,
-    force: bool = False,
+    force: Force = (),
     but_for: Path | None = None,
 ) -> None:
     """Raise unless the active image can be written to without harm.
@@ -123,21 +125,21 @@ def refuse_to_write(
     `RefusedError` if it, or something below it, is in use, or if an image other than `but_for`
     stands on it, which `force` overrides; `HostError` if this user may not.
     """
-    refuse_if_in_use(chain)
+    refuse_if_in_use(chain, force=force)
     refuse_if_unfinished(chain)
-    if not force:
-        refuse_if_base(chain, backing_dirs, but_for=but_for)
+    refuse_if_base(chain, backing_dirs, but_for=but_for, force=force)
     refuse_if_not_writable(chain.active.path)
 
 
-def refuse_if_too_little_space(folder: Path, needed: int, *, force: bool = False) -> None:
+def refuse_if_too_little_space(folder: Path, needed: int, *, force: Force = ()) -> None:
     """Raise `RefusedError` if the file system of a folder has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
-    if needed > free and not force:
+    if needed > free and Reason.SPACE not in force:
         raise RefusedError(
             f"too little space: up to {needed} bytes are needed, {free} are free",
             subject=printable(folder),
-            hint="make room, or add --force if you know that it needs less",
+            hint="make room",
+            reason=Reason.SPACE,
         )
 
 
@@ -152,14 +154,15 @@ def need_space(folder: Path, needed: int) -> None:
         )
 
 
-def refuse_snapshots(chain: Chain, what: str, *, force: bool = False) -> None:
+def refuse_snapshots(chain: Chain, what: str, *, force: Force = ()) -> None:
     """Raise `RefusedError` if the active image has internal snapshots, which `what` would ruin."""
-    if chain.active.snapshots and not force:
+    if chain.active.snapshots and Reason.SNAPSHOTS not in force:
         names = ", ".join(printable(snapshot.name) for snapshot in chain.active.snapshots[:5])
         raise RefusedError(
             f"{what} would lose its internal snapshots: {names}",
             subject=printable(chain.active.path),
-            hint="delete them first with 'imgtool snapshot delete', or add --force",
+            hint="delete them first with 'imgtool snapshot delete'",
+            reason=Reason.SNAPSHOTS,
         )
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from imgtool.errors import RefusedError
+from imgtool.errors import Force, Reason, RefusedError
 from imgtool.image.attached import attached_to
 
 if TYPE_CHECKING:
@@ -58,9 +58,14 @@ class Holder:
         return not self.writes and (unseen or self.program in _READERS)
 
     @property
+    def is_device(self) -> bool:
+        """Whether it is a block device of the host, and no process of QEMU's."""
+        return self.pid is None and self.program is not None
+
+    @property
     def hint(self) -> str:
         """What to do where it is in the way."""
-        if self.pid is None and self.program is not None:
+        if self.is_device:
             return "unmount it and detach the device; 'imgtool mounts' lists imgtool's own"
         return "shut the guest down, or end that process, then try again"
 
@@ -184,29 +189,33 @@ def in_use_for_writing(path: str | Path) -> Holder | Literal["unknown"] | None:
     return "unknown" if writer is None and locked is None else writer
 
 
-def refuse_if_in_use(chain: Chain, *, read_only: bool = False) -> None:
+def refuse_if_in_use(chain: Chain, *, read_only: bool = False, force: Force = ()) -> None:
     """Raise `RefusedError` if writing to the active image would meet another process, or a device.
 
     On the active image that is one that writes, or one that relies on nobody writing; on the files
     below it, or with `read_only` on any, one that writes. One that only reads, as imgtool itself
-    does, is given some seconds to finish.
+    does, is given some seconds to finish. `force` overrides devices alone: QEMU itself lets no
+    second writer in.
     """
     until = time.monotonic() + PATIENCE
-    while (found := _in_the_way(chain, read_only)) is not None:
+    while (found := _in_the_way(chain, read_only, force)) is not None:
         path, holder = found
         if not holder.passes or time.monotonic() > until:
             raise RefusedError(
                 f"the image is in use by {holder}",
                 subject=path,
                 hint=holder.hint,
+                reason=Reason.IN_USE if holder.is_device else None,
             )
         time.sleep(0.05)
 
 
-def _in_the_way(chain: Chain, read_only: bool) -> tuple[Path, Holder] | None:
+def _in_the_way(chain: Chain, read_only: bool, force: Force) -> tuple[Path, Holder] | None:
     active = () if read_only else chain.active.files
     for path in chain.files:
         for holder in holders(path):
+            if holder.is_device and Reason.IN_USE in force:
+                continue
             if holder.writes or (holder.exclusive and path in active):
                 return path, holder
     return None

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from imgtool.errors import HostError, ImageError, ImgtoolError, RefusedError
+from imgtool.errors import Force, HostError, ImageError, ImgtoolError, Reason, RefusedError
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.copies import convert, options_like, size_of_copy
 from imgtool.image.dependants import overlays_on, refuse_if_base
@@ -55,6 +55,7 @@ def plan_create(
     *,
     base_format: str | None = None,
     protect_base: bool = False,
+    force: Force = (),
     backing_dirs: Dirs = (),
 ) -> Plan:
     """A linked clone: a new overlay on `base`, which must not be written to from then on.
@@ -65,7 +66,7 @@ def plan_create(
     refuse_existing(new)
     refuse_to_guess(chain)
     refuse_encrypted(chain)
-    refuse_if_in_use(chain, read_only=True)
+    refuse_if_in_use(chain, read_only=True, force=force)
     name, temporary = backing_name(base, new), temporary_path(new)
     format = chain.active.format
     lines = [f"create {printable(new)} on {printable(name)} ({format})"]
@@ -122,7 +123,7 @@ def _overlay(path: Path, backing_dirs: Dirs) -> Chain:
 
 
 def plan_commit(
-    overlay: Path, *, remove: bool = False, force: bool = False, backing_dirs: Dirs = ()
+    overlay: Path, *, remove: bool = False, force: Force = (), backing_dirs: Dirs = ()
 ) -> Plan:
     """Write what an overlay holds into its base; the overlay stays until that is proved.
 
@@ -134,7 +135,7 @@ def plan_commit(
     into = base.active.path
     refuse_encrypted(chain)
     refuse_second_file(*chain.links[:2])
-    refuse_if_in_use(chain)
+    refuse_if_in_use(chain, force=force)
     refuse_to_write(base, backing_dirs, force=force, but_for=overlay)
     refuse_snapshots(chain, "to commit it", force=force)
     _refuse_other_size(chain, base)
@@ -210,7 +211,7 @@ def plan_rebase(
     *,
     base_format: str | None = None,
     unsafe: bool = False,
-    force: bool = False,
+    force: Force = (),
     backing_dirs: Dirs = (),
 ) -> Plan:
     """Put an overlay on another base: what differs is copied into it, so its content stays.
@@ -231,14 +232,14 @@ def plan_rebase(
         )
     refuse_encrypted(Chain((link,)), below)
     refuse_second_file(link)
-    refuse_if_in_use(below, read_only=True)
+    refuse_if_in_use(below, read_only=True, force=force)
     refuse_if_not_writable(overlay)
     if unsafe:
         return _plan_unsafe(link, below, force=force, backing_dirs=backing_dirs)
     chain = _overlay(overlay, backing_dirs)
     refuse_to_guess(chain)
     refuse_to_guess(below)
-    refuse_if_in_use(chain)
+    refuse_if_in_use(chain, force=force)
     refuse_if_unfinished(chain)
     refuse_snapshots(chain, "to rebase it", force=force)
     space = size_of_copy(chain, options_like(chain.active))
@@ -278,13 +279,13 @@ def _rebase(overlay: Path, name: str, format: str, *options: str) -> list[str | 
     return ["rebase", *options, "-f", "qcow2", "-F", format, "-b", name, overlay.resolve()]
 
 
-def _plan_unsafe(link: ImageInfo, below: Chain, *, force: bool, backing_dirs: Dirs) -> Plan:
+def _plan_unsafe(link: ImageInfo, below: Chain, *, force: Force, backing_dirs: Dirs) -> Plan:
     overlay, base = link.path, below.active
     alone = Chain((link,))
-    refuse_if_in_use(alone)
+    refuse_if_in_use(alone, force=force)
     refuse_if_unfinished(alone)
-    if not force:
-        refuse_if_base(alone, backing_dirs)
+    refuse_if_base(alone, backing_dirs, force=force)
+    if Reason.OTHER_BASE not in force:
         _refuse_another(link, below, backing_dirs)
     name = backing_name(base.path, overlay)
     lines = (
@@ -300,12 +301,12 @@ def _plan_unsafe(link: ImageInfo, below: Chain, *, force: bool, backing_dirs: Di
 
 def _refuse_another(link: ImageInfo, below: Chain, backing_dirs: Dirs) -> None:
     """Raise `RefusedError` where it can be told that the new base is not the old one."""
-    without = "rebase without --unsafe to keep the content, or add --force if you know better"
+    without = "rebase without --unsafe to keep the content"
     if link.backing is None:
         raise RefusedError(
             "it stands on no image: where it is empty, the base would show",
             subject=printable(link.path),
-            hint="add --force if it was made on that base",
+            reason=Reason.OTHER_BASE,
         )
     if link.virtual_size < below.active.virtual_size:
         raise RefusedError(
@@ -313,6 +314,7 @@ def _refuse_another(link: ImageInfo, below: Chain, backing_dirs: Dirs) -> None:
             f" ({link.virtual_size}): it can hardly be the one that it was made on",
             subject=printable(below.active.path),
             hint=without,
+            reason=Reason.OTHER_BASE,
         )
     try:
         old = Chain(open_chain(link.path, format="qcow2", backing_dirs=backing_dirs).links[1:])
@@ -324,10 +326,11 @@ def _refuse_another(link: ImageInfo, below: Chain, backing_dirs: Dirs) -> None:
             f"the new base has another content than {printable(old.active.path)}",
             subject=printable(below.active.path),
             hint=without,
+            reason=Reason.OTHER_BASE,
         )
 
 
-def plan_flatten(overlay: Path, *, force: bool = False, backing_dirs: Dirs = ()) -> Plan:
+def plan_flatten(overlay: Path, *, force: Force = (), backing_dirs: Dirs = ()) -> Plan:
     """Make an overlay stand alone: everything below is pulled up into a new file, which takes its
     place once it is proved to have the same content."""
     chain = _overlay(overlay, backing_dirs)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from imgtool.errors import ImageError, ImgtoolError, RefusedError
+from imgtool.errors import Force, ImageError, ImgtoolError, Reason, RefusedError
 from imgtool.image import headers, qcow2
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
@@ -38,13 +38,13 @@ IN_PLACE = ("rebase", "snapshot create", "snapshot delete", "resize", "repair")
 
 
 def settle(
-    record: Record, *, finish: bool, backing_dirs: Dirs = (), force: bool = False
+    record: Record, *, finish: bool, backing_dirs: Dirs = (), force: Force = ()
 ) -> str | None:
     """Bring an image to its old or its new state and remove the record; a line that says which.
 
     What takes long, the rest of a commit, is done only with `finish`; without, the record stays,
-    and the line says so. A revert is finished with it, and undone without. With `force` also of an
-    image that is a copy of the one that the record was written of.
+    and the line says so. A revert is finished with it, and undone without. With `Reason.COPY` in
+    `force` also of an image that is a copy of the one that the record was written of.
     """
     operation, image = record.operation, record.image
     name = printable(image)
@@ -75,7 +75,7 @@ def settle(
                 f"{name} holds a part of what was written, and is read through what holds all of"
                 f" it: imgtool recover {name}"
             )
-        if not force:
+        if Reason.COPY not in force:
             refuse_another_file(image, record.facts)
         _settle_others_first(record, backing_dirs, force)
         finish_write(record, backing_dirs, cut_off=True)
@@ -98,7 +98,7 @@ def settle(
     return line
 
 
-def _settle_others_first(record: Record, backing_dirs: Dirs, force: bool) -> None:
+def _settle_others_first(record: Record, backing_dirs: Dirs, force: Force) -> None:
     """The record of the first of several disks goes last: what it says goes for the others."""
     folder, own = record.image.resolve().parent, record.image.resolve()
     first, *others = [(folder / name).resolve() for name in record.texts("images")]
@@ -111,7 +111,7 @@ def _settle_others_first(record: Record, backing_dirs: Dirs, force: bool) -> Non
 
 
 def recover(
-    image: Path, *, backing_dirs: Dirs = (), below: bool = True, force: bool = False
+    image: Path, *, backing_dirs: Dirs = (), below: bool = True, force: Force = ()
 ) -> str | None:
     """Finish or undo what was interrupted on an image; a line that says so, None if nothing was.
 
@@ -294,7 +294,7 @@ def is_untouched(record: Record) -> bool:
     return not image.is_block_device() and record.facts.get("before") == as_untouched(image)
 
 
-def _settle_commit(record: Record, *, finish: bool, backing_dirs: Dirs, force: bool) -> str:
+def _settle_commit(record: Record, *, finish: bool, backing_dirs: Dirs, force: Force) -> str:
     base, overlay = record.image, _overlay(record)
     name = f"an interrupted commit of {printable(overlay)} into {printable(base)} was"
     if record.facts.get("step") != "proved":
@@ -302,7 +302,7 @@ def _settle_commit(record: Record, *, finish: bool, backing_dirs: Dirs, force: b
             return f"{name} undone: nothing had been written yet"
         if not stands_on(overlay, base):
             raise _no_longer(base, overlay)
-        if not force:
+        if Reason.COPY not in force:
             refuse_another_file(base, record.facts)
         mend(base, as_named_in=overlay)
         chain = _commit(base, overlay, backing_dirs)

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
-from imgtool.errors import ImageError, UsageError
+from imgtool.errors import Force, ImageError, Reason, UsageError
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
 from imgtool.image.copies import size_of_copy
@@ -75,7 +75,7 @@ def plan_convert(
     compress: bool = False,
     snapshot: str | None = None,
     format: str | None = None,
-    force: bool = False,
+    force: Force = (),
     backing_dirs: Dirs = (),
 ) -> Plan:
     """Copy an image, with all that it stands on, into a new one of the format `to`.
@@ -129,9 +129,9 @@ def plan_resize(
     path: Path,
     size: str,
     *,
-    refuse_to_cut: Callable[[Chain, int], None],
+    refuse_to_cut: Callable[[Chain, int, Force], None],
     format: str | None = None,
-    force: bool = False,
+    force: Force = (),
     backing_dirs: Dirs = (),
 ) -> Plan:
     """Give the disk another size; it grows freely.
@@ -152,8 +152,8 @@ def plan_resize(
     wanted = parse_size(size, active.virtual_size)
     refuse_to_write(chain, backing_dirs, force=force)
     shrinks = wanted < active.virtual_size
-    if shrinks and not force:
-        refuse_to_cut(chain, wanted)
+    if shrinks:
+        refuse_to_cut(chain, wanted, force)
     lines = (f"make the disk in {printable(path)} {wanted} bytes instead of {active.virtual_size}",)
     words: list[str | Path] = ["resize"]
     if shrinks:
@@ -172,11 +172,12 @@ def plan_repair(
     what: Literal["leaks", "all"],
     *,
     format: str | None = None,
+    force: Force = (),
     backing_dirs: Dirs = (),
 ) -> Plan:
     """Have QEMU mend the image's tables: lost space alone, or all that is wrong with them."""
     link = probe(path, format=format, backing_dirs=backing_dirs)  # its base may be missing
-    refuse_to_write(Chain((link,)), backing_dirs, force=True)
+    refuse_to_write(Chain((link,)), backing_dirs, force={*force, Reason.IS_BASE})
 
     def do(work: Work) -> None:
         with work.step("repair"):

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from imgtool.errors import ImageError, NotInGuestError, RefusedError, UsageError
+from imgtool.errors import Force, ImageError, NotInGuestError, Reason, RefusedError, UsageError
 from imgtool.image import qcow2
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.guards import refuse_encrypted, refuse_second_file, refuse_to_write
@@ -61,10 +61,11 @@ def _check_name(chain: Chain, name: str) -> None:
         )
 
 
-def plan_create(path: Path, name: str, *, backing_dirs: Dirs = ()) -> Plan:
+def plan_create(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs = ()) -> Plan:
     """Keep the present state under a name."""
     chain = with_snapshots(path, backing_dirs=backing_dirs)
-    refuse_to_write(chain, backing_dirs, force=True)  # what stands on it sees no change
+    # What stands on it sees no change.
+    refuse_to_write(chain, backing_dirs, force={*force, Reason.IS_BASE})
     _check_name(chain, name)
 
     def do(work: Work) -> None:
@@ -75,10 +76,10 @@ def plan_create(path: Path, name: str, *, backing_dirs: Dirs = ()) -> Plan:
     return Plan("snapshot create", path.absolute(), lines, do, "qcow2", seen=Seen.of(path))
 
 
-def plan_delete(path: Path, name: str, *, backing_dirs: Dirs = ()) -> Plan:
+def plan_delete(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs = ()) -> Plan:
     """Forget an internal snapshot. The file does not shrink; its space is used again."""
     chain = with_snapshots(path, backing_dirs=backing_dirs)
-    refuse_to_write(chain, backing_dirs, force=True)
+    refuse_to_write(chain, backing_dirs, force={*force, Reason.IS_BASE})
     snapshot = chain.snapshot(name)
     known_as = _for_delete(chain, snapshot)
 
@@ -99,7 +100,7 @@ def plan_revert(
     *,
     discard: bool = False,
     save_as: str | None = None,
-    force: bool = False,
+    force: Force = (),
     backing_dirs: Dirs = (),
 ) -> Plan:
     """Go back to an internal snapshot.

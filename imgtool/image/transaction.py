@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from imgtool import interrupt
-from imgtool.errors import HostError, ImgtoolError, RefusedError
+from imgtool.errors import Force, HostError, ImgtoolError, RefusedError
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
 from imgtool.image.dependants import refuse_if_base
@@ -67,11 +67,13 @@ class Transaction:
         records: Sequence[Record],
         backing_dirs: Sequence[str | Path],
         notice: Notice,
+        force: Force = (),
     ) -> None:
         self.chains = tuple(chains)
         self._records = tuple(records)
         self._backing_dirs = backing_dirs
         self._notice = notice
+        self._force = force
 
     def commit(self) -> None:
         """Write everything down; from the first moment on it is either finished or can be.
@@ -80,7 +82,7 @@ class Transaction:
         """
         for chain in self.chains:
             _sound_on_disk(chain)
-            refuse_if_in_use(Chain(chain.links[1:]))
+            refuse_if_in_use(Chain(chain.links[1:]), force=self._force)
         with no_readers([record.image for record in self._records]):
             for chain in self.chains:
                 self._refuse_what_came_meanwhile(Chain(chain.links[1:]), chain)
@@ -104,8 +106,8 @@ class Transaction:
 
     def _refuse_what_came_meanwhile(self, image: Chain, overlay: Chain) -> None:
         """A guest that was started on the image, a new overlay on it, a host that became full."""
-        refuse_if_in_use(image)
-        refuse_if_base(image, self._backing_dirs)
+        refuse_if_in_use(image, force=self._force)
+        refuse_if_base(image, self._backing_dirs, force=self._force)
         if image.active.driver == "file":
             free = max(image.active.virtual_size - image.active.actual_size, 0)
             grows = min(overlay.active.path.stat().st_blocks * 512, free)
@@ -143,13 +145,14 @@ class Clone:
 
 
 @contextlib.contextmanager
-def clone(chain: Chain, new: Path) -> Iterator[Clone]:
+def clone(chain: Chain, new: Path, *, force: Force = ()) -> Iterator[Clone]:
     """Begin to write to a linked clone of an image; without `commit` nothing is left of it.
 
     Raises `RefusedError` if `new` exists, or if the image is being written by somebody.
     """
     refuse_existing(new)
-    refuse_if_in_use(chain, read_only=True)  # others may read it, as other clones do
+    # Others may read it, as other clones do.
+    refuse_if_in_use(chain, read_only=True, force=force)
     with kept_as_base(chain), opened(new, create=True) as record:
         assert record is not None
         settle(record, finish=True)
@@ -167,6 +170,7 @@ def transaction(
     *,
     backing_dirs: Sequence[str | Path] = (),
     tmp_dir: Path | None = None,
+    force: Force = (),
     notice: Notice,
 ) -> Iterator[Transaction]:
     """Begin to write to the images at the tops of `chains`; what is not committed is undone.
@@ -179,7 +183,7 @@ def transaction(
         what = "not a folder" if os.path.lexists(tmp_dir) else "no such folder"
         raise HostError(what, subject=printable(tmp_dir), hint="--tmp-dir names one that is there")
     for chain in chains:
-        refuse_to_write(chain, backing_dirs)
+        refuse_to_write(chain, backing_dirs, force=force)
         _refuse_several_names(chain.active.path)
         beside = temporary_path(chain.active.path)
         need_space(tmp_dir or beside.parent, _EMPTY)
@@ -214,7 +218,7 @@ def transaction(
                 overlay_on(chain, overlay, backing_name(image, overlay))
                 for chain, image, overlay in zip(chains, images, overlays, strict=True)
             ]
-            yield Transaction(above, records, backing_dirs, notice)
+            yield Transaction(above, records, backing_dirs, notice, force)
         finally:
             # What was committed has no record any more. The first one's goes last.
             for record in reversed(records):

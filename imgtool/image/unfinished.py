@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from imgtool.errors import ImageError, RefusedError
+from imgtool.errors import ImageError, Reason, RefusedError
 from imgtool.image import headers
 from imgtool.image.places import printable
 from imgtool.image.record import (
@@ -82,8 +82,9 @@ def refuse_another_file(image: Path, facts: dict[str, Any]) -> None:
         raise RefusedError(
             f"a {facts.get('operation')} was interrupted, of another file that had this name then",
             subject=shown,
-            hint=f"if this one is a copy of it as it was left: imgtool recover --force {shown};"
-            f" to take it as it is, remove {printable(record_path(image))}",
+            hint="if this one is a copy of it as it was left:"
+            f" imgtool recover {shown} --force {Reason.COPY}; to take it as it is, remove"
+            f" {printable(record_path(image))}",
         )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from imgtool import interrupt
-from imgtool.errors import ExitStatus, HostError, ImgtoolError, RefusedError
+from imgtool.errors import ExitStatus, HostError, ImgtoolError, Reason, RefusedError
 from imgtool.mount import kernel
 from imgtool.process import ProgramFailed, leave_running, run
 
@@ -140,7 +140,8 @@ def _serve(request: dict[str, Any], ready: Path) -> None:
         guest.handle.mount_local_run()
 
     if request["writable"]:
-        with open_guest_in_place(request["image"], **common) as guest:
+        force = [Reason(name) for name in request["force"]]
+        with open_guest_in_place(request["image"], force=force, **common) as guest:
             serve(guest)
     else:
         with open_guest(

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from imgtool.errors import (
     EngineError,
+    Force,
     HostError,
     ImgtoolError,
     NotInGuestError,
+    Reason,
     RefusedError,
 )
 from imgtool.guest.model import Mount
@@ -40,7 +42,7 @@ class Wanted:
     lv: str | None = None
     writable: bool = False
     executable: bool = False
-    force: bool = False
+    force: Force = ()
     add: Sequence[Path] = ()
     format: str | None = None
     snapshot: str | None = None
@@ -171,11 +173,12 @@ class Mounter:
         if kind.type == "ntfs3" and not filesystems.has_type("ntfs3") and find("ntfs-3g"):
             log.info("%s: the kernel has no driver for NTFS: by ntfs-3g", source)
             make, data = steps.NtfsProgram, data[1:]
-            if self._wanted.writable and self._wanted.force:
+            if self._wanted.writable and Reason.HIBERNATED in self._wanted.force:
                 data.append("remove_hiberfile")
         step = make(device, str(place), kind.type, flags, ",".join(word for word in data if word))
         try:
-            if self._wanted.writable and kind.type == "ntfs3" and not self._wanted.force:
+            must_be_awake = Reason.HIBERNATED not in self._wanted.force
+            if self._wanted.writable and kind.type == "ntfs3" and must_be_awake:
                 self._refuse_hibernated(step)
             self._journal.do(step)
         except OSError as error:
@@ -203,7 +206,8 @@ class Mounter:
             raise RefusedError(
                 "Windows is hibernated: to write to it would lose data",
                 subject=self._wanted.image,
-                hint="start and shut down the guest, or --force if its memory does not matter",
+                hint="start and shut down the guest",
+                reason=Reason.HIBERNATED,
             )
 
     @staticmethod

@@ -18,6 +18,7 @@ from imgtool.errors import (
     ImageError,
     ImgtoolError,
     NotInGuestError,
+    Reason,
     RefusedError,
     UsageError,
 )
@@ -105,7 +106,7 @@ def _check_images(wanted: Wanted, chains: Sequence[Chain]) -> None:
         if wanted.writable:
             if line := recover(chain.active.path, backing_dirs=wanted.backing_dirs):
                 wanted.notice(line)
-            refuse_to_write(chain, wanted.backing_dirs)
+            refuse_to_write(chain, wanted.backing_dirs, force=wanted.force)
         elif line := warn_if_written(chain):
             wanted.notice(line)
 
@@ -257,6 +258,7 @@ def _request(wanted: Wanted, target: Path) -> dict[str, Any]:
         "backing_dirs": [str(path.absolute()) for path in wanted.backing_dirs],
         "target": str(target),
         "writable": wanted.writable,
+        "force": list(wanted.force),
         "executable": wanted.executable,
     }
 
@@ -318,7 +320,7 @@ def _mounted(wanted: Wanted, chains: Sequence[Chain], target: Path) -> Journal:
             journal.unlock()
         return journal
 
-    if wanted.writable and not wanted.force:
+    if wanted.writable and Reason.HIBERNATED not in wanted.force:
         _refuse_sleeping(wanted)
     disks = [_disk(number, chain, wanted) for number, chain in enumerate(chains)]
     items = _items(wanted, disks)

@@ -37,7 +37,7 @@ def test_a_full_disk_leaves_the_old_state_and_room_lets_it_finish(
     name: str, tmp_path: Path
 ) -> None:
     scene = _scene(name)
-    force = [] if name in ("overlay-create", "snapshot-create", "revert") else ["--force"]
+    force = [] if name in ("overlay-create", "snapshot-create", "revert") else ["--force", "space"]
     template = tmp_path / "template"
     template.mkdir()
     scene.make(template)

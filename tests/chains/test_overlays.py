@@ -104,7 +104,7 @@ def test_commit_of_an_overlay_that_is_smaller_than_its_base_is_refused(folder, i
     qemu_img("resize", "-q", "--shrink", folder / "top.qcow2", "1M")
     done = imgtool_cli("overlay", "commit", folder / "top.qcow2")
     assert done.status == 4 and "imgtool resize" in done.err
-    assert imgtool_cli("resize", folder / "top.qcow2", str(SIZE), "--force").status == 0
+    assert imgtool_cli("resize", folder / "top.qcow2", str(SIZE), "--force", "is-base").status == 0
     assert imgtool_cli("overlay", "commit", folder / "top.qcow2").status == 0
 
 
@@ -122,9 +122,10 @@ def test_a_base_of_other_overlays_is_not_written_to(folder, imgtool_cli):
         assert refused.status == 4, refused.err
         assert "second.qcow2" in refused.err and "hint:" in refused.err
     assert content(top) == before
-    assert imgtool_cli("overlay", "commit", top, "--force").status == 0
-    refused = imgtool_cli("overlay", "commit", folder / "second.qcow2", "--remove", "--force")
-    assert refused.status == 0
+    assert imgtool_cli("overlay", "commit", top, "--force", "is-base").status == 0
+    assert imgtool_cli("overlay", "commit", folder / "second.qcow2", "--remove").status == 4
+    words = ("overlay", "commit", folder / "second.qcow2", "--remove", "--force", "is-base")
+    assert imgtool_cli(*words).status == 0
 
 
 def test_an_overlay_with_overlays_is_not_removed(folder, imgtool_cli):
@@ -140,7 +141,7 @@ def test_internal_snapshots_are_not_lost(folder, imgtool_cli, command):
     more = [folder / "other.qcow2"] if command == "rebase" else []
     before = everything(folder)
     done = imgtool_cli("overlay", command, top, *more)
-    assert done.status == 4 and "mine" in done.err and "--force" in done.err
+    assert done.status == 4 and "mine" in done.err and "--force snapshots" in done.err
     assert everything(folder) == before
 
 
@@ -150,7 +151,7 @@ def test_internal_snapshots_are_not_lost(folder, imgtool_cli, command):
         ("overlay", "create", "base.qcow2", "new.qcow2", "--protect-base"),
         ("overlay", "commit", "top.qcow2", "--remove"),
         ("overlay", "rebase", "top.qcow2", "other.qcow2"),
-        ("overlay", "rebase", "--unsafe", "--force", "top.qcow2", "other.qcow2"),
+        ("overlay", "rebase", "--unsafe", "--force", "other-base", "top.qcow2", "other.qcow2"),
         ("overlay", "flatten", "top.qcow2"),
         ("compact", "top.qcow2"),
     ],
@@ -250,8 +251,8 @@ def test_a_file_with_several_names_is_not_replaced_unasked(folder, imgtool_cli, 
     top = folder / "top.qcow2"
     (folder / "other name").hardlink_to(top)
     done = imgtool_cli(*command.split(), top)
-    assert done.status == 4 and "2 names" in done.err and "--force" in done.err
-    assert imgtool_cli(*command.split(), top, "--force").status == 0
+    assert done.status == 4 and "2 names" in done.err and "--force hard-links" in done.err
+    assert imgtool_cli(*command.split(), top, "--force", "hard-links").status == 0
 
 
 def test_a_protected_base_stays_as_it_is_for_root_too(folder, imgtool_cli):
@@ -415,7 +416,7 @@ def test_too_little_space_is_told_before_anything_is_done(folder, imgtool_cli, m
     before = everything(folder)
     for words in (("commit",), ("flatten",), ("rebase", folder / "other.qcow2")):
         done = imgtool_cli("overlay", words[0], folder / "top.qcow2", *words[1:])
-        assert done.status == 4 and "too little space" in done.err and "--force" in done.err
+        assert done.status == 4 and "too little space" in done.err and "--force space" in done.err
     assert everything(folder) == before
 
 

@@ -60,7 +60,7 @@ def test_a_hibernated_windows_is_not_written_to(tmp_path: Path, place: Path) -> 
     before = digest(image)
     done = imgtool("mount", image, place, "--via", "loop", "--rw", "-m", "/dev/sda")
     assert done.status == 4
-    assert "Windows is hibernated" in done.err and "--force" in done.err
+    assert "Windows is hibernated" in done.err and "--force hibernated" in done.err
     assert not os.path.ismount(place)
     good("mount", image, place, "--via", "loop", "-m", "/dev/sda")
     assert (place / "file").read_bytes() == b"content"
@@ -70,7 +70,7 @@ def test_a_hibernated_windows_is_not_written_to(tmp_path: Path, place: Path) -> 
 
 def test_force_gives_up_what_windows_had_in_memory(tmp_path: Path, place: Path) -> None:
     image = ntfs(tmp_path / "disk.raw", hibernated=True)
-    good("mount", image, place, "--via", "loop", "--rw", "--force", "-m", "/dev/sda")
+    good("mount", image, place, "--via", "loop", "--rw", "--force", "hibernated", "-m", "/dev/sda")
     (row,) = [r for r in good("mounts", "-o", "jsonl").rows if r["mountpoint"] == str(place)]
     assert (row["mode"], len(row["devices"])) == ("rw", 1)
     (place / "new").write_bytes(b"new")
@@ -106,5 +106,5 @@ def test_a_hibernated_linux_is_not_written_to(tmp_path: Path, place: Path, where
     assert done.status == 4
     assert "hibernated" in done.err
     assert digest(disk) == before
-    good("mount", disk, place, "--via", "loop", "--rw", "-p", "1", "--force")
+    good("mount", disk, place, "--via", "loop", "--rw", "-p", "1", "--force", "hibernated")
     good("umount", place)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.errors import HostError, ImageError, RefusedError
+from imgtool.errors import HostError, ImageError, Reason, RefusedError
 from imgtool.image import recovery, transaction
 from imgtool.image.chain import open_chain
 from imgtool.image.qemu_img import Locked
@@ -158,7 +158,7 @@ def test_a_copy_of_all_that_was_left_is_finished_where_it_is_said_to_be_one(disk
     shutil.rmtree(disk.parent)
     with pytest.raises(RefusedError):
         recover(copy)
-    assert "finished" in recover(copy, force=True)
+    assert "finished" in recover(copy, force=[Reason.COPY])
     assert pattern(copy, "raw", NEW)
 
 

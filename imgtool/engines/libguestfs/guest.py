@@ -28,9 +28,11 @@ from imgtool.engines.libguestfs.stream import streamed
 from imgtool.engines.libguestfs.volumes import ApplianceVolume, ApplianceVolumes, reason
 from imgtool.errors import (
     EngineError,
+    Force,
     ImageError,
     ImgtoolError,
     NotInGuestError,
+    Reason,
     RefusedError,
     UsageError,
 )
@@ -72,6 +74,7 @@ class LibguestfsGuest(Guest):
         root: str | None = None,
         keys: Sequence[Key] = (),
         write: bool = False,
+        force: Force = (),
         notice: Callable[[str], None],
     ) -> None:
         super().__init__()
@@ -79,6 +82,7 @@ class LibguestfsGuest(Guest):
         self.calls = Calls(handle)
         self.image = image
         self.write = write
+        self._force = force
         self._given = tuple(mounts)
         self._root = root
         self._notice = notice
@@ -214,7 +218,8 @@ class LibguestfsGuest(Guest):
             return
         mounts = self.layout.mounts
         started = time.monotonic()
-        if self.write:
+        must_be_awake = self.write and Reason.HIBERNATED not in self._force
+        if must_be_awake:
             refuse_sleeping_devices(self.volumes.blocks())
         for mount in mounts:
             try:
@@ -227,6 +232,7 @@ class LibguestfsGuest(Guest):
         if self.write:
             known = soundness.filesystems(self.volumes, [mount.source for mount in mounts])
             soundness.refuse_unless_writable(self.handle, mounts, known)
+        if must_be_awake:
             refuse_sleeping_files(ApplianceVolume(self.handle, self.calls).read)
         log.info("layout: mounted in %.1f s", time.monotonic() - started)
         self._mounted = True
