@@ -129,13 +129,11 @@ def _copy_used(work: Work, path: Path, temporary: Path) -> None:
         header = qcow2.read_header(old)
         if header is None:
             raise ImageError("its header cannot be read", subject=printable(path))
-        ranges = list(used_ranges(old, header))
         with work.step("compact") as on_part, _full_disk_told(temporary):
-            os.truncate(new.fileno(), max((start + length for start, length in ranges), default=0))
-            _copy(old, new, ranges, on_part)
+            _copy(old, new, header, on_part)
             os.fsync(new.fileno())
         with work.step("proof") as on_part:
-            same = _same(old, new, ranges, on_part)
+            same = _same(old, new, header, on_part)
     if not same or not check_metadata(probe(temporary, format="qcow2")).sound:
         raise ImgtoolError("the proof failed: the copy differs", subject=printable(path))
 
@@ -154,39 +152,34 @@ def _full_disk_told(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _pieces(ranges: Sequence[tuple[int, int]], on_part: OnPart | None) -> Sequence[tuple[int, int]]:
-    pieces = [
-        (at, min(_PIECE, start + length - at))
-        for start, length in ranges
-        for at in range(start, start + length, _PIECE)
-    ]
+def _pieces(
+    file: BinaryIO, header: qcow2.Qcow2Header, on_part: OnPart | None
+) -> Iterator[tuple[int, int]]:
+    """The parts of the file that are in use, none larger than is read at a time."""
+    end = os.fstat(file.fileno()).st_size
+    for start, length in used_ranges(file, header):
+        for at in range(start, start + length, _PIECE):
+            if on_part is not None:
+                on_part(at / end)
+            yield at, min(_PIECE, start + length - at)
     if on_part is not None:
-        on_part(0.0)
-    return pieces
+        on_part(1.0)
 
 
-def _copy(
-    old: BinaryIO, new: BinaryIO, ranges: Sequence[tuple[int, int]], on_part: OnPart | None
-) -> None:
-    pieces = _pieces(ranges, on_part)
-    for number, (at, length) in enumerate(pieces, 1):
+def _copy(old: BinaryIO, new: BinaryIO, header: qcow2.Qcow2Header, on_part: OnPart | None) -> None:
+    for at, length in _pieces(old, header, on_part):
         content = os.pread(old.fileno(), length, at)
+        if at + length > os.fstat(new.fileno()).st_size:
+            os.truncate(new.fileno(), at + length)
         for start in range(0, len(content), _BLOCK):
             block = content[start : start + _BLOCK]
             # Zeros are in use as well, and need not take space.
             if block.strip(b"\0"):
                 os.pwrite(new.fileno(), block, at + start)
-        if on_part is not None:
-            on_part(number / len(pieces))
 
 
-def _same(
-    old: BinaryIO, new: BinaryIO, ranges: Sequence[tuple[int, int]], on_part: OnPart | None
-) -> bool:
-    pieces = _pieces(ranges, on_part)
-    for number, (at, length) in enumerate(pieces, 1):
-        if os.pread(old.fileno(), length, at) != os.pread(new.fileno(), length, at):
-            return False
-        if on_part is not None:
-            on_part(number / len(pieces))
-    return True
+def _same(old: BinaryIO, new: BinaryIO, header: qcow2.Qcow2Header, on_part: OnPart | None) -> bool:
+    return all(
+        os.pread(old.fileno(), length, at) == os.pread(new.fileno(), length, at)
+        for at, length in _pieces(old, header, on_part)
+    )

@@ -18,18 +18,21 @@ _V2_LENGTH, _V3_LENGTH = 72, 104
 _SNAPSHOT_LENGTH = 40  # without names and extra data
 _DIRTY_BIT, _CORRUPT_BIT, _DATA_FILE_BIT = 1 << 0, 1 << 1, 1 << 2
 _FEATURES_OF_ANY_QEMU = _DIRTY_BIT | _CORRUPT_BIT | _DATA_FILE_BIT
+# QEMU's limits: block/qcow2.h
 _LARGEST_L1 = 32 << 20
+_LARGEST_REFCOUNT_TABLE = 8 << 20
+_LONGEST_FORMAT = 15
 _LARGEST_OFFSET = 1 << 56
 _EXTENSION_DATA_FILE = 0x44415441
 _EXTENSION_BACKING_FORMAT = 0xE2792ACA
 _EXTENSION_END = 0
 _LONGEST_BACKING_NAME = 1023
+_LONGEST_EXTENSION = 1 << 16  # QEMU has none of its own; no path is as long
 _SECTOR = 512
 _OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 
 # A table of 64 empty refcount blocks describes nothing; then the image is taken as complete.
 _BLOCKS_LOOKED_AT = 64
-_MAX_TABLE = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,16 @@ class Qcow2Header:
 
 
 def _extensions(area: bytes) -> dict[int, bytes]:
+    """Those that are looked at; there can be as many others as there is room for."""
     found = {}
     at = 0
     while at + 8 <= len(area):
         kind, length = struct.unpack_from(">II", area, at)
         if kind == _EXTENSION_END:
             break
-        found[kind] = area[at + 8 : at + 8 + length]  # the last one wins, as in QEMU
+        if kind in (_EXTENSION_DATA_FILE, _EXTENSION_BACKING_FORMAT):
+            # The last one wins, as in QEMU.
+            found[kind] = area[at + 8 : at + 8 + min(length, _LONGEST_EXTENSION)]
         at += 8 + (length + 7) // 8 * 8
     return found
 
@@ -106,12 +112,17 @@ def read_header(file: BinaryIO) -> Qcow2Header | None:
     if backing_offset and backing_length and placed:
         file.seek(backing_offset)
         backing = file.read(backing_length)
+    backing_format = None
+    if backing:
+        named = extensions.get(_EXTENSION_BACKING_FORMAT)
+        backing_format = named and named[: _LONGEST_FORMAT + 1]  # enough to be too long
     sound = (
-        (placed or not backing_offset)
+        len(backing_format or b"") <= _LONGEST_FORMAT
+        and (placed or not backing_offset)
         and not features & ~_FEATURES_OF_ANY_QEMU
         and (_V3_LENGTH <= length <= cluster_size or version == 2)
         and table_offset > 0
-        and table_clusters > 0
+        and 0 < table_clusters <= _LARGEST_REFCOUNT_TABLE // cluster_size
         and not (table_offset | l1_offset | snapshots_offset) % cluster_size
         and (table_offset | l1_offset | snapshots_offset) < _LARGEST_OFFSET
         and -(-size // (cluster_size * (cluster_size // 8))) <= l1_entries <= _LARGEST_L1 // 8
@@ -129,7 +140,7 @@ def read_header(file: BinaryIO) -> Qcow2Header | None:
         snapshots_offset=snapshots_offset,
         snapshots_end=snapshots_offset + snapshots * _SNAPSHOT_LENGTH if snapshots else 0,
         backing=backing,
-        backing_format=extensions.get(_EXTENSION_BACKING_FORMAT) if backing else None,
+        backing_format=backing_format,
         data_file=extensions.get(_EXTENSION_DATA_FILE) if features & _DATA_FILE_BIT else None,
         has_data_file=bool(features & _DATA_FILE_BIT),
         encrypted=crypt != 0,
@@ -153,7 +164,7 @@ def size_needed(file: BinaryIO, header: Qcow2Header) -> int:
     if needed > length:
         return needed
     file.seek(header.refcount_table_offset)
-    table = file.read(min(header.refcount_table_size, _MAX_TABLE))
+    table = file.read(min(header.refcount_table_size, _LARGEST_REFCOUNT_TABLE))
     looked_at = 0
     end = (len(table.rstrip(b"\0")) + 7) // 8 * 8
     for at in range(end - 8, -8, -8):

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from imgtool.image.qcow2 import Qcow2Header
 
 _OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00
-_LARGEST_TABLE = 32 << 20
+_LARGEST_TABLE = 8 << 20  # QEMU's limit
 
 
 def used_ranges(file: BinaryIO, header: Qcow2Header) -> Iterator[tuple[int, int]]:
@@ -28,10 +28,12 @@ def used_ranges(file: BinaryIO, header: Qcow2Header) -> Iterator[tuple[int, int]
     start = end = 0  # of the stretch so far
     for number in range(len(table) // 8):
         block = int.from_bytes(table[number * 8 : number * 8 + 8], "big") & _OFFSET_MASK
+        first = number * per_block
+        if first * header.cluster_size >= length:
+            break  # there is nothing that it could count
         if block == 0:
             continue
         file.seek(block)
-        first = number * per_block
         for from_entry, to_entry in _used_entries(file.read(header.cluster_size), header):
             begins = (first + from_entry) * header.cluster_size
             ends = min((first + to_entry) * header.cluster_size, length)

@@ -1,12 +1,14 @@
 """The table of internal snapshots of a qcow2 image, read without QEMU.
 
-Layout: docs/interop/qcow2.txt in QEMU's sources, "Snapshots".
+Layout: docs/interop/qcow2.txt in QEMU's sources, "Snapshots"; limits: block/qcow2.h there.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import BinaryIO
 
 from imgtool.image.qcow2 import Qcow2Header
@@ -16,8 +18,11 @@ _LARGE_STATE = struct.Struct(">Q")
 _STATE_AND_SIZE = struct.Struct(">QQ")
 _FEATURES_AT, _EXTENDED_L2 = 72, 1 << 4
 _MOST_EXTRA = 1024  # what QEMU takes
+_LARGEST_TABLE = 64 << 20
+# QEMU tells no more of an id and a name.
+_LONGEST_ID, _LONGEST_NAME = 127, 255
 _OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
-_LARGEST_L1 = 32 << 20  # QEMU's limit
+_L1_PART = 64 << 10  # of a table that is read at once, in bytes
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,14 @@ class SnapshotRow:
 
 
 def read_snapshots(file: BinaryIO, header: Qcow2Header) -> tuple[SnapshotRow, ...] | None:
-    """The snapshots in the table's order; None where the table is not as it should be."""
+    """The snapshots in the table's order; None where the table is not as it should be, or larger
+    than QEMU takes. Of longer ids and names what QEMU tells of them."""
     rows = []
     at = header.snapshots_offset
     for _ in range(header.snapshots):
         at = (at + 7) // 8 * 8
+        if at - header.snapshots_offset > _LARGEST_TABLE:
+            return None
         file.seek(at)
         fixed = file.read(_ENTRY.size)
         if len(fixed) < _ENTRY.size:
@@ -61,8 +69,8 @@ def read_snapshots(file: BinaryIO, header: Qcow2Header) -> tuple[SnapshotRow, ..
             _, disk_size = _STATE_AND_SIZE.unpack_from(rest)
         rows.append(
             SnapshotRow(
-                id=rest[extra : extra + id_length],
-                name=rest[extra + id_length :],
+                id=rest[extra : extra + min(id_length, _LONGEST_ID)],
+                name=rest[extra + id_length :][:_LONGEST_NAME],
                 time=seconds * 10**9 + nanoseconds,
                 vm_clock=clock,
                 vm_state_size=state,
@@ -75,10 +83,15 @@ def read_snapshots(file: BinaryIO, header: Qcow2Header) -> tuple[SnapshotRow, ..
     return tuple(rows)
 
 
-def _clusters(file: BinaryIO, offset: int, size: int) -> list[int]:
-    file.seek(offset)
-    table = file.read(min(size, _LARGEST_L1))
-    return [entry & _OFFSET_MASK for (entry,) in struct.iter_unpack(">Q", table)]
+def _clusters(file: BinaryIO, offset: int, entries: int) -> Iterator[tuple[int, int]]:
+    """The clusters that a table of so many entries names, a part at a time: how many, and all of
+    them as one number; fewer if the file ends."""
+    mask = int.from_bytes(_OFFSET_MASK.to_bytes(8) * (_L1_PART // 8))
+    for at in range(0, entries * 8, _L1_PART):
+        file.seek(offset + at)
+        table = file.read(min(_L1_PART, entries * 8 - at))
+        count = len(table) // 8
+        yield count, int.from_bytes(table[: count * 8].ljust(_L1_PART, b"\0")) & mask
 
 
 def same_as_active(file: BinaryIO, header: Qcow2Header, row: SnapshotRow) -> bool:
@@ -92,8 +105,9 @@ def same_as_active(file: BinaryIO, header: Qcow2Header, row: SnapshotRow) -> boo
     entry = 16 if header.version == 3 and _has_extended_l2(file) else 8
     covered = header.cluster_size * (header.cluster_size // entry)
     used = -(-header.virtual_size // covered)
-    active = _clusters(file, header.l1_offset, header.l1_size)[:used]
-    return active == _clusters(file, row.l1_offset, row.l1_size)[:used]
+    active = _clusters(file, header.l1_offset, min(used, header.l1_size // 8))
+    then = _clusters(file, row.l1_offset, min(used, row.l1_size // 8))
+    return all(here == there for here, there in zip_longest(active, then))
 
 
 def _has_extended_l2(file: BinaryIO) -> bool:
