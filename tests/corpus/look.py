@@ -1,0 +1,264 @@
+"""Look at one image with every reading command, and say what is not as it should be."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SECONDS, MEMORY = 10.0, 500 << 20
+_GIVEN_UP = 120  # seconds after which a command is ended
+_LONGEST_LINE, _MOST_LINES = 1000, 60
+_KNOWN_LINE = re.compile(r"imgtool: |  hint: |\s")
+_STEERS = re.compile(rb"[\x00-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f]")
+_CHECKERS: Mapping[str, Sequence[str]] = {
+    "ext2": ("e2fsck", "-fn"),
+    "ext3": ("e2fsck", "-fn"),
+    "ext4": ("e2fsck", "-fn"),
+    "xfs": ("xfs_repair", "-n", "-f", "-o", "force_geometry"),
+    "btrfs": ("btrfs", "check", "--readonly", "--force"),
+}
+# imgtool's names of what blkid calls otherwise.
+_TABLES = {"dos": "msdos"}
+_PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
+
+COMMANDS: Mapping[str, Sequence[str]] = {
+    "info": ("info", "{image}", "-o", "json"),
+    "partitions": ("partitions", "{image}", "-o", "json"),
+    "filesystems": ("filesystems", "--all", "{image}", "-o", "json", "--engine", "{engine}"),
+    "table": ("filesystems", "--all", "-l", "{image}", "--engine", "{engine}"),
+    "df": ("df", "{image}", "-o", "json", "--engine", "{engine}"),
+    "ls": (
+        *("ls", "-lR", "--checksum", "sha256", "{image}", "/"),
+        *("-o", "jsonl", "--engine", "{engine}"),
+    ),
+    "inspect": ("inspect", "{image}", "-o", "json", "--engine", "{engine}"),
+    "copy-out": ("copy-out", "{image}", "/", "{folder}", "--engine", "{engine}"),
+    "check": ("check", "{image}"),
+    "chain check": ("chain", "check", "{image}"),
+    "chain show": ("chain", "show", "{image}"),
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How one command ended: seconds and bytes are what it took, with its children."""
+
+    status: int
+    out: bytes
+    err: str
+    seconds: float
+    memory: int
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of JSON, an array or one object a line; none where there are none."""
+        text = self.out.decode()
+        with contextlib.suppress(ValueError):
+            value = json.loads(text)
+            return value if isinstance(value, list) else [value]
+        return [json.loads(line) for line in text.splitlines()]
+
+
+@dataclass
+class Looked:
+    """All answers about one image, and what is wrong with them, a line each."""
+
+    image: Path
+    answers: dict[str, Answer] = field(default_factory=dict)
+    defects: list[str] = field(default_factory=list)
+    compared: bool = False
+
+
+def run(words: Sequence[str]) -> Answer:
+    """Run imgtool; it is ended where it takes far too long."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        started = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "imgtool", *words], stdin=subprocess.DEVNULL, stdout=out,
+            stderr=err, start_new_session=True, env={**os.environ, "PATH": _PATH},
+        )  # fmt: skip
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            # Not reaped: what it took is told by wait4 alone.
+            _wait_for(process.pid, _GIVEN_UP)
+        if time.monotonic() - started >= _GIVEN_UP:
+            process.terminate()
+        _, state, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - started
+        process.returncode = os.waitstatus_to_exitcode(state)
+        out.seek(0)
+        err.seek(0)
+        return Answer(
+            process.returncode,
+            out.read(),
+            err.read().decode(errors="replace"),
+            seconds,
+            usage.ru_maxrss << 10,
+        )
+
+
+def _wait_for(pid: int, limit: float) -> None:
+    until = time.monotonic() + limit
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        if time.monotonic() > until:
+            return
+        time.sleep(0.01)
+
+
+def look(
+    image: Path,
+    *,
+    engine: str = "direct",
+    expected: Mapping[str, Any] | None = None,
+    commands: Mapping[str, Sequence[str]] = COMMANDS,
+) -> Looked:
+    """Every command on one image.
+
+    `expected` has for a command what must be: `status`, `says` (a part of what is on standard
+    error), `rows` (fields of rows that must be there).
+    """
+    looked = Looked(image)
+    before = _state(image)
+    with tempfile.TemporaryDirectory(prefix="corpus-") as folder:
+        for name, words in commands.items():
+            values = {"image": str(image), "engine": engine, "folder": folder}
+            answer = run([word.format_map(values) for word in words])
+            looked.answers[name] = answer
+            looked.defects += [f"{name}: {line}" for line in misbehaviour(answer)]
+            wanted = (expected or {}).get(name)
+            if wanted is not None:
+                looked.defects += [f"{name}: {line}" for line in _unexpected(answer, wanted)]
+        if _state(image) != before:
+            looked.defects.append("the image has changed")
+        looked.defects += _known_better(looked, expected or {}, Path(folder))
+    return looked
+
+
+def _state(image: Path) -> tuple[int, ...]:
+    status = image.stat()
+    return status.st_size, status.st_blocks, status.st_mtime_ns, status.st_ctime_ns
+
+
+def misbehaviour(answer: Answer) -> Iterator[str]:
+    """What no command may do, whatever the image is."""
+    if not 0 <= answer.status <= 6:
+        yield f"status {answer.status}"
+    if "Traceback" in answer.err or "internal error" in answer.err:
+        yield "a traceback: " + answer.err[-300:]
+    if answer.seconds > SECONDS:
+        yield f"it took {answer.seconds:.1f} s"
+    if answer.memory > MEMORY:
+        yield f"it took {answer.memory >> 20} MiB"
+    lines = answer.err.splitlines()
+    if any(len(line) > _LONGEST_LINE for line in lines) or len(lines) > _MOST_LINES:
+        yield f"it says too much: {len(lines)} lines, the longest {max(map(len, lines))} characters"
+    if any(not _KNOWN_LINE.match(line) for line in lines if line):
+        yield "a line that is not imgtool's: " + next(
+            line for line in lines if line and not _KNOWN_LINE.match(line)
+        )
+    if _STEERS.search(answer.err.encode()) or _STEERS.search(answer.out):
+        yield "it steers the terminal"
+    if answer.status and not lines and not answer.out:
+        yield f"status {answer.status} without a word"
+
+
+def _unexpected(answer: Answer, wanted: Mapping[str, Any]) -> Iterator[str]:
+    if "status" in wanted and answer.status != wanted["status"]:
+        yield f"status {answer.status}, not {wanted['status']}: {answer.err.strip()[:200]}"
+    if "says" in wanted and wanted["says"] not in answer.err:
+        yield f"it does not say {wanted['says']!r}: {answer.err.strip()[:200]}"
+    if "rows" in wanted:
+        rows = answer.rows()
+        for fields in wanted["rows"]:
+            if not any(all(row.get(key) == value for key, value in fields.items()) for row in rows):
+                yield f"no row with {fields}"
+
+
+def _known_better(looked: Looked, expected: Mapping[str, Any], folder: Path) -> Iterator[str]:
+    """Where another program or the kernel knows better than an answer that was given as sure."""
+    probed = _probe(looked.image)
+    filesystems = looked.answers.get("filesystems")
+    if filesystems and filesystems.status == 0 and "filesystems" not in expected:
+        kinds = {row["type"] for row in filesystems.rows()}
+        if probed.get("TYPE") and probed["TYPE"] not in kinds:
+            yield f"filesystems: blkid says {probed['TYPE']}, not {sorted(map(str, kinds))}"
+    partitions = looked.answers.get("partitions")
+    if partitions and partitions.status == 0 and "partitions" not in expected:
+        tables = {row["table"] for row in partitions.rows()} or {"none"}
+        table = probed.get("PTTYPE", "none")
+        if "TYPE" not in probed and _TABLES.get(table, table) not in tables:
+            yield f"partitions: blkid says {table}, not {sorted(map(str, tables))}"
+    listed = looked.answers.get("ls")
+    if listed and listed.status == 0 and _is_sound(looked.image, probed.get("TYPE")):
+        looked.compared = True
+        yield from _not_the_kernels(looked.image, listed, folder)
+
+
+def _probe(image: Path) -> dict[str, str]:
+    done = subprocess.run(
+        ["blkid", "-p", "-o", "export", image], capture_output=True, text=True,
+        env={**os.environ, "PATH": _PATH},
+    )  # fmt: skip
+    return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+
+
+def _is_sound(image: Path, kind: str | None) -> bool:
+    checker = _CHECKERS.get(kind or "")
+    if checker is None or os.geteuid() != 0 or shutil.which(checker[0], path=_PATH) is None:
+        return False
+    words = [*checker, str(image)]
+    env = {**os.environ, "PATH": _PATH}
+    return subprocess.run(words, capture_output=True, env=env).returncode == 0
+
+
+def _not_the_kernels(image: Path, listed: Answer, folder: Path) -> Iterator[str]:
+    place = folder / "mounted"
+    place.mkdir()
+    options = "loop,ro,nodev,nosuid,noexec"
+    done = subprocess.run(["mount", "-o", options, image, place], capture_output=True, text=True)
+    if done.returncode:
+        yield f"ls: the kernel does not mount it: {done.stderr.strip()[-200:]}"
+        return
+    try:
+        theirs = dict(_walk(os.fsencode(place)))
+    finally:
+        subprocess.run(["umount", place], check=True)
+    ours = {
+        _path(row): (row["size"] if row["type"] == "file" else None, row.get("checksum"))
+        for row in listed.rows()
+    }
+    ours.pop(b"/", None)
+    for path in sorted({*ours, *theirs}):
+        if ours.get(path) != theirs.get(path):
+            yield f"ls: {path!r} is {ours.get(path)}, the kernel has {theirs.get(path)}"
+            return
+
+
+def _path(row: Mapping[str, Any]) -> bytes:
+    import base64
+
+    return base64.b64decode(row["path_bytes"]) if row.get("path_bytes") else row["path"].encode()
+
+
+def _walk(top: bytes) -> Iterator[tuple[bytes, tuple[int | None, str | None]]]:
+    for directory, folders, files in os.walk(top):
+        for name in [*folders, *files]:
+            path = os.path.join(directory, name)
+            status = os.lstat(path)
+            size = checksum = None
+            if stat.S_ISREG(status.st_mode):
+                size = status.st_size
+                with open(path, "rb") as file:
+                    checksum = hashlib.file_digest(file, "sha256").hexdigest()
+            yield path[len(top) :], (size, checksum)
