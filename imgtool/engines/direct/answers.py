@@ -11,8 +11,10 @@ from typing import Any
 
 from imgtool.engines.direct import protocol
 from imgtool.engines.direct.client import Client
+from imgtool.errors import EngineError
 from imgtool.scratch import large_files
 
+_BUFFER = 2 << 20
 _MOST_ROWS = 8 << 30  # bytes: some fifty million entries
 
 
@@ -46,6 +48,37 @@ class AnswerStream(io.RawIOBase):
         buffer[:count] = self._held[:count]
         self._held = self._held[count:]
         return count
+
+
+class Contents(io.BufferedReader):
+    """A file's bytes. Those before an error are given, and the error to who reads on."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        super().__init__(raw, _BUFFER)
+        self._error: EngineError | None = None
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Up to `size` bytes, fewer before the end or an error; without a size the error comes
+        before any of them.
+        """
+        if self._error is not None:
+            raise self._error
+        if size is None or size < 0:
+            return super().read()
+        parts: list[bytes] = []
+        while size:
+            try:
+                part = self.read1(size)
+            except EngineError as error:
+                if not parts:
+                    raise
+                self._error = error
+                break
+            if not part:
+                break
+            parts.append(part)
+            size -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 @contextlib.contextmanager

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import struct
 import time
-from array import array
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from stat import S_IFDIR, S_IFREG
 
-from imgtool.engines.direct import exfat_directory
-from imgtool.engines.direct.exfat_boot import FIRST_CLUSTER, Geometry, numbers, read_geometry
+from imgtool.engines.direct import cluster_chains, exfat_directory
+from imgtool.engines.direct.cluster_chains import (
+    END_OF_CHAIN,
+    FIRST_CLUSTER,
+    Chain,
+    Owners,
+    Runs,
+    Table,
+)
+from imgtool.engines.direct.exfat_boot import Geometry, read_geometry
 from imgtool.engines.direct.exfat_directory import DIRECTORY, ENTRY, READ_ONLY, Content, Upcase
 from imgtool.engines.direct.filesystem import (
     Filesystem,
@@ -26,9 +33,7 @@ from imgtool.engines.direct.pages import Pages
 _ROOT = 0  # no directory entry lies there: it is the boot sector
 _LARGEST_DIRECTORY = 16 * 1024 * 1024
 _LARGEST_UPCASE = 2 * 65536
-_MOST_RUNS = 500_000
 _CHUNK = 1024 * 1024
-_TABLE_CHUNK = 16 * 1024
 _BAD = 0xFFFFFFF7
 _TIME_UNIT = 10_000_000  # nanoseconds
 
@@ -49,8 +54,8 @@ class ExfatFilesystem(Filesystem):
         self._directory_of_cluster: dict[int, int] = {}
         self._last_directory: tuple[int, bytes] = (-1, b"")
         self._last_listed: tuple[int, list[tuple[bytes, int]], dict[bytes, int]] = (-1, [], {})
-        self._last_runs: tuple[int, list[int], list[tuple[int, int]]] = (-1, [], [])
-        self._table: tuple[int, array[int]] = (-1, array("I"))
+        self._last_runs: tuple[int, Runs] = (-1, Runs([], [], None))
+        self._table = Table(self._source, geometry.table, 4)
         system = list(exfat_directory.primaries(self._directory(_ROOT)))
         self._upcase = self._read_upcase(system)
         self._bitmap = self._find_bitmap(system)
@@ -81,18 +86,12 @@ class ExfatFilesystem(Filesystem):
         raise ReadFailed("not a symbolic link")
 
     def read(self, inode: int, offset: int, length: int) -> bytes:
-        """Bytes of a regular file."""
-        starts, runs, size = self._runs(inode)
-        length = min(length, size - offset)
-        parts = []
-        at = bisect_right(starts, offset) - 1
-        while length > 0:
-            place, available = runs[at]
-            within = offset - starts[at]
-            take = min(length, available - within)
-            parts.append(self._source.read(place + within, take))
-            offset, length, at = offset + take, length - take, at + 1
-        return b"".join(parts)
+        """Bytes of a regular file; of one whose chain is damaged those before the damage."""
+        entry = self._entry(inode)
+        length = min(length, entry.size - offset)
+        if length <= 0:
+            return b""
+        return self._runs(inode, entry).read(self._source, offset, length)
 
     def ranges(self, inode: int) -> Sequence[tuple[int, int]]:
         """All of the file: exFAT has no holes."""
@@ -206,34 +205,57 @@ class ExfatFilesystem(Filesystem):
             raise NeedsAppliance("a directory on exFAT has another size than its clusters")
         return places
 
-    def _runs(self, inode: int) -> tuple[list[int], list[tuple[int, int]], int]:
-        """A file's contiguous pieces: where each starts in it; its place and size in bytes. Also
-        the file's size.
-        """
-        entry = self._entry(inode)
+    def _runs(self, inode: int, entry: Content) -> Runs:
         if entry.attributes & DIRECTORY:
             raise ReadFailed("not a regular file")
-        if self._last_runs[0] == inode:
-            return *self._last_runs[1:], entry.size
-        size = self._geometry.cluster_size
-        wanted = -(-entry.size // size)
-        first = entry.cluster
-        pieces = self._chain(first, wanted) if entry.chained else iter([(first, wanted)])
-        starts: list[int] = []
-        runs: list[tuple[int, int]] = []
-        done = 0
-        while done < wanted:
-            first, count = next(pieces, (0, 0))
-            if not count:
-                raise ReadFailed("the file's chain of clusters is too short")
-            if len(runs) >= _MOST_RUNS:
-                raise NeedsAppliance("a file on exFAT is in too many pieces")
-            self._place(first + count - 1)
-            starts.append(done * size)
-            runs.append((self._place(first), count * size))
-            done += count
-        self._last_runs = (inode, starts, runs)
-        return starts, runs, entry.size
+        if self._last_runs[0] != inode:
+            chain = self._file_chain(entry)
+            if self._owners is not None:
+                chain = self._owners.checked(chain)
+            runs = cluster_chains.runs(chain, self._place, self._geometry.cluster_size)
+            self._last_runs = (inode, runs)
+        return self._last_runs[1]
+
+    def _file_chain(self, entry: Content) -> Chain:
+        def following(cluster: int) -> int:
+            found = self._next(cluster)
+            return END_OF_CHAIN if found > _BAD else found
+
+        wanted = -(-entry.size // self._geometry.cluster_size)
+        if not entry.chained:
+            return Chain([(entry.cluster, wanted)], None)
+        return cluster_chains.follow(entry.cluster, wanted, self._geometry.end, following)
+
+    @cached_property
+    def _owners(self) -> Owners | None:
+        """Who uses which clusters; None on volumes where it would take long to find out."""
+        geometry = self._geometry
+        if geometry.clusters > cluster_chains.MOST_CLUSTERS:
+            return None
+        owners = Owners(geometry.end)
+        waiting, names = [_ROOT], 0
+        while waiting:
+            directory = waiting.pop()
+            try:
+                listed = self._listed(directory)[0]
+                places = self._places(directory)
+            except (NeedsAppliance, ReadFailed):
+                continue  # whoever lists it will hear of it
+            size = geometry.cluster_size
+            owners.claim(((at - geometry.data) // size + FIRST_CLUSTER, 1) for at in places)
+            names += len(listed)
+            if names > cluster_chains.MOST_NAMES:
+                return None
+            for _, child in listed:
+                try:
+                    entry = self._entry(child)
+                except NeedsAppliance:
+                    continue
+                if entry.attributes & DIRECTORY:
+                    waiting.append(child)
+                elif entry.size:
+                    owners.claim(self._file_chain(entry).pieces)
+        return owners
 
     def _place(self, cluster: int) -> int:
         if not FIRST_CLUSTER <= cluster < self._geometry.end:
@@ -256,13 +278,7 @@ class ExfatFilesystem(Filesystem):
     def _next(self, cluster: int) -> int:
         """What the table has for a cluster: the next one's number, or a mark of the end."""
         self._place(cluster)
-        at = self._geometry.table + cluster * 4
-        chunk = at // _TABLE_CHUNK
-        if self._table[0] != chunk:
-            start = chunk * _TABLE_CHUNK
-            length = min(_TABLE_CHUNK, self._source.size - start) // 4 * 4
-            self._table = (chunk, numbers(self._source.read(start, length), "I"))
-        return self._table[1][at % _TABLE_CHUNK // 4]
+        return self._table.entry(cluster)
 
     def _contiguous(self, raw: bytes, what: str) -> tuple[int, int]:
         """The place and size of the bitmap or up-case table that an entry of the root names."""

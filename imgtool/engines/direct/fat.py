@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import struct
-from array import array
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from stat import S_IFDIR, S_IFREG
-from sys import byteorder
 
-from imgtool.engines.direct import fat_directory
+from imgtool.engines.direct import cluster_chains, fat_directory
+from imgtool.engines.direct.cluster_chains import END_OF_CHAIN, Chain, Owners, Runs, Table
+from imgtool.engines.direct.exfat_boot import numbers
 from imgtool.engines.direct.fat_boot import FIRST_CLUSTER, Geometry, read_geometry
 from imgtool.engines.direct.fat_directory import DIRECTORY, ENTRY, READ_ONLY, Content, Entry
 from imgtool.engines.direct.filesystem import (
@@ -25,9 +24,7 @@ from imgtool.engines.direct.pages import Pages
 
 _ROOT = 0  # no directory entry lies there: it is the boot sector
 _LARGEST_DIRECTORY = 2 * 1024 * 1024  # the specification's limit of 65,536 entries
-_MOST_RUNS = 500_000
 _CHUNK = 1024 * 1024
-_END_OF_CHAIN = -1
 
 
 class FatFilesystem(Filesystem):
@@ -41,9 +38,10 @@ class FatFilesystem(Filesystem):
         self._source = Pages(source)
         self._geometry = geometry
         self._bad = {12: 0xFF7, 16: 0xFFF7, 32: 0x0FFFFFF7}[geometry.bits]
+        self._table = Table(self._source, geometry.table, 2 if geometry.bits == 16 else 4)
         self._directory_of_cluster: dict[int, int] = {}
         self._last_directory: tuple[int, bytes] = (-1, b"")
-        self._last_runs: tuple[int, list[int], list[tuple[int, int]]] = (-1, [], [])
+        self._last_runs: tuple[int, Runs] = (-1, Runs([], [], None))
 
     @classmethod
     def open(cls, source: Source) -> FatFilesystem:
@@ -78,21 +76,12 @@ class FatFilesystem(Filesystem):
         raise ReadFailed("not a symbolic link")
 
     def read(self, inode: int, offset: int, length: int) -> bytes:
-        """Bytes of a regular file."""
+        """Bytes of a regular file; of one whose chain is damaged those before the damage."""
         entry = self._entry(inode)
         length = min(length, entry.size - offset)
         if length <= 0:
             return b""
-        starts, runs = self._runs(inode, entry)
-        parts = []
-        at = bisect_right(starts, offset) - 1
-        while length:
-            place, size = runs[at]
-            within = offset - starts[at]
-            take = min(length, size - within)
-            parts.append(self._source.read(place + within, take))
-            offset, length, at = offset + take, length - take, at + 1
-        return b"".join(parts)
+        return self._runs(inode, entry).read(self._source, offset, length)
 
     def ranges(self, inode: int) -> Sequence[tuple[int, int]]:
         """All of the file: FAT has no holes."""
@@ -165,7 +154,7 @@ class FatFilesystem(Filesystem):
             raise NeedsAppliance("two directories on FAT share their clusters")
         places: list[int] = []
         cluster = first
-        while cluster != _END_OF_CHAIN:
+        while cluster != END_OF_CHAIN:
             if len(places) * geometry.cluster_size >= _LARGEST_DIRECTORY:
                 raise NeedsAppliance("a directory on FAT is too large or goes in circles")
             places.append(self._place(cluster))
@@ -183,34 +172,55 @@ class FatFilesystem(Filesystem):
         self._last_directory = (inode, data)
         return data
 
-    def _runs(self, inode: int, entry: Content) -> tuple[list[int], list[tuple[int, int]]]:
-        """A file's contiguous pieces: where each starts in it; its place and size in bytes."""
+    def _runs(self, inode: int, entry: Content) -> Runs:
         if self._last_runs[0] == inode:
-            return self._last_runs[1:]
+            return self._last_runs[1]
         if entry.attributes & DIRECTORY:
             raise ReadFailed("not a regular file")
         if entry.cluster == 0:
             raise NeedsAppliance("a file on FAT has a size and no clusters")
-        size = self._geometry.cluster_size
-        clusters = -(-entry.size // size)
-        starts: list[int] = []
-        runs: list[tuple[int, int]] = []
-        cluster, done = entry.cluster, 0
-        while done < clusters:
-            first, count = cluster, 0
-            while cluster == first + count and done < clusters:
-                if not FIRST_CLUSTER <= cluster < self._geometry.end:
-                    raise ReadFailed("the file's chain of clusters is broken")
-                count, done = count + 1, done + 1
-                cluster = self._next(cluster) if done < clusters else _END_OF_CHAIN
-            if count == 0:
-                raise ReadFailed("the file's chain of clusters is too short")
-            if len(runs) >= _MOST_RUNS:
-                raise NeedsAppliance("a file on FAT is in too many pieces")
-            starts.append((done - count) * size)
-            runs.append((self._place(first), count * size))
-        self._last_runs = (inode, starts, runs)
-        return starts, runs
+        chain = self._chain(entry)
+        if self._owners is not None:
+            chain = self._owners.checked(chain)
+        runs = cluster_chains.runs(chain, self._place, self._geometry.cluster_size)
+        self._last_runs = (inode, runs)
+        return runs
+
+    def _chain(self, entry: Content) -> Chain:
+        wanted = -(-entry.size // self._geometry.cluster_size)
+        return cluster_chains.follow(entry.cluster, wanted, self._geometry.end, self._next)
+
+    @cached_property
+    def _owners(self) -> Owners | None:
+        """Who uses which clusters; None on volumes where it would take long to find out."""
+        if self._geometry.clusters > cluster_chains.MOST_CLUSTERS:
+            return None
+        owners = Owners(self._geometry.end)
+        waiting, names = [_ROOT], 0
+        while waiting:
+            directory = waiting.pop()
+            try:
+                listed = self._listed(directory)[0]
+                clusters = self._clusters(directory)
+            except (NeedsAppliance, ReadFailed):
+                continue  # whoever lists it will hear of it
+            owners.claim(clusters)
+            names += len(listed)
+            if names > cluster_chains.MOST_NAMES:
+                return None
+            for entry, child in listed:
+                content = fat_directory.content(entry.raw, self._geometry.bits)
+                if content.attributes & DIRECTORY:
+                    waiting.append(child)
+                elif content.size and content.cluster:
+                    owners.claim(self._chain(content).pieces)
+        return owners
+
+    def _clusters(self, directory: int) -> list[cluster_chains.Piece]:
+        if directory == _ROOT and self._geometry.bits != 32:
+            return []
+        first, size = self._geometry.data, self._geometry.cluster_size
+        return [((place - first) // size + FIRST_CLUSTER, 1) for place in self._places(directory)]
 
     def _place(self, cluster: int) -> int:
         if not FIRST_CLUSTER <= cluster < self._geometry.end:
@@ -221,16 +231,15 @@ class FatFilesystem(Filesystem):
         """The next cluster of a chain; the mark of a bad cluster ends one, as in the kernel."""
         table, bits = self._geometry.table, self._geometry.bits
         if bits == 12:
-            (pair,) = struct.unpack("<H", self._source.read(table + cluster * 3 // 2, 2))
+            pair = int.from_bytes(self._source.read(table + cluster * 3 // 2, 2), "little")
             found = pair >> 4 if cluster & 1 else pair & 0xFFF
-        elif bits == 16:
-            (found,) = struct.unpack("<H", self._source.read(table + cluster * 2, 2))
         else:
-            (found,) = struct.unpack("<I", self._source.read(table + cluster * 4, 4))
-            found &= 0x0FFFFFFF
+            found = self._table.entry(cluster)
+            if bits == 32:
+                found &= 0x0FFFFFFF
         if found >= self._bad:
-            return _END_OF_CHAIN
-        return int(found)
+            return END_OF_CHAIN
+        return found
 
     def _free_clusters(self) -> int:
         geometry = self._geometry
@@ -243,11 +252,9 @@ class FatFilesystem(Filesystem):
         while start < end:
             chunk = self._source.read(start, min(_CHUNK, end - start))
             start += len(chunk)
-            numbers = array("H" if width == 2 else "I", chunk)
-            if byteorder == "big":
-                numbers.byteswap()
+            entries = numbers(chunk, "H" if width == 2 else "I")
             if width == 4 and max(chunk[3::4]) > 0x0F:  # the upper four bits are not part of it
-                free += sum(not number & 0x0FFFFFFF for number in numbers)
+                free += sum(not number & 0x0FFFFFFF for number in entries)
             else:
-                free += numbers.count(0)
+                free += entries.count(0)
         return free

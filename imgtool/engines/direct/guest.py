@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import itertools
 import logging
 import re
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from imgtool.engines.direct import client as wire
 from imgtool.engines.direct import protocol, replay
-from imgtool.engines.direct.answers import AnswerStream, spooled
+from imgtool.engines.direct.answers import AnswerStream, Contents, spooled
 from imgtool.engines.direct.client import Client, WorkerFailed
 from imgtool.engines.direct.filesystem import NeedsAppliance
 from imgtool.engines.direct.volumes_client import WorkerVolume, WorkerVolumes
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from imgtool.image.clusters import Clusters
 
 log = logging.getLogger(__name__)
-_BUFFER = 2 << 20
 _LARGE = 32 << 20  # below it to ask where a file lies costs more than it saves
 
 
@@ -285,7 +283,7 @@ class DirectGuest(Guest):
             # A refusal comes now, not when somebody reads.
             first = list(itertools.islice(frames, 1))
             stream = AnswerStream(self._client, itertools.chain(first, frames), most)
-            yield cast(BinaryIO, io.BufferedReader(stream, _BUFFER))
+            yield cast(BinaryIO, Contents(stream))
 
     def open(self, path: str | bytes) -> AbstractContextManager[BinaryIO]:
         """A regular file's bytes as a stream; links are followed inside the guest."""
@@ -322,7 +320,7 @@ class DirectGuest(Guest):
                 return
             found = self._client.checked(runs, rows, self.disk_sizes)
             stream = PlainStream(found, self._clusters(), offset, offset + most, streamed)
-            yield cast(BinaryIO, io.BufferedReader(stream, _BUFFER))
+            yield cast(BinaryIO, Contents(stream))
 
     def tar(
         self, path: str | bytes, excludes: Sequence[bytes] = ()

@@ -74,15 +74,21 @@ class PlainStream(io.RawIOBase):
         while self._others is None and self._at < self._end and done < len(view):
             if interrupt.pending():
                 raise Interrupted("interrupted")
-            stretch = self._stretch(min(len(view) - done, self._end - self._at))
-            if stretch is None:
-                self._others = self._open_others(self._at)
-                break
-            count = _fill(view[done : done + stretch.length], stretch)
+            try:
+                stretch = self._stretch(min(len(view) - done, self._end - self._at))
+                if stretch is None:
+                    self._others = self._open_others(self._at)
+                    break
+                count = _fill(view[done : done + stretch.length], stretch)
+            except EngineError:
+                if not done:
+                    raise
+                break  # what precedes it is given; the next read fails
             done += count
             self._at += count
         if not done and self._others is not None:
-            return self._others.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
+            # One part at a time: what precedes an error is not lost.
+            return self._others.readinto1(buffer)  # type: ignore[attr-defined, no-any-return]
         return done
 
     def _stretch(self, length: int) -> Stretch | None:
