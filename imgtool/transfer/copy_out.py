@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import marshal
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -229,11 +230,10 @@ class _Copy:
 
     def _file(self, entry: Entry, relative: bytes) -> bool:
         try:
-            if entry.size >= SPARSE and entry.blocks * 512 < entry.size:
-                self._staging.file_at(relative, self._ranges(entry), size=entry.size)
-            else:
-                with self._guest.open(entry.path) as stream:
-                    self._staging.file(relative, self._blocks(stream))
+            sparse = entry.size >= SPARSE and entry.blocks * 512 < entry.size
+            pieces = self._ranges(entry) if sparse else self._whole(entry)
+            with contextlib.closing(pieces):
+                self._staging.file_at(relative, pieces, size=entry.size if sparse else None)
         except (EngineError, NotInGuestError) as error:
             kept = "what could be read was kept" if self._keep_partial else "it was left out"
             self._report.problem(entry.path, f"cannot be read ({error.message}); {kept}")
@@ -255,7 +255,14 @@ class _Copy:
             self._advance(len(block))
             yield block
 
-    def _ranges(self, entry: Entry) -> Iterator[tuple[int, bytes]]:
+    def _whole(self, entry: Entry) -> Generator[tuple[int, bytes], None, None]:
+        offset = 0
+        with self._guest.open(entry.path) as stream:
+            for block in self._blocks(stream):
+                yield offset, block
+                offset += len(block)
+
+    def _ranges(self, entry: Entry) -> Generator[tuple[int, bytes], None, None]:
         for start, length in self._guest.data_ranges(entry.path):
             offset = start
             with self._guest.open_range(entry.path, start, length) as stream:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 from imgtool import scratch
-from imgtool.errors import ImgtoolError, RefusedError
+from imgtool.errors import EngineError, ImgtoolError, NotInGuestError, RefusedError
 from imgtool.transfer import folders
 from imgtool.transfer.writes import Writes
 
@@ -292,7 +292,10 @@ class Staging:
     def file_at(
         self, path: bytes, pieces: Iterable[tuple[int, bytes]], *, size: int | None = None
     ) -> int:
-        """Make a regular file of (offset, bytes); what is between them, up to `size`, is a hole."""
+        """Make a regular file of (offset, bytes); what is between them, up to `size`, is a hole.
+
+        Where the guest ends them with an error, the file has what came before it.
+        """
         with self._explained():
             folder, name = self._place(path)
             with contextlib.suppress(FileNotFoundError):
@@ -302,14 +305,18 @@ class Staging:
         end = 0
         try:
             with contextlib.closing(Writes(file)) as writes:
-                for offset, piece in pieces:
+                try:
+                    for offset, piece in pieces:
+                        with self._explained():
+                            writes.add(offset, piece)
+                        end = max(end, offset + len(piece))
+                except (EngineError, NotInGuestError):
+                    size = None
+                    raise
+                finally:
                     with self._explained():
-                        writes.add(offset, piece)
-                    end = max(end, offset + len(piece))
-                with self._explained():
-                    writes.finish()
-            with self._explained():
-                os.ftruncate(file, end if size is None else size)
+                        writes.finish()
+                        os.ftruncate(file, end if size is None else size)
         finally:
             os.close(file)
         return end

@@ -30,13 +30,14 @@ def _fat(path: Path, size: int, tree: Path, *options: object) -> None:
 
 
 def _entry_after_the_end(path: Path) -> None:
-    """A whole entry behind zeros in the root directory: the kernel lists it."""
+    """A whole entry, of an empty file, behind zeros in the root directory: the kernel lists it."""
     raw = path.read_bytes()
     entry = raw.index(b"BOTHCASETXT")
     last = entry
     while raw[last]:
         last += 32
-    patch(path, last + 96, b"BEHIND  TXT" + raw[entry + 11 : entry + 32])
+    # Without clusters: two entries of one chain would be damage.
+    patch(path, last + 96, b"BEHIND  TXT" + raw[entry + 11 : entry + 26] + bytes(6))
 
 
 def _ntfs(path: Path, size: int, fill: Callable[[Path], None], *options: object) -> None:

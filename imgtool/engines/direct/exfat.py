@@ -255,6 +255,8 @@ class ExfatFilesystem(Filesystem):
                     waiting.append(child)
                 elif entry.size:
                     owners.claim(self._file_chain(entry).pieces)
+                if owners.is_futile:
+                    return None
         return owners
 
     def _place(self, cluster: int) -> int:

@@ -214,6 +214,8 @@ class FatFilesystem(Filesystem):
                     waiting.append(child)
                 elif content.size and content.cluster:
                     owners.claim(self._chain(content).pieces)
+                if owners.is_futile:
+                    return None
         return owners
 
     def _clusters(self, directory: int) -> list[cluster_chains.Piece]:
