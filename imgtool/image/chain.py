@@ -30,10 +30,15 @@ _WITH_BACKING = ("qcow2", "qcow", "qed", "vmdk")
 
 @dataclass(frozen=True)
 class Chain:
-    """The links of a chain, active image first, base last; `problems` are lines for the user."""
+    """The links of a chain, active image first, base last; `problems` are lines for the user.
+
+    `header` is an overlay on the active image's file with another header for it, as it was at a
+    snapshot (`imgtool.image.snapshot_view`).
+    """
 
     links: tuple[ImageInfo, ...]
     problems: tuple[str, ...] = field(default=())
+    header: Path | None = None
 
     @property
     def active(self) -> ImageInfo:
@@ -58,7 +63,7 @@ class Chain:
         If not, because a header names no format for a backing file (QEMU would guess again) or a
         data file without its folder (QEMU takes it from the current one), give it `filename()`.
         """
-        return all(
+        return self.header is None and all(
             (link.backing is None or link.backing_format is not None)
             and (link.data_file is None or link.data_file.startswith("/"))
             for link in self.links
@@ -97,8 +102,12 @@ class Chain:
             return file_node(Path(names[path]) if names else path, driver)
 
         node: dict[str, Any] | None = None
-        for link in reversed(self.links):
+        for number, link in reversed([*enumerate(self.links)]):
             above: dict[str, Any] = {"driver": link.format, "file": file(link.path, link.driver)}
+            if self.header is not None and not number:
+                below = {"driver": "raw", "file": above["file"]}
+                over = {"driver": "qcow2", "file": file(self.header, "file"), "backing": below}
+                above["file"] = over
             if link.data_path is not None:
                 above["data-file"] = file(link.data_path, node_driver(link.data_path))
             if link.format in _WITH_BACKING:

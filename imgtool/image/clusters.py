@@ -166,7 +166,7 @@ def plain(chain: Chain, descriptors: Mapping[Path, int]) -> Clusters | None:
     """The clusters of a chain whose files are open, for as long as they are; None if one of its
     links is none of those that can be read without QEMU, or if there are very many.
     """
-    if len(chain.links) > _MOST_LINKS:
+    if len(chain.links) > _MOST_LINKS or chain.header is not None:
         return None
     links = []
     for link in chain.links:

@@ -12,6 +12,7 @@ from imgtool.errors import HostError, ImageError
 from imgtool.image.chain import Chain
 from imgtool.image.places import printable
 from imgtool.image.reading import passes_locks
+from imgtool.image.snapshot_view import at_snapshot, loaded
 from imgtool.process import Limits, spawn
 from imgtool.scratch import scratch_folder
 
@@ -101,10 +102,9 @@ def serve(chain: Chain, *, snapshot: str | None = None) -> Iterator[NbdServer]:
     if any(link.encrypted for link in chain.links):
         raise ImageError("encrypted by QEMU, which is not supported", subject=printable(image))
     argv = ["qemu-nbd", "--read-only", "--persistent", f"--shared={_CLIENTS}"]
-    if snapshot is not None:
-        # By id, since a name can hold what a command line cannot.
-        argv.append("--load-snapshot=snapshot.id=" + chain.snapshot(snapshot).id.replace(",", ",,"))
     with scratch_folder("nbd") as folder, contextlib.ExitStack() as up:
+        chain = up.enter_context(at_snapshot(chain, snapshot))
+        argv += loaded(chain, snapshot)
         socket, ready, said = (folder / name for name in ("socket", "pid", "log"))
         argv += [f"--socket={socket}", f"--pid-file={ready}"]
         argv += [chain.filename(force_share=passes_locks(chain))]

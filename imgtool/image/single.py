@@ -22,6 +22,7 @@ from imgtool.image.info import probe
 from imgtool.image.places import printable
 from imgtool.image.recognise import refuse_noise
 from imgtool.image.record import temporary_path
+from imgtool.image.snapshot_view import at_snapshot, loaded
 from imgtool.image.work import Plan, Seen, Work
 
 Dirs = Sequence[str | Path]
@@ -91,7 +92,8 @@ def plan_convert(
     refuse_encrypted(chain)
     space = size_of_copy(chain)
     if snapshot is not None:
-        space = chain.active.virtual_size  # what was in use then is not told apart
+        with at_snapshot(chain, snapshot) as seen:
+            space = seen.active.virtual_size  # what was in use then is not told apart
     if compress:
         space = min(space, sum(link.actual_size for link in chain.links))
     refuse_if_too_little_space(new.absolute().parent, space, force=force)
@@ -99,16 +101,15 @@ def plan_convert(
     words: list[str | Path] = ["convert", "-O", to]
     if compress:
         words.append("-c")
-    if snapshot is not None:
-        taken = chain.snapshot(snapshot)
-        words += ["-l", f"snapshot.id={taken.id.replace(',', ',,')}"]
     lines = [f"copy {printable(path)} into {printable(new)} as {to} (up to {space} bytes)"]
     if snapshot is None:
         lines.append("prove that it has the same content")
 
     def do(work: Work) -> None:
         work.reserve(temporary)
-        work.qemu_img("convert", [*words, chain.filename(), temporary], path)
+        with at_snapshot(chain, snapshot) as seen:
+            given = [*words, *loaded(seen, snapshot), seen.filename(), temporary]
+            work.qemu_img("convert", given, path)
         if snapshot is None:
             made = Chain((probe(temporary, format=to),)).filename()
             work.prove_same(chain.filename(), made, "the new image has another content", path)

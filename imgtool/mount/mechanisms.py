@@ -113,7 +113,7 @@ class Mechanism:
     def _below(self, number: int, chain: Chain) -> dict[str, Any]:
         """What a disk's overlay stands on, or the disk itself where there is none."""
         shared = not self.writable and passes_locks(chain)
-        if self.snapshot is None:
+        if self.snapshot is None or chain.header is not None:
             return chain.blockdev(read_only=not self.writable, force_share=shared)
         image = chain.filename(force_share=shared)
         found = chain.snapshot(self.snapshot)

@@ -30,6 +30,7 @@ from imgtool.image.chain import Chain
 from imgtool.image.guards import refuse_to_write
 from imgtool.image.locks import warn_if_written
 from imgtool.image.recovery import recover
+from imgtool.image.snapshot_view import at_snapshot
 from imgtool.mount import kernel, plan, steps
 from imgtool.mount.available import no_appliance, no_device_mapper
 from imgtool.mount.journal import Journal, journals, remove_empty_folders
@@ -167,7 +168,6 @@ def _disk(number: int, chain: Chain, wanted: Wanted) -> Disk:
     table = partitions_of(chain, device=disk_name(number), snapshot=wanted.snapshot)
     for problem in table.problems:
         wanted.notice(problem)
-    # At a snapshot too: QEMU shows a disk that was smaller then with zeros at its end.
     return Disk(number, chain.active.virtual_size, tuple(table.partitions))
 
 
@@ -288,22 +288,23 @@ def mount(wanted: Wanted) -> Journal:
         raise UsageError(
             "a snapshot cannot be written to",
             subject=wanted.snapshot,
-            hint="leave out --rw, or copy it to an image of its own: qemu-img convert -l SNAPSHOT",
+            hint="leave out --rw, or make an image of its own of it: imgtool convert --snapshot",
         )
     target = _target(wanted.mountpoint)
     started = time.monotonic()
-    with images_to_read(
-        [wanted.image, *wanted.add], format=wanted.format, backing_dirs=wanted.backing_dirs
-    ) as chains:
-        journal = _mounted(wanted, chains, target)
+    with (
+        images_to_read(
+            [wanted.image, *wanted.add], format=wanted.format, backing_dirs=wanted.backing_dirs
+        ) as chains,
+        contextlib.ExitStack() as stack,
+    ):
+        seen = [stack.enter_context(at_snapshot(chain, wanted.snapshot)) for chain in chains]
+        journal = _mounted(wanted, seen, target)
     log.info("mounted in %.2f s", time.monotonic() - started)
     return journal
 
 
 def _mounted(wanted: Wanted, chains: Sequence[Chain], target: Path) -> Journal:
-    if wanted.snapshot is not None:
-        for chain in chains:
-            chain.snapshot(wanted.snapshot)
     _check_images(wanted, chains)
     mechanism = choose(wanted.via, chains)
     if mechanism is None:

@@ -97,6 +97,20 @@ def test_a_layout_that_is_looked_for(images, place, tmp_path):
     assert found == b"down here\n"
 
 
+def test_a_disk_that_was_larger_then_is_shown_as_it_was(images, place, tmp_path):
+    was = plain_tree(images.get("ext4"), place)
+    image = images.copy(images.get("ext4", "gpt", "qcow2"), tmp_path)
+    run("qemu-img", "snapshot", "-c", NAME, image.path)
+    run("qemu-img", "resize", "-q", "--shrink", image.path, str(image.offset + MIB))
+    run("qemu-io", "-f", "qcow2", "-c", "write -q -z 0 1M", image.path)
+    before = state_of(image.files)
+    here(*words(image, place))
+    found = tree(place)
+    here("umount", place)
+    assert found == was
+    assert state_of(image.files) == before
+
+
 @pytest.mark.appliance
 def test_through_the_appliance(image, place):
     before = state_of(image.files)

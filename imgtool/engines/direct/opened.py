@@ -16,6 +16,7 @@ from imgtool.engines.direct.ring import ring
 from imgtool.guest.model import Mount
 from imgtool.image.chain import Chain
 from imgtool.image.reading import passes_locks
+from imgtool.image.snapshot_view import at_snapshot
 
 if TYPE_CHECKING:
     from imgtool.engines.direct.guest import DirectGuest
@@ -36,6 +37,7 @@ def open_direct(
 ) -> Iterator[DirectGuest]:
     """Open a guest in the sandbox; `NeedsAppliance` where only the appliance can."""
     with contextlib.ExitStack() as stack:
+        chains = [stack.enter_context(at_snapshot(chain, snapshot)) for chain in chains]
         images = sandbox.Images(chains)
         stack.callback(images.close)
         shared = [passes_locks(chain) for chain in chains]

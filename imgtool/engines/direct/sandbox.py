@@ -23,6 +23,7 @@ from imgtool.engines.direct.filesystem import NeedsAppliance
 from imgtool.image.chain import Chain
 from imgtool.image.host_file import node_driver
 from imgtool.image.places import printable
+from imgtool.image.snapshot_view import loaded
 from imgtool.process import PIPE, Limits, find, spawn
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class Images:
                     raise NeedsAppliance("an image in several extents")
                 if any(link.encrypted for link in chain.links):
                     raise NeedsAppliance("an image encrypted by QEMU")
-                for path in chain.files:
+                for path in (*chain.files, *([chain.header] if chain.header else [])):
                     self.add(path)
             self._choose_owner()
         except BaseException:
@@ -203,9 +204,7 @@ def server(
     An `overlay` of the images stands on the chain.
     """
     argv = ["/usr/bin/qemu-nbd", "--read-only", "--persistent", "--allocation-depth"]
-    if snapshot is not None:
-        # By id, since a name can hold what a command line cannot.
-        argv.append("--load-snapshot=snapshot.id=" + chain.snapshot(snapshot).id.replace(",", ",,"))
+    argv += loaded(chain, snapshot)
     node = chain.blockdev(force_share=force_share, names=images.names)
     if overlay is not None:
         file = {"driver": "file", "filename": images.names[overlay]}
