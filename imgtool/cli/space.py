@@ -179,6 +179,7 @@ def partitions(
     """Show the partition table: start, size and offset of each partition, in bytes."""
     from imgtool.guest.partition_table import disk_name
     from imgtool.guest.partitions import partitions_of
+    from imgtool.image.foreign_tables import TITLES
     from imgtool.opening import images_to_read
 
     request = Request.of(locals())
@@ -191,6 +192,12 @@ def partitions(
             table = partitions_of(chain, device=disk_name(number), snapshot=snapshot)
             found += table.partitions
             problems += table.problems
+            for row in table.partitions:
+                if row.table in TITLES:
+                    title = TITLES[row.table]
+                    problems.append(
+                        f"{row.device}: the rows of {title} partition tables are not read"
+                    )
     for problem in problems:
         render.message("warning", problem)
     rows = [{name: getattr(partition, name) for name in PARTITION_FIELDS} for partition in found]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 from imgtool.guest.model import Device
+from imgtool.image.foreign_tables import SUFFIX, TITLES
 
 # Partitions that hold no filesystem by design: extended ones, and Windows' own (LDM, reserved).
 # These are not even listed as filesystems; a BIOS boot partition is, as one of unknown type.
@@ -24,6 +25,8 @@ BIOS_BOOT = "21686148-6449-6e6f-744e-656564454649"
 
 
 LOCKED = "crypto_LUKS"
+# The type of what nobody knows: a word, since an empty field could be a question not asked.
+UNKNOWN = "unknown"
 IS_LOCKED = "encrypted, and no key was given that fits"
 
 
@@ -53,6 +56,7 @@ class Block:
         return self.parttype in _NO_FILESYSTEM
 
 
+_SWAP = frozenset(("swap", "swsuspend"))
 # What other devices are made of rather than a filesystem, and not shown as one.
 _MEMBERS = frozenset(("LVM2_member", "linux_raid_member"))
 _ORDER = ("device", "partition", "md", "lv", "mapped")
@@ -76,7 +80,7 @@ def filesystems_on(
     subvolumes: Callable[[str], Sequence[Device]],
     opened: Container[str] = (),
 ) -> tuple[Device, ...]:
-    """What is listed as filesystems: each with its type or None, a btrfs before its `subvolumes`.
+    """What is listed as filesystems, with their types, a btrfs before its `subvolumes`.
 
     Left out are disks with partitions, partitions that never hold one, parts of LVM and md, and
     encrypted devices that are `opened`, what is in them being listed.
@@ -88,7 +92,7 @@ def filesystems_on(
             continue
         if block.holds_none or block.type in _MEMBERS or block.device in opened:
             continue
-        rows.append(Device("filesystem", block.device, block.type))
+        rows.append(Device("filesystem", block.device, block.type or UNKNOWN))
         if block.type == "btrfs":
             rows += subvolumes(block.device)
     return tuple(rows)
@@ -103,6 +107,21 @@ def device_with(blocks: Sequence[Block], kind: str, value: str) -> str | None:
         if found == value or (kind == "partuuid" and found.lower() == value.lower()):
             return block.device
     return None
+
+
+def unmeasured(row: Device, blocks: Sequence[Block]) -> str | None:
+    """Why the space of a row of `filesystems_on` that holds no files itself is not known.
+
+    None where there is no space to know: of swap, and of what something else on the list is made
+    of.
+    """
+    if row.type == LOCKED and row.device in locked(blocks):
+        return IS_LOCKED
+    above = {parent for block in blocks for parent in block.parents}
+    if row.type in _SWAP or row.device in above:
+        return None
+    table = TITLES.get((row.type or "").removesuffix(SUFFIX))
+    return f"{table} partition tables are not read" if table else f"{row.type} is not read"
 
 
 def locked(blocks: Sequence[Block]) -> tuple[str, ...]:

@@ -14,18 +14,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from imgtool.errors import EngineError, NotInGuestError
+from imgtool.guest.blocks import UNKNOWN
 from imgtool.guest.fstab import FstabEntry, parse_fstab, resolve_spec
 from imgtool.guest.model import Device, Layout, Mount
+from imgtool.image.foreign_tables import SUFFIX, TITLES
 
 SMALL_FILE = 256 * 1024
 
-# What holds other things rather than files.
-CONTAINERS = frozenset(
-    (
-        *("swap", "swsuspend", "LVM2_member", "linux_raid_member", "crypto_LUKS", "BitLocker"),
-        *("ldm", "unknown"),
-    )
-)
+# What holds other things rather than files: these, and parts of firmware RAID and the like.
+_CONTAINERS = frozenset(("swap", "swsuspend", "crypto_LUKS", "BitLocker", "ldm"))
+_PARTS = ("_member", SUFFIX)
 BUILT_IN = frozenset(("ext2", "ext3", "ext4"))
 BTRFS_VOLUME = "btrfsvol:"
 
@@ -80,6 +78,11 @@ class Findings:
     filesystems: tuple[Device, ...]
     roots: tuple[Root, ...]
     failures: dict[str, str]
+
+
+def holds_files(type: str | None) -> bool:
+    """Whether a volume of this type could be mounted, as far as its type tells."""
+    return type not in _CONTAINERS and not (type or "").endswith(_PARTS)
 
 
 def _os_title(os_release: bytes) -> str:
@@ -145,7 +148,7 @@ def survey(volumes: Volumes) -> Findings:
     failures: dict[str, str] = {}
     # Those first that every kernel knows without a module: the appliance is still loading others.
     for filesystem in sorted(filesystems, key=lambda f: f.type not in BUILT_IN):
-        if filesystem.type in CONTAINERS:
+        if not holds_files(filesystem.type):
             continue
         try:
             with volumes.look_into(filesystem.device) as volume:
@@ -160,12 +163,19 @@ def survey(volumes: Volumes) -> Findings:
     return Findings(filesystems, tuple(_without_snapshots(roots, filesystems)), failures)
 
 
+def _titled(type: str) -> str:
+    table = TITLES.get(type.removesuffix(SUFFIX))
+    if type.endswith(SUFFIX) and table:
+        return f"its {table} partition table is not read"
+    return type
+
+
 def _described(findings: Findings) -> str:
     words = []
     for filesystem in findings.filesystems:
         note = findings.failures.get(filesystem.device)
         words.append(
-            f"{filesystem.device} ({filesystem.type or 'unknown'}"
+            f"{filesystem.device} ({_titled(filesystem.type or UNKNOWN)}"
             + (f", cannot be mounted: {note})" if note else ")")
         )
     return ", ".join(words)
@@ -191,9 +201,7 @@ def _choose_root(findings: Findings, wanted: str | None) -> Root | None:
 
 def _data_layout(findings: Findings) -> Layout:
     usable = [
-        f
-        for f in findings.filesystems
-        if f.type not in CONTAINERS and f.device not in findings.failures
+        f for f in findings.filesystems if holds_files(f.type) and f.device not in findings.failures
     ]
     devices = [f for f in usable if not f.device.startswith(BTRFS_VOLUME)]
     if len(devices) == 1:
@@ -212,7 +220,8 @@ def _data_layout(findings: Findings) -> Layout:
                 hint="'imgtool filesystems --all' shows what the image holds",
             )
         raise NotInGuestError(
-            "the image holds no filesystem",
+            "the image holds no filesystem that can be read"
+            + (f": {_described(findings)}" if findings.filesystems else ""),
             hint="'imgtool partitions' and 'imgtool info' show what it is",
         )
     raise NotInGuestError(

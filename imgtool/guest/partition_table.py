@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from imgtool.guest.model import Partition
 from imgtool.guest.partition_types import EFI_SYSTEM, EXTENDED, GPT_TYPES, MSDOS_TYPES, PROTECTIVE
+from imgtool.image.foreign_tables import foreign_table
 
 Read = Callable[[int, int], bytes]
 
@@ -281,7 +282,8 @@ def examine(read: Read, size: int, device: str) -> PartitionTable:
     entries = _master_entries(read(0, SECTOR), size // SECTOR)
     odd: tuple[str, ...] = ()
     if entries is None:
-        rows: tuple[Partition, ...] = (_no_partitions(device, size, "none"),)
+        foreign = foreign_table(read, size)
+        rows: tuple[Partition, ...] = (_no_partitions(device, size, foreign or "none"),)
     elif any(entry.type == PROTECTIVE for entry in entries):
         # Also a hybrid: where the two tables disagree, Linux goes by the GPT.
         table = _read_gpt(read, size, device, SECTOR) or _read_gpt(read, size, device, 4096)
@@ -291,6 +293,8 @@ def examine(read: Read, size: int, device: str) -> PartitionTable:
         rows, odd = table.partitions, odd + table.problems
     else:
         rows = _read_msdos(read, entries, size, device)
+        if rows[0].number is None and (foreign := foreign_table(read, size)):
+            rows = (replace(rows[0], table=foreign),)
     return PartitionTable(rows, odd + problems(rows, size))
 
 

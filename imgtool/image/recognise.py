@@ -6,6 +6,8 @@ from pathlib import Path
 
 from imgtool.errors import ImageError
 from imgtool.image.chain import Chain
+from imgtool.image.contents import open_contents
+from imgtool.image.foreign_tables import foreign_table
 from imgtool.image.host_file import open_host_file
 from imgtool.process import Limits, ProgramFailed, run
 
@@ -18,7 +20,8 @@ def refuse_noise(chain: Chain, *, or_blank: bool = False) -> None:
     """Raise `ImageError` if the chain is one raw file without partition table or known content;
     with `or_blank` not if it begins as a new disk does, with zeros.
 
-    The signatures are those of libblkid, read by blkid(8) in low-level probing mode.
+    The signatures are those of libblkid, read by blkid(8) in low-level probing mode, and the
+    partition tables of other systems.
     """
     link = chain.links[0]
     if link.format != "raw" or len(chain.links) > 1:
@@ -32,6 +35,9 @@ def refuse_noise(chain: Chain, *, or_blank: bool = False) -> None:
         found = run(argv, limits=Limits(memory=1 << 30, wall=10), ok=(0, _AMBIGUOUS))
     except ProgramFailed as error:
         if error.returncode == _NOTHING_FOUND:
+            with open_contents(chain) as (read, size):
+                if foreign_table(read, size):  # libblkid knows fewer of them
+                    return
             raise ImageError(
                 "not a disk image: no format, partition table or filesystem is known in it",
                 subject=link.path,

@@ -54,6 +54,8 @@ def type_at(path: str, offset: int = 0, size: int = 0) -> str | None:
         argv += ["--offset", str(offset), "--size", str(size)]
     # Status 2: nothing found; 8: two things found, so that it is neither.
     done = run([*argv, path], limits=_MOMENT, ok=(0, 2, 8))
+    if done.returncode == 8:  # perhaps only since minix's mark, of two bytes, is in many places
+        done = run([*argv, "--match-types", "nominix", path], limits=_MOMENT, ok=(0, 2, 8))
     return done.stdout.decode("utf-8", "replace").strip() or None
 
 

@@ -44,6 +44,13 @@ def blocks(*lines: str, volumes: str = "") -> dict[str, Block]:
     return {b.device: b for b in parsed("".join(lines) + "--logical-volumes--\n" + volumes)}
 
 
+def test_what_blkid_says_of_the_ambiguous_is_taken() -> None:
+    listed = disk("sda", 0) + disk("sdb", 1, fstype="ext2")
+    probed = "--logical-volumes--\n--probed--\nKNAME=sda\nTYPE=erofs\nLABEL=a\\ b\n"
+    (found,) = parsed(listed + probed)
+    assert (found.type, found.label) == ("erofs", "a b")
+
+
 # The guest's only disk is what the kernel calls sdb; sda is the appliance's own.
 SWAPPED = (disk("sda", 1, fstype="ext2"), disk("sdb", 0), part("sdb2", "sdb", fstype="btrfs"))
 

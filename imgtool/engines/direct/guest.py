@@ -20,9 +20,9 @@ from imgtool.engines.direct.client import Client, WorkerFailed
 from imgtool.engines.direct.filesystem import NeedsAppliance
 from imgtool.engines.direct.volumes_client import WorkerVolume, WorkerVolumes
 from imgtool.errors import EngineError, ImgtoolError, NotInGuestError, UsageError
-from imgtool.guest.blocks import BIOS_BOOT, IS_LOCKED, Block, locked
+from imgtool.guest.blocks import BIOS_BOOT, UNKNOWN, Block, unmeasured
 from imgtool.guest.guest import CHECKSUMS, Guest, OnProblem, Stretches
-from imgtool.guest.layout import CONTAINERS, discover, survey
+from imgtool.guest.layout import discover, holds_files, survey
 from imgtool.guest.model import Device, Entry, Layout, Mount, OperatingSystem, SpaceUsage
 from imgtool.image.places import printable
 
@@ -407,20 +407,18 @@ class DirectGuest(Guest):
         rows = []
         mountpoints = self._mountpoints()
         types = {block.device: block.parttype for block in self._blocks}
-        closed = locked(self._blocks)
         for filesystem in self._volumes.filesystems():
             device, kind = filesystem.device, filesystem.type
-            if device in closed:
-                rows.append(SpaceUsage(self.image, device, None, kind, error=IS_LOCKED))
+            if not holds_files(kind):
+                if why := unmeasured(filesystem, self._blocks):
+                    rows.append(SpaceUsage(self.image, device, None, kind, error=why))
                 continue
-            if kind in CONTAINERS:
-                continue
-            if kind is None:
+            if kind == UNKNOWN:
                 if types[device] == BIOS_BOOT:
                     continue
                 reason = "no known filesystem"
                 rows.append(
-                    SpaceUsage(self.image, device, mountpoints.get(device), None, error=reason)
+                    SpaceUsage(self.image, device, mountpoints.get(device), kind, error=reason)
                 )
                 continue
             numbers = self._client.one("usage", device=device)

@@ -1,7 +1,8 @@
 """What is on a volume, as libblkid says it: type, label, UUID.
 
 libblkid wants a file. It gets a sparse copy of the places that its probes look at: both ends of the
-volume, and for the filesystems whose label is elsewhere that place too.
+volume, and for the filesystems whose label is elsewhere that place too. A volume in which nothing
+is found that way is looked at once more, at all that its probes could lead to (`far_places`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-from imgtool.engines.direct.filesystem import NeedsAppliance, Source
+from imgtool.engines.direct.far_places import FAR_HEAD, FAR_TAIL, far_places
+from imgtool.engines.direct.filesystem import NeedsAppliance, ReadFailed, Source
 from imgtool.engines.direct.sources import excerpt
 
 _HEAD = 640 << 10  # the probes farthest from the start: ZFS at 256 KiB, UDF at 512 KiB
@@ -22,7 +24,10 @@ _MOST_FAT = 24 << 20
 _RECORDS = 64 << 10
 
 _LABEL, _UUID, _TYPE = 1 << 1, 1 << 3, 1 << 5
-_NOTHING, _FOUND = 1, 0
+_SEVERAL, _FOUND = -2, 0
+_NOT_IN = 1
+# A magic number of two bytes, which other filesystems have in that place by accident.
+_WEAK = (b"minix",)
 
 
 class Signature(NamedTuple):
@@ -46,6 +51,11 @@ def _library() -> Any:
         ctypes.c_int64,
     )
     library.blkid_probe_set_superblocks_flags.argtypes = (ctypes.c_void_p, ctypes.c_int)
+    library.blkid_probe_filter_superblocks_type.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_int,
+        ctypes.POINTER(ctypes.c_char_p),
+    )
     library.blkid_probe_lookup_value.argtypes = (
         ctypes.c_void_p,
         ctypes.c_char_p,
@@ -95,16 +105,37 @@ def identify(source: Source) -> Signature:
     windows = [(max(len(head), source.size - _TAIL), _TAIL)]
     if len(head) >= 512:
         windows += _elsewhere(head[:512])
+    found = _probed(source.size, itertools.chain([(0, head)], _read(source, windows)))
+    if found.type is not None:
+        return found
+    # What its probes look at far from both ends, which few volumes need.
+    try:
+        head = source.read(0, min(FAR_HEAD, source.size))
+        tail_at = max(len(head), source.size - FAR_TAIL)
+        tail = source.read(tail_at, source.size - tail_at)
+        places = far_places(head, tail, source.size)
+        parts = [(0, head), (tail_at, tail), *_read(source, places)]
+    except ReadFailed:  # it would have been something else that says so
+        return found
+    return _probed(source.size, parts)
+
+
+def _probed(size: int, parts: Iterable[tuple[int, bytes]]) -> Signature:
     library = _library()
-    with excerpt(source.size, itertools.chain([(0, head)], _read(source, windows))) as descriptor:
+    with excerpt(size, parts) as descriptor:
         probe = library.blkid_new_probe()
         if not probe:
             raise MemoryError
         try:
-            if library.blkid_probe_set_device(probe, descriptor, 0, source.size):
+            if library.blkid_probe_set_device(probe, descriptor, 0, size):
                 return Signature(None, None, None)
             library.blkid_probe_set_superblocks_flags(probe, _LABEL | _UUID | _TYPE)
-            if library.blkid_do_safeprobe(probe) != _FOUND:
+            found = library.blkid_do_safeprobe(probe)
+            if found == _SEVERAL:
+                names = (ctypes.c_char_p * (len(_WEAK) + 1))(*_WEAK, None)
+                library.blkid_probe_filter_superblocks_type(probe, _NOT_IN, names)
+                found = library.blkid_do_safeprobe(probe)
+            if found != _FOUND:
                 return Signature(None, None, None)
             return Signature(*(_value(library, probe, n) for n in (b"TYPE", b"LABEL", b"UUID")))
         finally:

@@ -16,6 +16,7 @@ from imgtool.guest.blocks import Block, in_order
 from imgtool.guest.model import Partition
 from imgtool.guest.partition_table import Read, disk_name, examine
 from imgtool.guest.partition_types import EXTENDED
+from imgtool.image.foreign_tables import SUFFIX, TITLES, foreign_table
 
 # The reader of each type that libblkid names.
 _READERS = {
@@ -118,6 +119,8 @@ class Volumes:
         for row in rows:
             self._places[row.device] = (Place(number, row.start, row.size),)
         whole = self._block(device, "device", disk, ())
+        if whole.type is None and table.partitions[0].table in TITLES:
+            whole = replace(whole, type=table.partitions[0].table + SUFFIX)
         if rows and whole.type is not None:
             raise NeedsAppliance(f"{device} has a partition table and is {whole.type} itself")
         return [whole, *(self._partition(device, disk, row) for row in rows)]
@@ -131,6 +134,10 @@ class Volumes:
                 row.device, "partition", size, parttype=f"0x{int(kind, 16):x}", parents=(device,)
             )
         block = self._block(row.device, "partition", Stretch(disk, row.start, row.size), (device,))
+        if block.type is None and (
+            inner := foreign_table(_reading(self._sources[row.device]), row.size)
+        ):
+            block = replace(block, type=inner + SUFFIX)
         block = replace(block, partuuid=row.partuuid, partlabel=row.name or None)
         return replace(
             block, parttype=f"0x{int(kind, 16):x}" if row.table == "msdos" else kind.lower()

@@ -6,19 +6,25 @@ costs as much as half a launch. One lsblk knows the same: types, labels, UUIDs, 
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import replace
 from typing import Any
 
 from imgtool.errors import EngineError
-from imgtool.guest.blocks import Block, in_order
+from imgtool.guest.blocks import BIOS_BOOT, Block, in_order
 from imgtool.guest.partition_table import disk_name
+from imgtool.image.foreign_tables import SUFFIX, foreign_table
 
-_COLUMNS = "KNAME,PKNAME,NAME,TYPE,HCTL,SIZE,FSTYPE,LABEL,UUID,PARTUUID,PARTLABEL,PARTTYPE"
+log = logging.getLogger(__name__)
+
+_COLUMNS = "KNAME,PTTYPE,PKNAME,NAME,TYPE,HCTL,SIZE,FSTYPE,LABEL,UUID,PARTUUID,PARTLABEL,PARTTYPE"
 _SEPARATOR = "--logical-volumes--"
+_PROBED = "--probed--"
 # Filesystems' modules are loaded meanwhile: an emulated kernel takes seconds over that of XFS.
 # Of the volumes those that LVM itself shows and activates: no parts of thin pools, mirrors and
-# snapshots.
+# snapshots. What udev found several signatures in is looked at again without minix, whose mark of
+# two bytes is in other filesystems by accident.
 _SCRIPT = f"""udevadm settle
 lvm lvs -o vg_name,lv_name -S 'lv_role=public && lv_skip_activation!=yes' \
     --noheadings --separator / >/run/imgtool-volumes 2>/dev/null &
@@ -29,7 +35,21 @@ for module in vfat xfs btrfs; do
 done >/dev/null 2>&1 &
 printf '%s\\n' "$listed" {_SEPARATOR}
 case $listed in *'FSTYPE="LVM2_member"'*) wait $volumes; cat /run/imgtool-volumes ;; esac
+echo {_PROBED}
+printf '%s\n' "$listed" | while read -r row; do
+    case $row in *' FSTYPE=""'*) ;; *) continue ;; esac
+    case $row in
+        *{BIOS_BOOT}*) continue ;;
+        *' PTTYPE=""'* | *' TYPE="part"'* | *' TYPE="lvm"'*) ;;
+        *) continue ;;
+    esac
+    name=${{row#KNAME=?}}
+    name=${{name%%[!a-z0-9-]*}}
+    echo "KNAME=$name"
+    blkid -p -o export --match-types nominix "/dev/$name" 2>/dev/null || :
+done
 """
+_OF_BLKID = {"TYPE": "FSTYPE", "LABEL": "LABEL", "UUID": "UUID"}
 _PAIR = re.compile(r'([A-Z]+)="([^"]*)"')
 _ESCAPED = re.compile(rb"\\x([0-9a-fA-F]{2})")
 
@@ -45,6 +65,18 @@ def _rows(listed: str) -> list[dict[str, str]]:
         for line in listed.splitlines()
         if line.startswith("KNAME=")
     ]
+
+
+def _add_probed(rows: list[dict[str, str]], probed: str) -> None:
+    """Fill in what blkid(8) said of those without a type."""
+    by_name = {row["KNAME"]: row for row in rows}
+    row: dict[str, str] = {}
+    for line in probed.splitlines():
+        name, _, value = line.partition("=")
+        if name == "KNAME":
+            row = by_name.get(value, {})
+        elif name in _OF_BLKID:
+            row[_OF_BLKID[name]] = re.sub(r"\\(.)", r"\1", value)
 
 
 def _disks(rows: list[dict[str, str]]) -> dict[str, str]:
@@ -67,8 +99,10 @@ def _dashed(name: str) -> str:
 
 def parsed(output: str) -> tuple[Block, ...]:
     """What the appliance's lsblk and lvs wrote, as blocks: disks, partitions, md, LVs, mapped."""
-    listed, _, volumes = output.partition(_SEPARATOR)
+    listed, _, rest = output.partition(_SEPARATOR)
+    volumes, _, probed = rest.partition(_PROBED)
     rows = _rows(listed)
+    _add_probed(rows, probed)
     disks = _disks(rows)
     logical = {}
     for line in volumes.split():
@@ -130,5 +164,28 @@ def list_blocks(handle: Any) -> tuple[Block, ...]:
     try:
         output = handle.debug("sh", [_SCRIPT])
     except RuntimeError as error:
-        raise EngineError(f"the block devices cannot be listed: {error}") from error
-    return parsed(output)
+        log.info("block devices: %s", error)
+        raise EngineError(
+            "the block devices cannot be listed", hint="-v shows what its programs said"
+        ) from error
+    blocks = parsed(output)
+    split = {parent for block in blocks for parent in block.parents}
+    return tuple(
+        block
+        if block.type or block.device in split or block.holds_none or not block.size
+        else replace(block, type=_table(handle, block))
+        for block in blocks
+    )
+
+
+def _table(handle: Any, block: Block) -> str | None:
+    """The table of another system that is on a block device, as a type."""
+
+    def read(offset: int, length: int) -> bytes:
+        return bytes(handle.pread_device(block.device, length, offset))
+
+    try:
+        found = foreign_table(read, block.size)
+    except RuntimeError:
+        return None  # who wants to read more will be told
+    return found and found + SUFFIX

@@ -206,7 +206,7 @@ class LibguestfsGuest(Guest):
                     ",".join(options), mount.fstype, mount.source, mount.mountpoint
                 )
             else:
-                self.handle.mount_options(",".join(options), mount.source, mount.mountpoint)
+                self.volumes.mount(mount.source, mount.mountpoint, ",".join(options))
         except RuntimeError as error:
             raise EngineError(
                 f"the filesystem cannot be mounted: {reason(error)}", subject=mount.source

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from imgtool.engines.libguestfs.volumes import is_subvolume, reason
 from imgtool.errors import ImgtoolError
-from imgtool.guest.blocks import BIOS_BOOT, IS_LOCKED, locked
-from imgtool.guest.layout import CONTAINERS
+from imgtool.guest.blocks import BIOS_BOOT, UNKNOWN, unmeasured
+from imgtool.guest.layout import holds_files
 from imgtool.guest.model import SpaceUsage
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def _mountpoints(guest: LibguestfsGuest) -> dict[str, str]:
 
 
 def _measured(guest: LibguestfsGuest, device: str) -> dict[str, int]:
-    guest.handle.mount_ro(device, "/")
+    guest.volumes.mount(device, "/", "ro")
     try:
         return dict(guest.handle.statvfs("/"))
     finally:
@@ -34,22 +34,23 @@ def usage(guest: LibguestfsGuest) -> tuple[SpaceUsage, ...]:
     rows: list[SpaceUsage] = []
     mountpoints = _mountpoints(guest)
     guest.unmount_layout()
-    closed = locked(guest.volumes.blocks())
+    blocks = guest.volumes.blocks()
     for filesystem in guest.volumes.filesystems():
         device, kind = filesystem.device, filesystem.type
-        if device in closed:
-            rows.append(SpaceUsage(guest.image, device, None, kind, error=IS_LOCKED))
+        if not holds_files(kind):
+            if why := unmeasured(filesystem, blocks):
+                rows.append(SpaceUsage(guest.image, device, None, kind, error=why))
             continue
-        if kind in CONTAINERS or is_subvolume(device):
+        if is_subvolume(device):
             continue
         mountpoint = mountpoints.get(device)
         try:
             numbers = guest.volumes.space.get(device) or _measured(guest, device)
         except RuntimeError as error:
             block = guest.volumes.block(device)
-            if kind is None and block is not None and block.parttype == BIOS_BOOT:
+            if kind == UNKNOWN and block is not None and block.parttype == BIOS_BOOT:
                 continue
-            said = reason(error) if kind else "no known filesystem"
+            said = "no known filesystem" if kind == UNKNOWN else reason(error)
             # mount(8) repeats itself; what the kernel says stands last.
             said = said.rsplit("failed: ", 1)[-1].rstrip(".")
             rows.append(SpaceUsage(guest.image, device, mountpoint, kind, error=said))

@@ -159,7 +159,7 @@ class ApplianceVolumes:
     def look_into(self, source: str) -> Iterator[ApplianceVolume]:
         """Mount one filesystem, read-only, for as long as the block runs."""
         try:
-            self._handle.mount_ro(source, "/")
+            self.mount(source, "/", "ro")
         except RuntimeError as error:
             raise EngineError(reason(error), subject=source) from error
         try:
@@ -168,6 +168,17 @@ class ApplianceVolumes:
             yield ApplianceVolume(self._handle, self._calls)
         finally:
             self._handle.umount_all()
+
+    def mount(self, source: str, mountpoint: str, options: str) -> None:
+        """Mount a filesystem; `RuntimeError` as the call raises it."""
+        try:
+            self._handle.mount_options(options, source, mountpoint)
+        except RuntimeError as error:
+            block = self.block(source)
+            if block is None or not block.type or "more filesystems" not in str(error):
+                raise
+            # mount(8) sees two signatures; which of them counts is known here.
+            self._handle.mount_vfs(options, block.type, source, mountpoint)
 
     def device_with(self, kind: str, value: str) -> str | None:
         """The device with this filesystem `uuid` or `label`, GPT `partuuid` or `partlabel`."""
