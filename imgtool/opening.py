@@ -133,7 +133,9 @@ def open_guest(
         if engine == "libguestfs" or (wanted and engine == "auto"):
             if engine == "auto":
                 log.info("engine: libguestfs, since keys are given")
-            yield stack.enter_context(appliance())
+            read = stack.enter_context(appliance())
+            read.chains = chains
+            yield read
             return
 
         from imgtool.engines.choice import ChosenGuest
@@ -144,9 +146,11 @@ def open_guest(
                 str(image), chains, snapshot=snapshot, mounts=mounts, root=root, notice=notice
             )
 
-        yield ChosenGuest(
+        chosen = ChosenGuest(
             stack, direct, None if engine == "direct" else appliance, image=str(image)
         )
+        chosen.chains = chains
+        yield chosen
 
 
 @contextlib.contextmanager

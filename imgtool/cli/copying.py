@@ -61,9 +61,9 @@ def copy_out(
         with request.opened() as guest:
             outward.tar_out(guest, sources[0], sys.stdout.buffer)
         return
-    images = [image, *(add or ())]
-    outward.check_destination(sources, dest, overwrite=overwrite, images=images)
+    outward.check_destination(sources, dest, overwrite=overwrite)
     with request.opened() as guest, progress("copy-out") as bar:
+        outward.refuse_guest_files(guest, sources, dest)
         report = outward.Report(failures.problem, _left_out, bar)
         for source in sources:
             with failures.caught():

@@ -166,9 +166,12 @@ def cat(
     debug: options.Debug = False,
 ) -> None:
     """Write files of a guest to stdout, untouched."""
+    from imgtool.image.guest_files import GuestFiles
+
     request = Request.of(locals())
     failures = Failures(debug)
     with request.opened() as guest:
+        GuestFiles(guest.chains).refuse_output(sys.stdout.buffer)
         for path in paths:
             with failures.caught(), guest.open(path) as stream:
                 while block := stream.read(1 << 20):

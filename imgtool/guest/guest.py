@@ -12,11 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from imgtool.errors import EngineError, NotInGuestError
 from imgtool.guest.model import Device, Entry, Layout, OperatingSystem, SpaceUsage
 from imgtool.guest.paths import guest_path
+
+if TYPE_CHECKING:
+    from imgtool.image.chain import Chain
 
 # Called with a path and one line about what is wrong with it.
 OnProblem = Callable[[bytes, str], None]
@@ -47,11 +50,12 @@ def _names(content: bytes | None) -> dict[int, str]:
 
 
 class Guest(ABC):
-    """An open guest. Use `imgtool.open_guest()` to get one."""
+    """An open guest. Use `imgtool.open_guest()` to get one; `chains` are those of its disks."""
 
     engine: str
 
     def __init__(self) -> None:
+        self.chains: Sequence[Chain] = ()
         self._owners: Owners | None = None
         self._unshown: dict[str, str] = {}
 

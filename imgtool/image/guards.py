@@ -13,6 +13,7 @@ from imgtool.image.dependants import refuse_if_base
 from imgtool.image.info import ImageInfo
 from imgtool.image.locks import refuse_if_in_use
 from imgtool.image.places import printable
+from imgtool.image.record import is_ours
 from imgtool.image.recovery import pending_below
 from imgtool.image.unfinished import unfinished_commit
 
@@ -167,7 +168,14 @@ def refuse_snapshots(chain: Chain, what: str, *, force: Force = ()) -> None:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise `RefusedError` if there is something at the path of a new image."""
+    """Raise `RefusedError` if there is something at the path of a new image, or if its name is one
+    that imgtool gives to files of its own."""
+    if is_ours(path.name):
+        raise RefusedError(
+            "a name that imgtool gives to what it removes itself",
+            subject=printable(path),
+            hint="choose another name",
+        )
     if os.path.lexists(path):
         raise RefusedError(
             "it exists already",

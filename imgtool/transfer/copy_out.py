@@ -22,6 +22,7 @@ from imgtool.errors import (
 )
 from imgtool.guest.guest import Guest, OnProblem, OnProgress
 from imgtool.guest.model import Entry
+from imgtool.image.guest_files import GuestFiles
 from imgtool.scratch import large_files
 from imgtool.transfer.archive import members
 from imgtool.transfer.staging import Attributes, BadName, Staging
@@ -53,18 +54,13 @@ def _last(source: str) -> str:
     return source.replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 
-def check_destination(
-    sources: Sequence[str], dest: str | Path, *, overwrite: bool, images: Sequence[Path] = ()
-) -> None:
-    """Refuse a destination that cannot be right, before anything is opened: `images` are read."""
+def check_destination(sources: Sequence[str], dest: str | Path, *, overwrite: bool) -> None:
+    """Refuse a destination that cannot be right, before anything is opened."""
     folder, dest = str(dest).endswith("/"), Path(dest)
     names = [_last(source) for source in sources]
     for name in names:
         if name and names.count(name) > 1 and dest.is_dir():
             raise UsageError("two sources would have the same name", subject=dest / name)
-    for file in (dest, *(dest / name for name in names if name)):
-        if file.is_file() and any(image.exists() and file.samefile(image) for image in images):
-            raise RefusedError("it is the image that is read", subject=file)
     if dest.is_dir():
         if not os.access(dest, os.W_OK | os.X_OK):
             raise ImgtoolError("the destination is not writable", subject=dest)
@@ -90,11 +86,21 @@ def check_destination(
         raise ImgtoolError("no such directory", subject=dest.parent, hint=f"mkdir -p {dest.parent}")
 
 
+def refuse_guest_files(guest: Guest, sources: Sequence[str], dest: str | Path) -> None:
+    """Refuse a destination that is a file which the guest is read from, before anything is copied;
+    `copy_out` does so for each file that it would replace in a directory."""
+    kept, dest = GuestFiles(guest.chains), Path(dest)
+    for place in (dest, *(dest / _last(source) for source in sources)):
+        if not place.is_dir():
+            kept.refuse(place)
+
+
 def tar_out(guest: Guest, source: str, out: BinaryIO) -> None:
     """Write a directory's content to `out` as a tar stream, untouched."""
     path = guest.resolve(guest.path(source))
     if guest.lstat(path).type != "directory":
         raise UsageError("a tar stream is made of a directory", subject=source)
+    GuestFiles(guest.chains).refuse_output(out)
     with guest.tar(path) as stream:
         while block := stream.read(BLOCK):
             out.write(block)
@@ -143,7 +149,8 @@ def copy_out(
     parent = dest
     if not dest.is_dir():
         parent, name = dest.absolute().parent, os.fsencode(dest.name)
-    with Staging(parent, name, overwrite=overwrite) as staging:
+    kept = GuestFiles(guest.chains) if overwrite else None
+    with Staging(parent, name, overwrite=overwrite, kept=kept) as staging:
         if not _Copy(guest, entry, staging, report, keep_partial).run():
             return
         staging.commit()

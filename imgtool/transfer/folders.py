@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,16 +124,21 @@ def _pairs(source: int, target: int) -> Iterator[_Pair]:
         theirs.close()
 
 
-def conflict(source: int, target: int) -> bytes | None:
-    """A path at which one tree has a directory and the other has something else, if any."""
+def conflict(source: int, target: int, look: Callable[[bytes, int, bytes], None]) -> bytes | None:
+    """A path at which one tree has a directory and the other has something else, if any.
+
+    `look` is called with all that would be replaced: its path, its folder's descriptor, its name.
+    """
     for pair in _pairs(source, target):
         for name in pair.names:
             try:
                 there = os.lstat(name, dir_fd=pair.target)
             except FileNotFoundError:
                 continue
+            path = b"/".join((*pair.parts, name))
             if is_folder(name, pair.source) or stat.S_ISDIR(there.st_mode):
-                return b"/".join((*pair.parts, name))
+                return path
+            look(path, pair.target, name)
     return None
 
 

@@ -23,6 +23,7 @@ from types import TracebackType
 
 from imgtool import scratch
 from imgtool.errors import EngineError, ImgtoolError, NotInGuestError, RefusedError
+from imgtool.image.guest_files import GuestFiles
 from imgtool.transfer import folders
 from imgtool.transfer.writes import Writes
 
@@ -150,11 +151,18 @@ class Staging:
     """One top-level result, `parent/name`, on its way. `commit()` moves it into place.
 
     Paths are relative to the result, `b""` being the result itself. `owners` is whether content
-    gets its guest's numeric owners. Host errors are raised as `ImgtoolError`.
+    gets its guest's numeric owners. None of `kept` is replaced. Host errors are raised as
+    `ImgtoolError`.
     """
 
     def __init__(
-        self, parent: Path, name: bytes, *, overwrite: bool = False, owners: bool | None = None
+        self,
+        parent: Path,
+        name: bytes,
+        *,
+        overwrite: bool = False,
+        owners: bool | None = None,
+        kept: GuestFiles | None = None,
     ) -> None:
         if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
             raise BadName("not a file name", subject=os.fsdecode(name))
@@ -162,6 +170,7 @@ class Staging:
         self._name = name
         self._overwrite = overwrite
         self._owners = os.geteuid() == 0 if owners is None else owners
+        self._kept = kept
         self._folder = _PREFIX + secrets.token_hex(6).encode()
         self._cached: tuple[tuple[bytes, ...], int] | None = None
 
@@ -230,6 +239,8 @@ class Staging:
     def _refuse_existing(self) -> None:
         if not self._overwrite and self._exists():
             raise RefusedError("exists", subject=self.final, hint="replace it: --overwrite")
+        if self._kept is not None and not folders.is_folder(self._name, self._parent_fd):
+            self._kept.refuse(self._name, self._parent_fd, shown=self.final)
 
     # Folders
 
@@ -423,7 +434,7 @@ class Staging:
             target = os.open(self._name, _FOLDER, dir_fd=self._parent_fd)
             try:
                 # All of it is looked at before the first file is replaced.
-                wrong = folders.conflict(source, target)
+                wrong = folders.conflict(source, target, self._refuse_kept)
                 if wrong is not None:
                     raise self._mismatch(wrong)
                 folders.merge(source, target)
@@ -431,6 +442,10 @@ class Staging:
                 os.close(target)
         finally:
             os.close(source)
+
+    def _refuse_kept(self, path: bytes, folder: int, name: bytes) -> None:
+        if self._kept is not None:
+            self._kept.refuse(name, folder, shown=self.final / os.fsdecode(path))
 
     def _mismatch(self, path: bytes) -> RefusedError:
         return RefusedError(

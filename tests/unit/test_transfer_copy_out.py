@@ -10,6 +10,7 @@ import posixpath
 import shutil
 import stat
 import subprocess
+import sys
 import tarfile
 import tempfile
 import tracemalloc
@@ -29,9 +30,15 @@ from imgtool.errors import (
     UsageError,
 )
 from imgtool.guest.model import Entry
+from imgtool.image.chain import Chain, open_chain
 from imgtool.scratch import large_files
 from imgtool.transfer import copy_out as outward
-from imgtool.transfer.copy_out import Report, check_destination, copy_out
+from imgtool.transfer.copy_out import (
+    Report,
+    check_destination,
+    copy_out,
+    refuse_guest_files,
+)
 
 MTIME = 1_500_000_000_987_654_321
 
@@ -84,6 +91,7 @@ class FakeGuest:
     tar_error: Exception | None = None
     excluded: list[bytes] = field(default_factory=list)
     opened: list[bytes] = field(default_factory=list)
+    chains: tuple[Chain, ...] = ()
 
     def add(
         self, path: bytes, content: bytes = b"", *, mode: int = 0o100644, **more: Any
@@ -534,12 +542,90 @@ def test_a_special_file_that_was_named_is_an_error(place: Path, lines: Lines) ->
     assert list((place / "dest").iterdir()) == []
 
 
-def test_the_image_itself_is_not_replaced(tmp_path: Path) -> None:
-    image = tmp_path / "disk.qcow2"
-    image.touch()
-    for sources, dest in ((["/a"], image), (["/b/disk.qcow2"], tmp_path)):
-        with pytest.raises(RefusedError, match="the image that is read"):
-            check_destination(sources, dest, overwrite=True, images=[image])
+@pytest.fixture
+def disks(tmp_path: Path) -> FakeGuest:
+    """A guest of two disks in the folder `images`: an overlay on a base in a folder that a link
+    leads to, and a raw one with a record of work beside it."""
+    folder = tmp_path / "images"
+    (folder / "bases").mkdir(parents=True)
+    (folder / "link").symlink_to("bases")
+    (folder / "bases/base.raw").write_bytes(b"base" * 1024)
+    (folder / "second.raw").write_bytes(b"second" * 1024)
+    words = ["create", "-q", "-f", "qcow2", "-b", "link/base.raw", "-F", "raw", "disk.qcow2"]
+    subprocess.run(["qemu-img", *words], cwd=folder, check=True)
+    (folder / "name.qcow2").symlink_to("disk.qcow2")
+    (folder / "hard.raw").hardlink_to(folder / "bases/base.raw")
+    chains = (open_chain(folder / "name.qcow2"), open_chain(folder / "second.raw", format="raw"))
+    (folder / ".second.raw.imgtool-record").touch()
+    return FakeGuest(chains=chains)
+
+
+def content(folder: Path) -> dict[str, bytes | str]:
+    return {
+        str(path.relative_to(folder)): str(path.readlink())
+        if path.is_symlink()
+        else path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
+
+
+FILES_OF_DISKS = [
+    *("bases/base.raw", "second.raw", "disk.qcow2", "name.qcow2", "hard.raw"),
+    *(".second.raw.imgtool-record", "link"),
+]
+
+
+@pytest.mark.parametrize("name", FILES_OF_DISKS)
+def test_no_file_is_replaced_that_the_guest_is_read_from(
+    tmp_path: Path, disks: FakeGuest, lines: Lines, name: str
+) -> None:
+    disks.add(b"/file", b"from the guest")
+    before, dest = content(tmp_path), tmp_path / "images" / name
+    with pytest.raises(RefusedError, match="the guest is read from"):
+        if name == "link":  # to a directory, which `dest` would lead into
+            disks.add(b"/link", b"from the guest")
+            copy_out(disks, "/link", dest.parent, lines.report, overwrite=True)  # type: ignore[arg-type]
+        else:
+            copy_out(disks, "/file", dest, lines.report, overwrite=True)  # type: ignore[arg-type]
+    assert content(tmp_path) == before
+    assert disks.opened == []
+
+
+@pytest.mark.parametrize("name", FILES_OF_DISKS)
+def test_none_is_replaced_in_a_directory_that_is_merged(
+    tmp_path: Path, disks: FakeGuest, lines: Lines, name: str
+) -> None:
+    path = os.fsencode(f"/images/{name}")
+    disks.add(b"/images", mode=stat.S_IFDIR | 0o755)
+    if b"bases" in path:
+        disks.add(b"/images/bases", mode=stat.S_IFDIR | 0o755)
+    disks.add(path, b"from the guest")
+    disks.add(b"/images/a", b"comes first")
+    before = content(tmp_path)
+    with pytest.raises(RefusedError, match="the guest is read from"):
+        copy_out(disks, "/images", tmp_path, lines.report, overwrite=True)  # type: ignore[arg-type]
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["a.raw", "bases/a.raw"])
+def test_files_beside_those_of_the_guest_are_replaced(
+    tmp_path: Path, disks: FakeGuest, lines: Lines, name: str
+) -> None:
+    disks.add(b"/file", b"from the guest")
+    (tmp_path / "images" / name).touch()
+    copy_out(disks, "/file", tmp_path / "images" / name, lines.report, overwrite=True)  # type: ignore[arg-type]
+    assert (tmp_path / "images" / name).read_bytes() == b"from the guest"
+
+
+def test_nothing_is_copied_where_one_of_several_would_replace_a_file_of_the_guest(
+    tmp_path: Path, disks: FakeGuest
+) -> None:
+    folder = tmp_path / "images"
+    for sources, dest in ((["/a", "/second.raw"], folder), (["/a"], folder / "bases/base.raw")):
+        with pytest.raises(RefusedError, match="the guest is read from"):
+            refuse_guest_files(disks, sources, dest)  # type: ignore[arg-type]
+    refuse_guest_files(disks, ["/bases"], folder)  # type: ignore[arg-type]
 
 
 def test_a_destination_that_ends_with_a_slash_is_a_directory(tmp_path: Path) -> None:
@@ -822,3 +908,65 @@ def test_the_fake_stream_is_one_that_tar_reads() -> None:
     content = guest.honest(b"/top", ())
     listed = subprocess.run(["tar", "-tf", "-"], input=content, capture_output=True, check=True)
     assert listed.stdout == b"./\n./a\n"
+
+
+@pytest.fixture
+def on_base(tmp_path: Path) -> Path:
+    """An overlay on a raw base with an ext2, and a second disk."""
+    folder, base = tmp_path / "root", tmp_path / "base.raw"
+    (folder / "tmp").mkdir(parents=True)
+    (folder / "file").write_bytes(b"one")
+    (folder / "tmp/base.raw").write_bytes(b"of the guest")
+    subprocess.run(["mke2fs", "-q", "-d", folder, base, "1M"], check=True)
+    for name in ("disk.qcow2", "other.qcow2"):
+        words = ["create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", tmp_path / name]
+        subprocess.run(["qemu-img", *words], check=True)
+    words = ["create", "-q", "-f", "qcow2", tmp_path / "second.qcow2", "1M"]
+    subprocess.run(["qemu-img", *words], check=True)
+    return tmp_path / "disk.qcow2"
+
+
+@pytest.mark.parametrize("dest", ["base.raw", "disk.qcow2", "second.qcow2", "."])
+def test_copy_out_refuses_to_replace_what_it_reads(
+    on_base: Path, imgtool_cli: Any, dest: str
+) -> None:
+    folder = on_base.parent
+    before = content(folder)
+    source = "/tmp/base.raw" if dest == "." else "/file"
+    words = [on_base, source, folder / dest, "--overwrite", "--engine", "direct"]
+    words += ["-A", folder / "second.qcow2", "-m", "/dev/sda"]
+    done = imgtool_cli("copy-out", *words)
+    assert done.status == 4, done.err
+    assert "the guest is read from" in done.err and "hint: choose another destination" in done.err
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("words", [["cat", "/file"], ["copy-out", "/", "-"]])
+def test_nothing_is_written_to_a_standard_output_that_is_read(
+    on_base: Path, words: list[str]
+) -> None:
+    command, *rest = words
+    argv = [sys.executable, "-m", "imgtool", command, on_base, *rest, "--engine", "direct"]
+    before = content(on_base.parent)
+    with on_base.with_name("base.raw").open("ab") as out:
+        done = subprocess.run(argv, stdout=out, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 4, done.stderr
+    assert "standard output" in done.stderr
+    assert content(on_base.parent) == before
+
+
+@pytest.mark.parametrize("command", ["create", "convert", "overlay create", "copy-in --clone"])
+def test_no_image_is_given_a_name_that_imgtool_removes(
+    on_base: Path, imgtool_cli: Any, command: str
+) -> None:
+    new = on_base.with_name(".disk.qcow2.imgtool-01234567")
+    given = {
+        "create": ["create", new, "1M"],
+        "convert": ["convert", on_base, new],
+        "overlay create": ["overlay", "create", on_base, new],
+        "copy-in --clone": ["copy-in", on_base, on_base.with_name("second.qcow2"), "/", "--clone"],
+    }
+    words = given[command] + ([new] if command.endswith("--clone") else [])
+    done = imgtool_cli(*words)
+    assert done.status == 4 and "a name that imgtool gives" in done.err
+    assert not new.exists()
