@@ -10,7 +10,7 @@ API can write `except FileNotFoundError`.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from enum import IntEnum, StrEnum
 
 
@@ -27,9 +27,27 @@ class ExitStatus(IntEnum):
     INTERRUPTED = 130
 
 
+_LISTED = 8  # names in one line
+
+
+def listed(names: Iterable[str], separator: str = ", ") -> str:
+    """Names for one line of a message: the first ones, and how many more there are."""
+    every = list(names)
+    shown = separator.join(every[:_LISTED])
+    return shown if len(every) <= _LISTED else f"{shown} and {len(every) - _LISTED} more"
+
+
+def shortened(text: str, most: int = 300) -> str:
+    """What another program or a guest said, on one line of at most so many characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 4] + " ..."
+
+
 class Reason(StrEnum):
     """What a refusal protects from. `--force REASON` gives up that one guard, and no other."""
 
+    BASE_NEWER = "base-newer"  # a base was changed after its overlay
+    DAMAGED = "damaged"  # entries of an image's tables are wrong
     IS_BASE = "is-base"  # overlays stand on the image that is to be written to
     IN_USE = "in-use"  # a device of the host stands on the image
     SNAPSHOTS = "snapshots"  # internal snapshots would be lost

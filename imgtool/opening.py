@@ -10,12 +10,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imgtool.errors import Force, ImgtoolError, UsageError
+from imgtool.errors import Force, ImgtoolError, UsageError, shortened
 from imgtool.guest.guest import Guest
 from imgtool.guest.keys import Key, parse_key
 from imgtool.guest.model import Mount
 from imgtool.guest.partitions import partitions_of
 from imgtool.image.chain import Chain, open_chain
+from imgtool.image.doubts import doubts_of
 from imgtool.image.locks import warn_if_written
 from imgtool.image.reading import chain_to_read
 
@@ -116,6 +117,8 @@ def open_guest(
                 chain.snapshot(snapshot)
             if line := warn_if_written(chain):
                 notice(line)
+            for line in doubts_of(chain):
+                notice(line)
         log.info("chain: checked in %.3f s", time.monotonic() - started)
 
         def appliance() -> AbstractContextManager[Guest]:
@@ -196,6 +199,8 @@ def open_guest_to_write(
         chains = open_images([image, *add], format=format, backing_dirs=backing_dirs)
     options = _write_options(image, mounts, root, keys, notice, debug)
     if clone is not None:
+        for line in doubts_of(chains[0]):
+            notice(line)
         begun: AbstractContextManager[transaction.Clone | transaction.Transaction] = (
             transaction.clone(chains[0], clone, force=force)
         )
@@ -236,13 +241,16 @@ def _refuse_new_faults(
     for one in found:
         if new := new_faults(known.get(one.device), one):
             raise ImgtoolError(
-                f"what was written left its filesystem unsound ({new[0]}); nothing was changed",
+                "what was written left its filesystem unsound, and nothing was changed:"
+                f" {shortened(new[0])}",
                 subject=one.device,
                 hint="it had faults before: on a copy of the image, have it mended first"
                 if one.device in known
                 else None,
             )
-        options["notice"](f"{one.device} had faults before it was written to: {one.said}")
+        options["notice"](
+            f"{one.device} had faults before it was written to: {shortened(one.said)}"
+        )
 
 
 @contextlib.contextmanager

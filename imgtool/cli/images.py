@@ -48,6 +48,7 @@ def info(
 
 def _show(chain: Chain, output: Output, *, human: bool) -> None:
     from imgtool.guest.partitions import partitions_of
+    from imgtool.image.doubts import doubts_of
     from imgtool.image.locks import holders
 
     rows: list[dict[str, Any]] = []
@@ -82,6 +83,8 @@ def _show(chain: Chain, output: Output, *, human: bool) -> None:
             for row in rows:
                 row["snapshots"] = [snapshot["name"] for snapshot in row["snapshots"]]
         render.emit(rows, FIELDS, output)
+        for doubt in doubts_of(chain):
+            render.message("warning", doubt)
         return
 
     def size(value: int) -> str:
@@ -108,10 +111,7 @@ def _show(chain: Chain, output: Output, *, human: bool) -> None:
     if held:
         print()
         render.emit([], (), output, columns=("image", "held by"), shown=held)
-    for row in rows:
-        for problem in row["problems"]:
-            render.message("warning", f"{problem} ({row['path']})")
-    for problem in chain.problems:
+    for problem in dict.fromkeys((*chain.problems, *doubts_of(chain))):
         render.message("warning", problem)
     print()
     try:

@@ -15,6 +15,8 @@ from imgtool.cli.options import Output
 
 Row = Mapping[str, Any]
 
+_LONGEST_LINE = 4000  # characters, of messages
+
 _ESCAPES = {7: "a", 8: "b", 9: "t", 10: "n", 11: "v", 12: "f", 13: "r", 0x5C: "\\"}
 
 
@@ -175,9 +177,14 @@ def text(content: str) -> None:
 
 def message(kind: str, text: str) -> None:
     """A line on stderr: `imgtool: error: ...`."""
-    print(f"imgtool: {kind}: {plain(text)}", file=sys.stderr, flush=True)
+    print(f"imgtool: {kind}: {_bounded(plain(text))}", file=sys.stderr, flush=True)
 
 
 def hint(text: str) -> None:
     """What can be done, on stderr, below an error."""
-    print(f"  hint: {plain(text)}", file=sys.stderr, flush=True)
+    print(f"  hint: {_bounded(plain(text))}", file=sys.stderr, flush=True)
+
+
+def _bounded(line: str) -> str:
+    """No line fills a terminal; names are whole where they are of any usual length."""
+    return line if len(line) <= _LONGEST_LINE else line[: _LONGEST_LINE - 4] + " ..."

@@ -179,6 +179,7 @@ def partitions(
     """Show the partition table: start, size and offset of each partition, in bytes."""
     from imgtool.guest.partition_table import disk_name
     from imgtool.guest.partitions import partitions_of
+    from imgtool.image.doubts import doubts_of
     from imgtool.image.foreign_tables import TITLES
     from imgtool.opening import images_to_read
 
@@ -189,6 +190,8 @@ def partitions(
         [request.image, *request.add], format=format, backing_dirs=request.backing_dirs
     ) as chains:
         for number, chain in enumerate(chains):
+            for doubt in doubts_of(chain):
+                render.message("warning", doubt)
             table = partitions_of(chain, device=disk_name(number), snapshot=snapshot)
             found += table.partitions
             problems += table.problems

@@ -48,6 +48,8 @@ def carry_out(
             if line := recover(image, backing_dirs=backing_dirs or (), below=below):
                 render.message("note", line)
     plan = make()
+    for line in plan.doubts:
+        warning(line)
     for line in plan.lines:
         render.message("would" if dry_run else "to do", line)
     if dry_run:

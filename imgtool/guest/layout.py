@@ -13,7 +13,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from imgtool.errors import EngineError, NotInGuestError
+from imgtool.errors import (
+    EngineError,
+    NotInGuestError,
+    listed,
+    shortened,
+)
 from imgtool.guest.blocks import UNKNOWN
 from imgtool.guest.fstab import FstabEntry, parse_fstab, resolve_spec
 from imgtool.guest.model import Device, Layout, Mount
@@ -176,9 +181,9 @@ def _described(findings: Findings) -> str:
         note = findings.failures.get(filesystem.device)
         words.append(
             f"{filesystem.device} ({_titled(filesystem.type or UNKNOWN)}"
-            + (f", cannot be mounted: {note})" if note else ")")
+            + (f", cannot be mounted: {shortened(note, 120)})" if note else ")")
         )
-    return ", ".join(words)
+    return listed(words)
 
 
 def _choose_root(findings: Findings, wanted: str | None) -> Root | None:
@@ -187,14 +192,14 @@ def _choose_root(findings: Findings, wanted: str | None) -> Root | None:
         for root in roots:
             if root.source == wanted:
                 return root
-        choices = ", ".join(r.source for r in roots) or "none was found"
+        choices = listed(r.source for r in roots) or "none was found"
         raise NotInGuestError(
             "no operating system has this root filesystem",
             subject=wanted,
             hint=f"operating systems in the image: {choices}",
         )
     if len(roots) > 1:
-        choices = "  or  ".join(f"--root {root.source}  ({root.title})" for root in roots)
+        choices = listed((f"--root {root.source}  ({root.title})" for root in roots), "  or  ")
         raise NotInGuestError("the image has several operating systems", hint=f"add {choices}")
     return roots[0] if roots else None
 
@@ -211,7 +216,7 @@ def _data_layout(findings: Findings) -> Layout:
         if locked:
             raise NotInGuestError(
                 "the filesystems are encrypted and no key fits",
-                subject=", ".join(locked),
+                subject=listed(locked),
                 hint=f"give the key: --key {locked[0]}:file:FILE, or --key all:key:PASSPHRASE",
             )
         if findings.failures:

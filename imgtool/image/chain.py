@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from imgtool.errors import ImageError, NotInGuestError, RefusedError
+from imgtool.errors import ImageError, NotInGuestError, RefusedError, listed
 from imgtool.image.host_file import file_node, node_driver
 from imgtool.image.info import PROBE_LIMITS, ImageInfo, Snapshot, ask_qemu, probe
 from imgtool.image.places import Places, printable
@@ -78,7 +78,7 @@ class Chain:
         for known in ([s for s in there if s.name == name], [s for s in there if s.id == name]):
             if known:
                 return known[0]
-        names = ", ".join(printable(snapshot.name) for snapshot in there[:20])
+        names = listed(printable(snapshot.name) for snapshot in there)
         raise NotInGuestError(
             f"no internal snapshot '{printable(name)}'",
             subject=printable(self.active.path),

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from imgtool.errors import Force, Reason, RefusedError
+from imgtool.errors import Force, Reason, RefusedError, listed
 from imgtool.image import headers
 from imgtool.image.chain import Chain
 from imgtool.image.headers import Header
@@ -122,11 +122,9 @@ def refuse_if_base(
         if but_for is None or not overlay.samefile(but_for)
     ]
     if overlays:
-        names = ", ".join(printable(overlay) for overlay in overlays[:5])
-        more = f" and {len(overlays) - 5} more" if len(overlays) > 5 else ""
+        names = listed(printable(overlay) for overlay in overlays)
         raise RefusedError(
-            f"it is the base of {'an overlay' if len(overlays) == 1 else 'overlays'}:"
-            f" {names}{more}",
+            f"it is the base of {'an overlay' if len(overlays) == 1 else 'overlays'}: {names}",
             subject=printable(path),
             hint="write to the overlay; what is written to its base would make garbage of it",
             reason=Reason.IS_BASE,

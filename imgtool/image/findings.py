@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from imgtool.errors import ImgtoolError, RefusedError
+from imgtool.errors import ImgtoolError, RefusedError, listed
 from imgtool.image import headers
+from imgtool.image.ages import newer_bases
 from imgtool.image.info import FORMATS, ImageInfo
 from imgtool.image.locks import Holder, holders, in_use_for_writing
-from imgtool.image.places import printable, protocol_of
+from imgtool.image.places import printable, protocol_of, typed
 
 Severity = Literal["risk", "warning", "note"]
 
 _RESTORE = "restore it from a backup, or save what is left with 'imgtool convert'"
-_SHOWN = 5  # names in a line
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,8 @@ class Finding:
     do: str
 
 
-def _word(path: Path) -> str:
-    """A path in a command that somebody may type as it stands."""
-    return shlex.quote(printable(path))
-
-
 def _rebase(overlay: Path, base: Path, format: str) -> str:
-    words = f"--base-format {format} {_word(overlay)} {_word(base)}"
+    words = f"--base-format {format} {typed(overlay)} {typed(base)}"
     return f"imgtool overlay rebase --unsafe {words}"
 
 
@@ -58,7 +52,7 @@ def unreadable(
                 "unknown-backing-format",
                 f"it names the format '{printable(format)}' for its base {name}; no such format is"
                 " supported",
-                f"find out what the file is: imgtool info {_word(path)}; then write that into the"
+                f"find out what the file is: imgtool info {typed(path)}; then write that into the"
                 " overlay with 'imgtool overlay rebase --unsafe --base-format'",
             )
         try:
@@ -104,7 +98,7 @@ def missing(link: ImageInfo, path: Path) -> Finding:
         f"its backing file {printable(str(link.backing))} is not at {printable(path)}: all that"
         " was not written since the overlay was made is out of reach",
         "put the file back; if it was moved, tell the overlay where it is now: imgtool overlay"
-        f" rebase --unsafe {_word(link.path)} NEWBASE",
+        f" rebase --unsafe {typed(link.path)} NEWBASE",
     )
 
 
@@ -159,7 +153,7 @@ def between(above: ImageInfo, below: ImageInfo, format: str | None) -> Iterator[
             "smaller-than-base",
             f"it has {above.virtual_size} bytes, its base {below.virtual_size}: what lies beyond is"
             " hidden from the guest",
-            f"if that was not meant: imgtool resize {_word(above.path)} {below.virtual_size}",
+            f"if that was not meant: imgtool resize {typed(above.path)} {below.virtual_size}",
         )
     elif above.virtual_size > below.virtual_size:
         yield Finding(
@@ -170,7 +164,7 @@ def between(above: ImageInfo, below: ImageInfo, format: str | None) -> Iterator[
             " the base grow",
             "nothing, if it was made to be larger",
         )
-    if headers.is_newer(_changed(below), _changed(above)):
+    if any(newer_bases((above, below))):
         yield Finding(
             above.path,
             "risk",
@@ -178,7 +172,7 @@ def between(above: ImageInfo, below: ImageInfo, format: str | None) -> Iterator[
             f"its base {name} was changed after it: if that was more than a copy of the file, the"
             " overlay no longer fits",
             "look whether its filesystems are sound before anything is written; if the base was"
-            f" only copied or touched: touch {_word(above.path)}",
+            f" only copied or touched: touch -r {typed(below.path)} {typed(above.path)}",
         )
 
 
@@ -197,18 +191,6 @@ def _taken_as_raw(above: ImageInfo, below: ImageInfo) -> Iterator[Finding]:
             "if it is the former, write the right format into the overlay: "
             + _rebase(above.path, below.path, content.format),
         )
-
-
-def _changed(link: ImageInfo) -> int:
-    """When the newest of an image's files was changed; 0 for a device, which does not tell."""
-    times = [0]
-    for path in link.files:
-        try:
-            if path.is_file():
-                times.append(path.stat().st_mtime_ns)
-        except OSError:
-            continue  # gone since it was opened
-    return max(times)
 
 
 def marked(link: ImageInfo) -> Iterator[Finding]:
@@ -233,7 +215,7 @@ def interrupted(path: Path, operation: str) -> Finding:
         "interrupted",
         f"a {printable(operation)} of it was interrupted, or is under way"
         + (": it holds a part of what was to be written to it" if half else ""),
-        f"imgtool recover {_word(path)}",
+        f"imgtool recover {typed(path)}",
     )
 
 
@@ -245,7 +227,7 @@ def dirty(link: ImageInfo) -> Finding:
         "dirty",
         "it was not closed properly: its QEMU was killed, or the host went down; its tables are"
         " not up to date",
-        f"QEMU mends them when it opens it next, or: imgtool check --repair all {_word(link.path)}",
+        f"QEMU mends them when it opens it next, or: imgtool check --repair all {typed(link.path)}",
     )
 
 
@@ -281,13 +263,12 @@ def _same_process(path: Path, writer: Holder) -> bool:
 def several(path: Path, overlays: Sequence[Path]) -> Iterator[Finding]:
     """An image that more than one overlay stands on."""
     if len(overlays) > 1:
-        names = ", ".join(printable(overlay.name) for overlay in overlays[:_SHOWN])
-        more = ", ..." if len(overlays) > _SHOWN else ""
+        names = listed(printable(overlay.name) for overlay in overlays)
         yield Finding(
             path,
             "note",
             "base-of-several",
-            f"{len(overlays)} overlays stand on it ({names}{more}): to commit one of them would"
+            f"{len(overlays)} overlays stand on it ({names}): to commit one of them would"
             " ruin the others",
             "keep it read-only; 'imgtool overlay flatten' makes an overlay stand alone",
         )

@@ -7,9 +7,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from imgtool.errors import Force, HostError, ImageError, Reason, RefusedError
+from imgtool.errors import Force, HostError, ImageError, Reason, RefusedError, listed
 from imgtool.image.chain import Chain
 from imgtool.image.dependants import refuse_if_base
+from imgtool.image.doubts import refuse_doubtful
 from imgtool.image.info import ImageInfo
 from imgtool.image.locks import refuse_if_in_use
 from imgtool.image.places import printable
@@ -40,7 +41,7 @@ def refuse_to_replace(chain: Chain, *, force: Force = ()) -> None:
     """Raise unless another file can take the place of the active image's without harm.
 
     `RefusedError` if it, or something below it, is in use, if it is no plain file, or has several
-    names, or would change its owner; `force` overrides the last two, and devices.
+    names, or would change its owner, or is doubtful; `force` overrides the last three, and devices.
     """
     path = chain.active.path
     refuse_if_in_use(chain, force=force)
@@ -65,6 +66,7 @@ def refuse_to_replace(chain: Chain, *, force: Force = ()) -> None:
             hint="run imgtool as its owner or as root",
             reason=Reason.OWNER,
         )
+    refuse_doubtful(chain, force=force)
 
 
 def refuse_if_unfinished(chain: Chain) -> None:
@@ -124,12 +126,13 @@ def refuse_to_write(
     """Raise unless the active image can be written to without harm.
 
     `RefusedError` if it, or something below it, is in use, or if an image other than `but_for`
-    stands on it, which `force` overrides; `HostError` if this user may not.
+    stands on it, or if it is doubtful, which `force` overrides; `HostError` if this user may not.
     """
     refuse_if_in_use(chain, force=force)
     refuse_if_unfinished(chain)
     refuse_if_base(chain, backing_dirs, but_for=but_for, force=force)
     refuse_if_not_writable(chain.active.path)
+    refuse_doubtful(chain, force=force)
 
 
 def refuse_if_too_little_space(folder: Path, needed: int, *, force: Force = ()) -> None:
@@ -158,7 +161,7 @@ def need_space(folder: Path, needed: int) -> None:
 def refuse_snapshots(chain: Chain, what: str, *, force: Force = ()) -> None:
     """Raise `RefusedError` if the active image has internal snapshots, which `what` would ruin."""
     if chain.active.snapshots and Reason.SNAPSHOTS not in force:
-        names = ", ".join(printable(snapshot.name) for snapshot in chain.active.snapshots[:5])
+        names = listed(printable(snapshot.name) for snapshot in chain.active.snapshots)
         raise RefusedError(
             f"{what} would lose its internal snapshots: {names}",
             subject=printable(chain.active.path),

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from imgtool.errors import Force, HostError, ImageError, ImgtoolError, Reason, RefusedError
+from imgtool.image.ages import changed, kept_younger
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.copies import convert, options_like, size_of_copy
 from imgtool.image.dependants import overlays_on, refuse_if_base
+from imgtool.image.doubts import doubts_of, refuse_doubtful
 from imgtool.image.guards import (
     refuse_encrypted,
     refuse_existing,
@@ -23,6 +25,7 @@ from imgtool.image.guards import (
     refuse_to_replace,
     refuse_to_write,
 )
+from imgtool.image.headers import is_newer
 from imgtool.image.host_file import open_host_file
 from imgtool.image.info import ImageInfo, probe
 from imgtool.image.locks import kept_from_writers, refuse_if_in_use
@@ -30,7 +33,7 @@ from imgtool.image.places import Places, in_same_tree, name_from, printable
 from imgtool.image.qemu_img import same_content
 from imgtool.image.reading import kept_as_base, no_readers
 from imgtool.image.record import identity_of, temporary_path
-from imgtool.image.recovery import as_untouched, committed
+from imgtool.image.recovery import as_untouched, committed, pending_below
 from imgtool.image.work import Plan, Seen, Work, sync_file
 
 Dirs = Sequence[str | Path]
@@ -97,6 +100,7 @@ def plan_create(
         do,
         facts={"temporary": str(temporary)},
         seen=Seen.of(*chain.files),
+        doubts=doubts_of(chain),
     )
 
 
@@ -138,6 +142,9 @@ def plan_commit(
     refuse_if_in_use(chain, force=force)
     refuse_to_write(base, backing_dirs, force=force, but_for=overlay)
     refuse_snapshots(chain, "to commit it", force=force)
+    # What is to be finished has written to the base already.
+    begun = pending_below(overlay, backing_dirs) is not None
+    refuse_doubtful(chain, force={*force, Reason.BASE_NEWER} if begun else force)
     _refuse_other_size(chain, base)
     if remove and (above := overlays_on(overlay, backing_dirs)):
         raise RefusedError(
@@ -242,6 +249,7 @@ def plan_rebase(
     refuse_if_in_use(chain, force=force)
     refuse_if_unfinished(chain)
     refuse_snapshots(chain, "to rebase it", force=force)
+    refuse_doubtful(chain, force=force)
     space = size_of_copy(chain, options_like(chain.active))
     refuse_if_too_little_space(overlay.resolve().parent, space, force=force)
     name, old = backing_name(base, overlay), Chain(chain.links[1:])
@@ -253,6 +261,10 @@ def plan_rebase(
     )
 
     def do(work: Work) -> None:
+        with kept_younger(overlay, backing_dirs):
+            put_on_base(work)
+
+    def put_on_base(work: Work) -> None:
         work.qemu_img("rebase", _rebase(overlay, name, below.active.format), overlay)
         now = probe(overlay, backing_dirs=backing_dirs)
         what = "the overlay had another content on its new base, and was put back on its old one"
@@ -284,6 +296,7 @@ def _plan_unsafe(link: ImageInfo, below: Chain, *, force: Force, backing_dirs: D
     alone = Chain((link,))
     refuse_if_in_use(alone, force=force)
     refuse_if_unfinished(alone)
+    refuse_doubtful(alone, force=force)
     refuse_if_base(alone, backing_dirs, force=force)
     if Reason.OTHER_BASE not in force:
         _refuse_another(link, below, backing_dirs)
@@ -294,7 +307,12 @@ def _plan_unsafe(link: ImageInfo, below: Chain, *, force: Force, backing_dirs: D
     )
 
     def do(work: Work) -> None:
-        work.qemu_img("rebase", _rebase(overlay, name, base.format, "-u"), overlay)
+        status = overlay.stat()
+        with kept_younger(overlay, backing_dirs):
+            work.qemu_img("rebase", _rebase(overlay, name, base.format, "-u"), overlay)
+            if is_newer(changed(base), status.st_mtime_ns):
+                # That the base may be another is to be seen afterwards too.
+                os.utime(overlay, ns=(status.st_atime_ns, status.st_mtime_ns))
 
     return Plan("rebase", overlay, lines, do, "qcow2", seen=Seen.of(overlay))
 

@@ -7,6 +7,7 @@ file that this host can read part of the guest's disk.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,11 @@ def printable(name: str | Path) -> str:
     return "".join(
         character if character.isprintable() else ascii(character)[1:-1] for character in str(name)
     )
+
+
+def typed(path: Path) -> str:
+    """A path in a command that somebody may type as it stands: one word."""
+    return shlex.quote(printable(path))
 
 
 def in_same_tree(path: Path, folder: Path) -> bool:

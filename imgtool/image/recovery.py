@@ -9,6 +9,7 @@ from pathlib import Path
 
 from imgtool.errors import Force, ImageError, ImgtoolError, Reason, RefusedError
 from imgtool.image import headers, qcow2
+from imgtool.image.ages import kept_younger
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
 from imgtool.image.info import Snapshot, probe
@@ -321,7 +322,8 @@ def committed(record: Record, overlay: Path) -> None:
         if record.facts.get("remove"):
             remove_unread(overlay)
         else:
-            os.utime(overlay)  # its base is newer, and still fits
+            with kept_younger(overlay):
+                os.utime(overlay)  # its base is newer, and still fits
 
 
 def _commit(base: Path, overlay: Path, backing_dirs: Dirs) -> Chain:

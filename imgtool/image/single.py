@@ -8,17 +8,19 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
-from imgtool.errors import Force, ImageError, Reason, UsageError
+from imgtool.errors import Force, ImageError, Reason, RefusedError, UsageError
+from imgtool.image.ages import kept_younger
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
 from imgtool.image.copies import size_of_copy
+from imgtool.image.doubts import doubts_of
 from imgtool.image.guards import (
     refuse_encrypted,
     refuse_existing,
     refuse_if_too_little_space,
     refuse_to_write,
 )
-from imgtool.image.info import probe
+from imgtool.image.info import ImageInfo, probe
 from imgtool.image.places import printable
 from imgtool.image.recognise import refuse_noise
 from imgtool.image.record import temporary_path
@@ -123,6 +125,7 @@ def plan_convert(
         space=space,
         facts={"temporary": str(temporary)},
         seen=Seen.of(*chain.files),
+        doubts=doubts_of(chain),
     )
 
 
@@ -168,6 +171,14 @@ def plan_resize(
     return Plan("resize", path.absolute(), lines, do, active.format, seen=Seen.of(*chain.files))
 
 
+def _chain_or(link: ImageInfo, backing_dirs: Dirs) -> Chain:
+    """The chain of an image, or the image alone where the chain cannot be followed."""
+    try:
+        return open_chain(link.path, format=link.format, backing_dirs=backing_dirs)
+    except (ImageError, RefusedError):
+        return Chain((link,))
+
+
 def plan_repair(
     path: Path,
     what: Literal["leaks", "all"],
@@ -178,10 +189,12 @@ def plan_repair(
 ) -> Plan:
     """Have QEMU mend the image's tables: lost space alone, or all that is wrong with them."""
     link = probe(path, format=format, backing_dirs=backing_dirs)  # its base may be missing
-    refuse_to_write(Chain((link,)), backing_dirs, force={*force, Reason.IS_BASE})
+    # It is for damaged ones, and what stands on it sees no change.
+    allowed = {*force, Reason.IS_BASE, Reason.DAMAGED}
+    refuse_to_write(_chain_or(link, backing_dirs), backing_dirs, force=allowed)
 
     def do(work: Work) -> None:
-        with work.step("repair"):
+        with work.step("repair"), kept_younger(path, backing_dirs):
             result = check_metadata(link, repair=what)
         if not result.sound:
             raise ImageError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from imgtool.errors import Force, ImageError, NotInGuestError, Reason, RefusedError, UsageError
 from imgtool.image import qcow2
+from imgtool.image.ages import kept_younger
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.guards import refuse_encrypted, refuse_second_file, refuse_to_write
 from imgtool.image.host_file import open_host_file
@@ -69,7 +70,7 @@ def plan_create(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs 
     _check_name(chain, name)
 
     def do(work: Work) -> None:
-        with work.step("create"):
+        with work.step("create"), kept_younger(path, backing_dirs):
             on_snapshots(path, "-c", name)
 
     lines = (f"keep the present state of {printable(path)} as '{printable(name)}'",)
@@ -84,7 +85,7 @@ def plan_delete(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs 
     known_as = _for_delete(chain, snapshot)
 
     def do(work: Work) -> None:
-        with work.step("delete"):
+        with work.step("delete"), kept_younger(path, backing_dirs):
             on_snapshots(path, "-d", known_as)
 
     lines = (

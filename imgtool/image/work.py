@@ -134,7 +134,8 @@ class Plan:
     `format` is that of the image, where it is there already: what a guest wrote to a raw disk may
     look like any. `space` is how many bytes it may need in the image's folder, `facts` what its
     record says, and `seen` the files that were looked at to make it. What is `repeatable` is
-    finished by doing it again, which is the same where the facts named in it are.
+    finished by doing it again, which is the same where the facts named in it are. `doubts` are
+    lines on what is only read.
     """
 
     operation: str
@@ -146,6 +147,7 @@ class Plan:
     facts: dict[str, Any] = field(default_factory=dict)
     seen: Seen = field(default_factory=Seen)
     repeatable: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
 
     def run(self, on_step: OnStep | None = None, notice: Notice | None = None) -> Work:
         """Do it: whole, or as if it had not been begun, or to be finished by repeating it."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from imgtool import interrupt
-from imgtool.errors import ExitStatus, HostError, ImgtoolError, Reason, RefusedError
+from imgtool.errors import ExitStatus, HostError, ImgtoolError, Reason, RefusedError, listed
 from imgtool.mount import kernel
 from imgtool.process import ProgramFailed, leave_running, run
 
@@ -103,7 +103,7 @@ def unmount(target: str) -> None:
         users = kernel.users_of(target)
         if isinstance(error, ProgramFailed) or error.errno == errno.EBUSY or users:
             raise RefusedError(
-                "it is in use" + (" by " + ", ".join(users[:10]) if users else ""),
+                "it is in use" + (" by " + listed(users) if users else ""),
                 subject=target,
                 hint="leave the directory or end the process, then try again",
             ) from error

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from imgtool.errors import HostError, RefusedError
+from imgtool.errors import HostError, RefusedError, listed
 from imgtool.mount import udev
 from imgtool.mount.step import Save, Step
 from imgtool.process import Limits, ProgramFailed, run
@@ -47,7 +47,7 @@ def _unmap(names: Callable[[], list[str]]) -> None:
                 )
         if not names():
             return
-    raise RefusedError("the mappings are in use", subject=", ".join(names()))
+    raise RefusedError("the mappings are in use", subject=listed(names()))
 
 
 @dataclass

@@ -17,6 +17,7 @@ from imgtool.errors import (
     NotInGuestError,
     Reason,
     RefusedError,
+    listed,
 )
 from imgtool.guest.model import Mount
 from imgtool.mount import filesystems, kernel, mapper_steps, steps
@@ -93,7 +94,7 @@ class Mounter:
             )
             == "LVM2_member"
         ]
-        listed = (
+        answer = (
             mapper_steps.lvm(
                 devices, "pvs", "--noheadings", "--separator", "|", "-o", "pv_name,vg_name,vg_uuid"
             )
@@ -102,13 +103,13 @@ class Mounter:
         )
         members: dict[str, list[str]] = {}
         uuids: dict[str, set[str]] = {}
-        for line in listed.splitlines():
+        for line in answer.splitlines():
             device, group, uuid = line.strip().split("|")
             members.setdefault(group, []).append(device)
             uuids.setdefault(group, set()).add(uuid)
         for number, group in enumerate(needed):
             if group not in members:
-                there = ", ".join(sorted(name for name in members if name)) or "none"
+                there = listed(sorted(name for name in members if name)) or "none"
                 raise NotInGuestError(
                     "no such volume group", subject=group, hint=f"volume groups: {there}"
                 )

@@ -21,12 +21,14 @@ from imgtool.errors import (
     Reason,
     RefusedError,
     UsageError,
+    listed,
 )
 from imgtool.guest.hibernation import refuse_sleeping_devices, refuse_sleeping_files
 from imgtool.guest.model import Mount
 from imgtool.guest.partition_table import disk_name
 from imgtool.guest.partitions import partitions_of
 from imgtool.image.chain import Chain
+from imgtool.image.doubts import doubts_of
 from imgtool.image.guards import refuse_to_write
 from imgtool.image.locks import warn_if_written
 from imgtool.image.recovery import recover
@@ -108,8 +110,10 @@ def _check_images(wanted: Wanted, chains: Sequence[Chain]) -> None:
             if line := recover(chain.active.path, backing_dirs=wanted.backing_dirs):
                 wanted.notice(line)
             refuse_to_write(chain, wanted.backing_dirs, force=wanted.force)
-        elif line := warn_if_written(chain):
-            wanted.notice(line)
+        else:
+            for line in (warn_if_written(chain), *doubts_of(chain)):
+                if line:
+                    wanted.notice(line)
 
 
 def _written(wanted: Wanted, chains: Sequence[Chain]) -> list[Path]:
@@ -136,7 +140,7 @@ def _refuse_if_mounted(wanted: Wanted, chains: Sequence[Chain], besides: str = "
             raise RefusedError(
                 f"it is mounted at {journal.mountpoint}"
                 + (", to be written" if journal.writable else ""),
-                subject=", ".join(shared),
+                subject=listed(shared),
                 hint=f"imgtool umount {journal.mountpoint}",
             )
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from imgtool.errors import HostError, NotInGuestError, UsageError
+from imgtool.errors import HostError, NotInGuestError, UsageError, listed
 from imgtool.guest.layout import BTRFS_VOLUME, btrfs_device
 from imgtool.guest.model import Layout, Partition
 from imgtool.guest.partition_table import disk_name
@@ -83,7 +83,7 @@ def partition(disks: Sequence[Disk], number: int, disk: int = 0) -> Place:
                     subject=str(place),
                 )
             return place
-    there = ", ".join(
+    there = listed(
         f"{row.number} ({row.type_name or row.type or 'no type'}, {row.size} bytes)"
         for row in rows
         if row.number is not None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from imgtool.errors import EngineError, HostError, ImgtoolError, RefusedError
+from imgtool.errors import EngineError, HostError, ImgtoolError, RefusedError, listed
 from imgtool.mount import kernel, loop, udev
 from imgtool.mount.mapper_steps import Group, Mapping
 from imgtool.mount.qemu_steps import Export, Nbd, Overlay, Snapshot
@@ -102,7 +102,7 @@ class Loop(Step):
                 loop.detach(self.number, self.mark)
                 return
             raise RefusedError(
-                f"{self.device} is still mounted: " + ", ".join(places[:10]),
+                f"{self.device} is still mounted: " + listed(places),
                 subject=self.path,
                 hint="unmount it there, or end the process, then try again",
             ) from error
@@ -155,7 +155,7 @@ class Filesystem(Step):
                     time.sleep(0.05)
                     continue
                 raise RefusedError(
-                    "it is in use by " + ", ".join(users[:10]),
+                    "it is in use by " + listed(users),
                     subject=self.target,
                     hint="leave the directory or end the process, then try again",
                 ) from error

@@ -19,7 +19,13 @@ from imgtool.engines.direct.answers import AnswerStream, Contents, spooled
 from imgtool.engines.direct.client import Client, WorkerFailed
 from imgtool.engines.direct.filesystem import NeedsAppliance
 from imgtool.engines.direct.volumes_client import WorkerVolume, WorkerVolumes
-from imgtool.errors import EngineError, ImgtoolError, NotInGuestError, UsageError
+from imgtool.errors import (
+    EngineError,
+    ImgtoolError,
+    NotInGuestError,
+    UsageError,
+    listed,
+)
 from imgtool.guest.blocks import BIOS_BOOT, UNKNOWN, Block, unmeasured
 from imgtool.guest.guest import CHECKSUMS, Guest, OnProblem, Stretches
 from imgtool.guest.layout import discover, holds_files, survey
@@ -135,7 +141,7 @@ class DirectGuest(Guest):
                 raise NotInGuestError(
                     "the image has no such filesystem",
                     subject=mount.source,
-                    hint="it has: " + ", ".join(sorted(known)),
+                    hint="it has: " + listed(sorted(known)),
                 )
         self._client.one("look", device=self._given[0].source)
         windows = WorkerVolume(self._client).is_dir("/Windows/System32")

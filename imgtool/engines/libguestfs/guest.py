@@ -35,6 +35,7 @@ from imgtool.errors import (
     Reason,
     RefusedError,
     UsageError,
+    listed,
 )
 from imgtool.guest.files import Unknown
 from imgtool.guest.guest import CHECKSUMS, Guest, OnProblem
@@ -179,7 +180,7 @@ class LibguestfsGuest(Guest):
                 raise NotInGuestError(
                     "the image has no such filesystem",
                     subject=mount.source,
-                    hint="it has: " + ", ".join(sorted(known)),
+                    hint="it has: " + listed(sorted(known)),
                 )
         try:
             self._mount(self._given[0])

@@ -41,7 +41,7 @@ from typing import Any
 from imgtool.engines.libguestfs.monitor import Monitor
 from imgtool.engines.libguestfs.starter import appliance_drive, file_of, identity, quoted, shape
 from imgtool.engines.libguestfs.starter import stands as _stands
-from imgtool.errors import EngineError, HostError, ImgtoolError, RefusedError
+from imgtool.errors import EngineError, HostError, ImgtoolError, RefusedError, shortened
 from imgtool.process import PIPE, command_of, run, spawn
 from imgtool.scratch import scratch_folder
 
@@ -193,7 +193,7 @@ def settle(handle: Any) -> None:
     except RuntimeError as error:
         raise EngineError(f"the saved appliance does not see the disks: {error}") from error
     if said.split()[-1:] != ["settled"]:
-        raise EngineError(f"the saved appliance does not see the disks: {said}")
+        raise EngineError(f"the saved appliance does not see the disks: {shortened(said)}")
 
 
 def save(home: Path, handle: Any, hypervisor: str) -> Saved:

@@ -1,0 +1,63 @@
+"""Whether a base is older than its overlay, as it has to be, by the times of their files.
+
+Nothing in an overlay tells what was in its base. So its times are all that tell of a base that was
+changed or replaced, and work that changes neither for a guest keeps them in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from imgtool.image import headers
+from imgtool.image.dependants import overlays_on
+from imgtool.image.info import ImageInfo
+
+
+def changed(link: ImageInfo) -> int:
+    """When the newest of an image's files was changed, in nanoseconds; 0 for a device, which does
+    not tell."""
+    times = [0]
+    for path in link.files:
+        try:
+            if path.is_file():
+                times.append(path.stat().st_mtime_ns)
+        except OSError:
+            continue  # gone since it was opened
+    return max(times)
+
+
+def newer_bases(links: Sequence[ImageInfo]) -> Iterator[tuple[ImageInfo, ImageInfo]]:
+    """Each overlay of a chain with its base, where that was changed after it."""
+    for overlay, base in itertools.pairwise(links):
+        if headers.is_newer(changed(base), changed(overlay)):
+            yield overlay, base
+
+
+@contextlib.contextmanager
+def kept_younger(image: Path, backing_dirs: Sequence[str | Path] = ()) -> Iterator[None]:
+    """What is done to an image in the block changes nothing that a guest sees in it: overlays that
+    are not older than it before are not so after, nor what stands on them.
+
+    Where this user may not set the time of an overlay, `chain check` takes its base for changed.
+    """
+    above = list(_in_order(image, backing_dirs))
+    yield
+    for base, overlay in above:
+        before, after = overlay.stat(), base.stat().st_mtime_ns
+        if headers.is_newer(after, before.st_mtime_ns):
+            with contextlib.suppress(OSError):
+                os.utime(overlay, ns=(before.st_atime_ns, after))
+
+
+def _in_order(
+    image: Path, backing_dirs: Sequence[str | Path], seen: frozenset[Path] = frozenset()
+) -> Iterator[tuple[Path, Path]]:
+    for overlay in overlays_on(image, backing_dirs):
+        known = overlay.resolve() in seen
+        if not known and not headers.is_newer(image.stat().st_mtime_ns, overlay.stat().st_mtime_ns):
+            yield image, overlay
+            yield from _in_order(overlay, backing_dirs, seen | {overlay.resolve()})
