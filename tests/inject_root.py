@@ -88,7 +88,7 @@ class Root:
             size=found.st_size, mtime_ns=found.st_mtime_ns, target=target, nlink=found.st_nlink,
         )  # fmt: skip
 
-    def entries(self, path: str | bytes) -> Iterator[Entry]:
+    def entries(self, path: str | bytes, *, on_problem: object = None) -> Iterator[Entry]:
         for child in sorted(self.host(path).iterdir()):
             yield self.lstat("/" + str(child.relative_to(self.folder)))
 

@@ -35,10 +35,11 @@ class GuestFiles:
             return False
 
     def names(self, path: str) -> list[bytes]:
-        """The names in a directory; none if there is no such directory."""
+        """The names in a directory, as far as it can be read; none if there is no such."""
         if not self.is_dir(path):
             return []
-        return [entry.name for entry in self._guest.entries(self._guest.resolve(path))]
+        found = self._guest.entries(self._guest.resolve(path), on_problem=lambda path, line: None)
+        return [entry.name for entry in found]
 
     def open(self, path: str) -> AbstractContextManager[BinaryIO]:
         """A regular file as a stream, links followed."""

@@ -129,7 +129,7 @@ def copy_out(
         entry = guest.lstat(guest.resolve(typed))
     if not name and dest.is_dir():  # the root of the guest: what is in it
         with TemporaryFile(prefix="imgtool-", dir=large_files()) as names:
-            for child in guest.entries("/"):
+            for child in guest.entries("/", on_problem=report.problem):
                 if child.type in _COPIED:
                     marshal.dump(child.path, names)
                 else:

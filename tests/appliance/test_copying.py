@@ -104,6 +104,47 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_rest(imgtool_cli, tmp_path
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".imgtool")]
 
 
+@pytest.fixture(scope="module")
+def lossy(tmp_path_factory):
+    """An ext2 with one bad entry in /bad, which the kernel passes over without an error."""
+    folder = tmp_path_factory.mktemp("lossy")
+    root = folder / "root"
+    for name in ("bad/one", "bad/three", "bad/two", "good/four"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    image = folder / "lossy.img"
+    words = ["mke2fs", "-q", "-t", "ext2", "-O", "^dir_index", "-d", root, image, "8M"]
+    subprocess.run(words, check=True, capture_output=True)
+    raw = bytearray(image.read_bytes())
+    at = raw.index(b"three") - 8
+    assert raw[at + 6] == 5
+    raw[at + 6] = 0xF0
+    image.write_bytes(raw)
+    return image
+
+
+@pytest.mark.parametrize("path", ["/", "/bad"])
+@pytest.mark.parametrize("deep", [False, True])
+def test_entries_that_the_kernel_passes_over_are_an_error(imgtool_cli, lossy, path, deep):
+    result = imgtool_cli("ls", lossy, path, *(["-R"] if deep else []))
+    if path == "/" and not deep:
+        assert (result.status, result.err) == (0, "")  # it is not looked into
+        return
+    assert result.status == 1
+    assert result.err.count("\n") == 1 and "damaged" in result.err and "(/bad)" in result.err
+    names = {line.rpartition("/")[2] for line in result.text.splitlines()}
+    assert "three" not in names
+    assert ("four" in names) == (path == "/")
+
+
+def test_a_copy_without_what_the_kernel_passes_over_is_an_error(imgtool_cli, lossy, tmp_path):
+    result = imgtool_cli("copy-out", lossy, "/bad", "/good", tmp_path)
+    assert result.status == 1 and "(/bad)" in result.err
+    assert (tmp_path / "good/four").read_text() == "good/four"
+    stream = imgtool_cli("copy-out", lossy, "/bad", "-")
+    assert stream.status == 1 and "damaged" in stream.err
+
+
 def test_an_existing_file_is_refused_and_replaced_only_on_demand(imgtool_cli, tmp_path):
     (tmp_path / "readme.txt").write_text("mine")
     refused = imgtool_cli("copy-out", guest("data"), "/readme.txt", tmp_path)

@@ -8,7 +8,7 @@ import pytest
 
 from imgtool.engines.direct.checksums import crc16, crc32c
 from imgtool.engines.direct.ext import ExtFilesystem, _device
-from imgtool.engines.direct.ext_mapping import Run, Tree, block_map, extents
+from imgtool.engines.direct.ext_mapping import DAMAGED, Run, Tree, block_map, extents
 from imgtool.engines.direct.ext_superblock import NeedsJournal, Superblock
 from imgtool.engines.direct.filesystem import NeedsAppliance, ReadFailed, Usage
 
@@ -181,7 +181,6 @@ def test_unwritten_extents_are_holes_and_neighbours_are_one_run() -> None:
         node(0, extent(0xFFFFFFFF, 2, 50)),
         node(6, struct.pack("<IIHH", 0, 7, 0, 0)),
         node(1),
-        node(1, struct.pack("<IIHH", 0, 7, 0, 0)),  # block 7 is no node
         node(0, limit=5000),
     ],
 )
@@ -190,11 +189,47 @@ def test_a_damaged_extent_tree_is_an_error(root: bytes) -> None:
         extents(tree({}), root)
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        bytes(1024),  # no node
+        node(0, extent(0, 2, 50), limit=84, size=1024),  # not where its parent has it
+        node(0, extent(12, 2, 50), extent(11, 1, 60), limit=84, size=1024),
+        node(0, extent(12, 2, 999), limit=84, size=1024),
+    ],
+)
+def test_a_damaged_block_of_an_extent_tree_takes_only_its_own_part(block: bytes) -> None:
+    sound = node(0, extent(0, 2, 50), limit=84, size=1024)
+    last = node(0, extent(20, 1, 70), limit=84, size=1024)
+    root = node(1, *(struct.pack("<IIHH", start, at, 0, 0) for start, at in PARTS))
+    assert extents(tree({7: sound, 8: block, 9: last}), root) == [
+        Run(0, 50, 2),
+        Run(12, DAMAGED, 8),
+        Run(20, 70, 1),
+    ]
+
+
+PARTS = ((0, 7), (12, 8), (20, 9))
+
+
 def test_an_extent_tree_that_leads_back_to_itself_ends() -> None:
     index = struct.pack("<IIHH", 0, 7, 0, 0)
     looped = node(1, index, limit=84, size=1024)
-    with pytest.raises(ReadFailed):
-        extents(tree({7: looped}), node(2, index))
+    assert [run.physical for run in extents(tree({7: looped}), node(2, index))] == [DAMAGED]
+
+
+def test_a_damaged_block_of_a_block_map_takes_only_its_own_part() -> None:
+    good, bad = struct.pack("<256I", *range(100, 356)), struct.pack("<256I", *[0] * 255, 1 << 30)
+    double = struct.pack("<256I", 8, 9, 10, *[0] * 253)
+    root = struct.pack("<15I", *range(40, 52), 7, 11, 0)
+    found = block_map(tree({7: good, 8: good, 9: bad, 10: good, 11: double}), root, 1030)
+    assert found == [
+        Run(0, 40, 12),
+        Run(12, 100, 256),
+        Run(268, 100, 256),
+        Run(524, DAMAGED, 256),
+        Run(780, 100, 250),
+    ]
 
 
 def test_a_block_map_with_a_block_used_twice_is_refused() -> None:

@@ -127,7 +127,7 @@ class FakeGuest:
         except KeyError:
             raise NotInGuestError("no such file", subject=found) from None
 
-    def entries(self, path: str | bytes) -> Iterator[Entry]:
+    def entries(self, path: str | bytes, *, on_problem: object = None) -> Iterator[Entry]:
         below = self.path(path).rstrip(b"/") + b"/"
         for name in sorted(self.files):
             if name.startswith(below) and b"/" not in name[len(below) :]:
@@ -850,7 +850,7 @@ def test_memory_does_not_grow_with_the_root_of_a_guest(place: Path, lines: Lines
         def pipe(self, path: bytes) -> Entry:
             return Entry(path, 0o10644, 0, 0, 0, MTIME)
 
-        def entries(self, path: str | bytes) -> Iterator[Entry]:
+        def entries(self, path: str | bytes, *, on_problem: object = None) -> Iterator[Entry]:
             for number in range(20_000):
                 yield self.pipe(b"/a name of a pipe at the root %d" % number)
 

@@ -342,10 +342,10 @@ def entry_below(directory: bytes, deep: bool, row: Any) -> Entry:
 
 
 def problem_below(directory: bytes, deep: bool, row: Any) -> tuple[bytes, str]:
-    """A path that cannot be read, as `entry_below` or with `deep` the directory, and why."""
+    """A path that cannot be read, as `entry_below` or the directory itself, and why."""
     path, reason = row
     found = real_path(path)
-    if not (deep and found == directory):
+    if found != directory:
         _check_below(directory, deep, found)
     return found, printable(string(reason))
 

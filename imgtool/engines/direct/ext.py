@@ -95,30 +95,62 @@ class ExtFilesystem(Filesystem):
         return self._inode(inode).node
 
     def names(self, inode: int) -> Iterator[tuple[bytes, int]]:
-        """What the kernel lists; `ReadFailed` at the first damaged block."""
+        """What the kernel lists, and what it passes over after a damaged entry of a block."""
         directory = self._inode(inode)
         size, block_size = directory.node.size, self._super.block_size
         if not modes.S_ISDIR(directory.node.mode):
             raise ReadFailed("not a directory")
         if size % block_size:
             raise NeedsAppliance("ext: the size of a directory is odd")
-        blocks = size // block_size
+        damage: ReadFailed | None = None
+        for block, position in self._directory_blocks(directory, size // block_size):
+            try:
+                if isinstance(block, ReadFailed):
+                    raise block
+                yield from self._entries(directory, block, position)
+            except ReadFailed as error:
+                damage = damage or error
+        if damage is not None:
+            raise damage
+
+    def _directory_blocks(
+        self, directory: _Inode, blocks: int
+    ) -> Iterator[tuple[bytes | ReadFailed, int]]:
+        """The blocks of a directory and their numbers in it; for those that are not there, why."""
         position = 0
         for run in self._mapping(directory):
-            if position == blocks:
+            if position >= blocks:
                 break
             if run.logical != position:
-                raise NeedsAppliance("ext: a directory with a hole")
+                yield ReadFailed("a directory has a hole"), position
+            position = run.logical
             count = min(run.length, blocks - position)
+            if run.physical == DAMAGED:
+                yield ReadFailed("a part of a directory's map is damaged"), position
+                position += max(count, 0)
+                continue
             for start in range(0, count, _READ_AHEAD):
                 length = min(_READ_AHEAD, count - start)
-                data = self._source.read((run.physical + start) * block_size, length * block_size)
-                for at in range(length):
-                    block = data[at * block_size : (at + 1) * block_size]
-                    yield from self._entries(directory, block, position + start + at)
-            position += count
-        if position != blocks:
-            raise NeedsAppliance("ext: a directory with a hole")
+                for at, block in enumerate(self._blocks(run.physical + start, length)):
+                    yield block, position + start + at
+            position += max(count, 0)
+        if position < blocks:
+            yield ReadFailed("a directory has a hole"), position
+
+    def _blocks(self, first: int, count: int) -> Iterator[bytes | ReadFailed]:
+        """Blocks that lie together; for those that cannot be read, why."""
+        size = self._super.block_size
+        try:
+            data = self._source.read(first * size, count * size)
+        except ReadFailed as error:
+            if count == 1:
+                yield error
+                return
+            for number in range(count):
+                yield from self._blocks(first + number, 1)
+            return
+        for at in range(0, count * size, size):
+            yield data[at : at + size]
 
     def target(self, inode: int) -> bytes:
         """The target of a symbolic link."""
@@ -192,7 +224,7 @@ class ExtFilesystem(Filesystem):
         journal = self._inode(self._super.journal_inode, reserved=True)
         block_size = self._super.block_size
         runs = self._mapping(journal)
-        if not runs or runs[0].logical:
+        if not runs or runs[0].logical or runs[0].physical == DAMAGED:
             raise NeedsAppliance("ext: the journal is damaged")
         head = self._source.read(runs[0].physical * block_size, 0x14)
         magic, kind, _, found_size, blocks = struct.unpack(">5I", head)
@@ -233,7 +265,9 @@ class ExtFilesystem(Filesystem):
             if run.physical == DAMAGED:
                 if parts:
                     return b"".join(parts)  # what lies before it; the next read fails
-                raise ReadFailed("a block of an extent tree is damaged")
+                if file.flags & _EXTENTS_FLAG:
+                    raise ReadFailed("a block of an extent tree is damaged")
+                raise ReadFailed("a part of the file's block map is damaged")
             stop = min(start + run.length * block_size, end)
             at = run.physical * block_size - start
             while position < stop:
@@ -275,28 +309,28 @@ class ExtFilesystem(Filesystem):
             raise ReadFailed("a block of a directory is damaged")
         inodes = self._super.inodes
         unpack = struct.Struct("<IHB").unpack_from
+        damage: ReadFailed | None = None
         at = 0
         while at < size:
             if size - at < 8:
                 raise ReadFailed("a directory entry is damaged")
             child, length, name_length = unpack(block, at)
             end = at + length
+            if length < 8 or length & 3 or end > size:
+                raise ReadFailed("a directory entry is damaged")  # where is the next one?
+            name = block[at + 8 : at + 8 + name_length]
+            at = end
             if (
-                length < 12
-                or length & 3
-                or length < name_length + 8
-                or end > size
+                length < max(12, name_length + 8)
                 or size - 12 < end < size
                 or child > inodes
+                or (child and (not name or b"/" in name or b"\0" in name))
             ):
-                raise ReadFailed("a directory entry is damaged")
-            if child:
-                name = block[at + 8 : at + 8 + name_length]
-                if not name or b"/" in name or b"\0" in name:
-                    raise ReadFailed("a name in a directory is damaged")
-                if name not in (b".", b".."):
-                    yield name, child
-            at = end
+                damage = ReadFailed("a directory entry is damaged")
+            elif child and name not in (b".", b".."):
+                yield name, child
+        if damage is not None:
+            raise damage
 
     def _is_sound_directory(self, directory: _Inode, block: bytes, position: int) -> bool:
         seed = self._seed(directory.number, directory.generation)

@@ -8,7 +8,7 @@ in ascending order, and the number of runs is bounded.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 from imgtool.engines.direct.filesystem import NeedsAppliance, ReadFailed
@@ -65,14 +65,19 @@ def extents(tree: Tree, root: bytes) -> list[Run]:
     _node(tree, root, depth, (0, _END), runs, waiting)
     while waiting:
         block, depth, start, end = waiting.pop()
+        found: list[Run] = []
+        below: list[tuple[int, int, int, int]] = []
         try:
             data = _sound(tree, block)
+            _node(tree, data, depth, (start, end), found, below)
+            if data[12:16] != start.to_bytes(4, "little") and data[2:4] != b"\0\0":
+                raise ReadFailed("a block of an extent tree is not where its parent has it")
         except ReadFailed:
             runs.append(Run(start, DAMAGED, end - start))
             continue
-        _node(tree, data, depth, (start, end), runs, waiting)
-        if data[12:16] != start.to_bytes(4, "little") and data[2:4] != b"\0\0":
-            raise ReadFailed("a block of an extent tree is not where its parent has it")
+        for run in found:
+            _add(runs, *run)
+        waiting.extend(below)
     return runs
 
 
@@ -130,41 +135,42 @@ def block_map(tree: Tree, root: bytes, blocks: int) -> list[Run]:
     seen: set[int] = set()
     for logical, physical in enumerate(pointers[:_DIRECT]):
         if physical:
-            _add_mapped(tree, runs, logical, physical)
+            if not tree.first_block < physical < tree.blocks:
+                raise ReadFailed("a block map is damaged")
+            _add(runs, logical, physical, 1)
     start = _DIRECT
     for level, block in enumerate(pointers[_DIRECT:], 1):
         if block and start < blocks:
-            for logical, physical in _indirect(tree, block, level, start, blocks, seen):
-                _add_mapped(tree, runs, logical, physical)
+            _indirect(tree, block, level, (start, blocks), seen, runs)
         start += (tree.block_size // 4) ** level
     return runs
 
 
 def _indirect(
-    tree: Tree, block: int, level: int, start: int, blocks: int, seen: set[int]
-) -> Iterator[tuple[int, int]]:
+    tree: Tree, block: int, level: int, covered: tuple[int, int], seen: set[int], runs: list[Run]
+) -> None:
+    """What an indirect block maps; with one bad pointer, as in the kernel, all of it is damaged."""
+    start, blocks = covered
+    span = (tree.block_size // 4) ** (level - 1)
     # A block that is used twice could make a small image describe an endless file.
     if block in seen or len(seen) > _MAX_RUNS:
         raise NeedsAppliance("ext: a block map is too large, or uses a block twice")
-    if not tree.first_block < block < tree.blocks:
-        raise ReadFailed("a block map is damaged")
     seen.add(block)
-    data = tree.read(block)
-    span = (len(data) // 4) ** (level - 1)
-    for index, pointer in enumerate(struct.unpack(f"<{len(data) // 4}I", data)):
-        logical = start + index * span
-        if not pointer or logical >= blocks:
-            continue
-        if level == 1:
-            yield logical, pointer
-        else:
-            yield from _indirect(tree, pointer, level - 1, logical, blocks, seen)
-
-
-def _add_mapped(tree: Tree, runs: list[Run], logical: int, physical: int) -> None:
-    if not tree.first_block < physical < tree.blocks:
-        raise ReadFailed("a block map is damaged")
-    _add(runs, logical, physical, 1)
+    wanted = min(tree.block_size // 4, -(-(blocks - start) // span))
+    try:
+        if not tree.first_block < block < tree.blocks:
+            raise ReadFailed("a block map is damaged")
+        pointers = struct.unpack(f"<{tree.block_size // 4}I", tree.read(block))[:wanted]
+        if not all(tree.first_block < pointer < tree.blocks for pointer in pointers if pointer):
+            raise ReadFailed("a block map is damaged")
+    except ReadFailed:
+        _add(runs, start, DAMAGED, min(span * wanted, blocks - start))
+        return
+    for index, pointer in enumerate(pointers):
+        if pointer and level == 1:
+            _add(runs, start + index, pointer, 1)
+        elif pointer:
+            _indirect(tree, pointer, level - 1, (start + index * span, blocks), seen, runs)
 
 
 def _add(runs: list[Run], logical: int, physical: int, count: int) -> None:

@@ -81,8 +81,18 @@ class Filesystem(ABC):
     def names(self, inode: int) -> Iterator[tuple[bytes, int]]:
         """Name and inode of everything in a directory, in any order, without `.` and `..`.
 
-        Only what the kernel lists: nothing deleted, no reader's own virtual entries.
+        Only what the kernel lists: nothing deleted, no reader's own virtual entries. Where a part
+        of the directory is damaged, `ReadFailed` comes after all that could be read.
         """
+
+    def listed(self, inode: int) -> tuple[list[tuple[bytes, int]], ReadFailed | None]:
+        """What can be read of `names`, and why that is not all of it."""
+        found: list[tuple[bytes, int]] = []
+        try:
+            found.extend(self.names(inode))
+        except ReadFailed as error:
+            return found, error
+        return found, None
 
     @abstractmethod
     def target(self, inode: int) -> bytes:
@@ -110,7 +120,7 @@ class Filesystem(ABC):
         """The numbers of statvfs as the kernel computes them; `NeedsAppliance` if not certain."""
 
     def lookup(self, inode: int, name: bytes) -> int:
-        """The inode of one name in a directory; `NoSuchName` if it is not there."""
+        """The inode of one name in a directory; `NoSuchName` if it is certainly not there."""
         wanted = self.folded(name)
         for found, child in self.names(inode):
             if self.folded(found) == wanted:

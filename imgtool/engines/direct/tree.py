@@ -59,7 +59,8 @@ class Tree:
         self._filesystems: list[Filesystem | str] = [root]
         self._over: dict[Place, int] = {}  # the directory that a mount hides
         self._mountpoints: dict[int, bytes] = {0: b"/"}
-        self._names: OrderedDict[Place, dict[bytes, int]] = OrderedDict()
+        # The names of directories, and why there may be more.
+        self._names: OrderedDict[Place, tuple[dict[bytes, int], ReadFailed | None]] = OrderedDict()
 
     def mount(self, mountpoint: bytes, filesystem: Filesystem | str) -> None:
         """Mount on an existing directory. A string mounts a refusal: its reason, once touched.
@@ -95,24 +96,40 @@ class Tree:
 
     def _lookup(self, place: Place, name: bytes) -> Place:
         filesystem = self.filesystem(place)
-        names = self._names.get(place)
-        if names is None:
-            names = {}
-            for found, inode in filesystem.names(place.inode):
-                names.setdefault(filesystem.folded(found), inode)
-                if len(names) > _CACHED_NAMES:
-                    return self._searched(filesystem, place, name)
-            self._names[place] = names
+        kept = self._names.get(place)
+        if kept is None:
+            kept = self._read_names(filesystem, place)
+            if kept is None:
+                return self._searched(filesystem, place, name)
+            self._names[place] = kept
             if len(self._names) > _CACHED_DIRECTORIES:
                 self._names.popitem(last=False)
         else:
             self._names.move_to_end(place)
+        names, damage = kept
         known = names.get(filesystem.folded(name))
         if known is None and filesystem.ignores_case:  # FAT has aliases that are not listed
             return self._searched(filesystem, place, name)
+        if known is None and damage is not None:
+            raise damage
         if known is None:
             raise Missing(name)
         return Place(place.mount, known)
+
+    @staticmethod
+    def _read_names(
+        filesystem: Filesystem, place: Place
+    ) -> tuple[dict[bytes, int], ReadFailed | None] | None:
+        """The names of a directory as they are compared; None if they are too many to be kept."""
+        names: dict[bytes, int] = {}
+        try:
+            for found, inode in filesystem.names(place.inode):
+                names.setdefault(filesystem.folded(found), inode)
+                if len(names) > _CACHED_NAMES:
+                    return None
+        except ReadFailed as error:
+            return names, error
+        return names, None
 
     @staticmethod
     def _searched(filesystem: Filesystem, place: Place, name: bytes) -> Place:
@@ -176,7 +193,7 @@ class Tree:
         for number, part in enumerate(parts):
             try:
                 _, place = self.resolve(done or b"/")
-                names = [name for name, _ in self.filesystem(place).names(place.inode)]
+                names = [name for name, _ in self.filesystem(place).listed(place.inode)[0]]
             except (Missing, ReadFailed):
                 return b"/".join((done, *parts[number:]))
             if part not in names:
@@ -200,9 +217,14 @@ class Tree:
     def children(
         self, path: bytes, place: Place, problem: Callable[[bytes, str], None]
     ) -> Iterator[Found]:
-        """What is in a directory, sorted by name; what cannot be read goes to `problem`."""
+        """What is in a directory, sorted by name; what cannot be read goes to `problem`, the
+        directory itself, if it is damaged, before what could be read of it.
+        """
         prefix = path.rstrip(b"/") + b"/"
-        listed = sorted(self.filesystem(place).names(place.inode))
+        listed, damage = self.filesystem(place).listed(place.inode)
+        if damage is not None:
+            problem(path, str(damage))
+        listed.sort()
         for name, inode in listed:
             try:
                 yield self._found(prefix + name, self._entered(Place(place.mount, inode)))
@@ -216,7 +238,7 @@ class Tree:
         above = {place}
         # A directory with two names, and each below it too, would make a walk as good as endless.
         seen: dict[int, set[int]] = {}
-        stack = [(place, self._listed(path, place, problem))]
+        stack = [(place, self.children(path, place, problem))]
         while stack:
             child = next(stack[-1][1], None)
             if child is None:
@@ -235,15 +257,7 @@ class Tree:
                 raise NeedsAppliance("a directory that has two names")
             entered.add(child.place.inode)
             above.add(child.place)
-            stack.append((child.place, self._listed(child.path, child.place, problem)))
-
-    def _listed(
-        self, path: bytes, place: Place, problem: Callable[[bytes, str], None]
-    ) -> Iterator[Found]:
-        try:
-            yield from self.children(path, place, problem)
-        except ReadFailed as error:
-            problem(path, str(error))
+            stack.append((child.place, self.children(child.path, child.place, problem)))
 
     def touches_refused(self, path: bytes) -> str | None:
         """The reason if something below a real path is mounted that may not be read here."""

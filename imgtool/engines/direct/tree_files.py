@@ -14,14 +14,24 @@ from imgtool.engines.direct.tree import Found, Missing, Place, Tree
 from imgtool.guest.files import Unknown
 
 _PIECE = 1 << 20
+_LEAST = 512  # what a disk gives, or not
 _MOST_NAMES = 100_000
 
 
 def pieces(filesystem: Filesystem, found: Found, offset: int, length: int) -> Iterator[bytes]:
-    """The bytes of a regular file, in parts; `ReadFailed` if it ends before its size."""
+    """The bytes of a regular file, in parts; `ReadFailed` where it cannot be read, or ends before
+    its size, after all that precedes it.
+    """
     end = min(offset + length, found.node.size)
+    most = _PIECE
     while offset < end:
-        data = filesystem.read(found.place.inode, offset, min(_PIECE, end - offset))
+        try:
+            data = filesystem.read(found.place.inode, offset, min(most, end - offset))
+        except ReadFailed:
+            if most <= _LEAST:
+                raise
+            most = most // 16
+            continue
         if not data:
             raise ReadFailed("the file ends too early")
         yield data
@@ -93,18 +103,16 @@ class TreeFiles:
             return False
 
     def names(self, path: str) -> list[bytes]:
-        """The names in a directory; none if there is no such directory."""
+        """The names in a directory, as far as it can be read; none if there is no such."""
         found = self._found(path)
         if found is None or not self.is_dir(path):
             return []
-        names = []
-        try:
+        names: list[bytes] = []
+        with contextlib.suppress(ReadFailed):
             for name, _ in found[0].names(found[1].inode):
                 names.append(name)
                 if len(names) > _MOST_NAMES:
                     raise Unknown(f"{path} has very many entries")
-        except ReadFailed:
-            return []
         return names
 
     @contextlib.contextmanager

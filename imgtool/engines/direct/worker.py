@@ -113,9 +113,15 @@ class Worker:
                 self._data(piece)
             return
         contents = Contents(self._opened.disks, runs, self._slots.view, self._slots.take)
-        with contextlib.closing(contents.read(offset, end)) as filled:
-            for slot, part in filled:
-                self._lend(self._slots, slot, part)
+        try:
+            with contextlib.closing(contents.read(offset, end)) as filled:
+                for slot, part in filled:
+                    self._lend(self._slots, slot, part)
+                    offset += part
+        except ReadFailed:
+            for piece in pieces(filesystem, found, offset, end - offset):  # up to the damage
+                self._data(piece)
+            raise
 
     def _runs(self, filesystem: Filesystem, found: Found, length: int) -> list[Run] | None:
         """Where a file is, if it pays to read this much of it by that."""

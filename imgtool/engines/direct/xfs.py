@@ -77,7 +77,7 @@ class XfsFilesystem(Filesystem):
         return self._inode(inode).node
 
     def names(self, inode: int) -> Iterator[tuple[bytes, int]]:
-        """Names and inodes, a directory block at a time; `ReadFailed` at the damaged block."""
+        """Names and inodes, a directory block at a time, but of those that are damaged."""
         directory = self._of_kind(inode, stat.S_IFDIR, "directory")
         if directory.format == FORMAT_LOCAL:
             yield from inline_names(self._superblock, inode, directory.fork[: directory.node.size])
@@ -91,6 +91,7 @@ class XfsFilesystem(Filesystem):
         if directory.node.size % size or (single and directory.node.size != size) or not last:
             raise ReadFailed(f"directory {inode} is damaged")
         done = 0
+        damage: ReadFailed | None = None
         for extent in extents:
             if extent.offset >= limit:
                 break
@@ -99,15 +100,21 @@ class XfsFilesystem(Filesystem):
                 extent.unwritten
                 or min(end, limit) * self._superblock.block_size > directory.node.size
             ):
-                raise ReadFailed(f"directory {inode} is damaged")
+                damage = damage or ReadFailed(f"directory {inode} is damaged")
+                continue
             for first in range(
                 max(done, extent.offset - extent.offset % per_block),
                 min(end, limit),
                 per_block,
             ):
-                data, where = self._directory_block(inode, extents, first, per_block)
-                yield from block_names(self._superblock, inode, data, where, single)
+                try:
+                    data, where = self._directory_block(inode, extents, first, per_block)
+                    yield from block_names(self._superblock, inode, data, where, single)
+                except ReadFailed as error:
+                    damage = damage or error
                 done = first + per_block
+        if damage is not None:
+            raise damage
 
     def target(self, inode: int) -> bytes:
         link = self._of_kind(inode, stat.S_IFLNK, "symbolic link")

@@ -349,7 +349,14 @@ class LibguestfsGuest(Guest):
     ) -> AbstractContextManager[BinaryIO]:
         """A directory's content (names relative to it) as a stream in tar format."""
         found = self.resolve(path)
-        return self._streamed(lambda name: self.calls.tar_out(found, name, excludes))
+
+        def call(name: str) -> None:
+            self.calls.has_new_errors()  # what was found before
+            self.calls.tar_out(found, name, excludes)
+            if self.calls.has_new_errors():
+                raise EngineError(walk.PASSED_OVER, subject=printable(found))
+
+        return self._streamed(call)
 
     def data_ranges(self, path: str | bytes) -> Sequence[tuple[int, int]]:
         """Where a sparse file has data, from the kernel's own map of it (FIEMAP)."""

@@ -9,7 +9,7 @@ from itertools import islice
 from tempfile import NamedTemporaryFile, TemporaryFile
 from typing import BinaryIO, cast
 
-from imgtool.engines.libguestfs.calls import CallFailed, Calls
+from imgtool.engines.libguestfs.calls import CallFailed, Calls, printable
 from imgtool.errors import EngineError
 from imgtool.guest.guest import OnProblem
 from imgtool.guest.model import Entry
@@ -17,6 +17,7 @@ from imgtool.guest.model import Entry
 # Entries whose directories are asked together: a call a directory and batch.
 BATCH = 5000
 CHUNK = 50_000
+PASSED_OVER = "a directory is damaged: what is in the damaged part is not listed"
 
 
 def read_names(stream: BinaryIO) -> Iterator[bytes]:
@@ -80,9 +81,14 @@ def stats(calls: Calls, paths: Iterable[bytes], on_problem: OnProblem | None) ->
 
 
 def children(calls: Calls, directory: bytes, on_problem: OnProblem | None) -> Iterator[Entry]:
-    """The entries of one directory, sorted by name."""
+    """The entries of one directory, sorted by name; what the kernel passes over is a problem."""
     with ExitStack() as stack:
+        calls.has_new_errors()  # what was found before
         names = read_names(listing(calls.ls0, directory, stack))
+        if calls.has_new_errors():
+            if on_problem is None:
+                raise EngineError(PASSED_OVER, subject=printable(directory))
+            on_problem(directory, PASSED_OVER)
         paths = (join(directory, name) for name in sorted_names(names, stack))
         yield from stats(calls, paths, on_problem)
 
@@ -91,7 +97,10 @@ def walk(calls: Calls, directory: bytes, on_problem: OnProblem | None) -> Iterat
     """Everything below a directory in preorder, with one `find` in the appliance."""
     with ExitStack() as stack:
         try:
+            calls.has_new_errors()  # what was found before
             found = listing(calls.find0, directory, stack)
+            if calls.has_new_errors():
+                raise EngineError(PASSED_OVER, subject=printable(directory))
         except EngineError:
             if on_problem is None:
                 raise
