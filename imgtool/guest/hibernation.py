@@ -65,7 +65,6 @@ def _sleeps(subject: str) -> RefusedError:
     return RefusedError(
         "the guest is hibernated: when it wakes up, it would undo or damage what is written now",
         subject=subject,
-        hint="start it and shut it down properly; or give its session up with "
-        "mkswap on this swap, on a copy of the image",
+        hint="start it and shut it down properly",
         reason=Reason.HIBERNATED,
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,11 @@ from imgtool.errors import ImageError, ImgtoolError, RefusedError
 from imgtool.image import findings
 from imgtool.image.chain import MAX_LINKS
 from imgtool.image.dependants import Identity, Overlays
-from imgtool.image.findings import Finding
+from imgtool.image.findings import Finding, salvage
 from imgtool.image.headers import Header
 from imgtool.image.host_file import file_node, node_driver
 from imgtool.image.info import ImageInfo, probe
-from imgtool.image.places import Places, printable
+from imgtool.image.places import Places, printable, typed
 from imgtool.image.record import read_facts
 from imgtool.process import Limits, ProgramFailed, TimedOut, run
 
@@ -237,7 +236,7 @@ def _tables(link: ImageInfo) -> Iterator[Finding]:
             "risk",
             "unreadable",
             f"its tables cannot be checked: {error.message}",
-            "restore it from a backup, or save what is left with 'imgtool convert'",
+            f"what can be read goes into a new image: {salvage(link)}",
         )
         return
     if link.dirty:
@@ -249,7 +248,8 @@ def _tables(link: ImageInfo) -> Iterator[Finding]:
             "damaged-tables",
             f"{result.corruptions} entries of its tables are wrong, {result.errors} could not be"
             " checked: parts of the disk read as other parts, or not at all",
-            "copy the file, then look at the guest after: imgtool check --repair all COPY",
+            f"mend a copy of it: cp {typed(link.path)} COPY, then imgtool check --repair all COPY;"
+            f" what can be read without: {salvage(link)}",
         )
     elif result.leaks:
         yield Finding(
@@ -257,5 +257,5 @@ def _tables(link: ImageInfo) -> Iterator[Finding]:
             "note",
             "leaks",
             f"{result.leaks} clusters are marked as used and are not: lost space, no lost data",
-            f"imgtool check --repair leaks {shlex.quote(printable(link.path))}",
+            f"imgtool check --repair leaks {typed(link.path)}",
         )

@@ -16,7 +16,12 @@ from imgtool.image.places import printable, protocol_of, typed
 
 Severity = Literal["risk", "warning", "note"]
 
-_RESTORE = "restore it from a backup, or save what is left with 'imgtool convert'"
+_ANOTHER_COPY = "look for another copy of it; nothing that imgtool has makes it readable"
+
+
+def salvage(link: ImageInfo) -> str:
+    """The command that copies what can be read of an image, with zeros for what cannot be."""
+    return f"qemu-img convert --salvage -f {link.format} -O raw {typed(link.path)} NEW"
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,11 @@ def unreadable(
                 f"write the right format into the overlay: {_rebase(above.path, path, is_what)}",
             )
     return Finding(
-        path, "risk", "unreadable", f"it cannot be read: {error.message}", error.hint or _RESTORE
+        path,
+        "risk",
+        "unreadable",
+        f"it cannot be read: {error.message}",
+        error.hint or _ANOTHER_COPY,
     )
 
 
@@ -201,8 +210,7 @@ def marked(link: ImageInfo) -> Iterator[Finding]:
             "risk",
             "corrupt",
             "QEMU found its tables damaged and marked it; it is opened for reading only",
-            "copy what is left with 'imgtool convert', or mend a copy: imgtool check --repair all"
-            " COPY",
+            f"mend a copy of it: cp {typed(link.path)} COPY, then imgtool check --repair all COPY",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from imgtool.image.dependants import refuse_if_base
 from imgtool.image.doubts import refuse_doubtful
 from imgtool.image.info import ImageInfo
 from imgtool.image.locks import refuse_if_in_use
-from imgtool.image.places import printable
+from imgtool.image.places import printable, typed
 from imgtool.image.record import is_ours
 from imgtool.image.recovery import pending_below
 from imgtool.image.unfinished import unfinished_commit
@@ -191,9 +192,20 @@ def refuse_existing(path: Path) -> None:
 
 def refuse_to_guess(chain: Chain) -> None:
     """Raise `RefusedError` for a chain that QEMU could not open for writing by the names in it."""
-    if not chain.safe_by_name:
-        raise RefusedError(
-            "QEMU would have to guess a format, or open a file by a relative name, to write this",
-            subject=printable(chain.active.path),
-            hint="write the format of its base into it: imgtool overlay rebase --unsafe",
-        )
+    for link in chain.links:
+        if link.data_file is not None and not link.data_file.startswith("/"):
+            raise RefusedError(
+                "its data are in another file, which it names by a relative name: QEMU would take"
+                " that from the current folder",
+                subject=printable(link.path),
+                hint=f"make an image in one file of it: imgtool convert {typed(link.path)} NEW",
+            )
+    for overlay, base in itertools.pairwise(chain.links):
+        if overlay.backing_format is None:
+            raise RefusedError(
+                "it does not say which format its base has: QEMU would guess, which a guest with a"
+                " raw disk can forge",
+                subject=printable(overlay.path),
+                hint=f"write it down, {base.format} if that is what it is: imgtool overlay rebase"
+                f" --unsafe --base-format {base.format} {typed(overlay.path)} {typed(base.path)}",
+            )

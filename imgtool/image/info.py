@@ -19,6 +19,7 @@ from imgtool.errors import ImageError, RefusedError
 from imgtool.image import qcow2, vmdk
 from imgtool.image.host_file import file_node, node_driver, open_host_file
 from imgtool.image.locks import in_use_for_writing
+from imgtool.image.packed import packed_as, step_for_format, words_for
 from imgtool.image.places import Places, printable
 from imgtool.image.qcow2_snapshots import read_snapshots
 from imgtool.image.record import read_facts
@@ -31,6 +32,7 @@ _MAX_SNAPSHOTS = 8192
 
 # What QEMU itself looks at to tell formats apart.
 _PROBED_BYTES = 2048
+_LUKS = b"LUKS\xba\xbe"
 
 
 @dataclass(frozen=True)
@@ -281,13 +283,18 @@ def _probe_open_file(
     ):
         extents = _vmdk_extents(file, path, places)
 
+    if format is None and start.startswith(_LUKS):
+        probed_as = "raw"  # what is encrypted is the content; QEMU would want to decrypt it itself
     answer = ask_qemu(path, description, probed_as)
     found = answer["format"]
+    if format is None and found == "raw" and (kind := packed_as(start)) is not None:
+        what, step = words_for(kind, start, path)
+        raise ImageError(what, subject=printable(path), hint=step)
     if found not in FORMATS:
         raise ImageError(
             f"format '{printable(found)}' is not supported",
             subject=printable(path),
-            hint="convert it with 'qemu-img convert -O qcow2', or use --format raw",
+            hint=step_for_format(found, path),
         )
     if answer["virtual-size"] <= 0:
         raise ImageError("an image of a disk of no size", subject=printable(path))

@@ -41,7 +41,7 @@ def refuse_noise(chain: Chain, *, or_blank: bool = False) -> None:
             raise ImageError(
                 "not a disk image: no format, partition table or filesystem is known in it",
                 subject=link.path,
-                hint="if it is one all the same, say so with --format raw",
+                hint="a raw disk on which nothing known has been written is read with --format raw",
             ) from error
         raise ImageError(f"cannot be probed: {error.message}", subject=link.path) from error
     if found.returncode == 0 and not found.stdout.strip():

@@ -353,5 +353,5 @@ def _no_longer(base: Path, overlay: Path) -> RefusedError:
         f"a commit of {printable(overlay)} was interrupted, which is not there any more or no"
         " longer stands on it",
         subject=printable(base),
-        hint="bring that overlay back, or restore the base from a backup",
+        hint="bring that overlay back: without it nothing has all that the base should hold",
     )

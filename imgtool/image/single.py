@@ -14,6 +14,7 @@ from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
 from imgtool.image.copies import size_of_copy
 from imgtool.image.doubts import doubts_of
+from imgtool.image.findings import salvage
 from imgtool.image.guards import (
     refuse_encrypted,
     refuse_existing,
@@ -202,7 +203,7 @@ def plan_repair(
                 subject=printable(path),
                 hint="imgtool check --repair all, on a copy"
                 if what == "leaks"
-                else "restore it from a backup, or save what is left with 'imgtool convert'",
+                else f"what can be read goes into a new image: {salvage(link)}",
             )
 
     lines = (f"mend the tables of {printable(path)} ({what})",)
