@@ -147,7 +147,7 @@ def look(
 
 def _state(image: Path) -> tuple[int, ...]:
     status = image.stat()
-    return status.st_size, status.st_blocks, status.st_mtime_ns, status.st_ctime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def misbehaviour(answer: Answer) -> Iterator[str]:
