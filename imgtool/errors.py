@@ -99,6 +99,12 @@ class ImageError(ImgtoolError, OSError):
         return ImgtoolError.__str__(self)
 
 
+class ImagePermissionError(ImageError, PermissionError):
+    """The image is there, and this user may not read it."""
+
+    status = ExitStatus.HOST_CANNOT
+
+
 class RefusedError(ImgtoolError, PermissionError):
     """Refused to protect data. Where `reason` is given, `--force REASON` does it all the same."""
 

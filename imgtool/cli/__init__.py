@@ -7,7 +7,7 @@ import errno
 import os
 import sys
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -25,6 +25,7 @@ def _run(arguments: list[str]) -> int:
     completing = "_IMGTOOL_COMPLETE" in os.environ
     wanted = arguments[0] if arguments and not completing else None
     command = typer.main.get_command(app_with(wanted))
+    _open_no_file(command)
     helpless = not arguments and not completing
     try:
         result = command.main(
@@ -69,6 +70,17 @@ def _run(arguments: list[str]) -> int:
     if helpless:
         return ExitStatus.USAGE
     return result if isinstance(result, int) else ExitStatus.DONE
+
+
+def _open_no_file(command: Any) -> None:
+    """A file that may not be read is told by whoever reads it, with the status that this has: to
+    the parser it would be wrong usage, and would end a command that has other images to look at.
+    """
+    for parameter in command.params:
+        if hasattr(parameter.type, "readable"):
+            parameter.type.readable = False
+    for member in getattr(command, "commands", {}).values():
+        _open_no_file(member)
 
 
 def _open_streams() -> None:

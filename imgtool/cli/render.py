@@ -122,14 +122,14 @@ def table(
         ).rstrip()
 
 
-def _csv_cell(value: object) -> object:
+def _csv_cell(value: object, *, for_a_terminal: bool) -> object:
     if value is None:
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
-    return value
+        value = ",".join(map(str, value))
+    return plain(value) if for_a_terminal and isinstance(value, str) else value
 
 
 def emit(
@@ -143,6 +143,7 @@ def emit(
 ) -> None:
     """Write rows in the form asked for; JSON, JSON lines and CSV are streamed.
 
+    CSV has names as they are, but on a terminal, which they could steer, as tables have them.
     `columns` are the table's, `shown` the rows for a table where they differ (human sizes).
     """
     out = sys.stdout
@@ -153,8 +154,9 @@ def emit(
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(fields)
+        on_terminal = out.isatty()
         for row in rows:
-            writer.writerow([_csv_cell(row.get(field)) for field in fields])
+            writer.writerow([_csv_cell(row.get(f), for_a_terminal=on_terminal) for f in fields])
             out.write(buffer.getvalue())
             buffer.seek(0)
             buffer.truncate()

@@ -25,18 +25,32 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+class _PlainFormatter(logging.Formatter):
+    """What is logged may hold names from a guest: nothing in it steers a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(render.plain, super().format(record).split("\n")))
+
+
 def set_up_logging(*, verbose: bool, debug: bool) -> None:
     """`-v` shows what the library says of its steps, `--debug` everything."""
+    _warned.clear()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PlainFormatter("imgtool: %(message)s"))
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.INFO if verbose else logging.ERROR,
-        format="imgtool: %(message)s",
-        stream=sys.stderr,
+        handlers=[handler],
     )
 
 
+_warned: set[str] = set()
+
+
 def warning(line: str) -> None:
-    """A line for the user that does not change the exit status."""
-    render.message("warning", line)
+    """A line for the user that does not change the exit status; said once in a command."""
+    if line not in _warned:
+        _warned.add(line)
+        render.message("warning", line)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from imgtool.errors import ImageError, NotInGuestError, RefusedError, listed
+from imgtool.errors import ImageError, ImagePermissionError, NotInGuestError, RefusedError, listed
 from imgtool.image.host_file import file_node, node_driver
 from imgtool.image.info import PROBE_LIMITS, ImageInfo, Snapshot, ask_qemu, probe
 from imgtool.image.places import Places, printable
@@ -139,7 +139,7 @@ def _next_path(link: ImageInfo, places: Places) -> Path:
     try:
         path.stat()
     except PermissionError as error:
-        raise ImageError(
+        raise ImagePermissionError(
             f"{named} cannot be looked at: permission denied",
             subject=printable(link.path),
             hint="run imgtool as a user who may read it",

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from imgtool.errors import ImageError
+from imgtool.errors import ImageError, ImagePermissionError
 from imgtool.image.places import printable
 
 
@@ -42,13 +42,17 @@ def open_host_file(path: Path) -> BinaryIO:
     except ValueError as error:
         raise ImageError("not a path", subject=shown) from error
     except OSError as error:
-        hints = {errno.EACCES: "run imgtool as a user who may read it"}
-        raise ImageError(
-            (error.strerror or "cannot be opened").lower(),
-            subject=shown,
-            hint=hints.get(error.errno or 0),
-        ) from error
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise not_allowed(path) from error
+        raise ImageError((error.strerror or "cannot be opened").lower(), subject=shown) from error
     return os.fdopen(descriptor, "rb")
+
+
+def not_allowed(path: Path) -> ImagePermissionError:
+    """The error for an image that this user may not read."""
+    return ImagePermissionError(
+        "permission denied", subject=printable(path), hint="run imgtool as a user who may read it"
+    )
 
 
 def node_driver(path: Path) -> str:

@@ -36,15 +36,26 @@ _SIZE = re.compile(
 )
 _SECTOR = 512
 _LARGEST = 1 << 62
+_LEAST_BYTES = 1 << 20  # of a size without a unit
 # Written by QEMU as well as read.
 MADE = ("raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx")
 
 
 def parse_size(text: str, now: int = 0) -> int:
-    """`20G`, `512M`, `+1G`, `-1G` in bytes; units are powers of 1024. Raises `UsageError`."""
+    """`20G`, `512M`, `+1G`, `-1G` in bytes; units are powers of 1024.
+
+    Raises `UsageError`, also for a small number without a unit: 50 is hardly meant as bytes.
+    """
     matched = _SIZE.fullmatch(text.strip())
     if not matched:
         raise UsageError("not a size", subject=printable(text), hint="such as 20G, 512M or +1G")
+    if not matched["unit"] and float(matched["number"]) < _LEAST_BYTES:
+        meant = matched["sign"] + matched["number"]
+        raise UsageError(
+            f"a size without a unit is in bytes, and {matched['number']} bytes are no disk",
+            subject=printable(text),
+            hint=f"{meant}M or {meant}G, if that was meant",
+        )
     amount = int(
         Fraction(matched["number"]) * 1024 ** " KMGTPE".index(matched["unit"].upper() or " ")
     )

@@ -49,8 +49,9 @@ def nothing_left(folder: Path) -> bool:
     ("text", "size"),
     [
         ("1.5G", 3 << 29),
-        ("512", 512),
-        ("1", 512),
+        ("1048576", MIB),
+        ("1048577", MIB + 512),
+        ("0.1K", 512),
         ("20g", 20 << 30),
         ("1KiB", 1024),
         ("+1M", 11 * MIB),
@@ -60,6 +61,14 @@ def nothing_left(folder: Path) -> bool:
 )
 def test_sizes(text, size):
     assert parse_size(text, 10 * MIB) == size
+
+
+@pytest.mark.parametrize("text", ["50", "+1", "-2", "1048575"])
+def test_a_small_size_without_a_unit_is_refused_with_what_was_meant(text):
+    with pytest.raises(UsageError, match="without a unit") as refused:
+        parse_size(text, 10 * MIB)
+    meant = refused.value.hint.partition(" ")[0]
+    assert meant == f"{text}M"
 
 
 @pytest.mark.parametrize(

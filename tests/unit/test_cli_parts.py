@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 
 import pytest
 
 from imgtool.cli import render
 from imgtool.cli.options import Output
-from imgtool.cli.session import parse_mount
+from imgtool.cli.session import parse_mount, set_up_logging, warning
 from imgtool.errors import NotInGuestError, UsageError
 from imgtool.guest.keys import parse_key
 from imgtool.guest.model import Mount, SpaceUsage
@@ -68,6 +69,46 @@ def test_json_is_one_array_and_jsonl_one_object_a_line(capsys):
     render.emit(iter(rows), ("a", "b"), Output.csv)
     out = capsys.readouterr().out
     assert list(csv.reader(io.StringIO(out))) == [["a", "b"], ["1", ""], ["2", "x\n"]]
+
+
+class Terminal(io.StringIO):
+    """Where a person looks."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_csv_on_a_terminal_cannot_steer_it_and_is_the_bare_name_elsewhere(monkeypatch):
+    rows = [{"path": "/\x1b[2Jname with a space", "all": ["\x9b31m"]}]
+    for out in (Terminal(), io.StringIO()):
+        monkeypatch.setattr("sys.stdout", out)
+        render.emit(iter(rows), ("path", "all"), Output.csv)
+        written = list(csv.reader(io.StringIO(out.getvalue())))[1]
+        if out.isatty():
+            assert written == ["/\\033[2Jname with a space", "\\302\\23331m"]
+        else:
+            assert written == [rows[0]["path"], "\x9b31m"]
+
+
+def test_what_is_logged_cannot_steer_the_terminal(monkeypatch):
+    err, root = io.StringIO(), logging.getLogger()
+    monkeypatch.setattr("sys.stderr", err)
+    monkeypatch.setattr(root, "handlers", [])
+    level = root.level
+    try:
+        set_up_logging(verbose=True, debug=False)
+        logging.getLogger("imgtool").info("mounted %s\nat /", "/dev/\x1b[2J\udcff")
+    finally:
+        root.setLevel(level)
+    assert err.getvalue() == "imgtool: mounted /dev/\\033[2J\\377\nat /\n"
+
+
+def test_a_warning_is_said_once_in_a_command(capsys):
+    for _ in range(2):
+        set_up_logging(verbose=False, debug=False)
+        warning("odd")
+        warning("odd")
+    assert capsys.readouterr().err == "imgtool: warning: odd\n" * 2
 
 
 def test_use_is_rounded_up_as_df_does():
