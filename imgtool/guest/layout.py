@@ -163,8 +163,8 @@ def survey(volumes: Volumes) -> Findings:
             continue
         if root is not None:
             roots.append(root)
-    order = [filesystem.device for filesystem in filesystems]
-    roots.sort(key=lambda root: order.index(root.source))
+    order = {filesystem.device: place for place, filesystem in enumerate(filesystems)}
+    roots.sort(key=lambda root: order[root.source])
     return Findings(filesystems, tuple(_without_snapshots(roots, filesystems)), failures)
 
 

@@ -30,7 +30,7 @@ from imgtool.engines.direct.client import Client, WorkerFailed
 from imgtool.engines.direct.pipes import Patience, Pipes
 from imgtool.engines.direct.protocol import BadMessage
 from imgtool.engines.direct.volumes_client import WorkerVolume
-from imgtool.errors import EngineError, ImageError, Interrupted
+from imgtool.errors import EngineError, ImageError, Interrupted, NotInGuestError
 from imgtool.guest.model import Entry, Mount
 from imgtool.process import environment
 from imgtool.transfer.copy_out import Report, copy_out
@@ -73,11 +73,16 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def _braced(lies: str) -> str:
+    """The lies as a part of what `sandbox` fills in."""
+    return lies.replace("{", "{{").replace("}", "}}")
+
+
 @pytest.fixture
 def lying(image: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     @contextlib.contextmanager
     def opened(lies: str) -> Iterator[Any]:
-        monkeypatch.setattr(sandbox, "_START", LIAR.format(lies=lies))
+        monkeypatch.setattr(sandbox, "_START", LIAR.format(lies=_braced(lies)))
         with open_guest(image, engine="direct", mounts=[Mount("/dev/sda", "/")]) as guest:
             yield guest
 
@@ -173,6 +178,92 @@ def test_walks_that_are_compared_are_in_order():
     with pytest.raises(EngineError, match="not in order"):
         while walk.head is not None:
             walk.advance()
+
+
+# Disks and filesystems
+
+OPENED = """
+from itertools import count
+def block(device, kind="device", type="ext4", parents=()):
+    return [device, kind, 1 << 25, type, None, None, None, None, "", list(parents)]
+def told(blocks, groups=()):
+    Worker.do_open = lambda self, **asked: {"blocks": list(blocks), "groups": list(groups)}
+disk = block("/dev/sda")
+def partitions(number):
+    return [block(f"/dev/sda{n}", "partition", parents=["/dev/sda"]) for n in range(1, number + 1)]
+"""
+CLAIMED = {
+    "no disk": "told([])",
+    "another disk": "told([disk, block('/dev/sdb')])",
+    "a disk of another name": "told([block('/dev/sdb')])",
+    "a disk that is a partition": "told([block('/dev/sda', 'partition')])",
+    "the same disk again": "told([disk, disk])",
+    "two partitions of one name": "told([disk, *partitions(1) * 2])",
+    "a partition of no disk": "told([disk, block('/dev/sda1', 'partition', parents=['/dev/sdz'])])",
+    "too many partitions": "told([disk, *partitions(40_000)])",
+    "too many groups": "told([disk], [[f'g{n}', '', 0, [], []] for n in range(5000)])",
+    "too many volumes": "told([disk], [['g', '', 0, [], [[f'v{n}', '', 0] for n in range(5000)]]])",
+    "too many members": "told([disk], [['g', '', 0, [['', '/dev/sda', 0]] * 5000, []]])",
+    "groups that are none": "told([disk], ['gg'])",
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMED)
+def test_a_guest_has_the_disks_that_it_was_given_and_no_more_than_there_can_be(lying, claim):
+    started = time.monotonic()
+    with pytest.raises(ImageError, match="makes no sense"), lying(OPENED + CLAIMED[claim]):
+        pass
+    assert time.monotonic() - started < 5
+
+
+def test_a_journal_lies_on_a_disk_that_was_given(lying):
+    lies = "Worker.do_journals = lambda self: [['/dev/sda', [[1, 0, 4096]]]]"
+    with pytest.raises(ImageError, match="a place on no disk"), lying(lies):
+        pass
+
+
+MANY = """
+import time
+told([disk, *partitions(4000)])
+def look(self, device): time.sleep(PAUSE)
+Worker.do_look = look
+Worker.do_is_dir = lambda self, path, any_case: False
+Worker.do_journals = lambda self: []
+"""
+
+
+@pytest.fixture
+def without_mounts(image: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    @contextlib.contextmanager
+    def opened(lies: str) -> Iterator[Any]:
+        monkeypatch.setattr(sandbox, "_START", LIAR.format(lies=_braced(lies)))
+        with open_guest(image, engine="direct") as guest:
+            yield guest
+
+    return opened
+
+
+def test_the_layout_is_found_in_its_time_however_many_filesystems_are_claimed(
+    without_mounts, monkeypatch
+):
+    monkeypatch.setitem(wire._PATIENCE_FOR_LAYOUT, "start", 1.0)
+    started = time.monotonic()
+    with (
+        without_mounts(OPENED + MANY.replace("PAUSE", "0.02")) as guest,
+        pytest.raises(ImageError, match="does not come to an end"),
+    ):
+        guest.layout  # noqa: B018 - found
+    assert time.monotonic() - started < 5
+
+
+def test_as_many_filesystems_as_there_can_be_take_no_time_to_look_through(without_mounts):
+    started = time.monotonic()
+    with (
+        without_mounts(OPENED + MANY.replace("PAUSE", "0")) as guest,
+        pytest.raises(NotInGuestError, match="no operating system was found"),
+    ):
+        guest.layout  # noqa: B018 - found
+    assert time.monotonic() - started < 10
 
 
 # Contents

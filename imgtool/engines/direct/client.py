@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import re
 import stat
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ SILENCE = 60.0  # seconds in which a worker that owes an answer has to be heard
 # How long all answers together may be waited for (see `Patience`). Names and contents: ten minutes,
 # and a second more for each KiB, some ten names, and for each answer.
 _PATIENCE = {"start": 600.0, "least": 1024.0, "answer": 1.0}
+# All that finding the layout asks for, a few answers for each filesystem, in all.
+_PATIENCE_FOR_LAYOUT = {"start": 300.0, "least": math.inf, "answer": 0.0}
 # Sums, of which the parent sees nothing but that somebody is at work: a day, a minute more for each
 # row and each answer, and a week in all.
 _PATIENCE_FOR_SUMS = {"start": 24 * 3600.0, "least": 2.0, "answer": 60.0, "most": 7 * 24 * 3600.0}
@@ -75,6 +78,7 @@ class Client:
         self._silence = silence
         self._patience = Patience(**_PATIENCE)
         self._patience_for_sums = Patience(**_PATIENCE_FOR_SUMS)
+        self._patience_for_layout = Patience(**_PATIENCE_FOR_LAYOUT)
         self._process = process
         self._image = image
         self._ring = ring
@@ -85,6 +89,15 @@ class Client:
     def shared(self) -> int | None:
         """The descriptor of the memory that is shared with the worker."""
         return self._ring.descriptor if self._ring else None
+
+    @contextlib.contextmanager
+    def in_layout_time(self) -> Iterator[None]:
+        """What is asked meanwhile finds the layout: nothing that is answered earns more time."""
+        kept, self._patience = self._patience, self._patience_for_layout
+        try:
+            yield
+        finally:
+            self._patience = kept
 
     def failure(self, reason: str) -> WorkerFailed:
         """End the worker; the error that says why."""

@@ -17,6 +17,7 @@ from imgtool.engines.direct import client as wire
 from imgtool.engines.direct import protocol, replay
 from imgtool.engines.direct.answers import AnswerStream, Contents, spooled
 from imgtool.engines.direct.client import Client, WorkerFailed
+from imgtool.engines.direct.devices_client import Devices, devices
 from imgtool.engines.direct.filesystem import NeedsAppliance
 from imgtool.engines.direct.volumes_client import WorkerVolume, WorkerVolumes
 from imgtool.errors import (
@@ -26,7 +27,7 @@ from imgtool.errors import (
     UsageError,
     listed,
 )
-from imgtool.guest.blocks import BIOS_BOOT, UNKNOWN, Block, unmeasured
+from imgtool.guest.blocks import BIOS_BOOT, UNKNOWN, unmeasured
 from imgtool.guest.guest import CHECKSUMS, Guest, OnProblem, Stretches
 from imgtool.guest.layout import discover, holds_files, survey
 from imgtool.guest.model import Device, Entry, Layout, Mount, OperatingSystem, SpaceUsage
@@ -69,10 +70,8 @@ class DirectGuest(Guest):
         started = time.monotonic()
         answer = client.one("open", disks=[list(argv) for argv in disks], ring=client.shared)
         log.info("sandbox: worker, QEMU and volumes ready in %.3f s", time.monotonic() - started)
-        self._blocks: tuple[Block, ...] = client.checked(
-            lambda: tuple(wire.block(row) for row in answer["blocks"])
-        )
-        self._groups: list[Any] = client.checked(lambda: list(answer["groups"]))
+        self._devices: Devices = client.checked(devices, answer, len(disks))
+        self._blocks = self._devices.blocks
         self._volumes = WorkerVolumes(client, self._blocks)
         if self._given and any(mount.fstype or mount.options for mount in self._given):
             raise NeedsAppliance("mount options are given")
@@ -82,11 +81,12 @@ class DirectGuest(Guest):
     @property
     def disk_sizes(self) -> list[int]:
         """The sizes of the disks in bytes, in their order."""
-        return [block.size for block in self._blocks if block.kind == "device"]
+        return self._devices.disk_sizes
 
     def journals(self) -> list[replay.Place]:
         """Where filesystems are that need their journal replayed before they can be read."""
-        rows = self._client.one("journals")
+        with self._client.in_layout_time():
+            rows = self._client.one("journals")
         found: list[replay.Place] = []
         for device, places in self._client.checked(
             lambda: [(string, list(p)) for string, p in rows]
@@ -106,7 +106,8 @@ class DirectGuest(Guest):
         """Which filesystem is mounted where; discovered at the first use."""
         if self._layout is None:
             started = time.monotonic()
-            self._layout = self._given_layout() if self._given else self._discovered()
+            with self._client.in_layout_time():
+                self._layout = self._given_layout() if self._given else self._discovered()
             log.info("layout: discovered in %.3f s", time.monotonic() - started)
             for problem in self._layout.problems:
                 self._notice(problem)
@@ -376,37 +377,14 @@ class DirectGuest(Guest):
             for row in self._volumes.filesystems()
         ]
         if everything:
-            rows += self._client.checked(self._beneath)
+            rows += self._devices.groups
+            for kind in ("partition", "device"):
+                for block in self._blocks:
+                    if block.kind == kind:
+                        rows.append(
+                            Device(kind, block.device, size=block.size, parents=block.parents)
+                        )
         return tuple(rows)
-
-    def _beneath(self) -> list[Device]:
-        volumes, groups, physical = [], [], []
-        for name, uuid, size, members, logical in self._groups:
-            device = f"/dev/{wire.string(name)}"
-            for volume, identity, length in logical:
-                volumes.append(
-                    Device(
-                        "lv",
-                        f"{device}/{wire.string(volume)}",
-                        uuid=wire.string(identity),
-                        size=wire.whole(length),
-                        parents=(device,),
-                    )
-                )
-            under = tuple(wire.string(member) for _, member, _ in members)
-            groups.append(
-                Device("vg", device, uuid=wire.string(uuid), size=wire.whole(size), parents=under)
-            )
-            physical += [
-                Device("pv", m, uuid=wire.string(u), size=wire.whole(s), parents=(m,))
-                for u, m, s in members
-            ]
-        rows = [*volumes, *groups, *physical]
-        for kind in ("partition", "device"):
-            for block in self._blocks:
-                if block.kind == kind:
-                    rows.append(Device(kind, block.device, size=block.size, parents=block.parents))
-        return rows
 
     def usage(self) -> tuple[SpaceUsage, ...]:
         """The space of every filesystem, with an `error` where one cannot be mounted."""
@@ -449,12 +427,14 @@ class DirectGuest(Guest):
     def operating_systems(self, *, packages: bool = False) -> tuple[OperatingSystem, ...]:
         """What is installed in the guest."""
         found = []
-        roots = survey(self._volumes).roots
+        with self._client.in_layout_time():
+            roots = survey(self._volumes).roots
         for reason in self._volumes.refused.values():
             raise NeedsAppliance(reason)
         for root in roots:
-            layout = discover(self._volumes, root=root.source)
-            self._mount(layout.mounts)
+            with self._client.in_layout_time():
+                layout = discover(self._volumes, root=root.source)
+                self._mount(layout.mounts)
             mountpoints = {mount.mountpoint: mount.source for mount in layout.mounts}
             answer = self._client.one(
                 "inspect",

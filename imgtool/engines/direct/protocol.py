@@ -28,6 +28,9 @@ _EMPTY = (END, ALIVE)
 STOP = bytes(4)
 TAKEN = b"\xff\xff\xff\xff"
 
+# More block devices, or volume groups with what is in them, are not told of.
+MOST_DEVICES = 4096
+
 # What is told of a block device, in this order.
 BLOCK = (
     *("device", "kind", "size", "type", "label", "uuid", "partuuid", "partlabel", "parttype"),

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from imgtool.engines.direct import lvm
 from imgtool.engines.direct.ext_superblock import NeedsJournal
 from imgtool.engines.direct.filesystem import Filesystem, NeedsAppliance, ReadFailed, Source
+from imgtool.engines.direct.protocol import MOST_DEVICES
 from imgtool.engines.direct.signatures import identify
 from imgtool.engines.direct.sources import Disk, Joined, Stretch
 from imgtool.guest.blocks import Block, in_order
@@ -44,6 +45,7 @@ _ASSEMBLED = {
     "VDO": "VDO",
 }
 _MOST_STRETCHES = 100_000  # what fits in one frame
+_TOO_MANY = f"there are more than {MOST_DEVICES} devices"
 _EXTENDED_SIZE = 1024  # what Linux gives an extended partition: room for a boot loader
 
 
@@ -99,10 +101,15 @@ class Volumes:
                         for at in self._places[e.physical]
                     )
                     found.append(self._block(device, "lv", Joined(parts), under))
+                    if len(found) > MOST_DEVICES:
+                        raise NeedsAppliance(_TOO_MANY)
+        if len(found) > MOST_DEVICES:
+            raise NeedsAppliance(_TOO_MANY)
         for block in found:
             if block.type in _ASSEMBLED:
                 raise NeedsAppliance(f"{_ASSEMBLED[block.type]} ({block.device})")
         self.blocks = in_order(found)
+        self._by_name = {block.device: block for block in found}
 
     def _block(self, device: str, kind: str, source: Source, parents: tuple[str, ...]) -> Block:
         self._sources[device] = source
@@ -197,7 +204,7 @@ class Volumes:
         return known
 
     def _opened(self, device: str) -> Filesystem:
-        block = next((block for block in self.blocks if block.device == device), None)
+        block = self._by_name.get(device)
         if block is None:
             raise NeedsAppliance(f"{device} is not known without the appliance")
         reader = _READERS.get(block.type or "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from imgtool.engines.direct.client import Client
@@ -41,6 +42,13 @@ class WorkerVolumes:
     def __init__(self, client: Client, blocks: Sequence[Block]) -> None:
         self._client = client
         self._blocks = blocks
+        self._without_type = {block.device for block in blocks if block.type is None}
+        # By each of their names, in any case: fstab may have thousands of lines.
+        self._named: defaultdict[tuple[str, str], list[Block]] = defaultdict(list)
+        for block in blocks:
+            for kind in ("uuid", "label", "partuuid", "partlabel"):
+                if (value := getattr(block, kind)) is not None:
+                    self._named[kind, value.lower()].append(block)
         self.refused: dict[str, str] = {}
 
     def filesystems(self) -> Sequence[Device]:
@@ -54,7 +62,7 @@ class WorkerVolumes:
     @contextlib.contextmanager
     def look_into(self, source: str) -> Iterator[WorkerVolume]:
         """Open one filesystem; `EngineError` if it cannot be mounted."""
-        if any(block.device == source and block.type is None for block in self._blocks):
+        if source in self._without_type:
             raise EngineError("no known filesystem", subject=source)
         try:
             self._client.one("look", device=source)
@@ -65,7 +73,7 @@ class WorkerVolumes:
 
     def device_with(self, kind: str, value: str) -> str | None:
         """The device with this filesystem `uuid` or `label`, GPT `partuuid` or `partlabel`."""
-        return device_with(self._blocks, kind, value)
+        return device_with(self._named.get((kind, value.lower()), ()), kind, value)
 
     def subvolume_by_id(self, device: str, number: int) -> str | None:
         """Subvolumes are not read here."""

@@ -163,6 +163,8 @@ class Worker:
             (g.name, g.uuid, g.size, g.physical, [(v.name, v.uuid, v.size) for v in g.logical])
             for g in self._volumes.groups
         ]
+        if sum(1 + len(group[3]) + len(group[4]) for group in groups) > protocol.MOST_DEVICES:
+            raise NeedsAppliance(f"there are more than {protocol.MOST_DEVICES} volume groups")
         return {"blocks": blocks, "groups": groups}
 
     @property

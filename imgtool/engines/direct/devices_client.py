@@ -1,0 +1,70 @@
+"""The block devices that the worker tells of: as many as there can be, on the disks that it got."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from imgtool.engines.direct import client as wire
+from imgtool.engines.direct.protocol import MOST_DEVICES, BadMessage
+from imgtool.guest.blocks import Block
+from imgtool.guest.model import Device
+from imgtool.guest.partition_table import disk_name
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The block devices of a guest, and its volume groups as rows of `filesystems --all`."""
+
+    blocks: tuple[Block, ...]
+    groups: tuple[Device, ...]
+
+    @property
+    def disk_sizes(self) -> list[int]:
+        """The sizes of the disks in bytes, in their order."""
+        return [block.size for block in self.blocks if block.kind == "device"]
+
+
+def devices(answer: Any, disks: int) -> Devices:
+    """What the worker found on so many disks; `BadMessage` and the like for nonsense."""
+    rows = answer["blocks"]
+    if len(rows) > MOST_DEVICES:
+        raise BadMessage("more devices than there can be")
+    blocks = tuple(wire.block(row) for row in rows)
+    if len({block.device for block in blocks}) != len(blocks):
+        raise BadMessage("two devices of one name")
+    found = [block.device for block in blocks if block.kind == "device"]
+    if found != [disk_name(number) for number in range(disks)]:
+        raise BadMessage("other disks than it was given")
+    known = {block.device for block in blocks}
+    if any(parent not in known for block in blocks for parent in block.parents):
+        raise BadMessage("a device on nothing")
+    return Devices(blocks, tuple(_group_rows(answer["groups"])))
+
+
+def _group_rows(groups: Any) -> list[Device]:
+    """Logical volumes, volume groups and physical volumes, in this order."""
+    if sum(1 + len(group[3]) + len(group[4]) for group in groups) > MOST_DEVICES:
+        raise BadMessage("more volume groups than there can be")
+    volumes, rows, physical = [], [], []
+    for name, uuid, size, members, logical in groups:
+        device = f"/dev/{wire.string(name)}"
+        for volume, identity, length in logical:
+            volumes.append(
+                Device(
+                    "lv",
+                    f"{device}/{wire.string(volume)}",
+                    uuid=wire.string(identity),
+                    size=wire.whole(length),
+                    parents=(device,),
+                )
+            )
+        under = tuple(wire.string(member) for _, member, _ in members)
+        rows.append(
+            Device("vg", device, uuid=wire.string(uuid), size=wire.whole(size), parents=under)
+        )
+        physical += [
+            Device("pv", m, uuid=wire.string(u), size=wire.whole(s), parents=(m,))
+            for u, m, s in members
+        ]
+    return [*volumes, *rows, *physical]
