@@ -51,6 +51,7 @@ class Reason(StrEnum):
     IS_BASE = "is-base"  # overlays stand on the image that is to be written to
     IN_USE = "in-use"  # a device of the host stands on the image
     SNAPSHOTS = "snapshots"  # internal snapshots would be lost
+    BITMAPS = "bitmaps"  # dirty bitmaps would be lost: the next backup would be a full one
     SPACE = "space"  # the host has less room than may be needed
     HARD_LINKS = "hard-links"  # other names of the file would keep the old one
     OWNER = "owner"  # the file would change its owner

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from imgtool.errors import ImageError, ImgtoolError, RefusedError
 from imgtool.image import findings
@@ -31,7 +31,7 @@ _WITH_CHECK = ("qcow2", "qed", "vdi", "vhdx", "vmdk")
 
 # A sound image is checked by reading tables that are a thousandth of it. A hostile one can name
 # the same table a million times over.
-_CHECK_MEMORY = 4 << 30
+CHECK_MEMORY = 4 << 30
 _CHECK_SECONDS, _CHECK_BYTES_A_SECOND = 120, 20 << 20
 
 # What an image can be the cause of; that QEMU is not installed is not among it.
@@ -61,18 +61,14 @@ def check_metadata(
 
     Raises `ImageError` where QEMU cannot do it, `UnsupportedCheck` for a format without a check.
     """
-    node: dict[str, object] = {"driver": link.format, "file": file_node(link.path, link.driver)}
-    if link.data_path is not None:
-        node["data-file"] = file_node(link.data_path, node_driver(link.data_path))
-    if link.format in ("qcow2", "qed", "vmdk"):
-        node["backing"] = None
+    node = check_node(link, file_node(link.path, link.driver))
     seconds = _CHECK_SECONDS + link.actual_size / _CHECK_BYTES_A_SECOND
     argv = ["qemu-img", "check", "--output=json"]
     argv += ["-r", repair] if repair else ["-U"]
     done = run(
         [*argv, "json:" + json.dumps(node)],
         # A repair is never stopped halfway.
-        limits=Limits(memory=_CHECK_MEMORY, wall=None if repair else seconds),
+        limits=Limits(memory=CHECK_MEMORY, wall=None if repair else seconds),
         ok=(_SOUND, 1, _ERRORS, _LEAKS, _NO_CHECK),
     )
     if done.returncode == _NO_CHECK:
@@ -87,6 +83,19 @@ def check_metadata(
         errors=answer.get("check-errors", 0),
         compressed=answer.get("compressed-clusters", 0),
     )
+
+
+def check_node(
+    link: ImageInfo, file: dict[str, Any], data: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A description of one image for QEMU, without its base, by the nodes of its file and of its
+    data file: without `data` the one that it names."""
+    node: dict[str, Any] = {"driver": link.format, "file": file}
+    if link.data_path is not None:
+        node["data-file"] = data or file_node(link.data_path, node_driver(link.data_path))
+    if link.format in ("qcow2", "qed", "vmdk"):
+        node["backing"] = None
+    return node
 
 
 class UnsupportedCheck(ImageError):

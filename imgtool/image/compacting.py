@@ -13,7 +13,7 @@ from imgtool.errors import Force, ImageError, ImgtoolError
 from imgtool.image import qcow2
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
-from imgtool.image.copies import convert, has_bitmaps, options_like, size_of_copy
+from imgtool.image.copies import convert, options_like, size_of_copy
 from imgtool.image.guards import (
     refuse_encrypted,
     refuse_if_too_little_space,
@@ -21,6 +21,7 @@ from imgtool.image.guards import (
     refuse_to_guess,
     refuse_to_replace,
 )
+from imgtool.image.holdings import Holdings, holdings_of
 from imgtool.image.host_file import open_host_file
 from imgtool.image.info import probe
 from imgtool.image.locks import kept_from_writers
@@ -70,12 +71,16 @@ def plan_compact(
     space = min(copy, active.actual_size) + (1 << 20)
     refuse_if_too_little_space(path.resolve().parent, space, force=force)
     temporary = temporary_path(path)
+    base = None if keeps else _same_base(chain)
     lines = (
         f"copy what is in use of {printable(path)} into a new file (up to {space} bytes)"
         + (f", its {len(active.snapshots)} snapshots with it" if active.snapshots else ""),
         "prove that it has the same content",
         f"put it in the place of {printable(path)}",
     )
+
+    def after(holdings: Holdings) -> Holdings:
+        return holdings if base is None else holdings.on(*base)
 
     def do(work: Work) -> None:
         with kept_from_writers(chain):
@@ -88,7 +93,8 @@ def plan_compact(
                 # QEMU makes whole sectors of it.
                 os.truncate(temporary, path.stat().st_size)
             else:
-                convert(work, "compact", chain, temporary, options, *_on_same_base(chain))
+                named = ("-B", base[0], "-F", base[1]) if base else ()
+                convert(work, "compact", chain, temporary, options, *named)
             new = Chain((probe(temporary, format=active.format), *chain.links[1:]))
             what = "the new file does not have the same content"
             work.prove_same(chain.filename(), new.filename(), what, path)
@@ -99,28 +105,32 @@ def plan_compact(
         path.absolute(),
         lines,
         do,
+        active.format,
         space=space,
         facts={"temporary": str(temporary)},
         seen=Seen.of(*chain.files),
+        after=after,
     )
 
 
 def _has_more_than_content(chain: Chain) -> bool:
     """Whether a copy of what a guest sees would lack something, or take more space."""
     active = chain.active
-    return bool(active.snapshots) or has_bitmaps(active) or check_metadata(active).compressed > 0
+    held = holdings_of(active.path, active.format)
+    more = held is not None and held.more_than_content
+    return more or check_metadata(active).compressed > 0
 
 
-def _on_same_base(chain: Chain) -> list[str | Path]:
-    """The options that give a copy the backing file that the image has, by the name it has."""
+def _same_base(chain: Chain) -> tuple[str, str] | None:
+    """The backing file that the image has, by the name it has, and its format."""
     if len(chain.links) < 2:
-        return []
+        return None
     below, real = chain.links[1], chain.active.path.resolve()
     name = str(chain.active.backing)
     with contextlib.suppress(OSError):
         if (real.parent / name.removeprefix("file:")).samefile(below.path):
-            return ["-B", name, "-F", below.format]
-    return ["-B", backing_name(below.path, real), "-F", below.format]
+            return name, below.format
+    return backing_name(below.path, real), below.format
 
 
 def _copy_used(work: Work, path: Path, temporary: Path) -> None:

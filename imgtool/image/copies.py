@@ -33,11 +33,6 @@ def options_like(link: ImageInfo) -> str:
     return ",".join(f"{name}={value}" for name, value in options.items() if value is not None)
 
 
-def has_bitmaps(link: ImageInfo) -> bool:
-    """Whether a qcow2 image has dirty bitmaps, of which only QEMU's own backups know."""
-    return bool(_details(link).get("bitmaps"))
-
-
 def _details(link: ImageInfo) -> dict[str, Any]:
     said = ask_qemu(link.path, str(link.path.resolve()), "qcow2")
     details: dict[str, Any] = said.get("format-specific", {}).get("data", {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,11 @@ from imgtool.errors import Force, HostError, ImageError, Reason, RefusedError, l
 from imgtool.image.chain import Chain
 from imgtool.image.dependants import refuse_if_base
 from imgtool.image.doubts import refuse_doubtful
+from imgtool.image.holdings import bitmaps_in
 from imgtool.image.info import ImageInfo
 from imgtool.image.locks import refuse_if_in_use
 from imgtool.image.places import printable, typed
+from imgtool.image.qcow2_bitmaps import Bitmap
 from imgtool.image.record import is_ours
 from imgtool.image.recovery import pending_below
 from imgtool.image.unfinished import unfinished_commit
@@ -169,6 +172,45 @@ def refuse_snapshots(chain: Chain, what: str, *, force: Force = ()) -> None:
             hint="delete them first with 'imgtool snapshot delete'",
             reason=Reason.SNAPSHOTS,
         )
+
+
+def refuse_bitmaps(
+    image: Path,
+    bitmaps: Sequence[Bitmap],
+    what: str,
+    *,
+    force: Force = (),
+    reason: Reason | None = None,
+) -> None:
+    """Raise `RefusedError` if there are such dirty bitmaps in an image; `what` says what happens
+    to them."""
+    if not bitmaps or (reason is not None and reason in force):
+        return
+    names = [printable(bitmap.name.decode(errors="replace")) for bitmap in bitmaps]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    each = "" if len(names) == 1 else ", for each of them"
+    name = shlex.quote(names[0]) if len(names) == 1 else "NAME"
+    spoilt = all(bitmap.in_use for bitmap in bitmaps)
+    cost = "they hold no more" if spoilt else "the next backup is a full one then"
+    raise RefusedError(
+        f"{what}: {', '.join(names[:5])}{more}",
+        subject=printable(image),
+        hint=f"qemu-img bitmap --remove {shlex.quote(printable(image))} {name}{each}; {cost}",
+        reason=reason,
+    )
+
+
+def refuse_to_resize(link: ImageInfo) -> None:
+    """Raise `RefusedError` for a qcow2 image of which QEMU does not change the size."""
+    if link.compat == "0.10" and link.snapshots:
+        raise RefusedError(
+            "QEMU does not resize an image of version 0.10 that has snapshots",
+            subject=printable(link.path),
+            hint="delete its snapshots first: imgtool snapshot delete",
+        )
+    spoilt = [bitmap for bitmap in bitmaps_in(link) if bitmap.in_use]
+    what = "QEMU does not resize an image with dirty bitmaps of which the writer was killed"
+    refuse_bitmaps(link.path, spoilt, what)
 
 
 def refuse_existing(path: Path) -> None:

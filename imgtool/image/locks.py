@@ -13,7 +13,7 @@ import fcntl
 import os
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -23,6 +23,7 @@ from imgtool.image.attached import attached_to
 
 if TYPE_CHECKING:
     from imgtool.image.chain import Chain
+    from imgtool.image.info import ImageInfo
 
 _HELD, _NOT_SHARED = 100, 200
 _WRITE, _RESIZE = 1, 3
@@ -246,6 +247,45 @@ def kept_from_writers(chain: Chain) -> Iterator[None]:
                     hint="shut the guest down, then repeat the command",
                 )
         yield
+
+
+@contextlib.contextmanager
+def held_for_writing(link: ImageInfo) -> Iterator[None]:
+    """Hold QEMU's locks on an image as the one who writes to it, until the block ends.
+
+    For several runs of QEMU that are one piece of work, each told to take no locks: nobody can
+    write in between. Raises `RefusedError` if somebody else has it open.
+    """
+    locks = [base + by for base in (_HELD, _NOT_SHARED) for by in (_WRITE, _RESIZE)]
+    until = time.monotonic() + PATIENCE
+    with contextlib.ExitStack() as stack:
+        for path in link.files:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            stack.callback(os.close, descriptor)
+            while not _taken(descriptor, locks):
+                if time.monotonic() > until:
+                    raise RefusedError(
+                        "the image is in use: it has just been opened by another process",
+                        subject=path,
+                        hint="shut the guest down, then repeat the command",
+                    )
+                time.sleep(0.05)
+        yield
+
+
+def _taken(descriptor: int, locks: Sequence[int]) -> bool:
+    """Whether nobody else holds any of these bytes; then they are held. Without locks, True."""
+    try:
+        for byte in locks:
+            lock = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0)
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
+        if not any(_is_locked(descriptor, byte, 1) for byte in locks):
+            return True
+        unlock = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, locks[0], locks[-1] - locks[0] + 1, 0)
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, unlock)
+    except OSError:
+        return True  # a file system without locks
+    return False
 
 
 def warn_if_written(chain: Chain) -> str | None:

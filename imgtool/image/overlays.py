@@ -14,6 +14,7 @@ from imgtool.image.copies import convert, options_like, size_of_copy
 from imgtool.image.dependants import overlays_on, refuse_if_base
 from imgtool.image.doubts import doubts_of, refuse_doubtful
 from imgtool.image.guards import (
+    refuse_bitmaps,
     refuse_encrypted,
     refuse_existing,
     refuse_if_not_writable,
@@ -23,17 +24,20 @@ from imgtool.image.guards import (
     refuse_snapshots,
     refuse_to_guess,
     refuse_to_replace,
+    refuse_to_resize,
     refuse_to_write,
 )
 from imgtool.image.headers import is_newer
+from imgtool.image.holdings import bitmaps_in
 from imgtool.image.host_file import open_host_file
 from imgtool.image.info import ImageInfo, probe
 from imgtool.image.locks import kept_from_writers, refuse_if_in_use
 from imgtool.image.places import Places, in_same_tree, name_from, printable
+from imgtool.image.qcow2_bitmaps import Bitmap
 from imgtool.image.qemu_img import same_content
 from imgtool.image.reading import kept_as_base, no_readers
 from imgtool.image.record import identity_of, temporary_path
-from imgtool.image.recovery import as_untouched, committed, pending_below
+from imgtool.image.recovery import committed, pending_below
 from imgtool.image.work import Plan, Seen, Work, sync_file
 
 Dirs = Sequence[str | Path]
@@ -145,6 +149,10 @@ def plan_commit(
     # What is to be finished has written to the base already.
     begun = pending_below(overlay, backing_dirs) is not None
     refuse_doubtful(chain, force={*force, Reason.BASE_NEWER} if begun else force)
+    if remove:
+        what = "to remove it would lose its dirty bitmaps"
+        held = bitmaps_in(chain.active)
+        refuse_bitmaps(overlay, held, what, force=force, reason=Reason.BITMAPS)
     _refuse_other_size(chain, base)
     if remove and (above := overlays_on(overlay, backing_dirs)):
         raise RefusedError(
@@ -168,6 +176,7 @@ def plan_commit(
                 work.qemu_img("commit", ["commit", "-d", chain.filename(read_only=False)], overlay)
                 what = "the base does not have the content of the overlay"
                 work.prove_same(chain.filename(), base.filename(), what, into)
+                work.refuse_if_lost(into, "the overlay has all of the content still")
                 sync_file(into)
             committed(work.record, overlay)
 
@@ -183,11 +192,13 @@ def plan_commit(
         facts={
             "overlay": named,
             "remove": remove,
-            "before": as_untouched(into),
             "identity": identity_of(into),
         },
         seen=Seen.of(*chain.files),
         repeatable=("overlay", "remove"),
+        after=lambda holdings: holdings.resized(
+            max(chain.active.virtual_size, base.active.virtual_size)
+        ),
     )
 
 
@@ -199,12 +210,8 @@ def _refuse_other_size(chain: Chain, base: Chain) -> None:
             subject=printable(chain.active.path),
             hint=f"make it as large first: imgtool resize {printable(chain.active.path)} {below}",
         )
-    if size > below and base.active.compat == "0.10" and base.active.snapshots:
-        raise RefusedError(
-            "its base has to grow, which QEMU cannot make an image of version 0.10 with snapshots",
-            subject=printable(base.active.path),
-            hint="delete its snapshots first, or flatten the overlay",
-        )
+    if size > below:
+        refuse_to_resize(base.active)
 
 
 def _described(overlay: ImageInfo, below: Chain) -> str:
@@ -284,6 +291,7 @@ def plan_rebase(
         "qcow2",
         space=space,
         seen=Seen.of(*chain.files, *below.files),
+        after=lambda holdings: holdings.on(name, below.active.format),
     )
 
 
@@ -314,7 +322,15 @@ def _plan_unsafe(link: ImageInfo, below: Chain, *, force: Force, backing_dirs: D
                 # That the base may be another is to be seen afterwards too.
                 os.utime(overlay, ns=(status.st_atime_ns, status.st_mtime_ns))
 
-    return Plan("rebase", overlay, lines, do, "qcow2", seen=Seen.of(overlay))
+    return Plan(
+        "rebase",
+        overlay,
+        lines,
+        do,
+        "qcow2",
+        seen=Seen.of(overlay),
+        after=lambda holdings: holdings.on(name, base.format),
+    )
 
 
 def _refuse_another(link: ImageInfo, below: Chain, backing_dirs: Dirs) -> None:
@@ -350,18 +366,23 @@ def _refuse_another(link: ImageInfo, below: Chain, backing_dirs: Dirs) -> None:
 
 def plan_flatten(overlay: Path, *, force: Force = (), backing_dirs: Dirs = ()) -> Plan:
     """Make an overlay stand alone: everything below is pulled up into a new file, which takes its
-    place once it is proved to have the same content."""
+    place once it is proved to have the same content. Its dirty bitmaps go with it.
+
+    Raises `RefusedError` for bitmaps that hold no more, which QEMU does not copy.
+    """
     chain = _overlay(overlay, backing_dirs)
     refuse_encrypted(chain)
     refuse_second_file(chain.active)
     refuse_to_replace(chain, force=force)
     refuse_snapshots(chain, "to flatten it", force=force)
+    bitmaps = _bitmaps_to_keep(chain, force=force)
     options = options_like(chain.active)
     space = size_of_copy(chain, options)
     refuse_if_too_little_space(overlay.resolve().parent, space, force=force)
     temporary = temporary_path(overlay)
     lines = (
-        f"copy all {len(chain.links)} links into a new file (up to {space} bytes)",
+        f"copy all {len(chain.links)} links into a new file (up to {space} bytes)"
+        + (f", its {len(bitmaps)} dirty bitmaps with it" if bitmaps else ""),
         "prove that it has the same content",
         f"put it in the place of {printable(overlay)}",
     )
@@ -369,7 +390,8 @@ def plan_flatten(overlay: Path, *, force: Force = (), backing_dirs: Dirs = ()) -
     def do(work: Work) -> None:
         with kept_from_writers(chain):
             work.reserve(temporary)
-            convert(work, "flatten", chain, temporary, options)
+            with_them = ("--bitmaps", "--skip-broken-bitmaps") if bitmaps else ()
+            convert(work, "flatten", chain, temporary, options, *with_them)
             alone = Chain((probe(temporary, format="qcow2"),)).filename()
             what = "the new file does not have the same content"
             work.prove_same(chain.filename(), alone, what, overlay)
@@ -383,4 +405,14 @@ def plan_flatten(overlay: Path, *, force: Force = (), backing_dirs: Dirs = ()) -
         space=space,
         facts={"temporary": str(temporary)},
         seen=Seen.of(*chain.files),
+        after=lambda holdings: holdings.copied(bitmaps).on(None, None),
     )
+
+
+def _bitmaps_to_keep(chain: Chain, *, force: Force) -> tuple[Bitmap, ...]:
+    """The dirty bitmaps of the active image that QEMU can copy."""
+    bitmaps = bitmaps_in(chain.active)
+    spoilt = [bitmap for bitmap in bitmaps if bitmap.in_use]
+    what = "it has dirty bitmaps of which the writer was killed, and which cannot be copied"
+    refuse_bitmaps(chain.active.path, spoilt, what, force=force, reason=Reason.BITMAPS)
+    return tuple(bitmap for bitmap in bitmaps if not bitmap.in_use)

@@ -23,6 +23,8 @@ _LARGEST_L1 = 32 << 20
 _LARGEST_REFCOUNT_TABLE = 8 << 20
 _LONGEST_FORMAT = 15
 _LARGEST_OFFSET = 1 << 56
+_AUTOCLEAR_BITMAPS = 1 << 0
+_EXTENSION_BITMAPS = 0x23852875
 _EXTENSION_DATA_FILE = 0x44415441
 _EXTENSION_BACKING_FORMAT = 0xE2792ACA
 _EXTENSION_END = 0
@@ -41,7 +43,10 @@ class Qcow2Header:
 
     `snapshots` is how many there are, `snapshots_offset` where their table starts, and
     `snapshots_end` where it ends at the earliest, 0 if there is none. `sound` is False where QEMU
-    does not take the header, or only QEMU knows whether it does.
+    does not take the header, or only QEMU knows whether it does. `features` are the incompatible
+    and the compatible ones, as bits, without those that say how the image was left. `bitmaps` is
+    the header extension of that name, where it holds: a program that did not know of it and wrote
+    to the image has cleared the bit that says so.
     """
 
     version: int
@@ -63,6 +68,8 @@ class Qcow2Header:
     dirty: bool
     corrupt: bool
     sound: bool
+    features: tuple[int, int] = (0, 0)
+    bitmaps: bytes | None = None
 
 
 def _extensions(area: bytes) -> dict[int, bytes]:
@@ -93,11 +100,12 @@ def read_header(file: BinaryIO) -> Qcow2Header | None:
     if version not in (2, 3) or not 9 <= cluster_bits <= 21:
         return None
     cluster_size = 1 << cluster_bits
-    features, refcount_order, length = 0, 4, _V2_LENGTH
+    features, compatible, autoclear, refcount_order, length = 0, 0, 0, 4, _V2_LENGTH
     if version == 3:
         if len(first) < _V3_LENGTH:
             return None
-        features, _, _, refcount_order, length = _V3_FIELDS.unpack_from(first, _V2_LENGTH)
+        fields = _V3_FIELDS.unpack_from(first, _V2_LENGTH)
+        features, compatible, autoclear, refcount_order, length = fields
     if refcount_order > 6:
         return None
     extensions: dict[int, bytes] = {}
@@ -147,6 +155,8 @@ def read_header(file: BinaryIO) -> Qcow2Header | None:
         dirty=bool(features & _DIRTY_BIT),
         corrupt=bool(features & _CORRUPT_BIT),
         sound=sound,
+        features=(features & ~(_DIRTY_BIT | _CORRUPT_BIT), compatible),
+        bitmaps=extensions.get(_EXTENSION_BITMAPS) if autoclear & _AUTOCLEAR_BITMAPS else None,
     )
 
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from imgtool.errors import Force, ImageError, ImgtoolError, Reason, RefusedError
 from imgtool.image import headers, qcow2
 from imgtool.image.ages import kept_younger
 from imgtool.image.chain import Chain, open_chain
-from imgtool.image.checking import check_metadata
-from imgtool.image.info import Snapshot, probe
+from imgtool.image.checking import CheckResult, check_metadata
+from imgtool.image.holdings import Since, holdings_of, since
+from imgtool.image.info import ImageInfo, Snapshot, probe
 from imgtool.image.locks import PATIENCE, refuse_if_in_use
 from imgtool.image.places import Places, printable
 from imgtool.image.qemu_img import Locked, qemu_img, same_content
 from imgtool.image.reading import remove_unread
 from imgtool.image.record import Record, is_temporary_of, opened, written_down
+from imgtool.image.repairing import WouldLose, repair_tables
 from imgtool.image.unfinished import (
     is_committed,
     lost,
@@ -35,7 +40,7 @@ NEW_FILES = ("create", "convert")
 REPLACED_FILES = ("flatten", "compact")
 # Done in the file itself in an order in which every moment reads as before or as after; what can
 # be left over is space that nothing uses, and flags that QEMU's own check sets right.
-IN_PLACE = ("rebase", "snapshot create", "snapshot delete", "resize", "repair")
+IN_PLACE = ("rebase", "snapshot create", "snapshot delete", "resize")
 
 
 def settle(
@@ -57,6 +62,10 @@ def settle(
         raise _gone(record)
     if operation in NEW_FILES or operation in REPLACED_FILES:
         line = _settle_file(record)
+    elif operation in (*IN_PLACE, "repair", "revert") and is_untouched(record):
+        line = f"an interrupted {operation} of {name} was undone: nothing had been written yet"
+    elif operation == "repair":
+        line = _settle_repair(record)
     elif operation in IN_PLACE:
         mend(image, format=_format(record))
         line = f"an interrupted {operation} left {name} sound, as before it or as after it"
@@ -95,8 +104,30 @@ def settle(
             subject=name,
             hint="use the imgtool that began it",
         )
+    now = _since(record)
     record.remove()
-    return line
+    _refuse_if_gone(now, image)
+    return f"{line}; {_spoilt(now)}" if line and now.spoilt else line
+
+
+def _since(record: Record) -> Since:
+    """What the image lacks by now of what it has to hold, by its record."""
+    if "holds" not in record.facts:
+        return Since()
+    return since(record.facts["holds"], holdings_of(record.image, "qcow2"))
+
+
+def _refuse_if_gone(now: Since, image: Path) -> None:
+    if now.gone:
+        raise ImgtoolError(
+            f"after an interruption it lacks what it held: {'; '.join(now.gone)}",
+            subject=printable(image),
+            hint="its content is whole; please report this",
+        )
+
+
+def _spoilt(now: Since) -> str:
+    return f"a backup by its {'; '.join(now.spoilt)} has to begin anew"
 
 
 def _settle_others_first(record: Record, backing_dirs: Dirs, force: Force) -> None:
@@ -170,9 +201,11 @@ def finish_write(record: Record, backing_dirs: Dirs = (), *, cut_off: bool = Fal
         if cut_off:
             mend(record.image, as_named_in=overlay)
         record.note(step="written")  # without the overlay, that it is done with is known from this
+    now = _since(record)
     if os.path.lexists(overlay):
         remove_unread(overlay)
     record.remove()
+    _refuse_if_gone(now, record.image)
 
 
 def _gone(record: Record) -> ImageError:
@@ -232,7 +265,7 @@ def mend(image: Path, *, format: str | None = None, as_named_in: Path | None = N
         return
     if link.driver == "file":
         _lengthen(image)  # else a table that lies beyond the end escapes the check
-    if not check_metadata(link, repair="all").sound:
+    if not _mended(link).sound:
         raise ImgtoolError(
             "its tables are damaged after an interruption",
             subject=printable(image),
@@ -240,6 +273,20 @@ def mend(image: Path, *, format: str | None = None, as_named_in: Path | None = N
         )
     if link.driver == "file":
         _lengthen(image)
+
+
+def _mended(link: ImageInfo) -> CheckResult:
+    """The check of an image after its repair, or without one where snapshots would be lost by it.
+
+    What is left over then is space that nothing uses.
+    """
+    try:
+        return repair_tables(link, "all")
+    except WouldLose:
+        found = check_metadata(link)
+        if not found.sound:
+            raise
+        return found
 
 
 def _lengthen(image: Path) -> None:
@@ -256,10 +303,31 @@ def _lengthen(image: Path) -> None:
                 file.truncate(-(-needed // header.cluster_size) * header.cluster_size)
 
 
-def on_snapshots(image: Path, option: str, name: str) -> None:
-    """`qemu-img snapshot` on one qcow2 file; what it stands on is not opened."""
-    alone = Chain((probe(image, format="qcow2"),)).filename(read_only=False)
+def on_snapshots(image: Path, option: str, name: str, *, held: bool = False) -> None:
+    """`qemu-img snapshot` on one qcow2 file; what it stands on is not opened.
+
+    `held`, the locks on it that QEMU would take are the caller's.
+    """
+    node = Chain((probe(image, format="qcow2"),)).blockdev(read_only=False)
+    if held:
+        node["file"]["locking"] = "off"
+    alone = "json:" + json.dumps(node, ensure_ascii=False)
     qemu_img(["snapshot", option, name, alone], image=image)
+
+
+def _settle_repair(record: Record) -> str | None:
+    """Repair it again, as much as was asked for; what cannot be repaired is as it was."""
+    if record.facts.get("step") == "done":
+        return None
+    image = record.image
+    link = probe(image, format=_format(record))
+    refuse_if_in_use(Chain((link,)))
+    what = f"an interrupted repair of {printable(image)}"
+    with contextlib.suppress(ImgtoolError):
+        asked: Literal["leaks", "all"] = "leaks" if record.facts.get("what") == "leaks" else "all"
+        if repair_tables(link, asked).sound:
+            return f"{what} was finished"
+    return f"{what} could not be finished: imgtool chain check says what is wrong with it"
 
 
 def _settle_revert(record: Record, *, finish: bool) -> str:

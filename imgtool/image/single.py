@@ -19,12 +19,14 @@ from imgtool.image.guards import (
     refuse_encrypted,
     refuse_existing,
     refuse_if_too_little_space,
+    refuse_to_resize,
     refuse_to_write,
 )
 from imgtool.image.info import ImageInfo, probe
 from imgtool.image.places import printable
 from imgtool.image.recognise import refuse_noise
 from imgtool.image.record import temporary_path
+from imgtool.image.repairing import repair_tables
 from imgtool.image.snapshot_view import at_snapshot, loaded
 from imgtool.image.work import Plan, Seen, Work
 
@@ -167,6 +169,7 @@ def plan_resize(
     refuse_encrypted(chain)
     wanted = parse_size(size, active.virtual_size)
     refuse_to_write(chain, backing_dirs, force=force)
+    refuse_to_resize(active)
     shrinks = wanted < active.virtual_size
     if shrinks:
         refuse_to_cut(chain, wanted, force)
@@ -180,7 +183,15 @@ def plan_resize(
             words.extend((chain.filename(read_only=False), str(wanted)))
             work.qemu_img("resize", words, path)
 
-    return Plan("resize", path.absolute(), lines, do, active.format, seen=Seen.of(*chain.files))
+    return Plan(
+        "resize",
+        path.absolute(),
+        lines,
+        do,
+        active.format,
+        seen=Seen.of(*chain.files),
+        after=lambda holdings: holdings.resized(wanted),
+    )
 
 
 def _chain_or(link: ImageInfo, backing_dirs: Dirs) -> Chain:
@@ -199,16 +210,23 @@ def plan_repair(
     force: Force = (),
     backing_dirs: Dirs = (),
 ) -> Plan:
-    """Have QEMU mend the image's tables: lost space alone, or all that is wrong with them."""
+    """Have QEMU mend the image's tables: lost space alone, or all that is wrong with them.
+
+    What the image holds besides its content stays, or it is not done: `WouldLose`. Raises
+    `ImageError` for one that QEMU cannot check.
+    """
     link = probe(path, format=format, backing_dirs=backing_dirs)  # its base may be missing
+    refuse_encrypted(Chain((link,)))
+    check_metadata(link)  # whoever cannot say what is wrong cannot mend it either
     # It is for damaged ones, and what stands on it sees no change.
     allowed = {*force, Reason.IS_BASE, Reason.DAMAGED}
     refuse_to_write(_chain_or(link, backing_dirs), backing_dirs, force=allowed)
 
     def do(work: Work) -> None:
         with work.step("repair"), kept_younger(path, backing_dirs):
-            result = check_metadata(link, repair=what)
+            result = repair_tables(link, what)
         if not result.sound:
+            work.record.note(step="done")
             raise ImageError(
                 f"{result.corruptions} entries of its tables are wrong still",
                 subject=printable(path),
@@ -218,4 +236,12 @@ def plan_repair(
             )
 
     lines = (f"mend the tables of {printable(path)} ({what})",)
-    return Plan("repair", path.absolute(), lines, do, link.format, seen=Seen.of(path))
+    return Plan(
+        "repair",
+        path.absolute(),
+        lines,
+        do,
+        link.format,
+        facts={"what": what},
+        seen=Seen.of(path),
+    )

@@ -10,9 +10,16 @@ from imgtool.errors import Force, ImageError, NotInGuestError, Reason, RefusedEr
 from imgtool.image import qcow2
 from imgtool.image.ages import kept_younger
 from imgtool.image.chain import Chain, open_chain
-from imgtool.image.guards import refuse_encrypted, refuse_second_file, refuse_to_write
+from imgtool.image.guards import (
+    refuse_bitmaps,
+    refuse_encrypted,
+    refuse_second_file,
+    refuse_to_write,
+)
+from imgtool.image.holdings import Holdings, bitmaps_in
 from imgtool.image.host_file import open_host_file
 from imgtool.image.info import Snapshot
+from imgtool.image.locks import held_for_writing
 from imgtool.image.places import printable
 from imgtool.image.qcow2_refcounts import used_ranges
 from imgtool.image.qcow2_snapshots import read_snapshots, same_as_active
@@ -74,7 +81,15 @@ def plan_create(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs 
             on_snapshots(path, "-c", name)
 
     lines = (f"keep the present state of {printable(path)} as '{printable(name)}'",)
-    return Plan("snapshot create", path.absolute(), lines, do, "qcow2", seen=Seen.of(path))
+    return Plan(
+        "snapshot create",
+        path.absolute(),
+        lines,
+        do,
+        "qcow2",
+        seen=Seen.of(path),
+        after=lambda holdings: holdings.with_snapshot(name),
+    )
 
 
 def plan_delete(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs = ()) -> Plan:
@@ -92,7 +107,15 @@ def plan_delete(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs 
         f"delete the snapshot '{printable(snapshot.name)}' of {printable(path)};"
         " the file does not shrink",
     )
-    return Plan("snapshot delete", path.absolute(), lines, do, "qcow2", seen=Seen.of(path))
+    return Plan(
+        "snapshot delete",
+        path.absolute(),
+        lines,
+        do,
+        "qcow2",
+        seen=Seen.of(path),
+        after=lambda holdings: holdings.without_snapshot(snapshot.id),
+    )
 
 
 def plan_revert(
@@ -107,13 +130,16 @@ def plan_revert(
     """Go back to an internal snapshot.
 
     Raises `RefusedError` where the present state is in no snapshot and would be lost, unless
-    `discard`, or `save_as` keeps it under a name first; and where overlays stand on the image.
+    `discard`, or `save_as` keeps it under a name first; where overlays stand on the image; and
+    where it has dirty bitmaps, with which QEMU does not do it.
     """
     if discard and save_as is not None:
         raise UsageError("--discard and --save-as contradict each other")
     chain = with_snapshots(path, backing_dirs=backing_dirs)
     refuse_to_write(chain, backing_dirs, force=force)
     snapshot = chain.snapshot(name)
+    what = "QEMU does not revert an image that has dirty bitmaps of a backup program"
+    refuse_bitmaps(path, bitmaps_in(chain.active), what)
     if save_as is not None:
         _check_name(chain, save_as)
     elif not discard and present_in(chain) is None:
@@ -130,14 +156,20 @@ def plan_revert(
     argument = _for_revert(snapshot)
 
     def do(work: Work) -> None:
-        with work.step("save"):
-            on_snapshots(path, "-c", saved)
-        work.record.note(step="apply")
-        with work.step("revert"):
-            on_snapshots(path, "-a", argument)
-        if save_as is None:
-            with work.step("tidy up"):
-                on_snapshots(path, "-d", saved)
+        # What somebody wrote in between would be in neither of the two.
+        with held_for_writing(chain.active):
+            with work.step("save"):
+                on_snapshots(path, "-c", saved, held=True)
+            work.record.note(step="apply")
+            with work.step("revert"):
+                on_snapshots(path, "-a", argument, held=True)
+            if save_as is None:
+                with work.step("tidy up"):
+                    on_snapshots(path, "-d", saved, held=True)
+
+    def after(holdings: Holdings) -> Holdings:
+        reverted = holdings.reverted(snapshot.id)
+        return reverted if save_as is None else reverted.with_snapshot(save_as)
 
     return Plan(
         "revert",
@@ -147,6 +179,7 @@ def plan_revert(
         "qcow2",
         facts={"to": argument, "saved": saved, "temporary": save_as is None},
         seen=Seen.of(path),
+        after=after,
     )
 
 

@@ -27,6 +27,7 @@ from imgtool.image.guards import (
     refuse_to_guess,
     refuse_to_write,
 )
+from imgtool.image.holdings import holdings_of, noted
 from imgtool.image.info import probe
 from imgtool.image.locks import refuse_if_in_use
 from imgtool.image.overlays import backing_name
@@ -192,7 +193,7 @@ def transaction(
     with contextlib.ExitStack() as stack:
         records, overlays = [], []
         try:
-            for image in images:
+            for chain, image in zip(chains, images, strict=True):
                 record = stack.enter_context(opened(image, create=True))
                 assert record is not None
                 if record.facts:
@@ -205,12 +206,14 @@ def transaction(
                 if tmp_dir is not None:
                     overlay = tmp_dir.resolve() / overlay.name
                 folder = image.parent
+                held = holdings_of(image, chain.active.format)
                 record.note(
                     operation="write",
                     id=name,
                     images=[name_from(folder, other) for other in images],
                     overlay=name_from(folder, overlay),
                     identity=identity_of(image),
+                    **noted(held, held),
                 )
                 records.append(record)
                 overlays.append(overlay)

@@ -14,10 +14,11 @@ from typing import Any
 
 from imgtool import interrupt
 from imgtool.errors import HostError, ImgtoolError, RefusedError
+from imgtool.image.holdings import Holdings, holdings_of, lost, noted
 from imgtool.image.places import printable
 from imgtool.image.qemu_img import OnPart, qemu_img, same_content
 from imgtool.image.record import Record, opened, sync_folder
-from imgtool.image.recovery import mend, settle
+from imgtool.image.recovery import as_untouched, mend, settle
 
 # Called with the name of a step and the part of it that is done, between 0 and 1.
 OnStep = Callable[[str, float], None]
@@ -27,10 +28,14 @@ Notice = Callable[[str], None]
 
 @dataclass
 class Work:
-    """One run of a plan: its record, and how long each step took, in seconds."""
+    """One run of a plan: its record, and how long each step took, in seconds.
+
+    `expected` is what the image should hold besides its content when all is done.
+    """
 
     record: Record
     on_step: OnStep | None = None
+    expected: Holdings | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager
@@ -70,9 +75,22 @@ class Work:
         put_in_place(temporary, new)
 
     def swap(self, temporary: Path, image: Path) -> None:
-        """Put a complete file in the place of another."""
+        """Put a complete file in the place of another, if it holds what it should."""
+        self.refuse_if_lost(temporary, "nothing was changed")
         self.record.note(inode=temporary.stat().st_ino)
         replace(temporary, image)
+
+    def refuse_if_lost(self, image: Path, hint: str) -> None:
+        """Raise `ImgtoolError` where the image lacks a snapshot, a bitmap or a name that it should
+        have after the work."""
+        if self.expected is None:
+            return
+        if missing := lost(self.expected, holdings_of(image, "qcow2")):
+            raise ImgtoolError(
+                f"the image would lack what it should hold: {'; '.join(missing)}",
+                subject=printable(self.record.image),
+                hint=f"{hint}; please report this",
+            )
 
     def qemu_img(self, name: str, words: list[str | Path], image: Path) -> None:
         """A step that is one sub-command of qemu-img."""
@@ -88,6 +106,11 @@ class Work:
                     subject=printable(image),
                     hint="nothing was thrown away; please report this",
                 )
+
+
+def as_before(holdings: Holdings) -> Holdings:
+    """What an image holds after work that changes nothing but its content."""
+    return holdings
 
 
 def _umask() -> int:
@@ -135,7 +158,8 @@ class Plan:
     look like any. `space` is how many bytes it may need in the image's folder, `facts` what its
     record says, and `seen` the files that were looked at to make it. What is `repeatable` is
     finished by doing it again, which is the same where the facts named in it are. `doubts` are
-    lines on what is only read.
+    lines on what is only read. `after` gives what the image holds besides its content afterwards,
+    of what it held before: the plan is not done where something of it is missing.
     """
 
     operation: str
@@ -148,6 +172,7 @@ class Plan:
     seen: Seen = field(default_factory=Seen)
     repeatable: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
+    after: Callable[[Holdings], Holdings] = as_before
 
     def run(self, on_step: OnStep | None = None, notice: Notice | None = None) -> Work:
         """Do it: whole, or as if it had not been begun, or to be finished by repeating it."""
@@ -160,17 +185,18 @@ class Plan:
                     subject=printable(self.image),
                     hint=f"imgtool recover {printable(self.image)}",
                 )
-            work = Work(record, on_step)
+            before = holdings_of(self.image, self.format)
+            work = Work(record, on_step, None if before is None else self.after(before))
             try:
                 repeated = bool(record.facts)
                 if repeated:
                     mend(self.image, format=self.format)
                 else:
-                    known = {"format": self.format} if self.format is not None else {}
-                    record.note(operation=self.operation, **known, **self.facts)
+                    record.note(operation=self.operation, **self._known(before), **self.facts)
                 self.do(work)
                 if repeated:
                     mend(self.image, format=self.format)
+                work.refuse_if_lost(self.image, "what it lacks is in no copy of imgtool's")
                 record.remove()
             except BaseException:
                 try:
@@ -181,6 +207,14 @@ class Plan:
                     notice(line)
                 raise
             return work
+
+    def _known(self, before: Holdings | None) -> dict[str, Any]:
+        """What a record says of an image that is there already."""
+        known: dict[str, Any] = {} if self.format is None else {"format": self.format}
+        if self.image.exists():
+            known["before"] = as_untouched(self.image)
+        after = None if before is None else self.after(before)
+        return {**known, **noted(before, after)}
 
     def _repeats(self, record: Record) -> bool:
         return (
