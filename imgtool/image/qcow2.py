@@ -28,6 +28,7 @@ _EXTENSION_BITMAPS = 0x23852875
 _EXTENSION_DATA_FILE = 0x44415441
 _EXTENSION_BACKING_FORMAT = 0xE2792ACA
 _EXTENSION_END = 0
+_LOOKED_AT = (_EXTENSION_BITMAPS, _EXTENSION_DATA_FILE, _EXTENSION_BACKING_FORMAT)
 _LONGEST_BACKING_NAME = 1023
 _LONGEST_EXTENSION = 1 << 16  # QEMU has none of its own; no path is as long
 _SECTOR = 512
@@ -80,7 +81,7 @@ def _extensions(area: bytes) -> dict[int, bytes]:
         kind, length = struct.unpack_from(">II", area, at)
         if kind == _EXTENSION_END:
             break
-        if kind in (_EXTENSION_DATA_FILE, _EXTENSION_BACKING_FORMAT):
+        if kind in _LOOKED_AT:
             # The last one wins, as in QEMU.
             found[kind] = area[at + 8 : at + 8 + min(length, _LONGEST_EXTENSION)]
         at += 8 + (length + 7) // 8 * 8

@@ -15,8 +15,9 @@ from imgtool.image.qcow2 import Qcow2Header
 _EXTENSION = struct.Struct(">IIQQ")
 _ENTRY = struct.Struct(">QIIBBHI")
 _IN_USE, _AUTO = 1 << 0, 1 << 1
-# QEMU's limits.
-_MOST, _MOST_EXTRA, _LARGEST_DIRECTORY = 65535, 0, 65535 * 1024
+# QEMU's limits: block/qcow2-bitmap.c. It knows of no extra data.
+_MOST, _LARGEST_DIRECTORY = 65535, 64 << 20
+_LONGEST_NAME, _LARGEST_SHIFT = 1023, 31
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,19 @@ def read_bitmaps(file: BinaryIO, header: Qcow2Header) -> tuple[Bitmap, ...] | No
     count, _, size, offset = _EXTENSION.unpack_from(header.bitmaps)
     if count > _MOST or size > _LARGEST_DIRECTORY or offset >= 1 << 62:
         return None
-    file.seek(offset)
-    directory = file.read(size)
     found = []
     at = 0
     for _ in range(count):
-        if len(directory) < at + _ENTRY.size:
+        file.seek(offset + at)
+        fixed = file.read(_ENTRY.size)
+        if len(fixed) < _ENTRY.size:
             return None
-        _, _, flags, _, shift, name_length, extra = _ENTRY.unpack_from(directory, at)
-        start = at + _ENTRY.size + extra
-        name = directory[start : start + name_length]
-        if extra > _MOST_EXTRA or len(name) < name_length or shift > 31:
+        _, _, flags, _, shift, name_length, extra = _ENTRY.unpack(fixed)
+        end = at + _ENTRY.size + name_length
+        if extra or name_length > _LONGEST_NAME or shift > _LARGEST_SHIFT or end > size:
+            return None
+        name = file.read(name_length)
+        if len(name) < name_length:
             return None
         found.append(
             Bitmap(
@@ -61,5 +64,5 @@ def read_bitmaps(file: BinaryIO, header: Qcow2Header) -> tuple[Bitmap, ...] | No
                 in_use=bool(flags & _IN_USE),
             )
         )
-        at = (start + name_length + 7) // 8 * 8
+        at = (end + 7) // 8 * 8
     return tuple(found)
