@@ -195,7 +195,7 @@ def refuse_bitmaps(
     raise RefusedError(
         f"{what}: {', '.join(names[:5])}{more}",
         subject=printable(image),
-        hint=f"qemu-img bitmap --remove {shlex.quote(printable(image))} {name}{each}; {cost}",
+        hint=f"qemu-img bitmap --remove {typed(image)} {name}{each}; {cost}",
         reason=reason,
     )
 

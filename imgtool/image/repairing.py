@@ -22,7 +22,7 @@ from imgtool.image.contents import open_contents
 from imgtool.image.holdings import Holdings, ReadAt, holdings_of, lost, read_holdings
 from imgtool.image.host_file import file_node, node_driver, open_host_file
 from imgtool.image.info import ImageInfo, probe
-from imgtool.image.places import printable
+from imgtool.image.places import printable, typed
 from imgtool.image.qemu_img import qemu_img
 from imgtool.process import Limits, ProgramFailed, run
 from imgtool.scratch import large_files, scratch_folder
@@ -73,10 +73,10 @@ def repair_tables(link: ImageInfo, what: What) -> CheckResult:
 
 
 def _would_lose(link: ImageInfo, what: What, lost: str, found: CheckResult) -> WouldLose:
-    shown = printable(link.path)
+    shown, word = printable(link.path), typed(link.path)
     hint = f"on a copy of the file, which then lacks that: qemu-img check -r {what} COPY"
     if what == "leaks" and not found.sound and link.compat != "0.10":
-        hint = f"to mend all that is wrong loses nothing: imgtool check --repair all {shown}"
+        hint = f"to mend all that is wrong loses nothing: imgtool check --repair all {word}"
     return WouldLose(
         f"QEMU's repair would lose what the image holds: {lost}", subject=shown, hint=hint
     )
