@@ -217,7 +217,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def leave_running(
-    argv: Sequence[str | Path], log_file: Path, *, env: dict[str, str] | None = None
+    argv: Sequence[str | Path],
+    log_file: Path,
+    *,
+    env: dict[str, str] | None = None,
+    stdin: int = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
     """Start a program that goes on when imgtool has ended; it writes what it says to `log_file`.
 
@@ -229,7 +233,7 @@ def leave_running(
         try:
             return subprocess.Popen(
                 words,
-                stdin=subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=said,
                 stderr=said,
                 env=environment(env),

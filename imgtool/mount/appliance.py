@@ -24,7 +24,7 @@ from imgtool.process import ProgramFailed, leave_running, run
 if TYPE_CHECKING:
     from imgtool.engines.libguestfs.guest import LibguestfsGuest
 
-_READY, _FAILED, _REQUEST = "ready", "failed.json", "request.json"
+_READY, _FAILED = "ready", "failed.json"
 _WRITING = 600.0  # seconds that an emulated appliance may take to write what it holds
 
 
@@ -38,10 +38,18 @@ class ApplianceFailed(ImgtoolError):
 
 def start(folder: Path, request: dict[str, Any]) -> None:
     """Start the process that serves `request`, and wait until the mount is there."""
-    (folder / _REQUEST).write_text(json.dumps(request))
     argv = [sys.executable, "-m", "imgtool.mount.appliance", str(folder)]
-    # It is imgtool itself, for which the user may have set more than other programs get to see.
-    process = leave_running(argv, folder / "appliance.log", env=dict(os.environ))
+    # Keys may be in it: it has no name, and is gone with the processes that have it open.
+    descriptor = os.memfd_create("request", os.MFD_CLOEXEC)
+    try:
+        with open(descriptor, "w", closefd=False) as file:
+            json.dump(request, file)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        # It is imgtool itself, for which the user may have set more than other programs get to see.
+        env = dict(os.environ)
+        process = leave_running(argv, folder / "appliance.log", env=env, stdin=descriptor)
+    finally:
+        os.close(descriptor)
     ready, failed = folder / _READY, folder / _FAILED
     while not ready.exists():
         if process.poll() is not None:
@@ -151,10 +159,13 @@ def _serve(request: dict[str, Any], ready: Path) -> None:
 
 
 def main() -> None:
-    """Serve the request in the folder until somebody unmounts it; SIGTERM ends a launch."""
+    """Serve the request on standard input, with this folder, until somebody unmounts it; SIGTERM
+    ends a launch."""
     folder = Path(sys.argv[1])
-    request = json.loads((folder / _REQUEST).read_text())
-    (folder / _REQUEST).unlink()  # keys may be in it
+    request = json.load(sys.stdin)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, sys.stdin.fileno())  # nobody else gets to see the keys
+    os.close(nothing)
     try:
         with interrupt.watch():
             _serve(request, folder / _READY)

@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import signal
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from imgtool.mount.step import Step
 from imgtool.mount.steps import from_json
 
 MAKING, MOUNTED, UNMAKING = "mounting", "mounted", "unmounting"
+_LONGEST = 16 << 20  # bytes; a chain of 200 links makes some hundred thousand
 _FAILPOINT = "IMGTOOL_MOUNT_FAILPOINT"
 
 
@@ -50,14 +52,30 @@ def _private(folder: Path) -> Path:
             subject=folder,
             hint="set XDG_RUNTIME_DIR to a folder of your own",
         ) from error
+    _refuse_of_others(folder)
+    return folder
+
+
+def _refuse_of_others(folder: Path) -> None:
+    """Raise `HostError` for a folder in which another user can have written a journal: what that
+    says would be undone, files be removed and mounts ended, with this user's rights."""
     status = folder.lstat()
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022 or folder.is_symlink():
+    own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    if not own or status.st_mode & 0o022:
         raise HostError(
             "it belongs to somebody else, or others can write to it",
             subject=folder,
             hint="remove it, or set XDG_RUNTIME_DIR to a folder of your own",
         )
-    return folder
+
+
+def _folders() -> list[Path]:
+    """The folders of this user's journals. Raises `HostError` where they can be another's."""
+    root = state_folder()
+    if not os.path.lexists(root):
+        return []
+    _refuse_of_others(root)
+    return sorted(folder for folder in root.iterdir() if not folder.is_symlink())
 
 
 def failpoint(name: str) -> None:
@@ -158,9 +176,13 @@ class Journal:
         """The journal in a folder; None if it is gone, or not complete, which the first step
         cannot be either."""
         try:
-            known = json.loads((folder / "journal.json").read_text())
+            with (folder / "journal.json").open("rb") as file:
+                content = file.read(_LONGEST + 1)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        if len(content) > _LONGEST:
+            raise HostError("no journal of imgtool is so long", subject=folder / "journal.json")
+        known = json.loads(content)
         known["steps"] = [from_json(step) for step in known["steps"]]
         return cls(folder=folder, **known)
 
@@ -281,8 +303,7 @@ class Journal:
 def journals() -> list[Journal]:
     """All journals of this user, oldest first."""
     found = []
-    root = state_folder()
-    for folder in sorted(root.iterdir()) if root.is_dir() else ():
+    for folder in _folders():
         journal = Journal.read(folder)
         if journal is not None:
             found.append(journal)
@@ -291,11 +312,10 @@ def journals() -> list[Journal]:
 
 def remove_empty_folders() -> None:
     """Remove the folders of journals that were never written, or that were just to be removed."""
-    root = state_folder()
-    if not root.is_dir():
+    if not _folders():
         return
-    with _no_other_starts(root):
-        for folder in root.iterdir():
+    with _no_other_starts(state_folder()):
+        for folder in _folders():
             with contextlib.suppress(OSError):  # somebody else removes it
                 if (folder / "journal.json").exists():
                     continue

@@ -55,6 +55,7 @@ class Mechanism:
 
     def __post_init__(self) -> None:
         self._loops: list[steps.Loop] = []
+        self._blocks: dict[Place, str] = {}
 
     @classmethod
     def missing(cls, *, load: bool = True) -> str | None:
@@ -72,7 +73,14 @@ class Mechanism:
         raise NotImplementedError
 
     def block(self, place: Place) -> str:
-        """The block device of a place: here a loop device over the whole disk."""
+        """The block device of a place, one however often it is asked for: the kernel takes a second
+        one with the same btrfs for another of its devices, and mounts neither."""
+        if place not in self._blocks:
+            self._blocks[place] = self._make_block(place)
+        return self._blocks[place]
+
+    def _make_block(self, place: Place) -> str:
+        """Here a loop device over the disk's file."""
         whole = place.number is None
         step = steps.Loop(
             self.disk(place.disk),
@@ -181,11 +189,12 @@ class Kpartx(LoopMechanism):
         """One loop device a disk."""
         super().start()
         self._whole = [
-            super(Kpartx, self).block(Place(disk.number, None, 0, disk.size)) for disk in self.disks
+            super(Kpartx, self)._make_block(Place(disk.number, None, 0, disk.size))
+            for disk in self.disks
         ]
         self._mappings: dict[int, mapper_steps.Mapping] = {}
 
-    def block(self, place: Place) -> str:
+    def _make_block(self, place: Place) -> str:
         """The mapping of the partition; the loop device for the whole disk."""
         if place.number is None:
             return self._whole[place.disk]
@@ -231,7 +240,7 @@ class NbdMechanism(Mechanism):
         """The nbd device."""
         return self._steps[number].device
 
-    def block(self, place: Place) -> str:
+    def _make_block(self, place: Place) -> str:
         """The kernel's device of the partition; where it made none, a loop device over the disk."""
         if place.number is None:
             return self.disk(place.disk)
@@ -244,7 +253,7 @@ class NbdMechanism(Mechanism):
         try:
             kernel.wait_until(there, f"{node} does not appear", limit=2)
         except HostError:
-            return super().block(place)
+            return super()._make_block(place)
         return str(node)
 
 

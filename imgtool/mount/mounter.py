@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,6 +167,12 @@ class Mounter:
         source = item.source
         subject = f"{source}"
         kind = filesystems.kind_of(found, subject)
+        if self._wanted.writable and kind.type == "ext4" and filesystems.ext_has_errors(device):
+            raise RefusedError(
+                "its filesystem says that it has errors, so it is not written to",
+                subject=subject,
+                hint="on a copy of the image, have it mended: e2fsck -f; then try again",
+            )
         flags = kernel.MS_NOSUID | kernel.MS_NODEV
         flags |= 0 if self._wanted.executable else kernel.MS_NOEXEC
         flags |= 0 if self._wanted.writable else kernel.MS_RDONLY
@@ -192,6 +199,12 @@ class Mounter:
             if dirty and not (self._mechanism.overlays or self._wanted.writable):
                 raise NeedsOverlay from error
             raise filesystems.refusal(error, kind, subject) from error
+        if self._wanted.writable and os.statvfs(place).f_flag & os.ST_RDONLY:
+            raise RefusedError(
+                "its filesystem can only be read: it is hibernated, or damaged",
+                subject=subject,
+                hint="shut the guest down properly (Windows: without fast start-up), or check it",
+            )
 
     def _refuse_hibernated(self, step: steps.Filesystem) -> None:
         looked = dataclasses.replace(step, flags=step.flags | kernel.MS_RDONLY)

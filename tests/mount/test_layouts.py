@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from imgtool.mount import mounting, plan
 from imgtool.mount.mounter import Wanted
 from imgtool.mount.mounting import mount, unmount
 from tests.mount.host import (
@@ -209,6 +210,43 @@ def test_a_filesystem_cannot_ask_for_a_panic(tmp_path, place):
         assert "errors=remount-ro" in options
         assert "errors=panic" not in options
     assert state_of([image]) == before
+
+
+def _two_subvolumes(folder: Path) -> None:
+    for name in ("@", "@home"):
+        run("btrfs", "-q", "subvolume", "create", folder / name)
+        (folder / name / f"of {name}").write_text(name)
+    (folder / "@" / "home").mkdir()
+
+
+@pytest.mark.parametrize("via", ["loop", "export"])
+@pytest.mark.parametrize("writable", [False, True])
+def test_two_subvolumes_of_one_partition_are_both_shown(
+    tmp_path, place, monkeypatch, via, writable
+):
+    """A second device with the same filesystem on it would be taken for another of its disks."""
+    filesystem = make_filesystem(tmp_path / "filesystem", "btrfs", _two_subvolumes)
+    image = blank(tmp_path / "disk.raw", 80 * MIB)
+    divide(image, ["label: gpt", "start=2048"])
+    put(filesystem, image, MIB)
+    with_layout = mounting.plan.partition
+
+    def items(wanted, disks):
+        source = with_layout(disks, 1)
+        return [
+            plan.Item(source, "/", "btrfs", "@"),
+            plan.Item(source, "/home", "btrfs", "@home"),
+        ]
+
+    monkeypatch.setattr(mounting, "_items", items)
+    said: list[str] = []
+    journal = mount(Wanted(image, place, via=via, writable=writable, notice=said.append))
+    try:
+        loops = [step for step in journal.steps if step.kind == "loop"]
+        found = (place / "of @").read_text(), (place / "home" / "of @home").read_text()
+    finally:
+        unmount(place)
+    assert (found, said, len(loops)) == (("@", "@home"), [], 1)
 
 
 # Clones

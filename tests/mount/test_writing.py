@@ -96,6 +96,21 @@ def test_what_is_written_is_in_the_image(images, place, tmp_path, filesystem, fo
     assert not gone
 
 
+@pytest.mark.parametrize("via", ["loop", "export"])
+def test_an_ext_that_says_that_it_has_errors_is_not_written_to(images, place, tmp_path, via):
+    """As `copy-in` has it; the kernel only warns, and writes."""
+    image = images.copy(images.get("ext4", "whole"), tmp_path)
+    run("debugfs", "-w", "-R", "set_super_value state 2", image.path)
+    before = state_of(image.files)
+    refused = imgtool("mount", image.path, place, "--via", via, "--rw", *image.chosen)
+    assert refused.status == 4
+    assert "says that it has errors" in refused.err
+    assert state_of(image.files) == before
+    assert not place.is_mount()
+    here("mount", image.path, place, "--via", via, *image.chosen)
+    here("umount", place)
+
+
 def test_programs_run_with_exec_alone(images, place):
     image = images.get("ext4")
     for options, allowed in (((), False), (("--exec",), True)):

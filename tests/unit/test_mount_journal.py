@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +14,8 @@ from typing import Any, ClassVar
 import pytest
 
 from imgtool.errors import HostError, ImgtoolError, RefusedError
+from imgtool.mount import appliance, mounting, steps
 from imgtool.mount import journal as journal_module
-from imgtool.mount import mounting, steps
 from imgtool.mount.journal import MAKING, MOUNTED, UNMAKING, Journal, journals, state_folder
 from imgtool.mount.mapper_steps import Group, Mapping
 from imgtool.mount.qemu_steps import Export, Nbd, Overlay, Snapshot
@@ -354,3 +356,74 @@ def test_no_folder_is_no_mounts(state):
     assert journals() == []
     assert mounting.clean_up() == []
     assert not state.exists()
+
+
+# Folders of others, and keys
+
+
+def test_a_journal_that_another_user_can_have_written_is_not_believed(monkeypatch, tmp_path):
+    """What it says would be undone with this user's rights: files of his be removed."""
+    root, victim = tmp_path / "state", tmp_path / "victim"
+    victim.write_text("mine")
+    folder = root / "0123456789ab"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(journal_module, "state_folder", lambda: root)
+    planted = Journal(
+        folder, [str(victim)], "/mnt", "export", [], os.getuid(), 0, journal_module.boot_id()
+    )
+    planted.steps = [Overlay(str(victim), 1)]
+    planted.save()
+    root.chmod(0o777)
+    for look in (journals, mounting.clean_up, journal_module.remove_empty_folders):
+        with pytest.raises(HostError, match="belongs to somebody else, or others can write"):
+            list(look() or ())
+    assert victim.exists()
+    root.chmod(0o700)
+    if os.geteuid() == 0:
+        os.chown(root, 65534, 65534)
+        with pytest.raises(HostError, match="belongs to somebody else"):
+            journals()
+        os.chown(root, 0, 0)
+    assert [journal.id for journal in journals()] == [folder.name]
+    root.rename(tmp_path / "elsewhere")
+    root.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(HostError, match="belongs to somebody else"):
+        journals()
+
+
+def test_a_journal_of_any_length_takes_no_memory(monkeypatch, tmp_path):
+    folder = tmp_path / "state" / "0123456789ab"
+    folder.mkdir(parents=True)
+    with (folder / "journal.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(HostError, match="no journal of imgtool is so long"):
+        Journal.read(folder)
+
+
+def test_keys_of_a_mount_through_the_appliance_are_in_no_file(monkeypatch, tmp_path):
+    seen: dict[str, str] = {}
+
+    def started(argv, log_file, *, env, stdin):
+        seen["asked"] = os.pread(stdin, 1 << 16, 0).decode()
+        seen["position"] = str(os.lseek(stdin, 0, os.SEEK_CUR))
+        seen["folder"] = "".join(path.read_text() for path in tmp_path.iterdir())
+        (tmp_path / "ready").touch()
+
+    monkeypatch.setattr(appliance, "leave_running", started)
+    appliance.start(tmp_path, REQUEST)
+    assert json.loads(seen["asked"]) == REQUEST
+    assert (seen["position"], seen["folder"]) == ("0", "")
+
+
+def test_the_process_of_a_mount_takes_its_request_from_standard_input(tmp_path):
+    request = {**REQUEST, "image": str(tmp_path / "none.img"), "format": None, "mounts": []}
+    request |= {"root": None, "backing_dirs": [], "writable": False, "snapshot": None}
+    request |= {"target": str(tmp_path), "executable": False, "force": []}
+    done = subprocess.run(
+        [sys.executable, "-m", "imgtool.mount.appliance", tmp_path],
+        input=json.dumps(request).encode(),
+        capture_output=True,
+    )
+    failed = json.loads((tmp_path / "failed.json").read_text())
+    assert (done.returncode, failed["status"]) == (1, 3)
+    assert "none.img" in failed["message"]
