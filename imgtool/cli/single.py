@@ -199,6 +199,10 @@ def create(
 def recover(
     image: options.Image,
     force: options.Force = None,
+    keep: Annotated[
+        bool,
+        typer.Option("--keep", help="End it without either; all that is there is kept as it is."),
+    ] = False,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
     debug: options.Debug = False,
@@ -211,7 +215,7 @@ def recover(
     set_up_logging(verbose=verbose, debug=debug)
     if image.is_dir():
         raise ImageError("a directory, not an image", subject=printable(image))
-    line = settle(image, backing_dirs=backing_dir or (), force=force or ())
+    line = settle(image, backing_dirs=backing_dir or (), force=force or (), end=keep)
     if line is None and not image.exists():
         raise ImageError("no such file, and no record of work on it", subject=printable(image))
     render.message("note", line or "nothing was interrupted on it")

@@ -17,7 +17,7 @@ from imgtool.errors import ImageError, ImagePermissionError, NotInGuestError, Re
 from imgtool.image.host_file import file_node, node_driver
 from imgtool.image.info import PROBE_LIMITS, ImageInfo, Snapshot, ask_qemu, probe
 from imgtool.image.places import Places, printable
-from imgtool.image.unfinished import unfinished_commit
+from imgtool.image.unfinished import refuse_other_format, unfinished_commit
 from imgtool.process import ProgramFailed, TimedOut, run
 
 MAX_LINKS = 200
@@ -170,6 +170,7 @@ def follow_chain(
     places = Places.around(path, backing_dirs)
     if (overlay := unfinished_commit(path)) is not None:
         # The image holds a part of what the overlay has all of, until the commit is finished.
+        refuse_other_format(path, overlay, format)
         path, format = overlay.absolute(), "qcow2"
     link = probe(path, format=format, places=places, by_header=True)
     if link.probed and link.format != "raw" and link.backing and path.suffix == ".raw":

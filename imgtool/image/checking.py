@@ -24,7 +24,7 @@ from imgtool.image.host_file import file_node, node_driver
 from imgtool.image.info import ImageInfo, probe
 from imgtool.image.places import Places, printable, typed
 from imgtool.image.recognise import refuse_noise
-from imgtool.image.record import read_facts
+from imgtool.image.record import operation_of, read_facts
 from imgtool.process import Limits, ProgramFailed, TimedOut, run
 
 # Some say that an image is unsound, some that it is not, and some that it has no such check.
@@ -192,8 +192,8 @@ class ChainCheck:
         """What is odd about one image by itself."""
         if self._on_link is not None:
             self._on_link(link.path)
-        if (operation := read_facts(link.path).get("operation")) is not None:
-            yield findings.interrupted(link.path, str(operation))
+        if (operation := operation_of(read_facts(link.path))) is not None:
+            yield findings.interrupted(link.path, operation)
         yield from findings.marked(link)
         writer = findings.writer_of(link.path)
         if writer is not None:

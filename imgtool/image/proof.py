@@ -8,7 +8,6 @@ from: with another HOME, or none, it is the same user.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import secrets
@@ -22,6 +21,7 @@ _OF_ROOT = Path("/var/lib/imgtool")
 _OF_A_USER = ".local/state/imgtool"
 _NAME = "record-secret"
 _LENGTH = 32  # bytes
+_known: dict[tuple[Path, int], bytes] = {}  # each is read once
 
 
 def state_folder() -> Path | None:
@@ -55,24 +55,18 @@ def proves(proof: object, line: str, before: str) -> bool:
     return own is not None and isinstance(proof, str) and secrets.compare_digest(proof, own)
 
 
-@functools.cache
-def _kept(path: Path, user: int) -> list[bytes]:
-    """Room for one secret: it is read once."""
-    return []
-
-
 def _secret(folder: Path, user: int, create: bool) -> bytes | None:
     path = folder / _NAME
-    kept = _kept(path, user)
-    if not kept:
+    if (path, user) not in _known:
         try:
-            kept += [_read(path, user) or (_made(path, user) if create else b"")]
+            secret = _read(path, user) or (_made(path, user) if create else None)
         except OSError as error:
             log.info("%s: no secret for records of work: %s", path, error.strerror)
-            kept.clear()
-    if kept == [b""]:
-        kept.clear()
-    return kept[0] if kept else None
+            return None
+        if secret is None:
+            return None
+        _known[path, user] = secret
+    return _known[path, user]
 
 
 def _read(path: Path, user: int) -> bytes | None:

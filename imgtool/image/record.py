@@ -14,10 +14,11 @@ import fcntl
 import json
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from imgtool import interrupt
 from imgtool.errors import HostError, RefusedError
@@ -26,6 +27,9 @@ from imgtool.image.proof import proof_of, proves
 
 _PREFIX, _SUFFIX = ".", ".imgtool-record"
 _PROOF = "proof"
+_LONGEST_PATH = 4096  # bytes, the kernel's PATH_MAX
+_LONGEST_WORD = 40
+_BEAT = 0.1  # seconds
 _LONGEST = 1 << 20
 _LONGEST_NAME = 200  # in bytes; with what is added it has to stay below 255
 _FOR_DEVICES = Path("/var/tmp")  # kept over a reboot
@@ -62,32 +66,6 @@ def _beside(image: Path) -> Path:
     return real
 
 
-def identity_of(image: Path) -> list[int | str]:
-    """What tells an image from another one that has its name by now: of a file the inode; of a
-    block device the names that go with the hardware, or else which attachment of which boot it is.
-    """
-    status = image.stat()
-    if not stat.S_ISBLK(status.st_mode):
-        return [status.st_ino]
-    real = image.resolve()
-    names: list[int | str] = []
-    with contextlib.suppress(OSError):
-        links = Path("/dev/disk/by-id").iterdir()
-        names += sorted(link.name for link in links if link.resolve() == real)
-    if names:
-        return names
-    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-    node = Path("/sys/dev/block", number).resolve()
-    for kept in (
-        node / "diskseq",
-        node.parent / "diskseq",
-        Path("/proc/sys/kernel/random/boot_id"),
-    ):
-        with contextlib.suppress(OSError):
-            names.append(kept.read_text().strip())
-    return [number, *names]
-
-
 class Record:
     """The record of one piece of work on `image`; `facts` are the lines so far, as one.
 
@@ -110,22 +88,22 @@ class Record:
 
     @property
     def operation(self) -> str | None:
-        """What is being done; None where nothing was begun."""
-        return self.facts.get("operation")
+        """What is being done, fit to be shown; None where nothing was begun."""
+        return operation_of(self.facts)
 
     def text(self, fact: str) -> str:
         """A fact that is a line of text; `RefusedError` where it is not."""
         value = self.facts.get(fact)
-        if not _is_name(value):
+        if not is_name(value):
             raise self._senseless(fact)
-        return str(value)
+        return value
 
     def texts(self, fact: str) -> list[str]:
         """A fact that is one or more lines of text; `RefusedError` where it is not."""
         value = self.facts.get(fact)
         if not isinstance(value, list) or not value:
             raise self._senseless(fact)
-        if not all(_is_name(line) for line in value):
+        if not all(is_name(line) for line in value):
             raise self._senseless(fact)
         return value
 
@@ -133,8 +111,28 @@ class Record:
         return RefusedError(
             f"the record of work on it makes no sense: no {fact}",
             subject=printable(self.image),
-            hint=f"look at it, then remove it: {printable(self.path)}",
+            hint=f"look at it: {printable(self.path)}; to end it and keep all that is there:"
+            f" imgtool recover {printable(self.image)} --keep",
         )
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While the block runs, the time of the record's file says that imgtool is at work: who
+        wrote to the image later is somebody else."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(_BEAT):
+                os.utime(self._descriptor)
+
+        os.utime(self._descriptor)
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def note(self, **facts: Any) -> None:
         """Write down more, before it is done; raises `HostError` where there is no room for it."""
@@ -188,15 +186,20 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _is_name(value: object) -> bool:
+def operation_of(facts: dict[str, Any]) -> str | None:
+    """What a record says is being done, fit to be shown; None where it says nothing."""
+    value = facts.get("operation")
+    return None if value is None else printable(str(value))[:_LONGEST_WORD]
+
+
+def is_name(value: object) -> TypeGuard[str]:
     """Whether a fact can be the name of something on this host."""
     if not isinstance(value, str) or not value or "\0" in value:
         return False
     try:
-        os.fsencode(value)
+        return len(os.fsencode(value)) < _LONGEST_PATH
     except UnicodeEncodeError:  # half of a pair of surrogates
         return False
-    return True
 
 
 @dataclass(frozen=True)
