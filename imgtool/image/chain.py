@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from imgtool import said
 from imgtool.errors import ImageError, ImagePermissionError, NotInGuestError, RefusedError, listed
 from imgtool.image.host_file import file_node, node_driver
 from imgtool.image.info import PROBE_LIMITS, ImageInfo, Snapshot, ask_qemu, probe
-from imgtool.image.places import Places, printable
+from imgtool.image.places import Places, printable, typed
 from imgtool.image.unfinished import refuse_other_format, unfinished_commit
 from imgtool.process import ProgramFailed, TimedOut, run
 
@@ -233,8 +234,14 @@ def _have_qemu_open(chain: Chain) -> None:
         return
     try:
         run(["qemu-io", "-r", "-U", "-c", "length", chain.filename()], limits=PROBE_LIMITS)
-    except (ProgramFailed, TimedOut):
+    except ProgramFailed as error:
         _have_each_opened(chain)  # it does not say which link it means
+        told = said.by_qemu(error.stderr, typed(chain.active.path))
+        raise ImageError(
+            told.means, subject=printable(chain.active.path), hint=told.step
+        ) from error
+    except TimedOut:
+        _have_each_opened(chain)
         raise
 
 

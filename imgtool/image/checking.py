@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from imgtool import said
 from imgtool.errors import ImageError, ImgtoolError, RefusedError
 from imgtool.image import findings
 from imgtool.image.chain import MAX_LINKS, Chain
@@ -76,8 +77,8 @@ def check_metadata(
     if done.returncode == _NO_CHECK:
         raise UnsupportedCheck(f"{link.format} has no check", subject=printable(link.path))
     if not done.stdout.strip():
-        said = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
-        raise ImageError(printable(said[-1].removeprefix("qemu-img: ")), subject=link.path)
+        told = said.by_qemu(done.stderr.decode(errors="replace"), typed(link.path))
+        raise ImageError(told.means, subject=printable(link.path), hint=told.step)
     answer = json.loads(done.stdout)
     return CheckResult(
         corruptions=answer.get("corruptions", 0),
