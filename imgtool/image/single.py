@@ -244,5 +244,4 @@ def plan_repair(
         link.format,
         facts={"what": what},
         seen=Seen.of(path),
-        writes_to=(path,),
     )

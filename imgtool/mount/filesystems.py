@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from imgtool import said
 from imgtool.errors import EngineError, HostError
 from imgtool.mount import kernel
 from imgtool.process import Limits, run
 
 _MAGIC_AND_STATE = struct.Struct("<HH")
-log = logging.getLogger(__name__)
-
 _MOMENT = Limits(memory=1 << 30, cpu=20, wall=30)
 
 # An ext4 may say in its superblock that the kernel is to panic where it is damaged.
@@ -75,7 +71,6 @@ def kind_of(found: str | None, subject: str) -> Kind:
         raise EngineError(
             reason or (f"a {found} cannot be mounted" if found else "no known filesystem"),
             subject=subject,
-            hint=None if found else f"one that is damaged: -m {subject}:/:OPTIONS:TYPE",
         )
     return Kind(*known)
 
@@ -91,14 +86,12 @@ def refusal(error: OSError, kind: Kind, subject: str) -> EngineError | HostError
             hint=f"modprobe {kind.type}, or --via fuse",
         )
     if error.errno == errno.EUCLEAN or error.errno == errno.EINVAL:
-        log.info("%s: %s", subject, error.strerror)
         return EngineError(
-            f"the kernel finds this {kind.type} damaged, or does not know it, or an option",
+            f"the kernel refuses this {kind.type}: {error.strerror}",
             subject=subject,
-            hint="'dmesg' says which; --via fuse has another kernel read it",
+            hint="it may be damaged, or newer than this kernel: see dmesg, or try --via fuse",
         )
-    told = said.by_mount(error.strerror or "")
-    return EngineError(f"it cannot be mounted: {told.means}", subject=subject, hint=told.step)
+    return EngineError(f"it cannot be mounted: {error.strerror}", subject=subject)
 
 
 def ext_has_errors(device: str) -> bool:

@@ -18,7 +18,7 @@ MODULES = sorted((ROOT / "imgtool").rglob("*.py"))
 # The layers, each allowed to know only those before it. `interrupt` and `mountinfo` need nothing;
 # `opening` brings the engines and the images together; `doctor` looks at everything.
 LAYERS = (
-    *("errors", "interrupt", "said", "scratch", "process", "mountinfo", "image", "guest"),
+    *("errors", "interrupt", "scratch", "process", "mountinfo", "image", "guest"),
     *("engines", "opening", "transfer", "compare", "mount", "inject", "doctor", "cli"),
 )
 # `imgtool` itself is the front door, `python -m imgtool` the back door: they know everything.
@@ -162,8 +162,9 @@ def test_programs_are_started_in_one_place() -> None:
     calls = [
         f"{module_name(path)}:{node.lineno} uses os.{node.attr}"
         for path in MODULES
-        # Programs of their own: one becomes QEMU, one starts it in the sandbox.
-        if path.name not in ("starter.py", "program.py")
+        # Programs of their own: one becomes QEMU, one starts it in the sandbox. The third is none:
+        # a namespace has to have a process in it before it can be given its users.
+        if path.name not in ("starter.py", "program.py", "identity.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)
