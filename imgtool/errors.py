@@ -60,6 +60,8 @@ class Reason(StrEnum):
     OTHER_BASE = "other-base"  # the new base has another content than the old one
     HIBERNATED = "hibernated"  # the guest sleeps, and would undo or damage what is written
     COPY = "copy"  # the interrupted work was on another file, of which this may be a copy
+    UNPROVED = "unproved"  # a record of work that this user's imgtool may not have written
+    CHANGED = "changed"  # written to since the work on it was interrupted
 
 
 # The guards that a user gives up.

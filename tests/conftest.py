@@ -7,6 +7,7 @@ import functools
 import io
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,10 @@ _INSTALLED = str(Path(sys.executable).parent)
 os.environ["PATH"] = os.pathsep.join(
     folder for folder in os.environ["PATH"].split(os.pathsep) if folder != _INSTALLED
 )
+
+# Where records of work have what proves them; the user's own is left alone.
+_STATE = tempfile.TemporaryDirectory(prefix="imgtool-test-state-")
+os.environ["IMGTOOL_STATE_DIR"] = _STATE.name
 
 # Half of the time of a quick command goes into this.
 _get_command = functools.cache(typer.main.get_command)

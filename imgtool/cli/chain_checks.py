@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from imgtool.image.findings import Finding
 
 FIELDS = ("path", "severity", "what", "means", "do")
+_IMAGE_SUFFIXES = (
+    *(".raw", ".img", ".dd", ".iso", ".qcow", ".qcow2", ".qed"),
+    *(".vdi", ".vhd", ".vhdx", ".vmdk", ".vpc"),
+)
 _NOT_LOOKED_AT = ("outside", "not-local")
 
 
@@ -75,6 +80,7 @@ def check(
         if checked.looked_at or counts:
             well = "nothing wrong in the headers" if quick else "nothing wrong"
             render.text(f"{image_count(len(checked.looked_at))}: {_summary(counts) or well}\n")
+            render.text(f"not looked at: {_not_looked_at(checked, folders, quick=quick)}\n")
     else:
         rows = (
             {
@@ -107,6 +113,7 @@ def _is_there(image: Path, failures: Failures) -> bool:
 def _findings(
     checked: ChainCheck, images: list[Path], format: str | None, failures: Failures
 ) -> Iterator[Finding]:
+    from imgtool.image.dependants import files_below
     from imgtool.image.forest import forest
 
     for image in images:
@@ -126,6 +133,30 @@ def _findings(
         # From the tops down; what no top leads to, since a chain is broken, after that.
         for tree in sorted(below, key=lambda tree: bool(tree.overlays)):
             yield from checked.chain(tree.path)
+        # An empty file has no format of its own; by its name it was to be an image.
+        for path in files_below(image):
+            if path.suffix.lower() in _IMAGE_SUFFIXES and not path.stat().st_size:
+                yield from checked.chain(path)
+
+
+def _not_looked_at(checked: ChainCheck, folders: list[Path], *, quick: bool) -> str:
+    """What a "nothing wrong" says nothing of: with the images, every file that is there."""
+    from imgtool.image.dependants import files_below
+
+    parts = ["the filesystems in them"]
+    if quick:
+        parts.append("their tables")
+    for reason, count in sorted(checked.unchecked.items()):
+        parts.append(f"the tables of {image_count(count)} ({reason})")
+    others = 0
+    for folder in folders:
+        for path in files_below(folder):
+            with contextlib.suppress(OSError):  # gone since it was listed
+                status = path.stat()
+                others += (status.st_dev, status.st_ino) not in checked.looked_at
+    if others:
+        parts.append(f"{others} other file{'' if others == 1 else 's'} (no images)")
+    return ", ".join(parts)
 
 
 def _summary(counts: Counter[str]) -> str:

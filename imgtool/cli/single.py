@@ -13,7 +13,10 @@ from imgtool.cli.options import Output
 from imgtool.cli.session import set_up_logging
 from imgtool.errors import ExitStatus
 
-CHECK_FIELDS = ("path", "format", "sound", "corruptions", "leaks", "errors", "supported")
+CHECK_FIELDS = (
+    *("path", "format", "sound", "corruptions", "leaks", "errors", "supported"),
+    "not_looked_at",
+)
 
 
 class Repair(StrEnum):
@@ -50,9 +53,11 @@ def check(
 ) -> None:
     """Check the tables of one image; status 3 if they are damaged.
 
-    'imgtool chain check' checks all that it stands on too, and says what each thing means.
+    The guest's filesystems are not looked at. 'imgtool chain check' checks all that the image
+    stands on too, and says what each thing means.
     """
     from imgtool.image.checking import UnsupportedCheck, check_metadata
+    from imgtool.image.findings import writer_of
     from imgtool.image.info import probe
     from imgtool.image.single import plan_repair
 
@@ -72,22 +77,34 @@ def check(
         )
     link = probe(image, format=format, backing_dirs=backing_dir or ())
     row: dict[str, Any] = {**render.named("path", bytes(link.path)), "format": link.format}
+    row.update(sound=None, corruptions=None, leaks=None, errors=None, supported=True)
+    row["not_looked_at"] = None
     try:
-        result = check_metadata(link)
+        if (writer := writer_of(link.path)) is not None:
+            row["not_looked_at"] = f"its tables: it is being written by {writer}"
+        else:
+            result = check_metadata(link)
+            row.update(
+                sound=result.sound,
+                corruptions=result.corruptions,
+                leaks=result.leaks,
+                errors=result.errors,
+            )
     except UnsupportedCheck:
-        row.update(sound=None, corruptions=None, leaks=None, errors=None, supported=False)
-    else:
-        row.update(
-            sound=result.sound,
-            corruptions=result.corruptions,
-            leaks=result.leaks,
-            errors=result.errors,
-            supported=True,
-        )
+        row["supported"] = False
+        row["not_looked_at"] = f"its tables: {link.format} has none that could be checked"
+    words = {True: "yes", False: "NO", None: "not looked at"}
     columns = ["path", "format", "sound", "corruptions", "leaks", "errors"]
-    render.emit([row], CHECK_FIELDS, output, columns=columns, titles={"path": "image"})
-    if not row["supported"]:
-        render.message("note", f"{link.format} images have no tables that could be checked")
+    render.emit(
+        [row],
+        CHECK_FIELDS,
+        output,
+        columns=columns,
+        shown=[{**row, "sound": words[row["sound"]]}],
+        titles={"path": "image"},
+    )
+    if row["not_looked_at"] is not None:
+        render.message("note", f"not looked at: {row['not_looked_at']}")
     if row["sound"] is False:
         raise SystemExit(int(ExitStatus.IMAGE_UNREADABLE))
 
@@ -182,6 +199,10 @@ def create(
 def recover(
     image: options.Image,
     force: options.Force = None,
+    keep: Annotated[
+        bool,
+        typer.Option("--keep", help="End it without either; all that is there is kept as it is."),
+    ] = False,
     backing_dir: options.BackingDirs = None,
     verbose: options.Verbose = False,
     debug: options.Debug = False,
@@ -194,7 +215,7 @@ def recover(
     set_up_logging(verbose=verbose, debug=debug)
     if image.is_dir():
         raise ImageError("a directory, not an image", subject=printable(image))
-    line = settle(image, backing_dirs=backing_dir or (), force=force or ())
+    line = settle(image, backing_dirs=backing_dir or (), force=force or (), end=keep)
     if line is None and not image.exists():
         raise ImageError("no such file, and no record of work on it", subject=printable(image))
     render.message("note", line or "nothing was interrupted on it")

@@ -175,6 +175,28 @@ def _titled(type: str) -> str:
     return type
 
 
+# With which options the kernel, and its like, may still read a damaged filesystem. The copies of an
+# ext superblock are where mke2fs puts them for blocks of 4 KiB and of 1 KiB.
+_STILL_READABLE = {
+    "ext2": ("sb=131072:ext2", "sb=8193:ext2"),
+    "ext3": ("noload", "noload,sb=131072:ext3", "noload,sb=8193:ext3"),
+    "ext4": ("noload", "noload,sb=131072:ext4", "noload,sb=8193:ext4"),
+    "xfs": ("norecovery",),
+    "btrfs": ("degraded", "rescue=all"),
+    "f2fs": ("norecovery",),
+}
+
+
+def _still_readable(findings: Findings) -> str:
+    """What a user may type to read a filesystem that does not mount all the same."""
+    for one in findings.filesystems:
+        if one.device in findings.failures and (options := _STILL_READABLE.get(one.type or "")):
+            return "what can still be read, perhaps: " + ", or ".join(
+                f"-m {one.device}:/:{words}" for words in options
+            )
+    return "'imgtool filesystems --all' shows what the image holds"
+
+
 def _described(findings: Findings) -> str:
     words = []
     for filesystem in findings.filesystems:
@@ -222,7 +244,7 @@ def _data_layout(findings: Findings) -> Layout:
         if findings.failures:
             raise NothingMounts(
                 "no filesystem can be mounted: " + _described(findings),
-                hint="'imgtool filesystems --all' shows what the image holds",
+                hint=_still_readable(findings),
             )
         raise NotInGuestError(
             "the image holds no filesystem that can be read"

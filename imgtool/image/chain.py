@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from imgtool import said
 from imgtool.errors import ImageError, ImagePermissionError, NotInGuestError, RefusedError, listed
 from imgtool.image.host_file import file_node, node_driver
 from imgtool.image.info import PROBE_LIMITS, ImageInfo, Snapshot, ask_qemu, probe
-from imgtool.image.places import Places, printable
-from imgtool.image.unfinished import unfinished_commit
+from imgtool.image.places import Places, printable, typed
+from imgtool.image.unfinished import refuse_other_format, unfinished_commit
 from imgtool.process import ProgramFailed, TimedOut, run
 
 MAX_LINKS = 200
@@ -170,6 +171,7 @@ def follow_chain(
     places = Places.around(path, backing_dirs)
     if (overlay := unfinished_commit(path)) is not None:
         # The image holds a part of what the overlay has all of, until the commit is finished.
+        refuse_other_format(path, overlay, format)
         path, format = overlay.absolute(), "qcow2"
     link = probe(path, format=format, places=places, by_header=True)
     if link.probed and link.format != "raw" and link.backing and path.suffix == ".raw":
@@ -232,8 +234,14 @@ def _have_qemu_open(chain: Chain) -> None:
         return
     try:
         run(["qemu-io", "-r", "-U", "-c", "length", chain.filename()], limits=PROBE_LIMITS)
-    except (ProgramFailed, TimedOut):
+    except ProgramFailed as error:
         _have_each_opened(chain)  # it does not say which link it means
+        told = said.by_qemu(error.stderr, typed(chain.active.path))
+        raise ImageError(
+            told.means, subject=printable(chain.active.path), hint=told.step
+        ) from error
+    except TimedOut:
+        _have_each_opened(chain)
         raise
 
 

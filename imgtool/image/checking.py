@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from imgtool import said
 from imgtool.errors import ImageError, ImgtoolError, RefusedError
 from imgtool.image import findings
-from imgtool.image.chain import MAX_LINKS
+from imgtool.image.chain import MAX_LINKS, Chain
 from imgtool.image.dependants import Identity, Overlays
 from imgtool.image.findings import Finding, salvage
 from imgtool.image.headers import Header
 from imgtool.image.host_file import file_node, node_driver
 from imgtool.image.info import ImageInfo, probe
 from imgtool.image.places import Places, printable, typed
-from imgtool.image.record import read_facts
+from imgtool.image.recognise import refuse_noise
+from imgtool.image.record import operation_of, read_facts
 from imgtool.process import Limits, ProgramFailed, TimedOut, run
 
 # Some say that an image is unsound, some that it is not, and some that it has no such check.
@@ -74,8 +77,8 @@ def check_metadata(
     if done.returncode == _NO_CHECK:
         raise UnsupportedCheck(f"{link.format} has no check", subject=printable(link.path))
     if not done.stdout.strip():
-        said = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
-        raise ImageError(printable(said[-1].removeprefix("qemu-img: ")), subject=link.path)
+        told = said.by_qemu(done.stderr.decode(errors="replace"), typed(link.path))
+        raise ImageError(told.means, subject=printable(link.path), hint=told.step)
     answer = json.loads(done.stdout)
     return CheckResult(
         corruptions=answer.get("corruptions", 0),
@@ -123,6 +126,8 @@ class ChainCheck:
         self._overlays = Overlays(backing_dirs)
         self._probed: dict[tuple[Path, str | None], ImageInfo | ImgtoolError] = {}
         self.looked_at: set[Identity] = set()
+        # Of how many images the tables were not looked at, by the reason.
+        self.unchecked: Counter[str] = Counter()
 
     def know(self, header: Header) -> None:
         """Take note of an overlay that may be in another folder than its base."""
@@ -188,17 +193,22 @@ class ChainCheck:
         """What is odd about one image by itself."""
         if self._on_link is not None:
             self._on_link(link.path)
-        if (operation := read_facts(link.path).get("operation")) is not None:
-            yield findings.interrupted(link.path, str(operation))
+        if (operation := operation_of(read_facts(link.path))) is not None:
+            yield findings.interrupted(link.path, operation)
         yield from findings.marked(link)
         writer = findings.writer_of(link.path)
         if writer is not None:
+            self.unchecked["in use"] += 1
             yield findings.written(link, above, writer)
         else:
             if link.dirty:
                 yield findings.dirty(link)
             if self._metadata and link.format in _WITH_CHECK:
                 yield from _tables(link)
+            elif self._metadata:
+                self.unchecked[f"{link.format}, which has no check"] += 1
+                if above is None:
+                    yield from _content(link)
         with contextlib.suppress(OSError):  # gone since it was opened
             yield from findings.several(link.path, self._overlays.on(link.path))
 
@@ -232,6 +242,22 @@ def _is_there(path: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def _content(link: ImageInfo) -> Iterator[Finding]:
+    """Whether a raw image can be a disk at all, by what is known of its content."""
+    if link.format != "raw":
+        return
+    try:
+        refuse_noise(Chain((link,)), or_blank=True)
+    except ImageError as error:
+        yield Finding(
+            link.path,
+            "warning",
+            "not-a-disk",
+            error.message,
+            "nothing, if it is no disk image, or one of which the guest uses all as it likes",
+        )
 
 
 def _tables(link: ImageInfo) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from imgtool.errors import ImageError, ImagePermissionError
+from imgtool.image.held import is_held
 from imgtool.image.places import printable
 
 
@@ -23,7 +24,8 @@ def file_node(path: Path, driver: str) -> dict[str, Any]:
             subject=printable(path),
             hint="rename it, or make a symlink to it with a plain name and folder",
         ) from error
-    return {"driver": driver, "filename": real}
+    node = {"driver": driver, "filename": real}
+    return {**node, "locking": "off"} if is_held(path) else node
 
 
 def open_host_file(path: Path) -> BinaryIO:

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from imgtool import said
 from imgtool.errors import ImageError, RefusedError
 from imgtool.image import qcow2, vmdk
 from imgtool.image.host_file import file_node, node_driver, open_host_file
 from imgtool.image.locks import in_use_for_writing
 from imgtool.image.packed import packed_as, step_for_format, words_for
-from imgtool.image.places import Places, printable
+from imgtool.image.places import Places, printable, typed
 from imgtool.image.qcow2_snapshots import read_snapshots
 from imgtool.image.record import read_facts
 from imgtool.process import Limits, ProgramFailed, TimedOut, run
@@ -29,6 +30,7 @@ FORMATS = ("raw", "qcow2", "qcow", "qed", "vmdk", "vdi", "vpc", "vhdx")
 PROBE_LIMITS = Limits(memory=1 << 30, cpu=8, wall=8)
 
 _MAX_SNAPSHOTS = 8192
+_TABLES = 1 << 30  # more than the tables of any image
 
 # What QEMU itself looks at to tell formats apart.
 _PROBED_BYTES = 2048
@@ -101,7 +103,7 @@ def _vmdk_extents(file: BinaryIO, path: Path, places: Places) -> tuple[Path, ...
 def ask_qemu(path: Path, description: str, format: str | None) -> dict[str, Any]:
     """What `qemu-img info` says of the image at `path`, which is described to it as `description`.
 
-    Raises `ImageError` with QEMU's own reason where it cannot open it.
+    Raises `ImageError` where it cannot open it.
     """
     argv = ["qemu-img", "info", "--force-share", "--output=json"]
     if format is not None:
@@ -116,10 +118,9 @@ def ask_qemu(path: Path, description: str, format: str | None) -> dict[str, Any]
     except ProgramFailed as error:
         if error.returncode < 0:
             reason = f"QEMU died of its header (signal {-error.returncode})"
-        else:
-            said = error.stderr.strip().splitlines() or ["no reason given"]
-            reason = said[-1].removeprefix("qemu-img: ")
-        raise ImageError(printable(reason), subject=printable(path)) from error
+            raise ImageError(reason, subject=printable(path)) from error
+        told = said.by_qemu(error.stderr, typed(path))
+        raise ImageError(told.means, subject=printable(path), hint=told.step) from error
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
 
@@ -161,6 +162,12 @@ def _check_complete(file: BinaryIO, path: Path, header: qcow2.Qcow2Header) -> tu
     if read_facts(path):
         return (f"the file is {length} bytes long but uses {needed}; work on it was interrupted",)
     whole = -(-needed // header.cluster_size) * header.cluster_size
+    if whole > length + (1 + header.snapshots) * header.virtual_size + _TABLES:
+        raise ImageError(
+            "its header is damaged: it names a place far beyond the end of the file",
+            subject=printable(path),
+            hint="look for another copy of it",
+        )
     raise ImageError(
         f"truncated: the file is {length} bytes long, what it holds reaches to {whole}",
         subject=printable(path),

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Literal
 
 from imgtool.errors import Force, Reason, RefusedError
 from imgtool.image.attached import attached_to
+from imgtool.image.held import holding, is_held
 
 if TYPE_CHECKING:
     from imgtool.image.chain import Chain
-    from imgtool.image.info import ImageInfo
 
 _HELD, _NOT_SHARED = 100, 200
 _WRITE, _RESIZE = 1, 3
@@ -163,7 +163,7 @@ def holders(path: str | Path) -> tuple[Holder, ...]:
 
 def _by_locks(path: Path) -> list[Holder]:
     locked = _locked_bytes(path)
-    if not locked:
+    if not locked or is_held(path):  # nobody is in the way of who holds them
         return []
     status = path.stat()
     found = []
@@ -250,42 +250,47 @@ def kept_from_writers(chain: Chain) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held_for_writing(link: ImageInfo) -> Iterator[None]:
-    """Hold QEMU's locks on an image as the one who writes to it, until the block ends.
+def held_for_writing(paths: Sequence[Path]) -> Iterator[None]:
+    """Hold QEMU's locks on files as one that writes to them: until the block ends no other QEMU
+    opens one, but to read past all locks, and those that this process starts do not ask for them.
 
-    For several runs of QEMU that are one piece of work, each told to take no locks: nobody can
-    write in between. Raises `RefusedError` if somebody else has it open.
+    One that only reads is given some seconds to finish. Raises `RefusedError` for a file that is
+    in use.
     """
-    locks = [base + by for base in (_HELD, _NOT_SHARED) for by in (_WRITE, _RESIZE)]
-    until = time.monotonic() + PATIENCE
     with contextlib.ExitStack() as stack:
-        for path in link.files:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            stack.callback(os.close, descriptor)
-            while not _taken(descriptor, locks):
-                if time.monotonic() > until:
+        for path in paths:
+            until = time.monotonic() + PATIENCE
+            while not _hold(path, stack):
+                holder = next((one for one in _by_locks(path) if one.writes or one.exclusive), None)
+                if time.monotonic() > until or (holder is not None and not holder.passes):
                     raise RefusedError(
-                        "the image is in use: it has just been opened by another process",
+                        f"the image is in use by {holder or 'another process'}",
                         subject=path,
-                        hint="shut the guest down, then repeat the command",
+                        hint=holder.hint if holder is not None else "try again",
                     )
                 time.sleep(0.05)
         yield
 
 
-def _taken(descriptor: int, locks: Sequence[int]) -> bool:
-    """Whether nobody else holds any of these bytes; then they are held. Without locks, True."""
-    try:
-        for byte in locks:
-            lock = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0)
-            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
-        if not any(_is_locked(descriptor, byte, 1) for byte in locks):
-            return True
-        unlock = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, locks[0], locks[-1] - locks[0] + 1, 0)
-        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, unlock)
-    except OSError:
-        return True  # a file system without locks
-    return False
+def _hold(path: Path, stack: contextlib.ExitStack) -> bool:
+    """Whether nobody was in the way, or the file system has no locks; held until the stack ends."""
+    if is_held(path):
+        return True
+    with contextlib.ExitStack() as attempt:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        attempt.callback(os.close, descriptor)
+        locked = [kind + by for kind in (_HELD, _NOT_SHARED) for by in (_WRITE, _RESIZE)]
+        try:
+            for byte in locked:
+                lock = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0)
+                fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
+            if any(_is_locked(descriptor, byte, 1) for byte in locked):
+                return False
+        except OSError:
+            return True  # a file system without locks
+        attempt.enter_context(holding(path))
+        stack.enter_context(attempt.pop_all())
+    return True
 
 
 def warn_if_written(chain: Chain) -> str | None:

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from imgtool import said
 from imgtool.errors import HostError, ImageError
 from imgtool.image.chain import Chain
-from imgtool.image.places import printable
+from imgtool.image.places import printable, typed
 from imgtool.image.reading import passes_locks
 from imgtool.image.snapshot_view import at_snapshot, loaded
 from imgtool.process import Limits, spawn
@@ -61,7 +62,8 @@ class NbdServer:
         return self._handle
 
     def _failed(self, error: Exception) -> ImageError:
-        return ImageError(f"cannot be read: {error}", subject=printable(self._image))
+        told = said.by_qemu(str(error), typed(self._image))
+        return ImageError(told.means, subject=printable(self._image), hint=told.step)
 
     @property
     def size(self) -> int:
@@ -105,18 +107,17 @@ def serve(chain: Chain, *, snapshot: str | None = None) -> Iterator[NbdServer]:
     with scratch_folder("nbd") as folder, contextlib.ExitStack() as up:
         chain = up.enter_context(at_snapshot(chain, snapshot))
         argv += loaded(chain, snapshot)
-        socket, ready, said = (folder / name for name in ("socket", "pid", "log"))
+        socket, ready, output = (folder / name for name in ("socket", "pid", "log"))
         argv += [f"--socket={socket}", f"--pid-file={ready}"]
         argv += [chain.filename(force_share=passes_locks(chain))]
-        log = up.enter_context(said.open("wb"))
+        log = up.enter_context(output.open("wb"))
         process = up.enter_context(spawn(argv, limits=_LIMITS, stderr=log.fileno()))
         deadline = time.monotonic() + _START_LIMIT
         # QEMU writes its process id once it listens.
         while not ready.exists():
             if process.poll() is not None:
-                lines = said.read_text(errors="replace").strip().splitlines() or ["no reason given"]
-                reason = lines[-1].removeprefix("qemu-nbd: ")
-                raise ImageError(f"QEMU cannot read it: {printable(reason)}", subject=image)
+                told = said.by_qemu(output.read_text(errors="replace"), typed(image))
+                raise ImageError(told.means, subject=printable(image), hint=told.step)
             if time.monotonic() > deadline:
                 raise ImageError(f"QEMU did not open it in {_START_LIMIT:g} s", subject=image)
             time.sleep(0.002)

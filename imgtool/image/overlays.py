@@ -10,6 +10,7 @@ from pathlib import Path
 from imgtool.errors import Force, HostError, ImageError, ImgtoolError, Reason, RefusedError
 from imgtool.image.ages import changed, kept_younger
 from imgtool.image.chain import Chain, open_chain
+from imgtool.image.changes import is_intact, noted
 from imgtool.image.copies import convert, options_like, size_of_copy
 from imgtool.image.dependants import overlays_on, refuse_if_base
 from imgtool.image.doubts import doubts_of, refuse_doubtful
@@ -32,11 +33,12 @@ from imgtool.image.holdings import bitmaps_in
 from imgtool.image.host_file import open_host_file
 from imgtool.image.info import ImageInfo, probe
 from imgtool.image.locks import kept_from_writers, refuse_if_in_use
+from imgtool.image.marks import mark_of
 from imgtool.image.places import Places, in_same_tree, name_from, printable
 from imgtool.image.qcow2_bitmaps import Bitmap
 from imgtool.image.qemu_img import same_content
 from imgtool.image.reading import kept_as_base, no_readers
-from imgtool.image.record import identity_of, temporary_path
+from imgtool.image.record import temporary_path
 from imgtool.image.recovery import committed, pending_below
 from imgtool.image.work import Plan, Seen, Work, sync_file
 
@@ -172,13 +174,18 @@ def plan_commit(
 
     def do(work: Work) -> None:
         with no_readers([into]):
-            if work.record.facts.get("step") != "proved":
-                work.qemu_img("commit", ["commit", "-d", chain.filename(read_only=False)], overlay)
+            record = work.record
+            if record.facts.get("step") != "proved" or not is_intact(record, overlay):
+                files = {"image": noted(record, "image"), "overlay": mark_of(overlay)}
+                record.note(step="begun", noted=files)
+                words: list[str | Path] = ["commit", "-d", chain.filename(read_only=False)]
+                with record.at_work():
+                    work.qemu_img("commit", words, overlay)
                 what = "the base does not have the content of the overlay"
                 work.prove_same(chain.filename(), base.filename(), what, into)
                 work.refuse_if_lost(into, "the overlay has all of the content still")
                 sync_file(into)
-            committed(work.record, overlay)
+            work.say(committed(record, overlay, backing_dirs))
 
     # Named as it will be found if the folder is moved before the work is done.
     named = name_from(into.resolve().parent, overlay.resolve())
@@ -189,16 +196,15 @@ def plan_commit(
         do,
         base.active.format,
         space=space,
-        facts={
-            "overlay": named,
-            "remove": remove,
-            "identity": identity_of(into),
-        },
+        facts={"overlay": named, "remove": remove},
         seen=Seen.of(*chain.files),
+        writes_to=(overlay, into),
         repeatable=("overlay", "remove"),
         after=lambda holdings: holdings.resized(
             max(chain.active.virtual_size, base.active.virtual_size)
         ),
+        backing_dirs=backing_dirs,
+        force=force,
     )
 
 

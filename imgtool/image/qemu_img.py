@@ -9,8 +9,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from imgtool import said
 from imgtool.errors import ImgtoolError
-from imgtool.image.places import printable
+from imgtool.image.places import printable, typed
 from imgtool.process import PIPE, Limits, ProgramFailed, run, spawn
 
 # Called with the part that is done, between 0 and 1.
@@ -38,9 +39,9 @@ def qemu_img(
     It is quiet otherwise: no word has to say so. `apart`, Ctrl-C does not reach it. Raises
     `Locked`, or `ImgtoolError` with QEMU's own reason.
     """
-    status, said = _run(words, on_part, apart=apart)
+    status, output = _run(words, on_part, apart=apart)
     if status != 0:
-        raise _failed(said, image)
+        raise _failed(output, image)
 
 
 def _run(
@@ -55,28 +56,22 @@ def _run(
         return 0, ""
     command = ["qemu-img", words[0], "-p", *words[1:]]
     with (
-        tempfile.TemporaryFile() as said,
-        spawn(command, limits=_LIMITS, stdout=PIPE, stderr=said.fileno()) as process,
+        tempfile.TemporaryFile() as output,
+        spawn(command, limits=_LIMITS, stdout=PIPE, stderr=output.fileno()) as process,
     ):
         assert process.stdout is not None
         while piece := os.read(process.stdout.fileno(), 4096):
             if found := _PART.findall(piece):
                 on_part(float(found[-1]) / 100)
         status = process.wait()
-        said.seek(0)
-        return status, said.read().decode(errors="replace")
+        output.seek(0)
+        return status, output.read().decode(errors="replace")
 
 
 def _failed(stderr: str, image: Path) -> ImgtoolError:
-    lines = [line for line in stderr.strip().splitlines() if line.strip()]
-    reason = lines[-1].removeprefix("qemu-img: ") if lines else "no reason given"
-    full = "No space left on device" in stderr
     kind = Locked if 'Failed to get "' in stderr else ImgtoolError
-    return kind(
-        f"QEMU could not do it: {printable(reason)}",
-        subject=printable(image),
-        hint="make room on the file system of the image, then repeat the command" if full else None,
-    )
+    told = said.by_qemu(stderr, typed(image))
+    return kind(f"QEMU could not do it: {told.means}", subject=printable(image), hint=told.step)
 
 
 def same_content(first: str, second: str, on_part: OnPart | None = None) -> bool:
@@ -84,10 +79,10 @@ def same_content(first: str, second: str, on_part: OnPart | None = None) -> bool
 
     One may be longer if the rest of it reads as zeros. Raises `ImgtoolError` if one cannot be read.
     """
-    status, said = _run(["compare", "-U", first, second], on_part)
+    status, output = _run(["compare", "-U", first, second], on_part)
     if status not in (0, _DIFFERENT):
-        lines = said.strip().splitlines() or [f"status {status}"]
-        raise ImgtoolError(f"the images cannot be compared: {printable(lines[-1])}")
+        told = said.by_qemu(output)
+        raise ImgtoolError(f"the images cannot be compared: {told.means}")
     return status == 0
 
 
@@ -102,5 +97,6 @@ def size_needed(filename: str, format: str, options: str = "") -> int:
     try:
         done = run([*words, filename], limits=_LIMITS)
     except ProgramFailed as error:
-        raise ImgtoolError(f"the size of a copy cannot be told: {error.message}") from error
+        told = said.by_qemu(error.stderr)
+        raise ImgtoolError(f"the size of a copy cannot be told: {told.means}") from error
     return int(json.loads(done.stdout)["required"])

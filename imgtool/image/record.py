@@ -1,7 +1,8 @@
 """What is being done to an image, written down beside it before it is begun.
 
 A record is a file `.NAME.imgtool-record` in the image's folder, of JSON objects one a line, each
-written whole and synced. Whoever works on the image holds a lock on it; a record without a lock
+written whole and synced, with what proves that this user's imgtool wrote it and what came before
+it (`imgtool.image.proof`). Whoever works on the image holds a lock on it; a record without a lock
 was left by somebody who was killed, and tells `imgtool.image.recovery` what to finish or undo.
 """
 
@@ -13,16 +14,22 @@ import fcntl
 import json
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from imgtool import interrupt
 from imgtool.errors import HostError, RefusedError
 from imgtool.image.places import printable
+from imgtool.image.proof import proof_of, proves
 
 _PREFIX, _SUFFIX = ".", ".imgtool-record"
+_PROOF = "proof"
+_LONGEST_PATH = 4096  # bytes, the kernel's PATH_MAX
+_LONGEST_WORD = 40
+_BEAT = 0.1  # seconds
 _LONGEST = 1 << 20
 _LONGEST_NAME = 200  # in bytes; with what is added it has to stay below 255
 _FOR_DEVICES = Path("/var/tmp")  # kept over a reboot
@@ -59,57 +66,35 @@ def _beside(image: Path) -> Path:
     return real
 
 
-def identity_of(image: Path) -> list[int | str]:
-    """What tells an image from another one that has its name by now: of a file the inode; of a
-    block device the names that go with the hardware, or else which attachment of which boot it is.
-    """
-    status = image.stat()
-    if not stat.S_ISBLK(status.st_mode):
-        return [status.st_ino]
-    real = image.resolve()
-    names: list[int | str] = []
-    with contextlib.suppress(OSError):
-        links = Path("/dev/disk/by-id").iterdir()
-        names += sorted(link.name for link in links if link.resolve() == real)
-    if names:
-        return names
-    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-    node = Path("/sys/dev/block", number).resolve()
-    for kept in (
-        node / "diskseq",
-        node.parent / "diskseq",
-        Path("/proc/sys/kernel/random/boot_id"),
-    ):
-        with contextlib.suppress(OSError):
-            names.append(kept.read_text().strip())
-    return [number, *names]
-
-
 class Record:
     """The record of one piece of work on `image`; `facts` are the lines so far, as one.
 
-    `path` is where it is, `owner` the id of the user who wrote it.
+    `path` is where it is, `owner` the id of the user who wrote it, and `proved` whether that was
+    this user's imgtool. `touched` is when that was last at work, in nanoseconds since 1970.
     """
 
     def __init__(
-        self, image: Path, path: Path, descriptor: int, owner: int, facts: dict[str, Any]
+        self, image: Path, path: Path, descriptor: int, status: os.stat_result, lines: _Lines
     ) -> None:
         self.image = image
         self.path = path
-        self.owner = owner
-        self.facts = facts
+        self.owner = status.st_uid
+        self.touched = status.st_mtime_ns
+        self.facts = lines.facts
+        self.proved = lines.proved
+        self._proof = lines.proof
         self._descriptor = descriptor
         self._removed = False
 
     @property
     def operation(self) -> str | None:
-        """What is being done; None where nothing was begun."""
-        return self.facts.get("operation")
+        """What is being done, fit to be shown; None where nothing was begun."""
+        return operation_of(self.facts)
 
     def text(self, fact: str) -> str:
         """A fact that is a line of text; `RefusedError` where it is not."""
         value = self.facts.get(fact)
-        if not isinstance(value, str) or not value or "\0" in value:
+        if not is_name(value):
             raise self._senseless(fact)
         return value
 
@@ -118,7 +103,7 @@ class Record:
         value = self.facts.get(fact)
         if not isinstance(value, list) or not value:
             raise self._senseless(fact)
-        if not all(isinstance(line, str) and line and "\0" not in line for line in value):
+        if not all(is_name(line) for line in value):
             raise self._senseless(fact)
         return value
 
@@ -126,12 +111,33 @@ class Record:
         return RefusedError(
             f"the record of work on it makes no sense: no {fact}",
             subject=printable(self.image),
-            hint=f"look at it, then remove it: {printable(self.path)}",
+            hint=f"look at it: {printable(self.path)}; to end it and keep all that is there:"
+            f" imgtool recover {printable(self.image)} --keep",
         )
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While the block runs, the time of the record's file says that imgtool is at work: who
+        wrote to the image later is somebody else."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(_BEAT):
+                os.utime(self._descriptor)
+
+        os.utime(self._descriptor)
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def note(self, **facts: Any) -> None:
         """Write down more, before it is done; raises `HostError` where there is no room for it."""
-        line = (json.dumps(facts) + "\n").encode()
+        proof = proof_of(json.dumps(facts), self._proof, create=True)
+        line = (json.dumps({**facts, _PROOF: proof} if proof else facts) + "\n").encode()
         end = os.fstat(self._descriptor).st_size
         with interrupt.whole():
             try:
@@ -142,6 +148,7 @@ class Record:
                 os.ftruncate(self._descriptor, end)
                 raise _not_written(error, self.path.parent) from error
             self.facts.update(facts)
+            self._proof = proof or ""
 
     def remove(self) -> None:
         """The work is done, or undone."""
@@ -179,10 +186,36 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _facts(content: bytes) -> tuple[dict[str, Any], int]:
-    """What the lines say, and how many bytes of them were written whole."""
+def operation_of(facts: dict[str, Any]) -> str | None:
+    """What a record says is being done, fit to be shown; None where it says nothing."""
+    value = facts.get("operation")
+    return None if value is None else printable(str(value))[:_LONGEST_WORD]
+
+
+def is_name(value: object) -> TypeGuard[str]:
+    """Whether a fact can be the name of something on this host."""
+    if not isinstance(value, str) or not value or "\0" in value:
+        return False
+    try:
+        return len(os.fsencode(value)) < _LONGEST_PATH
+    except UnicodeEncodeError:  # half of a pair of surrogates
+        return False
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """What the lines say, how many bytes of them were written whole, the proof of the last one,
+    and whether all of them are proved."""
+
+    facts: dict[str, Any]
+    length: int
+    proof: str
+    proved: bool
+
+
+def _lines(content: bytes) -> _Lines:
     facts: dict[str, Any] = {}
-    length = 0
+    length, proof, proved = 0, "", True
     for line in content.split(b"\n")[:-1]:
         try:
             row = json.loads(line)
@@ -190,9 +223,12 @@ def _facts(content: bytes) -> tuple[dict[str, Any], int]:
             break
         if not isinstance(row, dict):
             break
+        given = row.pop(_PROOF, None)
+        proved = proved and proves(given, json.dumps(row), proof)
+        proof = given if isinstance(given, str) else ""
         facts.update(row)
         length += len(line) + 1
-    return facts, length
+    return _Lines(facts, length, proof, proved)
 
 
 def _is_believed(status: os.stat_result, image: Path) -> bool:
@@ -215,11 +251,12 @@ def not_believed(image: Path) -> RefusedError:
 @dataclass(frozen=True)
 class Written:
     """What is written down about an image, and by which user; `believed` where that one may do to
-    the image what it says."""
+    the image what it says, `proved` where it was this user's imgtool."""
 
     facts: dict[str, Any]
     owner: int
     believed: bool
+    proved: bool
 
 
 def written_down(image: Path) -> Written | None:
@@ -233,8 +270,9 @@ def written_down(image: Path) -> Written | None:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             return None
-        facts = _facts(os.pread(descriptor, _LONGEST, 0))[0]
-        return Written(facts, status.st_uid, _is_believed(status, image))
+        lines = _lines(os.pread(descriptor, _LONGEST, 0))
+        believed = _is_believed(status, image)
+        return Written(lines.facts, status.st_uid, believed, lines.proved)
     finally:
         os.close(descriptor)
 
@@ -275,10 +313,12 @@ def _of_descriptor(
     status = os.fstat(descriptor)
     if not _is_believed(status, image):
         raise not_believed(image)
-    facts, length = _facts(os.pread(descriptor, _LONGEST, 0))
-    # What was not written whole must not swallow the line that comes next.
-    os.ftruncate(descriptor, length)
-    record = Record(image, path, descriptor, status.st_uid, facts)
+    lines = _lines(os.pread(descriptor, _LONGEST, 0))
+    if lines.length < status.st_size:
+        # What was not written whole must not swallow the line that comes next.
+        os.ftruncate(descriptor, lines.length)
+        os.utime(descriptor, ns=(status.st_atime_ns, status.st_mtime_ns))
+    record = Record(image, path, descriptor, status, lines)
     stack.callback(record.remove_if_empty)
     return record
 

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import stat
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from imgtool.errors import Force, ImageError, ImgtoolError, Reason, RefusedError
-from imgtool.image import headers, qcow2
+from imgtool.image import headers
 from imgtool.image.ages import kept_younger
 from imgtool.image.chain import Chain, open_chain
-from imgtool.image.checking import CheckResult, check_metadata
+from imgtool.image.changes import (
+    is_intact,
+    marks,
+    noted,
+    present_is,
+    refuse_if_changed,
+    why_needed,
+)
+from imgtool.image.dependants import overlays_on
 from imgtool.image.holdings import Since, holdings_of, since
-from imgtool.image.info import ImageInfo, Snapshot, probe
-from imgtool.image.locks import PATIENCE, refuse_if_in_use
-from imgtool.image.places import Places, printable
+from imgtool.image.info import probe
+from imgtool.image.locks import PATIENCE, held_for_writing, refuse_if_in_use
+from imgtool.image.marks import is_as_noted, is_same_file, snapshots_of
+from imgtool.image.mending import mend, on_snapshots
+from imgtool.image.places import Places, printable, typed
 from imgtool.image.qemu_img import Locked, qemu_img, same_content
 from imgtool.image.reading import remove_unread
-from imgtool.image.record import Record, is_temporary_of, opened, written_down
-from imgtool.image.repairing import WouldLose, repair_tables
+from imgtool.image.record import Record, is_name, is_temporary_of, opened, written_down
+from imgtool.image.repairing import repair_tables
 from imgtool.image.unfinished import (
     is_committed,
     lost,
@@ -30,7 +40,8 @@ from imgtool.image.unfinished import (
     refuse_another_file,
     refuse_strange_overlay,
     stands_on,
-    unfinished_commit,
+    to_keep,
+    unproved,
 )
 
 Dirs = Sequence[str | Path]
@@ -49,20 +60,24 @@ def settle(
     """Bring an image to its old or its new state and remove the record; a line that says which.
 
     What takes long, the rest of a commit, is done only with `finish`; without, the record stays,
-    and the line says so. A revert is finished with it, and undone without. With `Reason.COPY` in
-    `force` also of an image that is a copy of the one that the record was written of.
+    and the line says so. A revert is finished with it, and undone without. Raises `RefusedError`,
+    and does nothing, where that could lose what was written since, or the record may not be meant
+    for these files; `force` gives up `Reason.CHANGED`, `COPY` and `UNPROVED`.
     """
     operation, image = record.operation, record.image
     name = printable(image)
-    line: str | None
     if operation is None:
         record.remove()
         return None
+    if not record.proved and Reason.UNPROVED not in force:
+        raise unproved(image, record.facts, record.owner)
     if operation not in NEW_FILES and not image.exists():
         raise _gone(record)
+    if operation not in NEW_FILES and operation not in REPLACED_FILES:
+        refuse_another_file(image, record.facts, force=force)
     if operation in NEW_FILES or operation in REPLACED_FILES:
-        line = _settle_file(record)
-    elif operation in (*IN_PLACE, "repair", "revert") and is_untouched(record):
+        line = _settle_file(record, force)
+    elif _was_not_begun(record):
         line = f"an interrupted {operation} of {name} was undone: nothing had been written yet"
     elif operation == "repair":
         line = _settle_repair(record)
@@ -70,43 +85,32 @@ def settle(
         mend(image, format=_format(record))
         line = f"an interrupted {operation} left {name} sound, as before it or as after it"
     elif operation == "revert":
-        line = _settle_revert(record, finish=finish)
+        with held_for_writing([image]):
+            line = _settle_revert(record, finish=finish, backing_dirs=backing_dirs)
     elif operation == "commit":
-        if not finish and record.facts.get("step") != "proved" and not is_untouched(record):
-            overlay = printable(record.text("overlay"))
-            return (
-                f"{name} holds a part of what was to be committed, {overlay} all of it:"
-                " repeat the command to finish"
-            )
-        line = _settle_commit(record, finish=finish, backing_dirs=backing_dirs, force=force)
-    elif operation == "write" and is_committed(image, record.facts):
-        if not finish:
-            return (
-                f"{name} holds a part of what was written, and is read through what holds all of"
-                f" it: imgtool recover {name}"
-            )
-        if Reason.COPY not in force:
-            refuse_another_file(image, record.facts)
-        _settle_others_first(record, backing_dirs, force)
-        finish_write(record, backing_dirs, cut_off=True)
-        return f"an interrupted write to {name} was finished"
+        return _settle_commit(record, finish=finish, backing_dirs=backing_dirs, force=force)
     elif operation == "write":
-        _settle_others_first(record, backing_dirs, force)
-        temporary = _overlay(record)
-        line = None
-        if os.path.lexists(temporary):
-            temporary.unlink()
-            line = f"an interrupted write to {name} was undone"
+        return _settle_write(record, finish=finish, backing_dirs=backing_dirs, force=force)
     else:
         raise RefusedError(
-            "work of a kind that this imgtool does not know was interrupted:"
-            f" {printable(str(operation))}",
+            f"work of a kind that this imgtool does not know was interrupted: {operation}",
             subject=name,
-            hint="use the imgtool that began it",
+            hint=f"use the imgtool that began it; {to_keep(image)}",
         )
+    return _ended(record, line)
+
+
+def _was_not_begun(record: Record) -> bool:
+    """Whether work in the image itself was cut off, or locked out, before its first step."""
+    in_the_image = record.operation in (*IN_PLACE, "repair", "revert")
+    return in_the_image and record.facts.get("step") is None and is_untouched(record)
+
+
+def _ended(record: Record, line: str | None) -> str | None:
+    """The record of work that was settled goes; the line, and what else became of the image."""
     now = _since(record)
     record.remove()
-    _refuse_if_gone(now, image)
+    _refuse_if_gone(now, record.image)
     return f"{line}; {_spoilt(now)}" if line and now.spoilt else line
 
 
@@ -130,6 +134,59 @@ def _spoilt(now: Since) -> str:
     return f"a backup by its {'; '.join(now.spoilt)} has to begin anew"
 
 
+def _settle_write(record: Record, *, finish: bool, backing_dirs: Dirs, force: Force) -> str | None:
+    image, name = record.image, printable(record.image)
+    if is_committed(image, record.facts, proved=record.proved):
+        if not finish:
+            return (
+                f"{name} holds a part of what was written, and is read through what holds all of"
+                f" it: imgtool recover {typed(image)}"
+            )
+        _settle_others_first(record, backing_dirs, force)
+        line = finish_write(record, backing_dirs, cut_off=True, force=force)
+        return line or f"an interrupted write to {name} was finished"
+    _settle_others_first(record, backing_dirs, force)
+    temporary, line = _overlay(record, backing_dirs, force), None
+    if os.path.lexists(temporary):
+        line = f"an interrupted write to {name} was undone"
+        if _is_made(record, temporary, force):
+            temporary.unlink()
+        else:
+            line += f"; {printable(temporary)} stays, since it is not the file that was made for it"
+    record.remove()
+    return line
+
+
+def _is_made(record: Record, path: Path, force: Force = ()) -> bool:
+    """Whether a file is the one that was made for the work: nothing else is removed.
+
+    Before its identity is noted it is empty.
+    """
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        return False
+    if Reason.COPY in force or not status.st_size:
+        return True
+    return is_same_file(record.facts.get("made"), path)
+
+
+def keep(record: Record) -> str:
+    """End work without finishing or undoing it: the record goes, and what was made for it gets a
+    name of its own. A line that says so."""
+    image = record.image
+    line = f"the record of a {record.operation} of {printable(image)} is gone, and nothing else"
+    made = [record.facts.get(fact) for fact in ("temporary", "overlay") if fact in record.facts]
+    if record.proved and record.operation != "commit" and made and is_name(made[0]):
+        path = overlay_of(image, record.facts) or record.path.with_name(Path(made[0]).name)
+        if is_temporary_of(image, path.name) and os.path.lexists(path) and _is_made(record, path):
+            end = ".qcow2" if record.operation == "write" else ""
+            kept = path.with_name(f"{image.name}.kept-{path.name.rpartition('-')[2]}{end}")
+            path.rename(kept)
+            line = f"the record of a {record.operation} is gone; what was made is {printable(kept)}"
+    record.remove()
+    return line
+
+
 def _settle_others_first(record: Record, backing_dirs: Dirs, force: Force) -> None:
     """The record of the first of several disks goes last: what it says goes for the others."""
     folder, own = record.image.resolve().parent, record.image.resolve()
@@ -143,19 +200,26 @@ def _settle_others_first(record: Record, backing_dirs: Dirs, force: Force) -> No
 
 
 def recover(
-    image: Path, *, backing_dirs: Dirs = (), below: bool = True, force: Force = ()
+    image: Path,
+    *,
+    backing_dirs: Dirs = (),
+    below: bool = True,
+    force: Force = (),
+    end: bool = False,
 ) -> str | None:
     """Finish or undo what was interrupted on an image; a line that says so, None if nothing was.
 
-    With `below` a commit of the image into its base is finished too. With `force` also where the
-    image is a copy of the one that was written to.
+    With `below` a commit of the image into its base is finished too. `force` as for `settle`. To
+    `end` it is neither: the record goes, and all that is there is kept.
     """
     line = None
     if below and (base := pending_below(image, backing_dirs)) is not None:
-        line = recover(base, backing_dirs=backing_dirs, below=False, force=force)
+        line = recover(base, backing_dirs=backing_dirs, below=False, force=force, end=end)
     with opened(image, create=False) as record:
         settled = None
-        if record is not None:
+        if record is not None and record.operation is not None and end:
+            settled = keep(record)
+        elif record is not None:
             settled = settle(record, finish=True, backing_dirs=backing_dirs, force=force)
     return "; ".join(part for part in (line, settled) if part) or None
 
@@ -165,47 +229,74 @@ def pending_below(overlay: Path, backing_dirs: Dirs = ()) -> Path | None:
 
     A base that the chain rule does not allow is not looked at.
     """
-    try:
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        # Whoever opens it says what is wrong with it.
         header = headers.read(overlay)
         base = headers.base_of(header) if header is not None else None
         if base is None or not Places.around(overlay, backing_dirs).hold(base.resolve()):
             return None
-        if (unfinished := unfinished_commit(base)) is not None:
-            return base if unfinished.samefile(overlay) else None
-    except RefusedError:
-        raise
-    except (OSError, ValueError, RuntimeError, ImageError):
-        pass  # whoever opens it says what is wrong with it
+        written = written_down(base)
+        if written is None or written.facts.get("operation") != "commit":
+            return None
+        named = overlay_of(base, written.facts)
+        pending = written.facts.get("step") != "proved"
+        if pending and named is not None and named.samefile(overlay):
+            return base
     return None
 
 
-def _overlay(record: Record) -> Path:
+def _overlay(record: Record, backing_dirs: Dirs, force: Force) -> Path:
     """The overlay that a record names. Raises `RefusedError` where it may not name that one."""
     refuse_strange_overlay(record.image, record.facts, record.owner)
     overlay = overlay_of(record.image, record.facts)
-    return overlay if overlay is not None else Path(record.text("overlay"))  # which says why not
+    if overlay is None:
+        return Path(record.text("overlay"))  # which says why not
+    places = Places.around(record.image, backing_dirs)
+    if not record.proved and not places.hold(overlay.resolve()):
+        raise RefusedError(
+            f"the record of work on it names a file elsewhere: {printable(overlay)}",
+            subject=printable(record.image),
+            hint=f"if you know that one: --backing-dir {typed(overlay.parent)};"
+            f" {to_keep(record.image)}",
+        )
+    return overlay
 
 
-def finish_write(record: Record, backing_dirs: Dirs = (), *, cut_off: bool = False) -> None:
-    """Write down what a committed overlay holds; then overlay and record go.
+def finish_write(
+    record: Record, backing_dirs: Dirs = (), *, cut_off: bool = False, force: Force = ()
+) -> str | None:
+    """Write down what a committed overlay holds; then overlay and record go. A line if not.
 
     Where that was `cut_off` before, QEMU may have left clusters that nothing uses.
     """
-    overlay = _overlay(record)
+    image, overlay = record.image, _overlay(record, backing_dirs, force)
     if record.facts.get("step") != "written":
-        if not stands_on(overlay, record.image):
-            raise lost(record.image, record.facts)
+        if not stands_on(overlay, image):
+            raise lost(image, record.facts)
         if cut_off:
-            mend(record.image, as_named_in=overlay)
-        _commit(record.image, overlay, backing_dirs)
-        if cut_off:
-            mend(record.image, as_named_in=overlay)
-        record.note(step="written")  # without the overlay, that it is done with is known from this
-    now = _since(record)
+            refuse_another_file(image, record.facts, overlay, force=force)
+            refuse_if_changed(record, overlay, backing_dirs, force)
+        with held_for_writing([overlay, image]), record.at_work():
+            if cut_off:
+                mend(image, as_named_in=overlay)
+            _commit(image, overlay, backing_dirs)
+            if cut_off:
+                mend(image, as_named_in=overlay)
+            record.note(step="written", noted=marks(image, overlay))
+    line = None
     if os.path.lexists(overlay):
-        remove_unread(overlay)
-    record.remove()
-    _refuse_if_gone(now, record.image)
+        if Reason.COPY in force or is_as_noted(noted(record, "overlay"), overlay):
+            remove_unread(overlay)
+        else:
+            line = f"{printable(image)} is whole; {printable(overlay)} was changed, and stays"
+    return _ended(record, line)
+
+
+def refuse_if_used_since(record: Record, backing_dirs: Dirs, force: Force) -> None:
+    """Raise `RefusedError` if a commit that is to be repeated would go over what somebody wrote
+    into the base after it was cut off."""
+    overlay = _overlay(record, backing_dirs, force)
+    refuse_if_changed(record, overlay, backing_dirs, force, anew=True)
 
 
 def _gone(record: Record) -> ImageError:
@@ -232,17 +323,24 @@ def _temporary(record: Record) -> Path:
     return record.path.with_name(name)
 
 
-def _settle_file(record: Record) -> str | None:
+def _settle_file(record: Record, force: Force) -> str | None:
     temporary, image = _temporary(record), record.image
     what = f"an interrupted {record.operation} of {printable(image)}"
     there = os.path.lexists(temporary)
     if image.exists():
-        in_place = image.stat().st_ino == record.facts.get("inode")
-        if in_place or (there and temporary.samefile(image)):
-            temporary.unlink(missing_ok=True)  # its second name
+        second = there and temporary.samefile(image)
+        if second:
+            temporary.unlink()
+        if second or is_same_file(record.facts.get("made"), image):
             return f"{what} was finished"
+        if record.operation in REPLACED_FILES:
+            refuse_another_file(image, record.facts, force=force)
     if not there:
         return None  # not begun
+    if not _is_made(record, temporary, force):
+        return (
+            f"{what} is over; {printable(temporary)} is not the file that was made for it: it stays"
+        )
     temporary.unlink()
     return f"{what} was undone"
 
@@ -250,69 +348,6 @@ def _settle_file(record: Record) -> str | None:
 def _format(record: Record) -> str | None:
     """The format that the image was worked on as; None in a record that does not say."""
     return record.text("format") if "format" in record.facts else None
-
-
-def mend(image: Path, *, format: str | None = None, as_named_in: Path | None = None) -> None:
-    """Have QEMU set its tables right after it was killed at work; no guest data are touched.
-
-    The format is the one that is given, or what an overlay on it says: what a guest wrote to a raw
-    disk may look like any.
-    """
-    header = headers.read(as_named_in) if as_named_in is not None else None
-    link = probe(image, format=header.backing_format if header is not None else format)
-    refuse_if_in_use(Chain((link,)))
-    if link.format != "qcow2":
-        return
-    if link.driver == "file":
-        _lengthen(image)  # else a table that lies beyond the end escapes the check
-    if not _mended(link).sound:
-        raise ImgtoolError(
-            "its tables are damaged after an interruption",
-            subject=printable(image),
-            hint="imgtool chain check says more",
-        )
-    if link.driver == "file":
-        _lengthen(image)
-
-
-def _mended(link: ImageInfo) -> CheckResult:
-    """The check of an image after its repair, or without one where snapshots would be lost by it.
-
-    What is left over then is space that nothing uses.
-    """
-    try:
-        return repair_tables(link, "all")
-    except WouldLose:
-        found = check_metadata(link)
-        if not found.sound:
-            raise
-        return found
-
-
-def _lengthen(image: Path) -> None:
-    """Make the file hold every cluster that its tables count.
-
-    QEMU counts a cluster before it writes it, and reads zeros where the file has ended before;
-    whoever finds an image too short for its tables takes it for a torn copy.
-    """
-    with image.open("r+b") as file:
-        header = qcow2.read_header(file)
-        if header is not None:
-            needed = qcow2.size_needed(file, header)
-            if needed > file.seek(0, os.SEEK_END):
-                file.truncate(-(-needed // header.cluster_size) * header.cluster_size)
-
-
-def on_snapshots(image: Path, option: str, name: str, *, held: bool = False) -> None:
-    """`qemu-img snapshot` on one qcow2 file; what it stands on is not opened.
-
-    `held`, the locks on it that QEMU would take are the caller's.
-    """
-    node = Chain((probe(image, format="qcow2"),)).blockdev(read_only=False)
-    if held:
-        node["file"]["locking"] = "off"
-    alone = "json:" + json.dumps(node, ensure_ascii=False)
-    qemu_img(["snapshot", option, name, alone], image=image)
 
 
 def _settle_repair(record: Record) -> str | None:
@@ -330,68 +365,107 @@ def _settle_repair(record: Record) -> str | None:
     return f"{what} could not be finished: imgtool chain check says what is wrong with it"
 
 
-def _settle_revert(record: Record, *, finish: bool) -> str:
-    image, saved = record.image, record.text("saved")
+def _settle_revert(record: Record, *, finish: bool, backing_dirs: Dirs) -> str:
+    """Finish or undo a revert where the present state is exactly the one before or the one after
+    it; all else was written since, and stays."""
+    image, saved, to = record.image, record.text("saved"), record.text("to")
     what = f"an interrupted revert of {printable(image)} was"
+    step, temporary = record.facts.get("step"), bool(record.facts.get("temporary"))
+    before, after = present_is(image, name=saved), present_is(image, id=to)
+    there, applied = before is not None, step == "applied"
+    known = before or after if there else step is None or applied or (after and temporary)
+    done = step is not None and (finish or not there)
+    to_apply = done and there and not applied and not after
+    to_undo = not done and there and not before
+    if (
+        not known
+        or record.facts.get("others") != snapshots_of(image, but_for=saved)
+        or (to_apply and overlays_on(image, backing_dirs))
+    ):
+        return _left(record, saved if there else None, to)
     mend(image, format="qcow2")
-    kept = _named(image, saved)
-    begun = record.facts.get("step") == "apply"
-    finished = begun and (finish or kept is None)
-    if finished and kept is not None:
-        on_snapshots(image, "-a", record.text("to"))
-    elif begun and kept is not None:
-        on_snapshots(image, "-a", kept.id)
-    if kept is not None and (record.facts.get("temporary") or not finished):
+    if to_apply:
+        on_snapshots(image, "-a", to)
+    if to_undo:  # by its id: that is what QEMU looks for first
+        rows = probe(image, format="qcow2").snapshots
+        on_snapshots(image, "-a", next(row.id for row in rows if row.name == saved))
+    if there and (temporary or not done):
         on_snapshots(image, "-d", saved)
     mend(image, format="qcow2")
-    return f"{what} {'finished' if finished else 'undone'}"
+    return f"{what} {'finished' if done else 'undone'}"
 
 
-def _named(image: Path, name: str) -> Snapshot | None:
-    return next((row for row in probe(image, format="qcow2").snapshots if row.name == name), None)
-
-
-def as_untouched(base: Path) -> list[int]:
-    """What tells whether anything at all was written to a file; times in nanoseconds."""
-    status = base.stat()
-    return [status.st_ino, status.st_size, status.st_mtime_ns]
+def _left(record: Record, saved: str | None, to: str) -> str:
+    shown = printable(record.image)
+    state = f"; the state before it is the snapshot '{printable(saved)}'" if saved else ""
+    again = f"imgtool snapshot revert {typed(record.image)} {typed(Path(to))} --save-as NAME"
+    return (
+        f"{shown} was used since a revert of it was interrupted: it stays as it is{state}"
+        f" (to go back all the same: {again})"
+    )
 
 
 def is_untouched(record: Record) -> bool:
     """Whether a commit failed before it had written anything; a device does not tell."""
     image = record.image
-    return not image.is_block_device() and record.facts.get("before") == as_untouched(image)
+    return not image.is_block_device() and is_as_noted(noted(record, "image"), image)
 
 
-def _settle_commit(record: Record, *, finish: bool, backing_dirs: Dirs, force: Force) -> str:
-    base, overlay = record.image, _overlay(record)
+def _settle_commit(record: Record, *, finish: bool, backing_dirs: Dirs, force: Force) -> str | None:
+    base, overlay = record.image, _overlay(record, backing_dirs, force)
     name = f"an interrupted commit of {printable(overlay)} into {printable(base)} was"
-    if record.facts.get("step") != "proved":
-        if not finish:
-            return f"{name} undone: nothing had been written yet"
-        if not stands_on(overlay, base):
-            raise _no_longer(base, overlay)
-        if Reason.COPY not in force:
-            refuse_another_file(base, record.facts)
+    if record.facts.get("step") == "proved":
+        left = committed(record, overlay, backing_dirs, force)
+        return _ended(record, left or f"{name} finished")
+    if is_untouched(record) and (not finish or not is_intact(record, overlay, force)):
+        record.remove()
+        return f"{name} undone: nothing had been written yet"
+    if not finish:
+        return (
+            f"{printable(base)} holds a part of what was to be committed, {printable(overlay)} all"
+            " of it: repeat the command to finish"
+        )
+    if not stands_on(overlay, base):
+        raise _no_longer(base, overlay)
+    refuse_another_file(base, record.facts, overlay, force=force)
+    refuse_if_changed(record, overlay, backing_dirs, force)
+    with held_for_writing([overlay, base]), record.at_work():
         mend(base, as_named_in=overlay)
         chain = _commit(base, overlay, backing_dirs)
         if not same_content(chain.filename(), Chain(chain.links[1:]).filename()):
             raise ImgtoolError("the commit did not give the same content", subject=printable(base))
         mend(base, as_named_in=overlay)  # what was counted twice over shows only now
-    committed(record, overlay)
-    return f"{name} finished"
+        left = committed(record, overlay, backing_dirs, force)
+    return _ended(record, left or f"{name} finished")
 
 
-def committed(record: Record, overlay: Path) -> None:
-    """The base is proved to have all of an overlay: say so, then end what the overlay is for."""
+def committed(
+    record: Record, overlay: Path, backing_dirs: Dirs = (), force: Force = ()
+) -> str | None:
+    """The base is proved to have all of an overlay: say so, then end what the overlay is for.
+
+    A line if it stays where it was to be removed, since somebody needs it or used it since.
+    """
+    base = record.image
     if record.facts.get("step") != "proved":
-        record.note(step="proved")
-    if stands_on(overlay, record.image):
-        if record.facts.get("remove"):
-            remove_unread(overlay)
-        else:
+        record.note(step="proved", noted=marks(base, overlay))
+    if not stands_on(overlay, base):
+        return None
+    if not record.facts.get("remove"):
+        if is_intact(record, overlay):
             with kept_younger(overlay):
                 os.utime(overlay)  # its base is newer, and still fits
+        return None
+    try:
+        with held_for_writing([overlay, base]):
+            why = why_needed(record, overlay, backing_dirs, force)
+            if why is None:
+                remove_unread(overlay)
+    except RefusedError as error:
+        why = str(error)
+    if why is None:
+        return None
+    return f"all of {printable(overlay)} is in {printable(base)}, and yet it stays: {why}"
 
 
 def _commit(base: Path, overlay: Path, backing_dirs: Dirs) -> Chain:
@@ -421,5 +495,5 @@ def _no_longer(base: Path, overlay: Path) -> RefusedError:
         f"a commit of {printable(overlay)} was interrupted, which is not there any more or no"
         " longer stands on it",
         subject=printable(base),
-        hint="bring that overlay back: without it nothing has all that the base should hold",
+        hint=f"bring that overlay back; {to_keep(base)}",
     )

@@ -244,4 +244,5 @@ def plan_repair(
         link.format,
         facts={"what": what},
         seen=Seen.of(path),
+        writes_to=(path,),
     )

@@ -10,6 +10,7 @@ from imgtool.errors import Force, ImageError, NotInGuestError, Reason, RefusedEr
 from imgtool.image import qcow2
 from imgtool.image.ages import kept_younger
 from imgtool.image.chain import Chain, open_chain
+from imgtool.image.changes import marks
 from imgtool.image.guards import (
     refuse_bitmaps,
     refuse_encrypted,
@@ -19,11 +20,11 @@ from imgtool.image.guards import (
 from imgtool.image.holdings import Holdings, bitmaps_in
 from imgtool.image.host_file import open_host_file
 from imgtool.image.info import Snapshot
-from imgtool.image.locks import held_for_writing
+from imgtool.image.marks import snapshots_of
+from imgtool.image.mending import on_snapshots
 from imgtool.image.places import printable
 from imgtool.image.qcow2_refcounts import used_ranges
 from imgtool.image.qcow2_snapshots import read_snapshots, same_as_active
-from imgtool.image.recovery import on_snapshots
 from imgtool.image.work import Plan, Seen, Work
 
 Dirs = Sequence[str | Path]
@@ -88,6 +89,7 @@ def plan_create(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs 
         do,
         "qcow2",
         seen=Seen.of(path),
+        writes_to=(path,),
         after=lambda holdings: holdings.with_snapshot(name),
     )
 
@@ -114,6 +116,7 @@ def plan_delete(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs 
         do,
         "qcow2",
         seen=Seen.of(path),
+        writes_to=(path,),
         after=lambda holdings: holdings.without_snapshot(snapshot.id),
     )
 
@@ -156,16 +159,15 @@ def plan_revert(
     argument = _for_revert(snapshot)
 
     def do(work: Work) -> None:
-        # What somebody wrote in between would be in neither of the two.
-        with held_for_writing(chain.active):
-            with work.step("save"):
-                on_snapshots(path, "-c", saved, held=True)
-            work.record.note(step="apply")
-            with work.step("revert"):
-                on_snapshots(path, "-a", argument, held=True)
-            if save_as is None:
-                with work.step("tidy up"):
-                    on_snapshots(path, "-d", saved, held=True)
+        with work.step("save"):
+            on_snapshots(path, "-c", saved)
+        work.record.note(step="apply", noted=marks(path))
+        with work.step("revert"):
+            on_snapshots(path, "-a", argument)
+        work.record.note(step="applied", noted=marks(path))
+        if save_as is None:
+            with work.step("tidy up"):
+                on_snapshots(path, "-d", saved)
 
     def after(holdings: Holdings) -> Holdings:
         reverted = holdings.reverted(snapshot.id)
@@ -177,8 +179,14 @@ def plan_revert(
         tuple(lines),
         do,
         "qcow2",
-        facts={"to": argument, "saved": saved, "temporary": save_as is None},
+        facts={
+            "to": argument,
+            "saved": saved,
+            "temporary": save_as is None,
+            "others": snapshots_of(path),
+        },
         seen=Seen.of(path),
+        writes_to=(path,),
         after=after,
     )
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from imgtool import interrupt
 from imgtool.errors import Force, HostError, ImgtoolError, RefusedError
 from imgtool.image.chain import Chain, open_chain
+from imgtool.image.changes import marks
 from imgtool.image.checking import check_metadata
 from imgtool.image.dependants import refuse_if_base
 from imgtool.image.guards import (
@@ -29,22 +30,26 @@ from imgtool.image.guards import (
 )
 from imgtool.image.holdings import holdings_of, noted
 from imgtool.image.info import probe
-from imgtool.image.locks import refuse_if_in_use
+from imgtool.image.locks import held_for_writing, refuse_if_in_use
+from imgtool.image.marks import identity_of
 from imgtool.image.overlays import backing_name
 from imgtool.image.places import name_from, printable
 from imgtool.image.qemu_img import qemu_img
 from imgtool.image.reading import kept_as_base, no_readers
-from imgtool.image.record import Record, identity_of, opened, sync_folder, temporary_path
-from imgtool.image.recovery import as_untouched, finish_write, is_untouched, settle
+from imgtool.image.record import Record, opened, sync_folder, temporary_path
+from imgtool.image.recovery import finish_write, is_untouched, settle
 from imgtool.image.work import Notice, made_file, put_in_place, sync_file
 
 # Of an overlay that holds nothing yet.
 _EMPTY = 4 << 20
 
 
-def overlay_on(chain: Chain, path: Path, name: str | None = None) -> Chain:
+def overlay_on(
+    chain: Chain, path: Path, name: str | None = None, *, record: Record | None = None
+) -> Chain:
     """A new overlay at `path` on a chain, as a chain; in it the base is called `name`, or else by
-    its absolute path. What the guest keeps from others is in it: it is for its owner alone.
+    its absolute path. What the guest keeps from others is in it: it is for its owner alone. Which
+    file it is goes to the `record` of the work that it is for.
 
     Raises `RefusedError` for a chain that QEMU could not open by the names in it.
     """
@@ -52,6 +57,8 @@ def overlay_on(chain: Chain, path: Path, name: str | None = None) -> Chain:
     active = chain.active
     words: list[str | Path] = ["create", "-f", "qcow2", "-F", active.format]
     path.touch(0o600, exist_ok=False)
+    if record is not None:
+        record.note(made=identity_of(path))
     qemu_img([*words, "-b", name or active.path.resolve(), path], image=path)
     return open_chain(path, format="qcow2", backing_dirs=[link.path.parent for link in chain.links])
 
@@ -84,12 +91,13 @@ class Transaction:
         for chain in self.chains:
             _sound_on_disk(chain)
             refuse_if_in_use(Chain(chain.links[1:]), force=self._force)
-        with no_readers([record.image for record in self._records]):
+        images = [record.image for record in self._records]
+        with no_readers(images), held_for_writing([*self._overlays(), *images]):
             for chain in self.chains:
                 self._refuse_what_came_meanwhile(Chain(chain.links[1:]), chain)
-            for record in self._records:
+            for record, overlay in zip(self._records, self._overlays(), strict=True):
                 sync_folder(record.path.parent)
-                record.note(step="ready", before=as_untouched(record.image))
+                record.note(step="ready", noted=marks(record.image, overlay))
             with interrupt.on_interrupt(self._say_that_it_goes_on), interrupt.whole():
                 self._records[0].note(step="commit")
                 try:
@@ -98,6 +106,9 @@ class Transaction:
                     if all(is_untouched(record) for record in self._records):
                         self._records[0].note(step="ready")
                     raise
+
+    def _overlays(self) -> list[Path]:
+        return [chain.active.path for chain in self.chains]
 
     def _finish(self) -> None:
         # The chains were opened: what they stand on may be where no rule looks by itself.
@@ -159,8 +170,9 @@ def clone(chain: Chain, new: Path, *, force: Force = ()) -> Iterator[Clone]:
         settle(record, finish=True)
         temporary = temporary_path(new)
         record.note(operation="create", temporary=str(temporary))
+        name = backing_name(chain.active.path, new)
         try:
-            yield Clone(overlay_on(chain, temporary, backing_name(chain.active.path, new)), new)
+            yield Clone(overlay_on(chain, temporary, name, record=record), new)
         finally:
             settle(record, finish=False)
 
@@ -218,8 +230,10 @@ def transaction(
                 records.append(record)
                 overlays.append(overlay)
             above = [
-                overlay_on(chain, overlay, backing_name(image, overlay))
-                for chain, image, overlay in zip(chains, images, overlays, strict=True)
+                overlay_on(chain, overlay, backing_name(image, overlay), record=record)
+                for chain, image, overlay, record in zip(
+                    chains, images, overlays, records, strict=True
+                )
             ]
             yield Transaction(above, records, backing_dirs, notice, force)
         finally:

@@ -11,17 +11,21 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from imgtool.errors import ImageError, Reason, RefusedError
+from imgtool.errors import Force, ImageError, Reason, RefusedError
 from imgtool.image import headers
-from imgtool.image.places import printable
+from imgtool.image.marks import is_same_file
+from imgtool.image.places import printable, typed
 from imgtool.image.record import (
     Written,
-    identity_of,
+    is_name,
     is_temporary_of,
     not_believed,
+    operation_of,
     record_path,
     written_down,
 )
+
+_LONGEST_SHOWN = 200
 
 
 def stands_on(overlay: Path, base: Path) -> bool:
@@ -42,7 +46,7 @@ def overlay_of(image: Path, facts: dict[str, Any]) -> Path | None:
     A name that is not absolute starts in the image's folder, which can be moved as a whole.
     """
     name = facts.get("overlay")
-    if not isinstance(name, str) or not name or "\0" in name:
+    if not is_name(name):
         return None
     return image.resolve().parent / name
 
@@ -74,17 +78,91 @@ def refuse_strange_overlay(image: Path, facts: dict[str, Any], owner: int) -> No
         )
 
 
-def refuse_another_file(image: Path, facts: dict[str, Any]) -> None:
-    """Raise `RefusedError` if the record was written of another file that had the same name."""
-    noted = facts.get("identity")
-    if noted is not None and noted != identity_of(image):
+def is_noted_overlay(overlay: Path, facts: dict[str, Any]) -> bool:
+    """Whether a file is the overlay that a record was written of, whatever is in it by now."""
+    noted = facts.get("noted")
+    mark = noted.get("overlay") if isinstance(noted, dict) else None
+    known = mark.get("identity") if isinstance(mark, dict) else facts.get("made")
+    return is_same_file(known, overlay)
+
+
+def refuse_another_file(
+    image: Path, facts: dict[str, Any], overlay: Path | None = None, *, force: Force = ()
+) -> None:
+    """Raise `RefusedError` if the record was written of another file that had the same name, or
+    with another overlay."""
+    if Reason.COPY in force:
+        return
+    what = None
+    if not is_same_file(facts.get("identity"), image):
+        what = "of another file that had this name then"
+    elif overlay is not None and os.path.lexists(overlay) and not is_noted_overlay(overlay, facts):
+        what = f"with another file that had the name {printable(overlay)} then"
+    if what is not None:
         shown = printable(image)
         raise RefusedError(
-            f"a {facts.get('operation')} was interrupted, of another file that had this name then",
+            f"a {operation_of(facts)} was interrupted, {what}",
             subject=shown,
-            hint="if this one is a copy of it as it was left:"
-            f" imgtool recover {shown} --force {Reason.COPY}; to take it as it is, remove"
-            f" {printable(record_path(image))}",
+            hint="if this is a copy of all as it was left:"
+            f" imgtool recover {typed(image)} --force {Reason.COPY}; {to_keep(image)}",
+        )
+
+
+def _shown(name: object) -> str:
+    """A name out of a record, fit to be shown whatever it is."""
+    return printable(str(name))[:_LONGEST_SHOWN]
+
+
+def to_keep(image: Path) -> str:
+    """The part of a hint that says how work is ended without being finished or undone."""
+    return f"to end it and keep all that is there: imgtool recover {typed(image)} --keep"
+
+
+def would_do(image: Path, facts: dict[str, Any]) -> str:
+    """What `recover` does where a record says this, for a user who has to decide."""
+    shown, operation = printable(image), facts.get("operation")
+    overlay = _shown(overlay_of(image, facts) or facts.get("overlay"))
+    if operation == "commit":
+        end = f", and remove {overlay}" if facts.get("remove") else ""
+        into = "" if facts.get("step") == "proved" else f"write what {overlay} holds into {shown}"
+        return f"{into}{end}".removeprefix(", and ") or "change nothing"
+    if operation == "write":
+        if facts.get("step") in ("commit", "ready"):
+            return f"write what {overlay} holds into {shown}, and remove {overlay}"
+        return f"remove {overlay}"
+    if operation == "revert":
+        to, saved = (_shown(facts.get(name)) for name in ("to", "saved"))
+        return f"make the snapshot '{to}' the present state of {shown}, or remove '{saved}'"
+    if "temporary" in facts:
+        return f"remove {_shown(facts['temporary'])}"
+    return f"have QEMU repair the tables of {shown}"
+
+
+def unproved(image: Path, facts: dict[str, Any], owner: int) -> RefusedError:
+    """The error for a record of which it cannot be known that this user's imgtool wrote it."""
+    shown = printable(image)
+    whose = "this user's imgtool did not write, or before its secret was lost"
+    if owner != os.geteuid():
+        whose = "another user wrote"
+    return RefusedError(
+        f"beside it lies a record of work that {whose}; it would {would_do(image, facts)}",
+        subject=shown,
+        hint=f"to have that done: imgtool recover {typed(image)} --force {Reason.UNPROVED};"
+        f" {to_keep(image)}",
+    )
+
+
+def refuse_other_format(image: Path, overlay: Path, format: str | None) -> None:
+    """Raise `RefusedError` if an image is to be read in another format than the one in which it
+    was being written to."""
+    header = headers.read(overlay)
+    known = header.backing_format if header is not None else None
+    if format is not None and format != known:
+        raise RefusedError(
+            f"it was being written to as {known or 'an image of no named format'}, not as {format},"
+            " when that was interrupted",
+            subject=printable(image),
+            hint=f"leave --format out; {to_keep(image)}",
         )
 
 
@@ -109,6 +187,8 @@ def _holding_all(image: Path, written: Written) -> Path | None:
         return None
     if not written.believed:
         raise not_believed(image)
+    if not written.proved:
+        raise unproved(image, facts, written.owner)
     refuse_strange_overlay(image, facts, written.owner)
     overlay = overlay_of(image, facts)
     try:
@@ -120,19 +200,18 @@ def _holding_all(image: Path, written: Written) -> Path | None:
             subject=printable(image),
             hint="that user or root can finish it: imgtool recover",
         ) from error
-    refuse_another_file(image, facts)
+    refuse_another_file(image, facts, overlay)
     return overlay
 
 
 def lost(image: Path, facts: dict[str, Any]) -> ImageError:
     """The error for an image of which nothing has all."""
-    named = printable(str(facts.get("overlay")))
+    named = _shown(facts.get("overlay"))
     return ImageError(
-        f"a {facts.get('operation')} into it was interrupted, so it holds a part of an overlay"
+        f"a {operation_of(facts)} into it was interrupted, so it holds a part of an overlay"
         f" that is not there any more, or no longer stands on it: {named}",
         subject=printable(image),
-        hint="bring the overlay back; or, to take the image as it is, remove"
-        f" {printable(record_path(image))}",
+        hint=f"bring the overlay back; {to_keep(image)}",
     )
 
 
@@ -143,10 +222,11 @@ def is_unfinished(image: Path, facts: dict[str, Any]) -> bool:
     return is_committed(image, facts) and facts.get("step") != "written"
 
 
-def is_committed(image: Path, facts: dict[str, Any]) -> bool:
+def is_committed(image: Path, facts: dict[str, Any], *, proved: bool = True) -> bool:
     """Whether a write is to be kept: the record of the first of its images says so for all.
 
-    That record goes last. Raises `RefusedError` where it should be there and is not.
+    That record goes last. Raises `RefusedError` where it should be there and is not, or where it
+    should be `proved` as this one is, and is not.
     """
     if facts.get("operation") != "write":
         return False
@@ -154,16 +234,17 @@ def is_committed(image: Path, facts: dict[str, Any]) -> bool:
         return facts.get("step") in ("commit", "written")
     images = facts.get("images")
     first = images[0] if isinstance(images, list) and images else None
-    if not isinstance(first, str) or "\0" in first:
+    if not is_name(first):
         return False
     folder = image.resolve().parent
     of_first = written_down(folder / first)
     if of_first is None or of_first.facts.get("id") != facts.get("id"):
         raise RefusedError(
             "a write to it was interrupted, and whether it was to be kept only the record of"
-            f" {printable(first)} knows, which is not there any more",
+            f" {_shown(first)} knows, which is not there any more",
             subject=printable(image),
-            hint="bring that disk and its record back; or, to take this one as it is, remove"
-            f" {printable(record_path(image))}",
+            hint=f"bring that disk and its record back; {to_keep(image)}",
         )
+    if proved and not of_first.proved:
+        raise unproved(folder / first, of_first.facts, of_first.owner)
     return of_first.facts.get("step") == "commit"

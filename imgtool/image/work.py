@@ -7,18 +7,22 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from imgtool import interrupt
-from imgtool.errors import HostError, ImgtoolError, RefusedError
+from imgtool.errors import Force, HostError, ImgtoolError, RefusedError
+from imgtool.image.changes import marks
 from imgtool.image.holdings import Holdings, holdings_of, lost, noted
+from imgtool.image.locks import held_for_writing
+from imgtool.image.marks import identity_of
+from imgtool.image.mending import mend
 from imgtool.image.places import printable
 from imgtool.image.qemu_img import OnPart, qemu_img, same_content
 from imgtool.image.record import Record, opened, sync_folder
-from imgtool.image.recovery import as_untouched, mend, settle
+from imgtool.image.recovery import refuse_if_used_since, settle
 
 # Called with the name of a step and the part of it that is done, between 0 and 1.
 OnStep = Callable[[str, float], None]
@@ -37,6 +41,12 @@ class Work:
     on_step: OnStep | None = None
     expected: Holdings | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    notice: Notice | None = None
+
+    def say(self, line: str | None) -> None:
+        """Tell the user, where there is something to tell."""
+        if line is not None and self.notice is not None:
+            self.notice(line)
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[OnPart | None]:
@@ -57,6 +67,7 @@ class Work:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             os.close(os.open(temporary, flags, 0o600))
+            self.record.note(made=identity_of(temporary))
         except OSError as error:
             raise HostError(
                 f"no file can be made: {(error.strerror or '').lower()}",
@@ -71,13 +82,13 @@ class Work:
         allowed = stat.S_IMODE(like.stat().st_mode) if like else 0o666
         with made_file(temporary) as descriptor:
             os.fchmod(descriptor, (allowed & 0o666 | stat.S_IWUSR) & ~_umask())
-        self.record.note(inode=temporary.stat().st_ino)
+        self.record.note(step="swap", made=identity_of(temporary))
         put_in_place(temporary, new)
 
     def swap(self, temporary: Path, image: Path) -> None:
         """Put a complete file in the place of another, if it holds what it should."""
         self.refuse_if_lost(temporary, "nothing was changed")
-        self.record.note(inode=temporary.stat().st_ino)
+        self.record.note(step="swap", made=identity_of(temporary))
         replace(temporary, image)
 
     def refuse_if_lost(self, image: Path, hint: str) -> None:
@@ -156,10 +167,11 @@ class Plan:
 
     `format` is that of the image, where it is there already: what a guest wrote to a raw disk may
     look like any. `space` is how many bytes it may need in the image's folder, `facts` what its
-    record says, and `seen` the files that were looked at to make it. What is `repeatable` is
-    finished by doing it again, which is the same where the facts named in it are. `doubts` are
-    lines on what is only read. `after` gives what the image holds besides its content afterwards,
-    of what it held before: the plan is not done where something of it is missing.
+    record says besides what every record says, and `seen` the files that were looked at to make it.
+    On the files that it `writes_to` no other QEMU works from the first step to the last. What is
+    `repeatable` is finished by doing it again, which is the same where the facts named in it are.
+    `doubts` are lines on what is only read. `after` gives what the image holds besides its content
+    afterwards, of what it held before: the plan is not done where something of it is missing.
     """
 
     operation: str
@@ -170,25 +182,34 @@ class Plan:
     space: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
     seen: Seen = field(default_factory=Seen)
+    writes_to: tuple[Path, ...] = ()
     repeatable: tuple[str, ...] = ()
+    backing_dirs: Sequence[str | Path] = ()
+    force: Force = ()
     doubts: tuple[str, ...] = ()
     after: Callable[[Holdings], Holdings] = as_before
 
     def run(self, on_step: OnStep | None = None, notice: Notice | None = None) -> Work:
         """Do it: whole, or as if it had not been begun, or to be finished by repeating it."""
-        with opened(self.image, create=True) as record:
+        with contextlib.ExitStack() as stack:
+            record = stack.enter_context(opened(self.image, create=True))
             assert record is not None
-            self.seen.refuse_if_changed()
             if record.facts and not self._repeats(record):
                 raise RefusedError(
                     f"a {record.operation} of it was interrupted",
                     subject=printable(self.image),
                     hint=f"imgtool recover {printable(self.image)}",
                 )
+            # Before they are looked at for the last time.
+            stack.enter_context(held_for_writing(self.writes_to))
+            self.seen.refuse_if_changed()
+            repeated = bool(record.facts)
+            if repeated:
+                refuse_if_used_since(record, self.backing_dirs, self.force)
             before = holdings_of(self.image, self.format)
-            work = Work(record, on_step, None if before is None else self.after(before))
+            expected = None if before is None else self.after(before)
+            work = Work(record, on_step, expected, notice=notice)
             try:
-                repeated = bool(record.facts)
                 if repeated:
                     mend(self.image, format=self.format)
                 else:
@@ -212,13 +233,14 @@ class Plan:
         """What a record says of an image that is there already."""
         known: dict[str, Any] = {} if self.format is None else {"format": self.format}
         if self.image.exists():
-            known["before"] = as_untouched(self.image)
+            known |= {"identity": identity_of(self.image), "noted": marks(self.image)}
         after = None if before is None else self.after(before)
         return {**known, **noted(before, after)}
 
     def _repeats(self, record: Record) -> bool:
         return (
             bool(self.repeatable)
+            and record.proved
             and record.operation == self.operation
             and all(record.facts.get(name) == self.facts.get(name) for name in self.repeatable)
         )

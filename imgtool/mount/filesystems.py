@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from imgtool import said
 from imgtool.errors import EngineError, HostError
 from imgtool.mount import kernel
 from imgtool.process import Limits, run
 
 _MAGIC_AND_STATE = struct.Struct("<HH")
+log = logging.getLogger(__name__)
+
 _MOMENT = Limits(memory=1 << 30, cpu=20, wall=30)
 
 # An ext4 may say in its superblock that the kernel is to panic where it is damaged.
@@ -71,6 +75,7 @@ def kind_of(found: str | None, subject: str) -> Kind:
         raise EngineError(
             reason or (f"a {found} cannot be mounted" if found else "no known filesystem"),
             subject=subject,
+            hint=None if found else f"one that is damaged: -m {subject}:/:OPTIONS:TYPE",
         )
     return Kind(*known)
 
@@ -86,12 +91,14 @@ def refusal(error: OSError, kind: Kind, subject: str) -> EngineError | HostError
             hint=f"modprobe {kind.type}, or --via fuse",
         )
     if error.errno == errno.EUCLEAN or error.errno == errno.EINVAL:
+        log.info("%s: %s", subject, error.strerror)
         return EngineError(
-            f"the kernel refuses this {kind.type}: {error.strerror}",
+            f"the kernel finds this {kind.type} damaged, or does not know it, or an option",
             subject=subject,
-            hint="it may be damaged, or newer than this kernel: see dmesg, or try --via fuse",
+            hint="'dmesg' says which; --via fuse has another kernel read it",
         )
-    return EngineError(f"it cannot be mounted: {error.strerror}", subject=subject)
+    told = said.by_mount(error.strerror or "")
+    return EngineError(f"it cannot be mounted: {told.means}", subject=subject, hint=told.step)
 
 
 def ext_has_errors(device: str) -> bool:

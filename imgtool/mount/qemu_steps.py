@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from imgtool import said
 from imgtool.errors import HostError, ImageError
 from imgtool.mount import kernel, udev
 from imgtool.mount.step import Save, Step
@@ -44,7 +45,7 @@ def _servers(program: str, folder: str) -> list[int]:
     ]
 
 
-def _said(error: ProgramFailed) -> str:
+def _last_line(error: ProgramFailed) -> str:
     lines = error.stderr.strip().splitlines()
     return lines[-1].split(": ", 1)[-1] if lines else str(error)
 
@@ -79,7 +80,10 @@ class Snapshot(Step):
         try:
             run([*argv, f"--pid-file={self._pidfile()}", self.image], limits=_SERVER_LIMITS)
         except ProgramFailed as error:
-            raise ImageError(f"QEMU cannot read the snapshot: {_said(error)}") from error
+            told = said.by_qemu(error.stderr)
+            raise ImageError(
+                f"the snapshot cannot be read: {told.means}", hint=told.step
+            ) from error
 
     def _alive(self) -> list[int]:
         ours = f"--socket={self.socket}"
@@ -122,7 +126,8 @@ class Export(Step):
         try:
             run(argv, limits=_SERVER_LIMITS)
         except ProgramFailed as error:
-            raise ImageError(f"QEMU cannot serve it: {_said(error)}") from error
+            told = said.by_qemu(error.stderr)
+            raise ImageError(f"QEMU cannot serve it: {told.means}", hint=told.step) from error
 
     def _alive(self) -> list[int]:
         return _servers("qemu-storage-daemon", self.folder)
@@ -185,7 +190,7 @@ class Nbd(Step):
             try:
                 run([*argv, self.image], limits=_SERVER_LIMITS)
             except ProgramFailed as error:
-                tried.append(_said(error))
+                tried.append(_last_line(error))
                 udev.leave_alone(Path(self.folder).name, f"nbd{number}")
                 if "busy" not in error.stderr.lower():
                     break

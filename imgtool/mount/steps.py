@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from imgtool import said
 from imgtool.errors import EngineError, HostError, ImgtoolError, RefusedError, listed
 from imgtool.mount import kernel, loop, udev
 from imgtool.mount.mapper_steps import Group, Mapping
@@ -189,8 +190,12 @@ class NtfsProgram(Filesystem):
         try:
             run(argv, limits=Limits(wall=60))
         except ProgramFailed as error:
-            lines = [line for line in error.stderr.strip().splitlines() if line]
-            raise EngineError(f"ntfs-3g: {lines[0] if lines else error}") from error
+            told = said.by_mount(error.stderr)
+            raise EngineError(
+                f"it cannot be mounted by ntfs-3g: {told.means}",
+                subject=self.source,
+                hint=told.step,
+            ) from error
         # It falls back to that by itself where it holds writing for dangerous.
         if not self.flags & kernel.MS_RDONLY and os.statvfs(self.target).f_flag & os.ST_RDONLY:
             raise RefusedError(

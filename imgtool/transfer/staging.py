@@ -24,6 +24,7 @@ from types import TracebackType
 from imgtool import scratch
 from imgtool.errors import EngineError, ImgtoolError, NotInGuestError, RefusedError
 from imgtool.image.guest_files import GuestFiles
+from imgtool.image.record import is_ours
 from imgtool.transfer import folders
 from imgtool.transfer.writes import Writes
 
@@ -71,6 +72,10 @@ def split(path: bytes) -> tuple[bytes, ...]:
     parts = tuple(part for part in path.split(b"/") if part not in (b"", b"."))
     if path.startswith(b"/") or b".." in parts or b"\0" in path:
         raise BadName("a name in the guest would lead outside the destination; it was left out")
+    if any(is_ours(os.fsdecode(part)) for part in parts):
+        raise BadName(
+            "imgtool takes such a name for its own; it was left out (cat and tar give it)"
+        )
     return parts
 
 
@@ -166,6 +171,7 @@ class Staging:
     ) -> None:
         if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
             raise BadName("not a file name", subject=os.fsdecode(name))
+        split(name)
         self._parent = parent
         self._name = name
         self._overwrite = overwrite

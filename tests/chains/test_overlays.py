@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from imgtool.image.chain import open_chain
-from imgtool.image.record import is_ours, record_path
+from imgtool.image.record import is_ours
+from tests.records import left
 
 SIZE = 4 << 20
 NAMES = ["a:b, c", 'it\'s "q"', "new\nline", "-x", "json:ü"]
@@ -336,8 +337,7 @@ def test_rebase_refuses_what_would_make_garbage(folder, imgtool_cli):
 def test_a_commit_that_was_cut_off_is_read_through_the_overlay_and_finished(folder, imgtool_cli):
     top, base = folder / "top.qcow2", folder / "base.qcow2"
     expected = content(top)
-    record = {"operation": "commit", "overlay": "top.qcow2", "remove": False, "before": [0, 0, 0]}
-    record_path(base).write_text(json.dumps(record) + "\n")
+    left(base, of_overlay=top, operation="commit", overlay="top.qcow2", remove=False)
     write(base, "write -P 2 1M 4k")  # a part of it
     assert content(base) == expected
     assert imgtool_cli("chain", "check", base).err + imgtool_cli("chain", "check", base).text
@@ -352,8 +352,9 @@ def test_a_commit_that_was_cut_off_is_read_through_the_overlay_and_finished(fold
 
 
 def test_an_overlay_that_is_gone_in_the_middle_of_its_commit_is_said(folder, imgtool_cli):
-    record = {"operation": "commit", "overlay": "top.qcow2", "remove": False}
-    record_path(folder / "base.qcow2").write_text(json.dumps(record) + "\n")
+    base, top = folder / "base.qcow2", folder / "top.qcow2"
+    left(base, of_overlay=top, operation="commit", overlay="top.qcow2", remove=False)
+    write(base, "write -P 2 1M 4k")  # a part of it
     os.rename(folder / "top.qcow2", folder / "away.qcow2")
     for words in (("info",), ("compact",), ("overlay", "flatten"), ("recover",)):
         done = imgtool_cli(*words, folder / "base.qcow2")

@@ -163,6 +163,12 @@ def damaged_tables(folder: Path) -> Path:
     return image
 
 
+def noise(folder: Path) -> Path:
+    image = folder / "image.img"
+    image.write_bytes(bytes(range(1, 256)) * 100)
+    return image
+
+
 def leaks(folder: Path) -> Path:
     image = qcow2(folder / "image")
     number = -(-image.stat().st_size // CLUSTER)
@@ -269,6 +275,7 @@ PROBLEMS: list[tuple[Made, str, str, int]] = [
     (dirty, "dirty", "warning", 0),
     (damaged_tables, "damaged-tables", "risk", 3),
     (leaks, "leaks", "note", 0),
+    (noise, "not-a-disk", "warning", 0),
     (bad_version, "unreadable", "risk", 3),
     (cut_off, "unreadable", "risk", 3),
     (base_cut_off, "unreadable", "risk", 3),
@@ -325,7 +332,10 @@ def test_a_sound_chain_is_sound(links, absolute, format, tmp_path, imgtool_cli):
     backing = [word for folder in there for word in ("--backing-dir", folder)]
     result = imgtool_cli("chain", "check", *backing, top)
     images = "1 image" if links == 1 else f"{links} images"
-    assert (result.text, result.err, result.status) == (f"{images}: nothing wrong\n", "", 0)
+    first, rest = result.text.splitlines()
+    assert (first, result.err, result.status) == (f"{images}: nothing wrong", "", 0)
+    assert rest.startswith("not looked at: the filesystems in them")
+    assert ("the tables of 1 image (raw" in rest) == (format == "raw")
 
 
 def test_an_image_of_its_own_that_nothing_can_be_said_of(tmp_path, imgtool_cli):
@@ -427,7 +437,7 @@ def test_a_block_device_as_base_tells_no_time(tmp_path, imgtool_cli):
         qcow2(tmp_path / "top", device, "raw")
         device.touch()
         result = imgtool_cli("chain", "check", "--backing-dir", "/dev", tmp_path / "top")
-        assert (result.text, result.status) == ("2 images: nothing wrong\n", 0)
+        assert result.text.startswith("2 images: nothing wrong\n") and result.status == 0
         tree = imgtool_cli("chain", "tree", "-o", "json", "--backing-dir", "/dev", tmp_path)
         rows = {row["path"]: row for row in json.loads(tree.text)}
         assert rows[str(tmp_path / "top")]["base"] == str(device)
@@ -442,7 +452,9 @@ def test_quick_reads_no_tables(tmp_path, imgtool_cli, monkeypatch):
     image = damaged_tables(tmp_path)
     monkeypatch.setattr(checking, "check_metadata", lambda link: pytest.fail("tables were read"))
     result = imgtool_cli("chain", "check", "--quick", image)
-    assert result.text == "1 image: nothing wrong in the headers\n" and result.status == 0
+    said = "1 image: nothing wrong in the headers\n"
+    assert result.text == f"{said}not looked at: the filesystems in them, their tables\n"
+    assert result.status == 0
 
 
 def test_nothing_is_changed(tmp_path, imgtool_cli):
@@ -456,7 +468,7 @@ def test_what_is_typed_after_a_hostile_name_is_one_word(tmp_path, imgtool_cli):
     image = base_newer(tmp_path).rename(tmp_path / "x; touch y $(z)\n\x1b[31m")
     result = imgtool_cli("chain", "check", image)
     assert f"touch -r {tmp_path}/base '{tmp_path}/x; touch y $(z)" in result.text
-    assert "\x1b" not in result.text and len(result.text.splitlines()) == 4
+    assert "\x1b" not in result.text and len(result.text.splitlines()) == 5
 
 
 def test_a_wrong_command_line(tmp_path, imgtool_cli):
@@ -473,13 +485,51 @@ def test_a_wrong_command_line(tmp_path, imgtool_cli):
     assert (result.status, result.text) == (0, "") and "no images below" in result.err
 
 
+def test_every_file_that_is_there_is_in_the_count(tmp_path, imgtool_cli):
+    qcow2(tmp_path / "sound.qcow2")
+    raw(tmp_path / "blank.img")
+    raw(tmp_path / "empty.qcow2", 0)
+    (tmp_path / "noise.img").write_bytes(bytes(range(1, 256)) * 100)
+    (tmp_path / "README").write_text("notes")
+    result = imgtool_cli("chain", "check", tmp_path)
+    found = {line.partition(": ")[0]: line for line in result.text.splitlines()}
+    assert found[str(tmp_path / "empty.qcow2")].endswith("risk: unreadable")
+    assert found[str(tmp_path / "noise.img")].endswith("warning: not-a-disk")
+    assert "4 images: 1 risk, 1 warning" in result.text and result.status == 3
+    assert found["not looked at"].endswith(
+        "the tables of 2 images (raw, which has no check), 1 other file (no images)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "sound", "shown"),
+    [(qcow2, True, "yes"), (damaged_tables, False, "NO"), (raw, None, "not looked at")],
+)
+def test_sound_damaged_and_not_looked_at_are_three_words(tmp_path, imgtool_cli, make, sound, shown):
+    image = make(tmp_path) if make is damaged_tables else make(tmp_path / "disk")
+    (row,) = json.loads(imgtool_cli("check", "-o", "json", image).text)
+    assert (row["sound"], row["not_looked_at"] is None) == (sound, sound is not None)
+    result = imgtool_cli("check", image)
+    assert f"  {shown}  " in result.text
+    assert ("not looked at: its tables: raw has none" in result.err) == (make is raw)
+
+
+def test_the_tables_of_an_image_that_a_guest_writes_to_are_not_looked_at(tmp_path, imgtool_cli):
+    image = qcow2(tmp_path / "disk.qcow2")
+    with held_by_qemu(image):
+        (row,) = json.loads(imgtool_cli("check", "-o", "json", image).text)
+        folder = imgtool_cli("chain", "check", tmp_path).text
+    assert row["sound"] is None and "it is being written by" in row["not_looked_at"]
+    assert "the tables of 1 image (in use)" in folder
+
+
 def test_what_may_not_be_read_is_said(open_folder, imgtool_cli):
     qcow2(open_folder / "closed").chmod(0)
     (open_folder / "folder").mkdir(mode=0)
     qcow2(open_folder / "open")
     with without_privileges():
         result = imgtool_cli("chain", "check", open_folder)
-    assert result.text == "1 image: nothing wrong\n"
+    assert result.text.startswith("1 image: nothing wrong\n")
     assert result.err.count("permission denied") == 2 and result.status == 1
 
 
@@ -508,4 +558,8 @@ def test_formats_without_a_check_and_parents_of_vmdk(tmp_path, imgtool_cli):
     qemu_img("create", "-f", "qed", tmp_path / "base.qed", "1M")
     qemu_img("create", "-f", "vpc", tmp_path / "disk.vpc", "1M")
     result = imgtool_cli("chain", "check", tmp_path)
-    assert (result.text, result.status) == ("4 images: nothing wrong\n", 0)
+    assert result.text == (
+        "4 images: nothing wrong\n"
+        "not looked at: the filesystems in them, the tables of 1 image (vpc, which has no check)\n"
+    )
+    assert result.status == 0

@@ -267,7 +267,7 @@ def test_one_unreadable_cluster_is_damage_of_what_is_in_it(way, tmp_path):
             try:
                 assert guest.read_bytes(f"/{name}") == data
             except EngineError as error:
-                assert "QEMU cannot read the image" in error.message
+                assert error.message == "a part of the image cannot be read"
                 bad.append(f"/{name}".encode())
         listed = list(guest.walk("/", checksum="md5", on_problem=lambda p, _: problems.append(p)))
     assert 1 <= len(bad) <= 2 and problems == bad

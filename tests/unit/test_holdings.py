@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 
 from imgtool.errors import ImgtoolError
-from imgtool.image import recovery, snapshots
+from imgtool.image import snapshots
 from imgtool.image.chain import open_chain
 from imgtool.image.contents import open_contents
 from imgtool.image.holdings import Holdings, holdings_of, lost
 from imgtool.image.info import probe
-from imgtool.image.record import is_ours, opened, record_path
+from imgtool.image.record import is_ours, record_path
 from imgtool.image.repairing import repair_tables
 from imgtool.image.work import Plan, Work
 from imgtool.process import spawn
+from tests.records import left
 
 MIB = 1 << 20
 CLUSTER = 65536
@@ -228,8 +229,7 @@ def test_a_table_that_cannot_be_read_is_not_repaired_away(image, imgtool_cli):
 @pytest.mark.parametrize("damage", [AS_IT_IS, leak, miscount], ids=["sound", "leak", "miscount"])
 def test_recover_loses_nothing(image, imgtool_cli, operation, damage):
     before, expected = held(image), contents(image)
-    with opened(image, create=True) as record:
-        record.note(operation=operation, format="qcow2")
+    left(image, operation=operation, format="qcow2", noted={})
     damage(image)
     done = imgtool_cli("recover", image)
     assert done.status == 0, done.err
@@ -242,8 +242,7 @@ def test_a_commit_that_was_cut_off_is_finished_and_loses_nothing(image, tmp_path
     qemu_img("create", "-q", "-f", "qcow2", "-b", "disk.qcow2", "-F", "qcow2", top)
     write(top, "write -P 7 4M 1M")
     expected = contents(top)[0]
-    with opened(image, create=True) as record:
-        record.note(operation="commit", overlay="top.qcow2", format="qcow2")
+    left(image, of_overlay=top, operation="commit", overlay="top.qcow2", format="qcow2")
     leak(image)
     done = imgtool_cli("recover", image)
     assert done.status == 0, done.err
@@ -276,6 +275,7 @@ def test_a_file_that_lacks_something_takes_nobodys_place(image, tmp_path):
     new = tmp_path / ".disk.qcow2.imgtool-00000000"
 
     def loses(work: Work) -> None:
+        work.reserve(new)
         qemu_img("convert", "-O", "qcow2", image, new)
         work.swap(new, image)
 
@@ -303,10 +303,10 @@ def test_a_revert_is_refused_beside_bitmaps_before_anything_is_done(image, imgto
 def test_nobody_writes_between_the_two_steps_of_a_revert(image, imgtool_cli, monkeypatch):
     qemu_img("bitmap", "--remove", image, "since")
     before = contents(image)[0]
-    really, tried = recovery.on_snapshots, []
+    really, tried = snapshots.on_snapshots, []
 
-    def and_somebody_writes(path: Path, option: str, name: str, *, held: bool = False) -> None:
-        really(path, option, name, held=held)
+    def and_somebody_writes(path: Path, option: str, name: str) -> None:
+        really(path, option, name)
         argv = ["qemu-io", "-f", "qcow2", "-c", "write -P 5 0 1M", image]
         tried.append(subprocess.run(argv, check=False, capture_output=True).returncode)
 
@@ -419,8 +419,7 @@ def test_an_encrypted_image_is_not_repaired_and_has_no_record_after(tmp_path, im
     done = imgtool_cli("check", "--repair", "all", path)
     assert done.status == 3 and "encrypted" in done.err
     assert nothing_left(tmp_path)
-    with opened(path, create=True) as record:  # of an imgtool that began it
-        record.note(operation="repair", format="qcow2")
+    left(path, operation="repair", format="qcow2", noted={})  # of an imgtool that began it
     done = imgtool_cli("recover", path)
     assert done.status == 0 and not record_path(path).exists(), done.err
 
@@ -437,8 +436,7 @@ def test_a_repair_that_is_not_enough_leaves_no_record_and_does_no_more(image, im
 def test_an_interrupted_repair_does_no_more_than_was_asked_for(image, imgtool_cli):
     qemu_img("bitmap", "--remove", image, "since")
     miscount(image)
-    with opened(image, create=True) as record:
-        record.note(operation="repair", what="leaks", format="qcow2")
+    left(image, operation="repair", what="leaks", format="qcow2", noted={})
     wrong = tables(image)
     done = imgtool_cli("recover", image)
     assert done.status == 0 and "could not be finished" in done.err

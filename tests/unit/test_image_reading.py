@@ -55,7 +55,7 @@ def test_a_write_waits_for_a_reader_who_is_done_in_a_moment(image):
 
 def test_what_is_finished_while_it_is_opened_is_opened_anew(image, monkeypatch):
     """The overlay of an interrupted write is found, and is gone before a lock is on it."""
-    assert cut_off([image], ["qcow2"], 5, after=True)
+    assert cut_off([image], ["qcow2"], 6, after=True)
     found = reading.unfinished_commit(image)
     assert found is not None
     asked = []
@@ -74,7 +74,7 @@ def test_what_is_finished_while_it_is_opened_is_opened_anew(image, monkeypatch):
 
 
 def test_an_overlay_stays_until_who_found_it_has_opened_it(image):
-    assert cut_off([image], ["qcow2"], 5, after=True)
+    assert cut_off([image], ["qcow2"], 6, after=True)
     with chain_to_read(image) as chain:
         overlay = chain.active.path
         assert overlay != image and passes_locks(chain)

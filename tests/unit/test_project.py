@@ -18,7 +18,7 @@ MODULES = sorted((ROOT / "imgtool").rglob("*.py"))
 # The layers, each allowed to know only those before it. `interrupt` and `mountinfo` need nothing;
 # `opening` brings the engines and the images together; `doctor` looks at everything.
 LAYERS = (
-    *("errors", "interrupt", "scratch", "process", "mountinfo", "image", "guest"),
+    *("errors", "interrupt", "said", "scratch", "process", "mountinfo", "image", "guest"),
     *("engines", "opening", "transfer", "compare", "mount", "inject", "doctor", "cli"),
 )
 # `imgtool` itself is the front door, `python -m imgtool` the back door: they know everything.

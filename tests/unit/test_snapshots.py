@@ -10,8 +10,10 @@ import pytest
 
 from imgtool.image.chain import open_chain
 from imgtool.image.contents import open_contents
-from imgtool.image.record import is_ours, record_path
+from imgtool.image.marks import snapshots_of
+from imgtool.image.record import is_ours
 from imgtool.image.snapshots import space_to_give_back
+from tests.records import left
 
 MIB = 1 << 20
 
@@ -167,16 +169,18 @@ def test_delete_says_how_much_compact_gives_back(tmp_path, imgtool_cli):
 @pytest.mark.parametrize("step", ["saved", "applied", "tidied"])
 @pytest.mark.parametrize("finish", [True, False])
 def test_a_revert_that_was_cut_off_is_finished_by_recover(image, imgtool_cli, step, finish):
-    qemu_img("snapshot", "-c", "safety", image)
     facts = {"operation": "revert", "to": "1", "saved": "safety", "temporary": True}
+    facts["others"] = snapshots_of(image)
+    if step == "saved":
+        left(image, **facts)
+    qemu_img("snapshot", "-c", "safety", image)
     if step != "saved":
-        facts["step"] = "apply"
+        left(image, **facts, step="apply")
         if finish:
             qemu_img("snapshot", "-a", "one", image)
     if step == "tidied":
         qemu_img("snapshot", "-a", "one", image)
         qemu_img("snapshot", "-d", "safety", image)
-    record_path(image).write_text(json.dumps(facts) + "\n")
     done = imgtool_cli("recover", image)
     assert done.status == 0 and ("undone" if step == "saved" else "finished") in done.err
     assert first_byte(image) == (2 if step == "saved" else 1)
@@ -186,9 +190,9 @@ def test_a_revert_that_was_cut_off_is_finished_by_recover(image, imgtool_cli, st
 @pytest.mark.parametrize("failing", ["-c", "-a", "-d"])
 def test_a_revert_that_fails_leaves_the_present_state(image, imgtool_cli, monkeypatch, failing):
     from imgtool.errors import ImgtoolError
-    from imgtool.image import recovery, snapshots
+    from imgtool.image import snapshots
 
-    really, failed = recovery.on_snapshots, []
+    really, failed = snapshots.on_snapshots, []
 
     def once(path: Path, option: str, name: str) -> None:
         if option == failing and not failed:

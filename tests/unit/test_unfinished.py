@@ -4,7 +4,6 @@ image, its overlay and its record before somebody finishes it."""
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -33,6 +32,7 @@ from tests.fault.writes import (
     pattern,
     reads_as,
 )
+from tests.records import left, planted
 
 ALICE, BOB = 12345, 12346
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to act as another user")
@@ -137,8 +137,11 @@ def test_what_holds_all_of_it_is_lost_and_no_part_is_taken_for_the_whole(disk, t
     for look in (lambda: sees(disk, NEW), lambda: recover(disk)):
         with pytest.raises(ImageError, match="holds a part of an overlay") as caught:
             look()
-        assert record_path(disk).name in str(caught.value.hint)
+        assert f"imgtool recover {disk} --keep" in str(caught.value.hint)
     assert record_path(disk).exists()
+    before = disk.read_bytes()
+    assert "nothing else" in recover(disk, end=True)
+    assert disk.read_bytes() == before and left_over(disk.parent) == []
 
 
 def test_another_image_of_the_same_name_is_neither_read_nor_written_by_it(disk):
@@ -223,14 +226,15 @@ def test_a_base_of_somebody_else_cannot_have_an_overlay_written_into_it(open_fol
     victim.chmod(0o600)
     os.chown(base, ALICE, -1)
     facts = {"operation": "commit", "overlay": victim.name, "remove": True, **step}
-    record_path(base).write_text(json.dumps(facts) + "\n")
-    os.chown(record_path(base), ALICE, -1)
+    os.chown(planted(base, of_overlay=victim, **facts), ALICE, -1)
     before = base.read_bytes()
     if step:
         assert recover(victim) is None  # there is nothing left to be written
     for image in (base,) if step else (victim, base):
-        with pytest.raises(RefusedError, match="a file of another user"):
+        with pytest.raises(RefusedError, match="another user wrote"):
             recover(image)
+        with pytest.raises(RefusedError, match="a file of another user"):
+            recover(image, force=[Reason.UNPROVED])
     assert victim.exists()
     assert base.read_bytes() == before
 
@@ -242,8 +246,7 @@ def test_a_base_outside_its_places_is_not_looked_at(tmp_path):
     base, overlay = made(outside, "qcow2"), inside / "overlay.qcow2"
     words = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, overlay]
     subprocess.run(words, check=True)
-    facts = {"operation": "commit", "overlay": str(overlay), "remove": True}
-    record_path(base).write_text(json.dumps(facts) + "\n")
+    left(base, of_overlay=overlay, operation="commit", overlay=str(overlay), remove=True)
     assert recover(overlay) is None
     assert overlay.exists()
     assert "finished" in recover(overlay, backing_dirs=[outside])
@@ -256,10 +259,11 @@ def test_a_record_cannot_have_a_file_of_somebody_else_removed(open_folder):
     theirs.write_text("precious")
     os.chown(disk, ALICE, -1)
     facts = {"operation": "write", "overlay": theirs.name, "images": [disk.name], "id": "x"}
-    record_path(disk).write_text(json.dumps(facts) + "\n")
-    os.chown(record_path(disk), ALICE, -1)
-    with pytest.raises(RefusedError, match="a file of another user"):
+    os.chown(planted(disk, of_overlay=theirs, **facts), ALICE, -1)
+    with pytest.raises(RefusedError, match="another user wrote"):
         recover(disk)
+    with pytest.raises(RefusedError, match="a file of another user"):
+        recover(disk, force=[Reason.UNPROVED])
     assert theirs.read_text() == "precious"
 
 
@@ -270,15 +274,15 @@ def test_an_overlay_of_a_record_leads_no_further_than_the_image_may(disk, tmp_pa
     words = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={secret}", "-F", "raw"]
     subprocess.run([*words, "-b", disk, overlay], check=True, capture_output=True)
     facts = {"operation": "write", "step": "commit", "overlay": str(overlay), "images": [disk.name]}
-    record_path(disk).write_text(json.dumps(facts) + "\n")
+    left(disk, of_overlay=overlay, **facts)
     with pytest.raises(RefusedError, match="outside the folders"):
         open_chain(disk, format="raw")
 
 
-@pytest.mark.parametrize("names", [["a\0b"], [1], [], ["/nowhere/\0"]])
+@pytest.mark.parametrize("names", [["a\0b"], [1], [], ["/nowhere/\0"], ["half \ud800"]])
 def test_senseless_names_in_a_record_are_refused_in_words(disk, names):
     facts = {"operation": "write", "id": "x", "images": names, "overlay": f".{disk.name}.imgtool-1"}
-    record_path(disk).write_text(json.dumps(facts) + "\n")
+    left(disk, **facts)
     with pytest.raises(RefusedError, match="makes no sense"):
         recover(disk)
 
@@ -452,8 +456,7 @@ def test_what_a_guest_wrote_is_not_mended_as_if_it_were_the_image(disk):
     with disk.open("r+b") as file:
         file.write(inner.read_bytes())
     before = disk.read_bytes()
-    facts = {"operation": "resize", "format": "raw"}
-    record_path(disk).write_text(json.dumps(facts) + "\n")
+    left(disk, operation="resize", format="raw", noted={})
     assert "sound" in recover(disk)
     assert disk.read_bytes() == before
 

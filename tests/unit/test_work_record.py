@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 
 from imgtool.errors import HostError, ImageError, RefusedError
+from imgtool.image.marks import identity_of
 from imgtool.image.record import (
     is_temporary_of,
     opened,
@@ -19,19 +19,13 @@ from imgtool.image.record import (
 from imgtool.image.recovery import recover
 from imgtool.image.unfinished import unfinished_commit
 from imgtool.image.work import keep_attributes
+from tests.records import left
 
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = tmp_path / "disk.raw"
     path.write_bytes(bytes(1 << 16))
-    return path
-
-
-def left(image: Path, **facts: object) -> Path:
-    """A record as somebody who was killed leaves it."""
-    path = record_path(image)
-    path.write_text(json.dumps(facts) + "\n")
     return path
 
 
@@ -95,7 +89,8 @@ def test_there_is_no_room_for_a_record(image, monkeypatch):
             record.note(step="apply")
         monkeypatch.undo()
         assert "make room" in str(caught.value.hint)
-        assert record_path(image).read_text() == '{"operation": "revert"}\n'
+        assert read_facts(image) == {"operation": "revert"}
+        assert len(record_path(image).read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("kind", ["fifo", "link", "hard link", "directory"])
@@ -171,10 +166,10 @@ def test_a_record_cannot_have_any_other_file_removed(image, tmp_path, temporary)
         {"operation": "compact"},
         {"operation": "compact", "temporary": 5},
         {"operation": "compact", "temporary": ["x"]},
-        {"operation": "revert"},
+        {"operation": "revert", "noted": {}},
         {"operation": "commit"},
         {"operation": "commit", "overlay": 5},
-        {"operation": "commit", "overlay": "gone.qcow2"},
+        {"operation": "commit", "overlay": "gone.qcow2", "noted": {}},
         {"operation": "write", "step": "ready"},
         {"operation": "write", "step": "commit", "images": 5, "overlay": "/nowhere"},
         {"operation": "flee"},
@@ -192,7 +187,7 @@ def test_a_record_that_makes_no_sense_is_refused_in_words(image, facts):
 
 def test_a_commit_names_only_an_overlay_that_stands_on_the_image(image, tmp_path):
     (tmp_path / "secret.raw").write_bytes(b"secret" * 1000)
-    left(image, operation="commit", overlay="secret.raw", remove=True)
+    left(image, operation="commit", overlay="secret.raw", remove=True, noted={})
     with pytest.raises(ImageError, match="not there any more, or no longer stands"):
         unfinished_commit(image)
     with pytest.raises(RefusedError):
@@ -206,7 +201,7 @@ def test_a_commit_names_only_an_overlay_that_stands_on_the_image(image, tmp_path
 def test_the_image_is_gone_and_what_was_made_of_it_is_named_and_kept(image):
     made = temporary_path(image)
     made.write_bytes(b"the only copy")
-    left(image, operation="compact", temporary=str(made))
+    left(image, operation="compact", temporary=str(made), made=identity_of(made))
     image.unlink()
     with pytest.raises(ImageError, match="not there any more") as caught:
         recover(image)
@@ -219,7 +214,7 @@ def test_a_folder_that_was_moved_is_settled_where_it_is_now(image, tmp_path):
     moved = image.rename(old / image.name)
     made = temporary_path(moved)
     made.write_bytes(b"half")
-    left(moved, operation="compact", temporary=str(made))
+    left(moved, operation="compact", temporary=str(made), made=identity_of(made))
     old.rename(tmp_path / "new")
     moved = tmp_path / "new" / image.name
     assert "undone" in str(recover(moved))

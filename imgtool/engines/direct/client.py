@@ -11,9 +11,10 @@ import re
 import stat
 from collections.abc import Callable, Generator, Iterator
 from functools import cache, lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imgtool import interrupt
+from imgtool import interrupt, said
 from imgtool.engines.direct import protocol
 from imgtool.engines.direct.filesystem import NeedsAppliance, SandboxFailed
 from imgtool.engines.direct.pipes import Patience, Pipes
@@ -21,7 +22,7 @@ from imgtool.engines.direct.ring import Ring
 from imgtool.errors import EngineError, ImageError, ImgtoolError, NotInGuestError
 from imgtool.guest.blocks import Block
 from imgtool.guest.model import FILE_TYPES, Application, Entry, OperatingSystem
-from imgtool.image.places import printable
+from imgtool.image.places import printable, typed
 
 if TYPE_CHECKING:
     import subprocess
@@ -225,11 +226,11 @@ class Client:
     def _last_words(self) -> str:
         """The last line on the worker's standard error, of as much as fits into its pipe."""
         assert self._process.stderr is not None
-        said = b""
+        words = b""
         with contextlib.suppress(OSError):
             os.set_blocking(self._process.stderr.fileno(), False)
-            said = os.read(self._process.stderr.fileno(), _MOST_WORDS)
-        lines = said.decode("utf-8", "replace").strip().splitlines()
+            words = os.read(self._process.stderr.fileno(), _MOST_WORDS)
+        lines = words.decode("utf-8", "replace").strip().splitlines()
         return printable(lines[-1][:_LONGEST_LINE]) if lines else ""
 
     def _told(self, error: Any) -> Exception:
@@ -246,10 +247,11 @@ class Client:
         if kind == "lost":
             return self.failure(message)
         if kind == "image":
-            said = self._last_words().removeprefix("qemu-nbd: ")
-            if "Permission denied" in said:
+            words = self._last_words()
+            if "Permission denied" in words:
                 return NeedsAppliance("the sandbox may not read the image")
-            return ImageError(f"QEMU cannot read it: {said or message}", subject=self._image)
+            told = said.by_qemu(words or message, typed(Path(self._image)))
+            return ImageError(told.means, subject=self._image, hint=told.step)
         if kind == "failed":
             return EngineError(message)
         raise protocol.BadMessage("an error of no known kind")

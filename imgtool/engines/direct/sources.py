@@ -68,7 +68,7 @@ class Disk:
 
     def _failed(self, error: Exception) -> Exception:
         if self._nbd.aio_is_ready() or self._nbd.aio_is_processing():
-            return ReadFailed(f"QEMU cannot read the image: {error}")
+            return ReadFailed("a part of the image cannot be read")
         return Lost("QEMU has gone away")
 
     @property

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, BinaryIO
 
-from imgtool import interrupt
+from imgtool import interrupt, said
 from imgtool.engines.libguestfs import (
     devices,
     inspection,
@@ -175,8 +175,11 @@ class LibguestfsGuest(Guest):
 
     def _given_layout(self) -> Layout:
         known = {filesystem.device for filesystem in self.volumes.filesystems()}
+        devices = {block.device for block in self.volumes.blocks()}
         for mount in self._given:
-            if mount.source not in known:
+            # Of a damaged one it is the user who knows that it is a filesystem.
+            told = mount.source in devices and (mount.options or mount.fstype)
+            if mount.source not in known and not told:
                 raise NotInGuestError(
                     "the image has no such filesystem",
                     subject=mount.source,
@@ -209,8 +212,11 @@ class LibguestfsGuest(Guest):
             else:
                 self.volumes.mount(mount.source, mount.mountpoint, ",".join(options))
         except RuntimeError as error:
+            told = said.by_mount(str(error))
             raise EngineError(
-                f"the filesystem cannot be mounted: {reason(error)}", subject=mount.source
+                f"the filesystem cannot be mounted: {told.means}",
+                subject=mount.source,
+                hint=told.step,
             ) from error
 
     def mount_layout(self) -> None:

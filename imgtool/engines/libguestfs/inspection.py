@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from imgtool import said
 from imgtool.engines.libguestfs.volumes import guest_names, reason
 from imgtool.errors import EngineError
 from imgtool.guest.blocks import Block
 from imgtool.guest.model import Application, OperatingSystem
+
+log = logging.getLogger(__name__)
 
 
 class InspectionFailed(EngineError):
@@ -47,8 +51,9 @@ def _applications(handle: Any, root: str) -> tuple[Application, ...]:
     try:
         rows = handle.inspect_list_applications2(root)
     except RuntimeError as error:
+        told = said.by_rpm(str(error))
         raise EngineError(
-            f"the packages cannot be listed: {reason(error)}", subject=root
+            f"the packages cannot be listed: {told.means}", subject=root, hint=told.step
         ) from error
     return tuple(
         Application(
@@ -69,7 +74,8 @@ def operating_systems(
     try:
         roots = guest_names(blocks, handle.inspect_os()).values()
     except RuntimeError as error:
-        raise InspectionFailed(f"inspection failed: {reason(error)}") from error
+        log.info("inspection failed: %s", reason(error))
+        raise InspectionFailed("libguestfs cannot tell which operating system it is") from error
     found = []
     for root in roots:
         listed = handle.inspect_get_mountpoints(root)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from imgtool import said
 from imgtool.engines.libguestfs.blocks import list_blocks
 from imgtool.engines.libguestfs.calls import Calls
 from imgtool.errors import EngineError, HostError
@@ -161,7 +162,8 @@ class ApplianceVolumes:
         try:
             self.mount(source, "/", "ro")
         except RuntimeError as error:
-            raise EngineError(reason(error), subject=source) from error
+            told = said.by_mount(str(error))
+            raise EngineError(told.means, subject=source, hint=told.step) from error
         try:
             with contextlib.suppress(RuntimeError):
                 self.space[source] = self._handle.statvfs("/")
@@ -190,7 +192,12 @@ class ApplianceVolumes:
         try:
             listed = self._handle.btrfs_subvolume_list(device)
         except RuntimeError as error:
-            raise HostError(f"the subvolumes cannot be listed: {reason(error)}") from error
+            log.info("%s: the subvolumes cannot be listed: %s", device, reason(error))
+            raise HostError(
+                "the subvolumes of its btrfs cannot be listed",
+                subject=device,
+                hint="it may be damaged; -v shows what the appliance said",
+            ) from error
         for row in listed:
             if row["btrfssubvolume_id"] == number:
                 return str(row["btrfssubvolume_path"])

@@ -1,0 +1,110 @@
+"""What was done to the files of a record after its work was cut off, by a guest or anybody else.
+
+What is finished then could go over what they wrote. A file that nobody writes to during the work is
+as it was noted. One that QEMU was writing to when it was killed is not; but a QEMU that imgtool
+started dies with it, and until then the time of the record's own file says that it is at work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from imgtool.errors import Force, Reason, RefusedError
+from imgtool.image import qcow2
+from imgtool.image.dependants import overlays_on
+from imgtool.image.host_file import open_host_file
+from imgtool.image.marks import Mark, is_as_noted, mark_of, snapshots_of
+from imgtool.image.places import printable, typed
+from imgtool.image.qcow2_snapshots import read_snapshots, same_as_active
+from imgtool.image.record import Record
+from imgtool.image.unfinished import to_keep
+
+Dirs = Sequence[str | Path]
+# How long after the last word of an imgtool that was killed its QEMU may have written.
+_MARGIN = 1_500_000_000  # nanoseconds
+
+
+def noted(record: Record, which: str) -> object:
+    """The mark of the `image` or the `overlay` that was noted last."""
+    files = record.facts.get("noted")
+    return files.get(which) if isinstance(files, dict) else None
+
+
+def marks(image: Path, overlay: Path | None = None) -> dict[str, Mark]:
+    """What a record notes of its files, at each step."""
+    files = {"image": mark_of(image)}
+    return files if overlay is None else {**files, "overlay": mark_of(overlay)}
+
+
+def _what_changed(
+    record: Record, overlay: Path, backing_dirs: Dirs, force: Force, anew: bool
+) -> str | None:
+    """What somebody did to the files of a record after its work was cut off; None for nothing."""
+    image, before = record.image, noted(record, "image")
+    if not anew and not is_intact(record, overlay, force):
+        return f"{printable(overlay)} was written to"
+    status = image.stat()
+    if not isinstance(before, dict) or not stat.S_ISREG(status.st_mode):
+        return None
+    if Reason.COPY not in force and not is_as_noted(before, image):
+        if before.get("snapshots") != snapshots_of(image):
+            return "its internal snapshots were changed"
+        if status.st_mtime_ns > record.touched + _MARGIN:
+            return "it was written to"
+    for other in overlays_on(image, backing_dirs):
+        new = other.stat().st_ctime_ns > record.touched
+        if new and not (overlay.exists() and other.samefile(overlay)):
+            return f"{printable(other)} was put on it, or used,"
+    return None
+
+
+def refuse_if_changed(
+    record: Record, overlay: Path, backing_dirs: Dirs, force: Force, *, anew: bool = False
+) -> None:
+    """Raise `RefusedError` if to finish could lose what was written since it was cut off. Where it
+    is asked for `anew`, what is in the overlay by now is what is meant."""
+    if Reason.CHANGED in force:
+        return
+    if (what := _what_changed(record, overlay, backing_dirs, force, anew)) is not None:
+        shown = printable(record.image)
+        raise RefusedError(
+            f"{what} since a {record.operation} was interrupted, so that was not finished",
+            subject=shown,
+            hint=f"{printable(overlay)} holds all of it. To finish it over what was written since:"
+            f" imgtool recover {typed(record.image)} --force {Reason.CHANGED};"
+            f" {to_keep(record.image)}",
+        )
+
+
+def is_intact(record: Record, overlay: Path, force: Force = ()) -> bool:
+    """Whether an overlay is as it was when its commit began."""
+    if Reason.COPY in force or Reason.CHANGED in force:
+        return overlay.exists()
+    return is_as_noted(noted(record, "overlay"), overlay)
+
+
+def why_needed(record: Record, overlay: Path, backing_dirs: Dirs, force: Force) -> str | None:
+    """Why an overlay that was committed may not be removed; None where it may."""
+    for path, which in ((overlay, "overlay"), (record.image, "image")):
+        same = is_as_noted(noted(record, which), path)
+        if not same and Reason.COPY not in force and Reason.CHANGED not in force:
+            return f"{printable(path)} was used since"
+    if above := overlays_on(overlay, backing_dirs):
+        return f"{printable(above[0])} stands on it"
+    return None
+
+
+def present_is(image: Path, *, id: str | None = None, name: str | None = None) -> bool | None:
+    """Whether the present state of a qcow2 image is made of the very clusters of the snapshot with
+    this id or name; None where it has no such snapshot."""
+    with contextlib.suppress(OSError, ValueError), open_host_file(image) as file:
+        header = qcow2.read_header(file)
+        for row in (read_snapshots(file, header) if header is not None else None) or ():
+            known, wanted = (row.name, name) if id is None else (row.id, id)
+            if header is not None and known == os.fsencode(wanted or ""):
+                return same_as_active(file, header, row)
+    return None

@@ -1,0 +1,41 @@
+"""The files of which this process holds QEMU's locks itself.
+
+What is done to an image in several steps is done by several QEMUs, and no guest may come between
+them. So imgtool holds the locks from the first step to the last (`imgtool.image.locks`), and the
+QEMUs that it starts on such a file do not ask for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_files: set[tuple[int, int]] = set()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError, ValueError):
+        status = os.stat(path)  # noqa: PTH116
+        return status.st_dev, status.st_ino
+    return None
+
+
+def is_held(path: Path) -> bool:
+    """Whether this process holds QEMU's locks on the file."""
+    return bool(_files) and _identity(path) in _files
+
+
+@contextlib.contextmanager
+def holding(path: Path) -> Iterator[None]:
+    """The locks on the file are this process's while the block runs."""
+    identity = _identity(path)
+    if identity is None or identity in _files:
+        yield
+        return
+    _files.add(identity)
+    try:
+        yield
+    finally:
+        _files.discard(identity)

@@ -1,0 +1,108 @@
+"""What a file that is worked on looks like from outside: to tell later whether it is still the same
+file, and whether anybody has written to it since."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from imgtool.image import qcow2
+from imgtool.image.host_file import open_host_file
+from imgtool.image.qcow2_snapshots import read_snapshots
+
+# An inode's number is given to the next file once it is free; its generation is another then.
+# ioctl of ext4, XFS, btrfs and others (linux/fs.h, _IOR('v', 1, long)).
+_GET_GENERATION = 0x8008_7601
+
+Mark = dict[str, Any]
+
+
+def identity_of(image: Path) -> list[int | str]:
+    """What tells an image from another one that has its name by now: of a file the inode and,
+    where it has one, its generation; of a block device the names that go with the hardware, or else
+    which attachment of which boot it is.
+    """
+    status = image.stat()
+    if not stat.S_ISBLK(status.st_mode):
+        return [status.st_ino, *_generation(image)]
+    real = image.resolve()
+    names: list[int | str] = []
+    with contextlib.suppress(OSError):
+        links = Path("/dev/disk/by-id").iterdir()
+        names += sorted(link.name for link in links if link.resolve() == real)
+    if names:
+        return names
+    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    node = Path("/sys/dev/block", number).resolve()
+    for kept in (
+        node / "diskseq",
+        node.parent / "diskseq",
+        Path("/proc/sys/kernel/random/boot_id"),
+    ):
+        with contextlib.suppress(OSError):
+            names.append(kept.read_text().strip())
+    return [number, *names]
+
+
+def _generation(image: Path) -> list[int]:
+    with contextlib.suppress(OSError):  # a file system without, or a file that may not be read
+        descriptor = os.open(image, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            answer = fcntl.ioctl(descriptor, _GET_GENERATION, bytes(8))
+            return [int.from_bytes(answer[:4], "little")]
+        finally:
+            os.close(descriptor)
+    return []
+
+
+def is_same_file(noted: object, image: Path) -> bool:
+    """Whether an identity that was noted is that of the file that is there now."""
+    if not isinstance(noted, list) or not noted or not image.exists():
+        return False
+    now = identity_of(image)
+    if isinstance(now[0], str):  # a device
+        return noted == now
+    known = min(len(noted), len(now))  # another machine of a shared folder may see less
+    return noted[:known] == now[:known]
+
+
+def mark_of(image: Path, *, but_for: str | None = None) -> Mark:
+    """The identity of an image, its size in bytes, its mtime in nanoseconds, and a checksum over
+    the ids and names of its internal snapshots, without the one that is called `but_for`. Of a
+    block device the identity alone, since no more is to be seen from outside."""
+    status = image.stat()
+    mark: Mark = {"identity": identity_of(image)}
+    if stat.S_ISREG(status.st_mode):
+        mark |= {"size": status.st_size, "mtime": status.st_mtime_ns}
+        mark["snapshots"] = snapshots_of(image, but_for=but_for)
+    return mark
+
+
+def snapshots_of(image: Path, *, but_for: str | None = None) -> str | None:
+    """A checksum over the list of internal snapshots, without the one called `but_for`; None for
+    an image that has no such list."""
+    with contextlib.suppress(OSError, ValueError), open_host_file(image) as file:
+        header = qcow2.read_header(file)
+        rows = read_snapshots(file, header) if header is not None else None
+        if rows is None:
+            return None
+        import hashlib  # seldom needed, and slow to load
+
+        whole = hashlib.sha256()
+        for row in rows:
+            if but_for is None or row.name != os.fsencode(but_for):
+                whole.update(repr((row.id, row.name)).encode())
+        return whole.hexdigest()
+    return None
+
+
+def is_as_noted(noted: object, image: Path) -> bool:
+    """Whether a file is the one that was noted, and nobody has written to it since."""
+    if not isinstance(noted, dict) or not is_same_file(noted.get("identity"), image):
+        return False
+    now = mark_of(image)
+    return all(noted.get(fact) == now.get(fact) for fact in ("size", "mtime", "snapshots"))
