@@ -63,7 +63,7 @@ def inspect(
     request = Request.of(locals())
     with request.opened() as guest:
         systems = guest.operating_systems(packages=packages)
-        closed = () if systems else [row.device for row in guest.devices() if row.type == LOCKED]
+        closed = () if systems else [row.device for row in guest.devices() if row.type in LOCKED]
     if root is not None:
         systems = tuple(system for system in systems if system.root == root)
     if not systems:

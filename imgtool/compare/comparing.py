@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -18,6 +19,7 @@ from imgtool.compare.differences import (
     REMOVED,
     Difference,
     Walk,
+    below,
     changed_fields,
     merged,
 )
@@ -89,13 +91,19 @@ def compared(
     Raises `NotInGuestError` if neither side has the path.
     """
     before, after = pair.before, pair.after
+    hidden = _mounted_on_one_side(pair, path)
     places = pair.both(lambda: _resolved(before, path), lambda: _resolved(after, path))
     if places[0] is not None and places[0] == places[1]:
         path = places[0]
+    walks = Walk(on_problem[0]), Walk(on_problem[1])
+    for walk, lines in zip(walks, hidden, strict=True):
+        for mountpoint, line in lines.items():
+            walk.hide(mountpoint, line)
+    if any(walk.hides(os.fsencode(path)) for walk in walks):
+        return
     tops = pair.both(lambda: _top(before, path), lambda: _top(after, path))
     if tops[0] is None and tops[1] is None:
         before.lstat(path)  # raises
-    walks = Walk(on_problem[0]), Walk(on_problem[1])
     written = None if checksum is None else _written(pair, links)
     started = time.monotonic()
 
@@ -107,9 +115,6 @@ def compared(
         lambda: begin(after, walks[1], tops[1]),
     )
     log.info("compared: both sides walked in %.3f s", time.monotonic() - started)
-    for guest, walk in zip((before, after), walks, strict=True):
-        for mountpoint, line in guest.unshown().items():
-            walk.hide(mountpoint.encode(), f"not compared: {line}")
     contents = _Contents(before, checksum, walks[0])
     for one, other in merged(*walks):
         if one is None or other is None:
@@ -133,6 +138,31 @@ def compared(
             yield Difference(CHANGED, fields, one, other)
     if checksum is not None:
         log.info("content: %d files not read: both sides share their blocks", contents.spared)
+
+
+def _mounted_on_one_side(pair: Pair, path: str | bytes) -> list[dict[bytes, str]]:
+    """For each side the mount points, at or below a path or above it, where it does not show what
+    the other one does, with a line on each: nothing there was removed or added.
+
+    Where neither shows what is missing, that was said, and what is there is compared.
+    """
+    sides = (pair.before, pair.after)
+    # Only then is it known which filesystems can be mounted.
+    pair.both(lambda: sides[0].lstat(b"/"), lambda: sides[1].lstat(b"/"))
+    mounted = [{mount.mountpoint for mount in side.layout.mounts} for side in sides]
+    missed = [side.unshown() for side in sides]
+    absent = [set(side.layout.missed) for side in sides]
+    raw = os.fsencode(path)
+    found: list[dict[bytes, str]] = [{}, {}]
+    for number in (0, 1):
+        elsewhere = mounted[1 - number] - mounted[number] - set(missed[1 - number])
+        lines = dict.fromkeys(elsewhere, "a filesystem is mounted there on the other side alone")
+        lines |= {p: why for p, why in missed[number].items() if p not in absent[1 - number]}
+        for place, why in lines.items():
+            at = place.encode()
+            if below(at, raw) or below(raw, at):
+                found[number][at] = f"not compared: {why}"
+    return found
 
 
 def _top(guest: Guest, path: str | bytes) -> Entry | None:

@@ -53,7 +53,8 @@ def _order(path: bytes) -> bytes:
     return path.replace(b"/", b"\0")
 
 
-def _below(path: bytes, top: bytes) -> bool:
+def below(path: bytes, top: bytes) -> bool:
+    """Whether a path is this directory, or in it."""
     return path == top or path.startswith(top.rstrip(b"/") + b"/")
 
 
@@ -109,13 +110,13 @@ class Walk:
 
     def hides(self, path: bytes) -> bool:
         """Whether what this side has at a path is not what belongs there."""
-        return any(_below(path, top) for top in self._hidden)
+        return any(below(path, top) for top in self._hidden)
 
     def lacks(self, path: bytes) -> bool:
         """Whether a path that is not in the walk is not there. Paths are asked in order."""
         unreadable = self._unreadable
         while unreadable and _order(unreadable[0]) <= _order(path):
-            if _below(path, unreadable[0]):
+            if below(path, unreadable[0]):
                 return False
             self._room += len(unreadable.popleft())
         return True

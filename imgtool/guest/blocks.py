@@ -24,7 +24,7 @@ _NO_FILESYSTEM = frozenset(
 BIOS_BOOT = "21686148-6449-6e6f-744e-656564454649"
 
 
-LOCKED = "crypto_LUKS"
+LOCKED = frozenset(("crypto_LUKS", "BitLocker"))
 # The type of what nobody knows: a word, since an empty field could be a question not asked.
 UNKNOWN = "unknown"
 IS_LOCKED = "encrypted, and no key was given that fits"
@@ -35,7 +35,8 @@ class Block:
     """A block device: `device` is the guest's name of it.
 
     `kind` is device, partition, lv, md or mapped; `parents` are the guest's names,
-    `kernel` is what the kernel of the appliance calls it.
+    `kernel` is what the kernel of the appliance calls it; `dm_uuid` are the UUIDs of a volume group
+    and a volume in it, without dashes, by which device-mapper knows the volume.
     """
 
     device: str
@@ -49,6 +50,12 @@ class Block:
     parttype: str = ""
     parents: tuple[str, ...] = ()
     kernel: str = ""
+    dm_uuid: str = ""
+
+    @property
+    def is_member(self) -> bool:
+        """Whether this is a part of others rather than a device of its own."""
+        return self.type in _MEMBERS
 
     @property
     def holds_none(self) -> bool:
@@ -98,33 +105,35 @@ def filesystems_on(
     return tuple(rows)
 
 
-def device_with(blocks: Sequence[Block], kind: str, value: str) -> str | None:
-    """The device with this filesystem `uuid` or `label`, GPT `partuuid` or `partlabel`."""
-    for block in blocks:
-        found = getattr(block, kind)
-        if found is None or block.type in _MEMBERS:
-            continue
-        if found == value or (kind == "partuuid" and found.lower() == value.lower()):
-            return block.device
-    return None
+def contents(blocks: Sequence[Block]) -> dict[str, str]:
+    """What keys have opened in encrypted devices, by these."""
+    closed = {block.device for block in blocks if block.type in LOCKED}
+    return {
+        parent: block.device for block in blocks for parent in block.parents if parent in closed
+    }
 
 
-def unmeasured(row: Device, blocks: Sequence[Block]) -> str | None:
-    """Why the space of a row of `filesystems_on` that holds no files itself is not known.
+def unmeasured(rows: Sequence[Device], blocks: Sequence[Block]) -> dict[str, str]:
+    """Why the space of those rows of `filesystems_on` that hold no files themselves is not known.
 
-    None where there is no space to know: of swap, and of what something else on the list is made
-    of.
+    Nothing of those where there is no space to know: of swap, and of what others are made of.
     """
-    if row.type == LOCKED and row.device in locked(blocks):
-        return IS_LOCKED
     above = {parent for block in blocks for parent in block.parents}
-    if row.type in _SWAP or row.device in above:
-        return None
-    table = TITLES.get((row.type or "").removesuffix(SUFFIX))
-    return f"{table} partition tables are not read" if table else f"{row.type} is not read"
+    closed = set(locked(blocks))
+    found = {}
+    for row in rows:
+        type = row.type or UNKNOWN
+        if row.device in closed:
+            found[row.device] = IS_LOCKED
+        elif type not in _SWAP and row.device not in above:
+            table = TITLES.get(type.removesuffix(SUFFIX))
+            found[row.device] = (
+                f"{table} partition tables are not read" if table else (f"{type} is not read")
+            )
+    return found
 
 
 def locked(blocks: Sequence[Block]) -> tuple[str, ...]:
     """The encrypted devices in which nothing can be seen, since no key has opened them."""
     opened = {parent for block in blocks for parent in block.parents}
-    return tuple(b.device for b in blocks if b.type == LOCKED and b.device not in opened)
+    return tuple(b.device for b in blocks if b.type in LOCKED and b.device not in opened)

@@ -53,17 +53,40 @@ class Guest(ABC):
     """An open guest. Use `imgtool.open_guest()` to get one; `chains` are those of its disks."""
 
     engine: str
+    _notice: Callable[[str], None]
 
     def __init__(self) -> None:
         self.chains: Sequence[Chain] = ()
         self._owners: Owners | None = None
+        # Mount points whose filesystems are not there though they should be, and why.
         self._unshown: dict[str, str] = {}
 
     def unshown(self) -> Mapping[str, str]:
-        """The mount points whose filesystems could not be mounted, and why; known once a path was
-        looked up.
+        """The mount points whose filesystems are not shown, and why; known once a path was looked
+        up.
         """
         return self._unshown
+
+    def _tell(self, layout: Layout) -> None:
+        """Say what fstab names and nobody finds."""
+        self._unshown = layout.missed
+        for problem in layout.problems:
+            self._notice(problem)
+
+    def _hidden(self, path: bytes) -> NotInGuestError | None:
+        """What to say of a path where something else belongs than what is there."""
+        if not self._unshown:
+            return None
+        known = {mount.mountpoint for mount in self.layout.mounts} | set(self._unshown)
+        places = [p for p in known if (path + b"/").startswith(p.rstrip("/").encode() + b"/")]
+        place = max(places, key=len, default="/")
+        if place not in self._unshown:
+            return None
+        return NotInGuestError(
+            f"its filesystem is not shown: {self._unshown[place]}",
+            subject=place,
+            hint=f"what lies in the folder itself: -m {self.layout.mounts[0].source}",
+        )
 
     @property
     @abstractmethod

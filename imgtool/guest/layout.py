@@ -19,22 +19,38 @@ from imgtool.errors import (
     listed,
     shortened,
 )
-from imgtool.guest.blocks import UNKNOWN
-from imgtool.guest.fstab import FstabEntry, parse_fstab, resolve_spec
-from imgtool.guest.model import Device, Layout, Mount
+from imgtool.guest.blocks import LOCKED, UNKNOWN, Block, locked
+from imgtool.guest.device_names import DeviceNames, parse_crypttab
+from imgtool.guest.fstab import FstabEntry, parse_fstab
+from imgtool.guest.model import Device, Layout, Mount, Unshown
 from imgtool.image.foreign_tables import SUFFIX, TITLES
 
 SMALL_FILE = 256 * 1024
 
 # What holds other things rather than files: these, and parts of firmware RAID and the like.
-_CONTAINERS = frozenset(("swap", "swsuspend", "crypto_LUKS", "BitLocker", "ldm"))
+_CONTAINERS = frozenset(("swap", "swsuspend", "ldm")) | LOCKED
 _PARTS = ("_member", SUFFIX)
+_MOST_LINES = 10
 BUILT_IN = frozenset(("ext2", "ext3", "ext4"))
 BTRFS_VOLUME = "btrfsvol:"
 
 
 class NothingMounts(NotInGuestError):
     """There are filesystems, and none of them can be mounted."""
+
+
+class Locked(NotInGuestError):
+    """No operating system is in what can be read, and there is more that is encrypted."""
+
+    def __init__(self, closed: Sequence[str], others: Sequence[str] = ()) -> None:
+        hint = f"give the key: --key {closed[0]}:file:FILE, or --key all:key:PASSPHRASE"
+        if others:
+            hint += f"; or look at what is not encrypted: -m {others[0]}"
+        super().__init__(
+            "no operating system is in what can be read; the rest is encrypted, and no key fits",
+            subject=", ".join(closed[:_MOST_LINES]),
+            hint=hint,
+        )
 
 
 class Volume(Protocol):
@@ -53,14 +69,11 @@ class Volumes(Protocol):
     def filesystems(self) -> Sequence[Device]:
         """The filesystems, with btrfs subvolumes as `btrfsvol:DEVICE/PATH`."""
 
-    def disks(self) -> Sequence[str]:
-        """The guest's disks in their order."""
+    def blocks(self) -> Sequence[Block]:
+        """The block devices, with what is in the encrypted ones that a key opens."""
 
     def look_into(self, source: str) -> AbstractContextManager[Volume]:
         """Open one filesystem; `EngineError` if it cannot be mounted."""
-
-    def device_with(self, kind: str, value: str) -> str | None:
-        """The device with this filesystem `uuid` or `label`, GPT `partuuid` or `partlabel`."""
 
     def subvolume_by_id(self, device: str, number: int) -> str | None:
         """The path of the btrfs subvolume with this id."""
@@ -74,6 +87,7 @@ class Root:
     os_type: str
     title: str
     fstab: bytes
+    crypttab: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -106,7 +120,9 @@ def _look(source: str, volume: Volume) -> Root | None:
     fstab = volume.read("/etc/fstab")
     if os_release is None and (fstab is None or volume.read("/etc/passwd") is None):
         return None
-    return Root(source, "linux", _os_title(os_release or b""), fstab or b"")
+    mapped = fstab is not None and (b"/dev/mapper/" in fstab or b"/dm-name-" in fstab)
+    crypttab = volume.read("/etc/crypttab") if mapped else None
+    return Root(source, "linux", _os_title(os_release or b""), fstab or b"", crypttab or b"")
 
 
 def btrfs_device(source: str, devices: Sequence[Device]) -> str | None:
@@ -226,21 +242,17 @@ def _choose_root(findings: Findings, wanted: str | None) -> Root | None:
     return roots[0] if roots else None
 
 
-def _data_layout(findings: Findings) -> Layout:
+def _data_layout(findings: Findings, closed: Sequence[str]) -> Layout:
     usable = [
         f for f in findings.filesystems if holds_files(f.type) and f.device not in findings.failures
     ]
     devices = [f for f in usable if not f.device.startswith(BTRFS_VOLUME)]
+    if closed:
+        # What is open, such as a /boot, is not the guest.
+        raise Locked(closed, [f.device for f in devices])
     if len(devices) == 1:
         return Layout((Mount(devices[0].device, "/"),))
     if not usable:
-        locked = [f.device for f in findings.filesystems if f.type == "crypto_LUKS"]
-        if locked:
-            raise NotInGuestError(
-                "the filesystems are encrypted and no key fits",
-                subject=listed(locked),
-                hint=f"give the key: --key {locked[0]}:file:FILE, or --key all:key:PASSPHRASE",
-            )
         if findings.failures:
             raise NothingMounts(
                 "no filesystem can be mounted: " + _described(findings),
@@ -267,27 +279,72 @@ def _btrfs_source(volumes: Volumes, device: str, entry: FstabEntry) -> str | Non
     return f"{BTRFS_VOLUME}{device}/{path}" if path else device
 
 
-def _from_fstab(volumes: Volumes, root: Root, filesystems: Sequence[Device]) -> Layout:
+def _device_names(volumes: Volumes, root: Root, findings: Findings) -> DeviceNames:
+    entries, _ = parse_fstab(root.fstab)
+    names = DeviceNames(findings.filesystems, volumes.blocks(), parse_crypttab(root.crypttab))
+    own = btrfs_device(root.source, findings.filesystems) or root.source
+    for entry in entries:
+        if entry.mountpoint == "/":
+            names.learn(entry.spec, own)
+    return names
+
+
+def _from_fstab(volumes: Volumes, root: Root, findings: Findings) -> Layout:
     entries, problems = parse_fstab(root.fstab)
+    names = _device_names(volumes, root, findings)
+    closed = locked(volumes.blocks())
     found = [Mount(root.source, "/")]
     lines = list(problems)
+    unshown: dict[str, Unshown] = {}
     taken = {"/"}
     for entry in entries:
         if entry.mountpoint == "/":
             continue
         mountpoint = "/" + "/".join(part for part in entry.mountpoint.split("/") if part)
-        device = resolve_spec(entry.spec, filesystems, volumes.disks(), volumes.device_with)
-        if device is not None and entry.fstype == "btrfs":
+        device = names.device(entry.spec)
+        why = f"{entry.spec} is on none of the disks given"
+        if device in closed:
+            why = f"{device} is encrypted, and no key opens it (--key {device}:file:FILE)"
+            device = None
+        elif device is not None and entry.fstype == "btrfs":
             device = _btrfs_source(volumes, device, entry)
-        if device is None:
-            lines.append(f"{mountpoint} is not shown: {entry.spec} is on none of the disks given")
-        elif mountpoint in taken:
+        if mountpoint in taken:
             lines.append(f"fstab mounts two filesystems at {mountpoint}; the first is shown")
+        elif device is None:
+            unshown.setdefault(mountpoint, Unshown(mountpoint, why, entry.at_boot))
         else:
             taken.add(mountpoint)
             found.append(Mount(device, mountpoint))
     found.sort(key=lambda mount: (mount.mountpoint.count("/"), mount.mountpoint != "/"))
-    return Layout(tuple(found), root.source, root.os_type, tuple(lines))
+    missing = [one for one in unshown.values() if one.mountpoint not in taken]
+    lines += [f"{one.mountpoint} is not shown: {one.why}" for one in missing if one.needed]
+    if len(lines) > _MOST_LINES:
+        lines[_MOST_LINES:] = [f"and {len(lines) - _MOST_LINES} more lines of fstab like these"]
+    lines += _what_to_type(found, missing, findings)
+    return Layout(tuple(found), root.source, root.os_type, tuple(lines), tuple(missing))
+
+
+def _what_to_type(
+    mounts: Sequence[Mount], missing: Sequence[Unshown], findings: Findings
+) -> list[str]:
+    """How to show what fstab names in a way that says nothing here."""
+    used = {btrfs_device(m.source, findings.filesystems) or m.source for m in mounts}
+    free = [
+        one.device
+        for one in findings.filesystems
+        if holds_files(one.type)
+        and one.type != UNKNOWN
+        and one.device not in findings.failures
+        and (btrfs_device(one.device, findings.filesystems) or one.device) not in used
+    ]
+    asked = [one.mountpoint for one in missing if one.needed]
+    if not (free and asked):
+        return []
+    words = [f"-m {m.source}" + (f":{m.mountpoint}" if m.mountpoint != "/" else "") for m in mounts]
+    sure = len(free) == len(asked) == 1
+    words.append(f"-m {free[0] if sure else 'DEVICE'}:{asked[0]}")
+    where = "" if sure else f", DEVICE being one of {', '.join(free[:_MOST_LINES])}"
+    return [f"to show {asked[0]} all the same, say what is where: {' '.join(words)}{where}"]
 
 
 def discover(volumes: Volumes, *, root: str | None = None) -> Layout:
@@ -299,5 +356,5 @@ def discover(volumes: Volumes, *, root: str | None = None) -> Layout:
     findings = survey(volumes)
     chosen = _choose_root(findings, root)
     if chosen is None:
-        return _data_layout(findings)
-    return _from_fstab(volumes, chosen, findings.filesystems)
+        return _data_layout(findings, locked(volumes.blocks()))
+    return _from_fstab(volumes, chosen, findings)

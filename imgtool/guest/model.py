@@ -138,18 +138,34 @@ class Mount:
 
 
 @dataclass(frozen=True)
+class Unshown:
+    """A mount point whose filesystem is not shown, and why; `needed` if the guest would miss it."""
+
+    mountpoint: str
+    why: str
+    needed: bool = True
+
+
+@dataclass(frozen=True)
 class Layout:
     """Which filesystem of the guest is mounted where, parents before children.
 
     `root` is the device of the operating system's root filesystem, or None for a data disk or a
     layout given by the user. `os_type` is linux, windows or None. `problems` are lines for the
-    user: fstab entries that name nothing in the guest, and the like.
+    user: fstab entries that name nothing in the guest, and the like; `unshown` the mount points
+    where something belongs that is not there.
     """
 
     mounts: tuple[Mount, ...]
     root: str | None = None
     os_type: str | None = None
     problems: tuple[str, ...] = ()
+    unshown: tuple[Unshown, ...] = ()
+
+    @property
+    def missed(self) -> dict[str, str]:
+        """The mount points where the guest would miss what is not shown, and why."""
+        return {one.mountpoint: one.why for one in self.unshown if one.needed}
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,8 @@ _APART = ("/usr/local", "/usr/src")
 
 def _check_layout(files: Files, mountpoints: dict[str, str]) -> None:
     for path in mountpoints:
-        if path == "/" or path.startswith(tuple(f"{apart}/" for apart in _APART)):
+        # A whole /usr is seen where it belongs, whatever libguestfs makes of it.
+        if path in ("/", "/usr") or path.startswith(tuple(f"{apart}/" for apart in _APART)):
             continue
         first = "/" + path.strip("/").partition("/")[0]
         if first in _LOOKED_INTO and path not in _APART:
@@ -203,12 +204,12 @@ def identify(files: Files, root: str, mountpoints: dict[str, str]) -> OperatingS
     release = read_release(files)
     if release.distribution == "coreos":
         raise Unknown("CoreOS, whose parts are on several filesystems")
-    major, minor = release.version or (0, 0)
+    major = (release.version or (0, 0))[0]
     return OperatingSystem(
         root=root,
         type="linux",
         distribution=release.distribution,
-        version=f"{major}.{minor}" if major or minor else None,
+        version=release.spelling,
         product_name=None if release.product is None else _known(text(release.product)),
         architecture=_architecture(files),
         hostname=_known(_hostname(files)),

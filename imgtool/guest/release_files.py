@@ -51,6 +51,7 @@ _LSB_IDS = {
 }
 _LSB_IDS_PASSED_OVER = frozenset(("", "Arch", "Debian", "Fedora", "Gentoo", "Kali", "openSUSE"))
 _MAJOR_ONLY = frozenset(("centos", "debian", "rocky"))
+_WRITTEN = re.compile(rb"""(?:VERSION_ID=|DISTRIB_RELEASE=)?["']?([0-9]{1,9})\.([0-9]{1,9})""")
 _ROLLING = frozenset(("archlinux", "gentoo", "voidlinux"))
 
 
@@ -61,12 +62,23 @@ class Release:
         self.distribution: str | None = None
         self.product: bytes | None = None
         self.version: tuple[int, int] | None = None
+        self._minor = "0"
 
     def version_in(self, text: bytes) -> None:
         found = re.search(rb"([0-9]+)\.([0-9]+)", text) or re.search(rb"([0-9]+)", text)
         if found is not None:
-            groups = found.groups()
-            self.version = (_number(groups[0]), _number(groups[1]) if len(groups) > 1 else 0)
+            self.version_of(*found.groups())
+
+    def version_of(self, major: bytes, minor: bytes | None = None) -> None:
+        self.version = (_number(major), _number(minor or b"0"))
+        self._minor = text(minor or b"0")
+
+    @property
+    def spelling(self) -> str | None:
+        """The version as it is written there: 24.04 is not 24.4."""
+        if self.version is None or self.version == (0, 0):
+            return None
+        return f"{self.version[0]}.{self._minor}"
 
 
 _Test = Callable[[Files, bytes, Release], bool]
@@ -113,7 +125,7 @@ def _os_release(_files: Files, content: bytes, release: Release) -> bool:
         elif key == b"VERSION_ID":
             neokylin = re.search(rb"^V([0-9]+)Update([0-9]+)$", value)
             if neokylin is not None:
-                release.version = (_number(neokylin[1]), _number(neokylin[2]))
+                release.version_of(*neokylin.groups())
             else:
                 release.version_in(value)
     if release.distribution is None or release.product is None:
@@ -160,8 +172,7 @@ def _named(distribution: str, pattern: bytes | None = None) -> _Test:
         found = re.search(pattern, first)
         if found is None:
             return False
-        groups = found.groups()
-        release.version = (_number(groups[0]), _number(groups[1]) if len(groups) > 1 else 0)
+        release.version_of(*found.groups())
         return True
 
     return test
@@ -184,11 +195,9 @@ def _suse(_files: Files, content: bytes, release: Release) -> bool:
         major = re.match(rb"VERSION = ([0-9]+)", lines[1])
         minor = re.match(rb"PATCHLEVEL = ([0-9]+)", lines[2])
         release.distribution = "sles"
-        release.version = (
-            (_number(major[1]), _number(minor[1]) if minor is not None else 0)
-            if major is not None
-            else None
-        )
+        release.version = None
+        if major is not None:
+            release.version_of(major[1], None if minor is None else minor[1])
     elif re.match(rb"(openSUSE|SuSE Linux|SUSE LINUX) ", lines[0]):
         release.version_in(lines[1])
         release.distribution = "opensuse"
@@ -243,6 +252,15 @@ _TESTS: tuple[tuple[str, _Test], ...] = (
     ("/etc/frugalware-release", _named("frugalware", rb"Frugalware ([0-9]+)\.([0-9]+)")),
     ("/etc/pld-release", _named("pldlinux", rb"([0-9]+)\.([0-9]+) PLD Linux")),
 )
+
+
+def spelling(major: int, minor: int, content: bytes) -> str:
+    """A version as it is written in a release file, where that has these numbers: 24.04."""
+    for line in content.split(b"\n"):
+        found = _WRITTEN.match(line)
+        if found is not None and (int(found[1]), int(found[2])) == (major, minor):
+            return f"{text(found[1])}.{text(found[2])}"
+    return f"{major}.{minor}"
 
 
 def read_release(files: Files) -> Release:

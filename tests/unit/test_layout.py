@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from imgtool.errors import EngineError, NotInGuestError
-from imgtool.guest.fstab import mapper_to_volume, parse_fstab
+from imgtool.guest.blocks import Block
+from imgtool.guest.device_names import mapper_to_volume
+from imgtool.guest.fstab import parse_fstab
 from imgtool.guest.layout import discover
 from imgtool.guest.model import Device, Mount
 
@@ -27,7 +29,10 @@ class FakeVolume:
 class FakeGuest:
     """Filesystems as {device: (type, files or None where it does not mount)}."""
 
-    def __init__(self, filesystems, disks=("/dev/sda",), ids=None, subvolumes=None) -> None:
+    def __init__(
+        self, filesystems, disks=("/dev/sda",), ids=None, subvolumes=None, parents=None
+    ) -> None:
+        self._parents = parents or {}
         self._filesystems = filesystems
         self._disks = disks
         self._ids = ids or {}
@@ -36,8 +41,15 @@ class FakeGuest:
     def filesystems(self) -> Sequence[Device]:
         return [Device("filesystem", name, kind) for name, (kind, _) in self._filesystems.items()]
 
-    def disks(self) -> Sequence[str]:
-        return self._disks
+    def blocks(self) -> Sequence[Block]:
+        names = dict.fromkeys([*self._disks, *self._filesystems, *self._ids.values()])
+        return [self._block(name) for name in names if not name.startswith("btrfsvol:")]
+
+    def _block(self, name: str) -> Block:
+        kind = "device" if name in self._disks else "md" if "/md" in name else "partition"
+        ids = {kind: value for (kind, value), device in self._ids.items() if device == name}
+        type = self._filesystems.get(name, (None, None))[0]
+        return Block(name, kind, 1 << 20, type, parents=self._parents.get(name, ()), **ids)
 
     @contextlib.contextmanager
     def look_into(self, source: str) -> Iterator[FakeVolume]:
@@ -45,9 +57,6 @@ class FakeGuest:
         if files is None:
             raise EngineError("wrong fs type", subject=source)
         yield FakeVolume(files)
-
-    def device_with(self, kind: str, value: str) -> str | None:
-        return self._ids.get((kind, value))
 
     def subvolume_by_id(self, device: str, number: int) -> str | None:
         return self._subvolumes.get((device, number))

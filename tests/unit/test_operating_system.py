@@ -7,6 +7,7 @@ import struct
 import pytest
 
 from imgtool.guest.operating_system import Unknown, identify
+from imgtool.guest.release_files import spelling
 from tests.unit.test_packages import FakeFiles
 
 ROOT = "/dev/sda1"
@@ -70,7 +71,7 @@ RELEASES = {
     ),
     "ubuntu": (
         {**ident("ubuntu", "Ubuntu 22.04.3 LTS", "22.04"), "/etc/debian_version": "b/sid\n"},
-        ("ubuntu", "22.4", "Ubuntu 22.04.3 LTS", "deb", "apt"),
+        ("ubuntu", "22.04", "Ubuntu 22.04.3 LTS", "deb", "apt"),
     ),
     "linuxmint": (
         {**ident("linuxmint", "Linux Mint 21.2", "21.2"), "/etc/lsb-release": MINT},
@@ -185,11 +186,11 @@ RELEASES = {
     ),
     "old cirros": (
         {"/etc/br-version": "2012.05\n", "/usr/share/cirros/logo": "x"},
-        ("cirros", "2012.5", "2012.05", None, None),
+        ("cirros", "2012.05", "2012.05", None, None),
     ),
     "old buildroot": (
         {"/etc/br-version": "2012.05-gabc\n"},
-        ("buildroot", "2012.5", "2012.05-gabc", None, None),
+        ("buildroot", "2012.05", "2012.05-gabc", None, None),
     ),
     "quoted": (
         {
@@ -214,6 +215,21 @@ def test_the_distribution_is_what_libguestfs_says_it_is(name):
         found.package_format,
         found.package_management,
     ) == expected
+
+
+@pytest.mark.parametrize(
+    ("numbers", "content", "written"),
+    [
+        ((24, 4), b'ID=ubuntu\nVERSION_ID="24.04"\n', "24.04"),
+        ((24, 4), b"DISTRIB_RELEASE=24.04\n", "24.04"),
+        ((2012, 5), b"2012.05-gabc\n", "2012.05"),
+        ((12, 5), b'VERSION_ID="12"\n', "12.5"),
+        ((12, 5), b"VERSION_ID=13.05\n", "12.5"),
+        ((9, 2), b"", "9.2"),
+    ],
+)
+def test_a_version_is_given_as_it_is_written(numbers, content, written):
+    assert spelling(*numbers, content) == written
 
 
 FEDORA = ident("fedora", "Fedora Linux 40", "40")
@@ -294,7 +310,7 @@ def test_what_libguestfs_might_see_otherwise_is_left_to_it(files):
         look(files)
 
 
-@pytest.mark.parametrize("mountpoint", ["/usr", "/usr/share", "/etc", "/bin", "/usr/lib/modules"])
+@pytest.mark.parametrize("mountpoint", ["/usr/share", "/etc", "/bin", "/usr/lib/modules"])
 def test_a_filesystem_below_what_is_looked_into_is_left_to_libguestfs(mountpoint):
     with pytest.raises(Unknown):
         identify(guest(FEDORA), ROOT, {"/": ROOT, mountpoint: "/dev/sda2"})

@@ -50,7 +50,6 @@ class DirectGuest(Guest):
         client: Client,
         *,
         image: str,
-        sandbox: str = "",
         disks: Sequence[Sequence[str]],
         mounts: Sequence[Mount] = (),
         root: str | None = None,
@@ -69,10 +68,8 @@ class DirectGuest(Guest):
         self._mounted = False
         self._layout: Layout | None = None
         started = time.monotonic()
-        handed = {"ring": client.shared, "scratch": client.scratch}
-        answer = client.one("open", disks=[list(argv) for argv in disks], **handed)
-        took = time.monotonic() - started
-        log.info("sandbox: worker, QEMU and volumes ready in %.3f s (%s)", took, sandbox)
+        answer = client.one("open", disks=[list(argv) for argv in disks], ring=client.shared)
+        log.info("sandbox: worker, QEMU and volumes ready in %.3f s", time.monotonic() - started)
         self._devices: Devices = client.checked(devices, answer, len(disks))
         self._blocks = self._devices.blocks
         self._volumes = WorkerVolumes(client, self._blocks)
@@ -112,8 +109,7 @@ class DirectGuest(Guest):
             with self._client.in_layout_time():
                 self._layout = self._given_layout() if self._given else self._discovered()
             log.info("layout: discovered in %.3f s", time.monotonic() - started)
-            for problem in self._layout.problems:
-                self._notice(problem)
+            self._tell(self._layout)
         return self._layout
 
     def _discovered(self) -> Layout:
@@ -161,7 +157,8 @@ class DirectGuest(Guest):
                 line = f"the filesystem cannot be mounted: {printable(str(reason))}"
                 if self._given:
                     raise EngineError(line, subject=mount.source)
-                self._unshown[mount.mountpoint] = f"{line} ({mount.source})"
+                if reason != protocol.NO_PLACE:  # else the guest does not mount it either
+                    self._unshown[mount.mountpoint] = f"{line} ({mount.source})"
                 self._notice(f"{mount.mountpoint} is not shown: {line} ({mount.source})")
         self._mounted = True
 
@@ -179,6 +176,8 @@ class DirectGuest(Guest):
     def _at(self, typed: str | bytes) -> str:
         path = protocol.text(self.path(typed))
         self._mount_layout()
+        if hidden := self._hidden(protocol.name(path)):
+            raise hidden
         if self.windows:
             found = self._client.one("spelling", path=path)
             path = protocol.text(self._client.checked(partial(wire.spelling, found, path)))
@@ -394,10 +393,11 @@ class DirectGuest(Guest):
         rows = []
         mountpoints = self._mountpoints()
         types = {block.device: block.parttype for block in self._blocks}
+        unread = unmeasured(self._volumes.filesystems(), self._blocks)
         for filesystem in self._volumes.filesystems():
             device, kind = filesystem.device, filesystem.type
             if not holds_files(kind):
-                if why := unmeasured(filesystem, self._blocks):
+                if why := unread.get(device):
                     rows.append(SpaceUsage(self.image, device, None, kind, error=why))
                 continue
             if kind == UNKNOWN:
@@ -437,6 +437,7 @@ class DirectGuest(Guest):
         for root in roots:
             with self._client.in_layout_time():
                 layout = discover(self._volumes, root=root.source)
+                self._tell(layout)
                 self._mount(layout.mounts)
             mountpoints = {mount.mountpoint: mount.source for mount in layout.mounts}
             answer = self._client.one(

@@ -19,10 +19,9 @@ DATA = b"D"  # raw bytes of the answer
 ERROR = b"E"  # the answer is, or ends with, an error: {"kind": ..., "message": ..., ...}
 END = b"."  # the answer is complete
 ALIVE = b"~"  # nothing yet, but at work
-READY = b"!"  # nothing yet: the sandbox is closed; before the first request
 LENT = b"L"  # raw bytes of the answer that are in the shared memory: where, and how many
-_KINDS = (JSON, DATA, ERROR, END, ALIVE, READY, LENT)
-_EMPTY = (END, ALIVE, READY)
+_KINDS = (JSON, DATA, ERROR, END, ALIVE, LENT)
+_EMPTY = (END, ALIVE)
 
 # What the parent says of an answer on its way: that it wants no more, or that it has done with what
 # was lent. A request has its length there.
@@ -33,18 +32,18 @@ TAKEN = b"\xff\xff\xff\xff"
 MOST_DEVICES = 4096
 
 # What is told of a block device, in this order.
+# Why a filesystem is not mounted, where the guest could not mount it either.
+NO_PLACE = "there is no such directory"
+
 BLOCK = (
     *("device", "kind", "size", "type", "label", "uuid", "partuuid", "partlabel", "parttype"),
+    "dm_uuid",
     "parents",
 )
 
 
 class BadMessage(Exception):
     """What arrived is not what this protocol allows."""
-
-
-class Ended(BadMessage):
-    """Nothing more arrives."""
 
 
 def send(stream: BinaryIO, kind: bytes, payload: bytes | bytearray = b"") -> None:
@@ -61,7 +60,7 @@ def send_json(stream: BinaryIO, kind: bytes, value: object) -> None:
 def _exactly(stream: BinaryIO, length: int) -> bytes:
     data = stream.read(length)
     if len(data) != length:
-        raise Ended("the other end went away")
+        raise BadMessage("the other end went away")
     return data
 
 

@@ -100,7 +100,9 @@ class Volumes:
                         for e in volume.extents
                         for at in self._places[e.physical]
                     )
-                    found.append(self._block(device, "lv", Joined(parts), under))
+                    plain = f"{group.uuid}{volume.uuid}".replace("-", "")
+                    block = self._block(device, "lv", Joined(parts), under)
+                    found.append(replace(block, dm_uuid=plain))
                     if len(found) > MOST_DEVICES:
                         raise NeedsAppliance(_TOO_MANY)
         if len(found) > MOST_DEVICES:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from imgtool.engines.direct.client import Client
 from imgtool.engines.direct.filesystem import NeedsAppliance
 from imgtool.errors import EngineError
-from imgtool.guest.blocks import Block, device_with, filesystems_on
+from imgtool.guest.blocks import Block, filesystems_on
 from imgtool.guest.layout import SMALL_FILE
 from imgtool.guest.model import Device
 
@@ -43,21 +42,15 @@ class WorkerVolumes:
         self._client = client
         self._blocks = blocks
         self._without_type = {block.device for block in blocks if block.type is None}
-        # By each of their names, in any case: fstab may have thousands of lines.
-        self._named: defaultdict[tuple[str, str], list[Block]] = defaultdict(list)
-        for block in blocks:
-            for kind in ("uuid", "label", "partuuid", "partlabel"):
-                if (value := getattr(block, kind)) is not None:
-                    self._named[kind, value.lower()].append(block)
         self.refused: dict[str, str] = {}
 
     def filesystems(self) -> Sequence[Device]:
         """The filesystems, without the subvolumes of those that cannot be read here."""
         return filesystems_on(self._blocks, lambda device: ())
 
-    def disks(self) -> Sequence[str]:
-        """The guest's disks in their order."""
-        return [block.device for block in self._blocks if block.kind == "device"]
+    def blocks(self) -> Sequence[Block]:
+        """The block devices."""
+        return self._blocks
 
     @contextlib.contextmanager
     def look_into(self, source: str) -> Iterator[WorkerVolume]:
@@ -70,10 +63,6 @@ class WorkerVolumes:
             self.refused[source] = str(error)
             raise EngineError(str(error), subject=source) from error
         yield WorkerVolume(self._client)
-
-    def device_with(self, kind: str, value: str) -> str | None:
-        """The device with this filesystem `uuid` or `label`, GPT `partuuid` or `partlabel`."""
-        return device_with(self._named.get((kind, value.lower()), ()), kind, value)
 
     def subvolume_by_id(self, device: str, number: int) -> str | None:
         """Subvolumes are not read here."""

@@ -209,7 +209,7 @@ class Worker:
             try:
                 tree.mount(protocol.name(mountpoint), filesystem)
             except Missing:
-                reason = "there is no such directory"
+                reason = protocol.NO_PLACE
             except ReadFailed as error:
                 raise NeedsAppliance(f"{mountpoint} cannot be looked up: {error}") from error
             said.append(reason)

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 _COLUMNS = "KNAME,PTTYPE,PKNAME,NAME,TYPE,HCTL,SIZE,FSTYPE,LABEL,UUID,PARTUUID,PARTLABEL,PARTTYPE"
 _SEPARATOR = "--logical-volumes--"
+_NAMED = "--device-mapper--"
 _PROBED = "--probed--"
 # Filesystems' modules are loaded meanwhile: an emulated kernel takes seconds over that of XFS.
 # Of the volumes those that LVM itself shows and activates: no parts of thin pools, mirrors and
@@ -35,6 +36,10 @@ for module in vfat xfs btrfs; do
 done >/dev/null 2>&1 &
 printf '%s\\n' "$listed" {_SEPARATOR}
 case $listed in *'FSTYPE="LVM2_member"'*) wait $volumes; cat /run/imgtool-volumes ;; esac
+echo {_NAMED}
+for file in /sys/block/dm-*/dm/uuid; do
+    [ -r $file ] && read -r name <$file && file=${{file#/sys/block/}} && echo "${{file%%/*}} $name"
+done
 echo {_PROBED}
 printf '%s\n' "$listed" | while read -r row; do
     case $row in *' FSTYPE=""'*) ;; *) continue ;; esac
@@ -100,7 +105,9 @@ def _dashed(name: str) -> str:
 def parsed(output: str) -> tuple[Block, ...]:
     """What the appliance's lsblk and lvs wrote, as blocks: disks, partitions, md, LVs, mapped."""
     listed, _, rest = output.partition(_SEPARATOR)
-    volumes, _, probed = rest.partition(_PROBED)
+    rest, _, probed = rest.partition(_PROBED)
+    volumes, _, named = rest.partition(_NAMED)
+    uuids = dict(line.split(" ", 1) for line in named.splitlines() if " " in line)
     rows = _rows(listed)
     _add_probed(rows, probed)
     disks = _disks(rows)
@@ -146,6 +153,7 @@ def parsed(output: str) -> tuple[Block, ...]:
             partuuid=row["PARTUUID"] or None,
             partlabel=row["PARTLABEL"] or None,
             parttype=row["PARTTYPE"].lower(),
+            dm_uuid=uuids.get(kernel, "").removeprefix("LVM-"),
         )
     blocks = [
         replace(

@@ -121,19 +121,18 @@ class LibguestfsGuest(Guest):
             return ()
         found = set()
         for path in self.calls.touched:
+            if self._hidden(path):
+                # It went into the folder below, where the guest would never see it.
+                raise RefusedError(
+                    "its filesystem could not be mounted, so nothing is written there",
+                    subject=printable(path),
+                    hint="give the --key of an encrypted device, or have the filesystem mended",
+                )
             for mount in sorted(self.layout.mounts, key=lambda m: -len(m.mountpoint)):
                 below = mount.mountpoint.rstrip("/").encode() + b"/"
                 if (path.rstrip(b"/") + b"/").startswith(below):
                     found.add(mount)
                     break
-        for mount in found:
-            if mount.mountpoint in self._unshown:
-                # It went into the folder below, where the guest would never see it.
-                raise RefusedError(
-                    "its filesystem could not be mounted, so nothing is written there",
-                    subject=mount.mountpoint,
-                    hint="give the --key of an encrypted device, or have the filesystem mended",
-                )
         return soundness.filesystems(self.volumes, sorted(mount.source for mount in found))
 
     def finish(self) -> None:
@@ -169,8 +168,7 @@ class LibguestfsGuest(Guest):
                 except NothingMounts as error:
                     raise self._unwritable(error) from error
                 log.info("layout: discovered in %.1f s", time.monotonic() - started)
-                for problem in self._layout.problems:
-                    self._notice(problem)
+                self._tell(self._layout)
         return self._layout
 
     def _given_layout(self) -> Layout:
@@ -234,7 +232,8 @@ class LibguestfsGuest(Guest):
             except EngineError as error:
                 if mount.mountpoint == "/" or self._given:
                     raise self._unwritable(error) from error
-                self._unshown[mount.mountpoint] = str(error)
+                if self.handle.is_dir(mount.mountpoint, followsymlinks=True):
+                    self._unshown[mount.mountpoint] = str(error)  # else the guest cannot either
                 self._notice(f"{mount.mountpoint} is not shown: {error}")
         if self.write:
             known = soundness.filesystems(self.volumes, [mount.source for mount in mounts])
@@ -266,6 +265,8 @@ class LibguestfsGuest(Guest):
         """The guest path that is meant, in the spelling of the guest, with the layout mounted."""
         path = self.path(typed)
         self.mount_layout()
+        if not self.write and (hidden := self._hidden(path)):
+            raise hidden
         if self.windows:
             with contextlib.suppress(CallFailed):  # the path itself may not exist yet
                 path = self.calls.case_sensitive_path(path)
@@ -396,9 +397,10 @@ class LibguestfsGuest(Guest):
         Where that gives up, as it does on an fstab that lies, the guest's files are asked.
         """
         self.unmount_layout()
+        found: list[OperatingSystem] = []
         try:
             # Listing the blocks opens encrypted devices, which inspection then sees.
-            return inspection.operating_systems(
+            found += inspection.operating_systems(
                 self.handle, self.volumes.blocks(), packages=packages
             )
         except inspection.InspectionFailed as error:
@@ -406,15 +408,44 @@ class LibguestfsGuest(Guest):
             layout = self.layout
             if layout.root is None:
                 raise
-            mountpoints = {mount.mountpoint: mount.source for mount in layout.mounts}
-            files = GuestFiles(self)
             try:
-                found = identify(files, layout.root, mountpoints)
-                if packages:
-                    rows = installed(files, found.package_format)
-                    found = dataclasses.replace(found, applications=rows)
+                told = self._told_by_files(layout, packages=packages)
             except Unknown as reason:
                 log.info("the files do not tell either: %s", reason)
                 raise error from reason
             self._notice(f"{error.message}; told from the guest's files instead")
-            return (found,)
+            return (told,)
+        return tuple(self._with_own_layout(one, packages=packages) for one in found)
+
+    def _told_by_files(self, layout: Layout, *, packages: bool) -> OperatingSystem:
+        """What the files of a layout with a root say. Raises `Unknown` where they do not tell."""
+        assert layout.root is not None
+        self.unmount_layout()
+        self._layout = layout
+        files = GuestFiles(self)
+        mountpoints = {mount.mountpoint: mount.source for mount in layout.mounts}
+        found = identify(files, layout.root, mountpoints)
+        if packages:
+            rows = installed(files, found.package_format)
+            found = dataclasses.replace(found, applications=rows)
+        return found
+
+    def _with_own_layout(self, found: OperatingSystem, *, packages: bool) -> OperatingSystem:
+        """What inspection found, with the mount points that it does not follow.
+
+        It does not know every name that fstab has for devices; without a /usr it is wrong.
+        """
+        try:
+            layout = discover(self.volumes, root=found.root)
+        except NotInGuestError:
+            return found
+        self._tell(layout)
+        mountpoints = {mount.mountpoint: mount.source for mount in layout.mounts}
+        if not mountpoints.keys() >= found.mountpoints.keys():
+            return found
+        if mountpoints.get("/usr") != found.mountpoints.get("/usr"):
+            try:
+                return self._told_by_files(layout, packages=packages)
+            except Unknown as reason:
+                log.info("the files do not tell: %s", reason)
+        return dataclasses.replace(found, mountpoints=dict(sorted(mountpoints.items())))

@@ -11,7 +11,9 @@ from imgtool import said
 from imgtool.engines.libguestfs.volumes import guest_names, reason
 from imgtool.errors import EngineError
 from imgtool.guest.blocks import Block
+from imgtool.guest.files import SMALL_FILE
 from imgtool.guest.model import Application, OperatingSystem
+from imgtool.guest.release_files import spelling
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,14 @@ def _known(call: Callable[[str], str], root: str) -> str | None:
 def _version(handle: Any, root: str) -> str | None:
     major = handle.inspect_get_major_version(root)
     minor = handle.inspect_get_minor_version(root)
-    return f"{major}.{minor}" if major > 0 or minor > 0 else None
+    if major <= 0 and minor <= 0:
+        return None
+    content = b""
+    for path in ("/etc/os-release", "/etc/lsb-release", "/etc/br-version"):
+        with contextlib.suppress(RuntimeError):
+            if handle.is_file(path, followsymlinks=True):
+                content += bytes(handle.pread(path, SMALL_FILE, 0)) + b"\n"
+    return spelling(major, minor, content)
 
 
 def _mounted(handle: Any, mountpoints: dict[str, str]) -> None:

@@ -34,11 +34,11 @@ def usage(guest: LibguestfsGuest) -> tuple[SpaceUsage, ...]:
     rows: list[SpaceUsage] = []
     mountpoints = _mountpoints(guest)
     guest.unmount_layout()
-    blocks = guest.volumes.blocks()
+    unread = unmeasured(guest.volumes.filesystems(), guest.volumes.blocks())
     for filesystem in guest.volumes.filesystems():
         device, kind = filesystem.device, filesystem.type
         if not holds_files(kind):
-            if why := unmeasured(filesystem, blocks):
+            if why := unread.get(device):
                 rows.append(SpaceUsage(guest.image, device, None, kind, error=why))
             continue
         if is_subvolume(device):

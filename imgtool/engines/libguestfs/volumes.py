@@ -13,7 +13,7 @@ from imgtool import said
 from imgtool.engines.libguestfs.blocks import list_blocks
 from imgtool.engines.libguestfs.calls import Calls
 from imgtool.errors import EngineError, HostError
-from imgtool.guest.blocks import Block, device_with, filesystems_on
+from imgtool.guest.blocks import Block, filesystems_on
 from imgtool.guest.keys import Key
 from imgtool.guest.layout import BTRFS_VOLUME, SMALL_FILE
 from imgtool.guest.model import Device
@@ -113,10 +113,6 @@ class ApplianceVolumes:
         """The block device of this name."""
         return next((block for block in self.blocks() if block.device == device), None)
 
-    def disks(self) -> Sequence[str]:
-        """The guest's disks in their order."""
-        return [block.device for block in self.blocks() if block.kind == "device"]
-
     def _unlock(self, device: str) -> bool:
         handle = self._handle
         try:
@@ -181,11 +177,6 @@ class ApplianceVolumes:
                 raise
             # mount(8) sees two signatures; which of them counts is known here.
             self._handle.mount_vfs(options, block.type, source, mountpoint)
-
-    def device_with(self, kind: str, value: str) -> str | None:
-        """The device with this filesystem `uuid` or `label`, GPT `partuuid` or `partlabel`."""
-        blocks = [block for block in self.blocks() if block.device not in self._opened]
-        return device_with(blocks, kind, value)
 
     def subvolume_by_id(self, device: str, number: int) -> str | None:
         """The path of the btrfs subvolume with this id."""

@@ -1,0 +1,165 @@
+"""Names of devices in fstab: those that can be told lead to the device, the others are said."""
+
+from __future__ import annotations
+
+import pytest
+
+from imgtool.errors import NotInGuestError
+from imgtool.guest.blocks import Block
+from imgtool.guest.device_names import DeviceNames, parse_crypttab
+from imgtool.guest.fstab import parse_fstab
+from imgtool.guest.layout import discover
+from imgtool.guest.model import Device
+from tests.unit.test_layout import FakeGuest, linux, mounts
+
+GROUP, ROOT, HOME = "G" * 32, "R" * 32, "H" * 32
+LUKS = "99999999-2222-3333-4444-555555555555"
+
+BLOCKS = (
+    Block("/dev/sda", "device", 1),
+    Block("/dev/sda1", "partition", 1, "vfat", "EFI", "ABCD-1234", "aa-01", "EFI system"),
+    Block("/dev/sda2", "partition", 1, "LVM2_member", uuid="pv"),
+    Block("/dev/sda3", "partition", 1, "ext4", "my disk", "0a-b", "AA-03", "a/b\\c"),
+    Block("/dev/sda4", "partition", 1, "crypto_LUKS", uuid=LUKS),
+    Block("/dev/md127", "md", 1, "xfs"),
+    Block("/dev/u-vg/root", "lv", 1, "ext4", dm_uuid=GROUP + ROOT),
+    Block("/dev/u-vg/home", "lv", 1, "ext4", dm_uuid=GROUP + HOME),
+    Block("/dev/mapper/imgtool-luks0", "mapped", 1, "ext4", parents=("/dev/sda4",)),
+)
+FILESYSTEMS = [
+    Device("filesystem", block.device, block.type)
+    for block in BLOCKS
+    if block.type not in (None, "LVM2_member", "crypto_LUKS")
+]
+CRYPTTAB = parse_crypttab(b"# name device\n\ncr_data UUID=" + LUKS.encode() + b" none luks\n")
+NAMES = DeviceNames(FILESYSTEMS, BLOCKS, CRYPTTAB)
+
+
+@pytest.mark.parametrize(
+    ("spec", "device"),
+    [
+        (f"/dev/disk/by-id/dm-uuid-LVM-{GROUP}{HOME}", "/dev/u-vg/home"),
+        ("/dev/disk/by-id/dm-name-u--vg-home", "/dev/u-vg/home"),
+        ("/dev/mapper/u--vg-home", "/dev/u-vg/home"),
+        ("/dev/u-vg/home", "/dev/u-vg/home"),
+        (r"/dev/disk/by-label/my\x20disk", "/dev/sda3"),
+        ("/dev/disk/by-label/my disk", "/dev/sda3"),
+        ("LABEL=my disk", "/dev/sda3"),
+        ('LABEL="my disk"', "/dev/sda3"),
+        (r"/dev/disk/by-partlabel/EFI\x20system", "/dev/sda1"),
+        (r"/dev/disk/by-partlabel/a\x2fb\x5cc", "/dev/sda3"),
+        ("PARTLABEL=EFI system", "/dev/sda1"),
+        ("/dev/disk/by-partuuid/aa-03", "/dev/sda3"),
+        ("PARTUUID=AA-01", "/dev/sda1"),
+        ("UUID=abcd-1234", "/dev/sda1"),
+        ("/dev/disk/by-uuid/0a-b", "/dev/sda3"),
+        ("/dev/disk/by-id/ata-QEMU_HARDDISK_QM00001-part3", "/dev/sda3"),
+        ("/dev/disk/by-path/pci-0000:00:04.0-part3", "/dev/sda3"),
+        ("ID=virtio-serial-part3", "/dev/sda3"),
+        ("/dev/vda3", "/dev/sda3"),
+        ("/dev/nvme0n1p3", "/dev/sda3"),
+        ("/dev/md/root", "/dev/md127"),
+        ("/dev/disk/by-id/md-uuid-1:2:3:4", "/dev/md127"),
+        ("/dev/mapper/cr_data", "/dev/mapper/imgtool-luks0"),
+        ("/dev/disk/by-id/dm-name-cr_data", "/dev/mapper/imgtool-luks0"),
+        (f"/dev/disk/by-id/dm-uuid-CRYPT-LUKS2-{LUKS.replace('-', '')}-x", None),
+        # What is there, and is no filesystem; what is nowhere
+        ("/dev/sda2", None),
+        ("UUID=pv", None),
+        (f"/dev/disk/by-id/dm-uuid-LVM-{GROUP}{'X' * 32}", None),
+        ("/dev/disk/by-id/ata-x-part9", None),
+        (r"/dev/disk/by-label/\xff", None),
+        ("LABEL=", None),
+    ],
+)
+def test_a_name_leads_to_its_device(spec, device):
+    if "CRYPT" in spec:
+        device = "/dev/mapper/imgtool-luks0"
+    assert NAMES.device(spec) == device
+
+
+def test_a_name_of_hardware_is_told_by_the_roots_own_name():
+    blocks = [
+        Block(name, "device" if name[-1].isalpha() else "partition", 1, "ext4")
+        for name in ("/dev/sda", "/dev/sda1", "/dev/sdb", "/dev/sdb1", "/dev/sdb2")
+    ]
+    names = DeviceNames([Device("filesystem", b.device, b.type) for b in blocks], blocks)
+    stem = "/dev/disk/by-id/scsi-0QEMU_"
+    assert names.device(f"{stem}b-part2") is None
+    names.learn(f"{stem}b-part1", "/dev/sdb1")
+    assert names.device(f"{stem}b-part2") == "/dev/sdb2"
+    assert names.device(f"{stem}a-part1") is None
+
+
+def test_quoted_blanks_are_part_of_a_label():
+    entries, problems = parse_fstab(b'LABEL="my disk" /x ext4 defaults 0 0\nLABEL=a\\040b /y xfs\n')
+    assert [(one.spec, one.mountpoint) for one in entries] == [
+        ('LABEL="my disk"', "/x"),
+        ("LABEL=a b", "/y"),
+    ]
+    assert problems == ()
+
+
+def test_what_cannot_be_told_is_said_once_with_what_to_type():
+    fstab = (
+        "UUID=gone /home ext4 defaults 0 2\nUUID=x /media/usb ext4 nofail 0 0\n"
+        "UUID=b007 /boot ext4 defaults 0 2\nUUID=y /mnt ext4 noauto 0 0\n"
+    )
+    guest = FakeGuest(
+        {"/dev/sda1": ("ext4", linux(fstab)), "/dev/sda2": ("ext4", {}), "/dev/sda3": ("xfs", {})},
+        ids={("uuid", "b007"): "/dev/sda2"},
+    )
+    layout = discover(guest)
+    assert layout.problems == (
+        "/home is not shown: UUID=gone is on none of the disks given",
+        "to show /home all the same, say what is where: "
+        "-m /dev/sda1 -m /dev/sda2:/boot -m /dev/sda3:/home",
+    )
+    assert [(one.mountpoint, one.needed) for one in layout.unshown] == [
+        ("/home", True),
+        ("/media/usb", False),
+        ("/mnt", False),
+    ]
+
+
+def test_a_thousand_lines_that_say_nothing_are_a_few_words():
+    fstab = "".join(f"UUID={n} /m{n} ext4 defaults 0 2\n" for n in range(1000))
+    layout = discover(FakeGuest({"/dev/sda1": ("ext4", linux(fstab))}))
+    assert len(layout.problems) == 11
+    assert "990 more" in layout.problems[-1]
+
+
+def test_what_a_missing_key_hides_is_said_with_the_key_to_type():
+    guest = FakeGuest(
+        {
+            "/dev/sda1": (
+                "ext4",
+                {
+                    **linux("/dev/mapper/cr_home /home ext4 defaults 0 2\n"),
+                    "/etc/crypttab": f"cr_home UUID={LUKS} none luks\n".encode(),
+                },
+            ),
+            "/dev/sda2": ("crypto_LUKS", None),
+        },
+        ids={("uuid", LUKS): "/dev/sda2"},
+    )
+    (line,) = discover(guest).problems
+    assert line == (
+        "/home is not shown: /dev/sda2 is encrypted, and no key opens it "
+        "(--key /dev/sda2:file:FILE)"
+    )
+
+
+@pytest.mark.parametrize("kind", ["crypto_LUKS", "BitLocker"])
+def test_an_open_boot_is_not_taken_for_the_guest_whose_root_is_locked(kind):
+    filesystems = {"/dev/sda1": ("ext4", {"/vmlinuz": b"k"}), "/dev/sda2": (kind, None)}
+    with pytest.raises(NotInGuestError) as caught:
+        discover(FakeGuest(filesystems))
+    assert "encrypted" in caught.value.message
+    assert "--key /dev/sda2:file:FILE" in caught.value.hint
+    assert "-m /dev/sda1" in caught.value.hint
+    opened = FakeGuest(
+        {**filesystems, "/dev/mapper/x": ("ext4", linux())},
+        parents={"/dev/mapper/x": ["/dev/sda2"]},
+    )
+    assert mounts(opened) == {"/": "/dev/mapper/x"}
