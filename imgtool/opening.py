@@ -366,7 +366,8 @@ def _drives(
             for chain, size in zip(chains, sectors, strict=True):
                 active = chain.active
                 handle.add_drive_opts(
-                    str(active.path.absolute()),
+                    # By its own name: QEMU looks for what it stands on beside a link.
+                    str(active.path.resolve()),
                     format=active.format,
                     readonly=not write,
                     **size,

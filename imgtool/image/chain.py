@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +58,44 @@ class Chain:
         return tuple(path for link in self.links for path in link.files)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """A line for each base that was found elsewhere than where it should be."""
+        return tuple(link.found for link in self.links if link.found is not None)
+
+    @property
     def safe_by_name(self) -> bool:
         """Whether QEMU, told only the name and format of the active image, opens these very files
         in these very formats.
 
-        If not, because a header names no format for a backing file (QEMU would guess again) or a
-        data file without its folder (QEMU takes it from the current one), give it `filename()`.
+        If not, because a header names no format for a backing file (QEMU would guess again), a
+        data file without its folder (QEMU takes it from the current one), or a backing file that
+        was found elsewhere, give it `filename()`.
         """
-        return self.header is None and all(
-            (link.backing is None or link.backing_format is not None)
-            and (link.data_file is None or link.data_file.startswith("/"))
-            for link in self.links
+        return (
+            self.header is None
+            and self.unnamed is None
+            and all(
+                (link.backing is None or link.backing_format is not None)
+                and (link.data_file is None or link.data_file.startswith("/"))
+                for link in self.links
+            )
         )
+
+    @property
+    def unnamed(self) -> tuple[ImageInfo, ImageInfo] | None:
+        """The first link, and what it stands on, whose name for that leads elsewhere when QEMU
+        follows the names from the active image's own place; None if there is none."""
+        path = self.active.path.resolve()
+        for link, below in pairwise(self.links):
+            # QEMU does not look where links lead.
+            path = path.parent / str(link.backing).removeprefix("file:")
+            try:
+                same = path.samefile(below.path)
+            except (OSError, ValueError):
+                same = False
+            if not same:
+                return link, below
+        return None
 
     def snapshot(self, name: str) -> Snapshot:
         """The internal snapshot of the active image with this name, or else with this id.
@@ -134,8 +161,8 @@ class Chain:
         return "json:" + json.dumps(node, ensure_ascii=False)
 
 
-def _next_path(link: ImageInfo, places: Places) -> Path:
-    path = places.follow(str(link.backing), of=link.path, role="backing file")
+def _next_path(link: ImageInfo, places: Places) -> tuple[Path, str | None]:
+    path, note = places.find_base(str(link.backing), of=link.path)
     named = f"its backing file '{printable(str(link.backing))}'"
     try:
         path.stat()
@@ -149,9 +176,9 @@ def _next_path(link: ImageInfo, places: Places) -> Path:
         raise ImageError(
             f"{named} is missing",
             subject=printable(link.path),
-            hint=f"it should be at {printable(path)}",
+            hint=f"it should be at {printable(path)}; where it is elsewhere: --backing-dir FOLDER",
         ) from error
-    return path
+    return path, note
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -186,7 +213,7 @@ def follow_chain(
     while link.backing is not None:
         if len(seen) == MAX_LINKS:
             raise RefusedError(f"a chain of more than {MAX_LINKS} links", subject=printable(path))
-        below = _next_path(link, places)
+        below, note = _next_path(link, places)
         if _identity(below) in seen:
             raise ImageError(
                 f"its backing file '{printable(link.backing)}' leads back into the chain: a loop",
@@ -197,6 +224,8 @@ def follow_chain(
             link,
             probe(below, format=link.backing_format, places=places, by_header=True),
         )
+        if note is not None:
+            link = replace(link, found=note, problems=(note, *link.problems))
         problems = link.problems
         if link.probed and link.format != "raw":
             guessed = (

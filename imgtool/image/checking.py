@@ -168,13 +168,15 @@ class ChainCheck:
             if link.backing is None:
                 return
             try:
-                path = places.follow(link.backing, of=link.path, role="backing file")
+                path, note = places.find_base(link.backing, of=link.path)
             except _WRONG as error:
                 yield findings.not_followed(error, link)
                 return
             if not _is_there(path):
                 yield findings.missing(link, path)
                 return
+            if note is not None:
+                yield findings.found_by_name(link, path)
             above, format = link, link.backing_format
 
     def _probe(self, path: Path, format: str | None, places: Places) -> ImageInfo:

@@ -12,7 +12,7 @@ from imgtool.errors import Force, Reason, RefusedError, listed
 from imgtool.image import headers
 from imgtool.image.chain import Chain
 from imgtool.image.headers import Header
-from imgtool.image.places import Places, printable
+from imgtool.image.places import Places, folders_of, printable
 from imgtool.image.record import is_ours
 
 log = logging.getLogger(__name__)
@@ -65,17 +65,18 @@ class Overlays:
 
     def add(self, header: Header) -> None:
         """Take note of what an image stands on."""
-        with contextlib.suppress(OSError, ValueError):  # it stands on nothing that is there
-            if (below := headers.base_of(header)) is not None:
+        for below in headers.bases_of(header):
+            with contextlib.suppress(OSError, ValueError):  # it stands on nothing that is there
                 named = below.stat()
                 above = self._above.setdefault((named.st_dev, named.st_ino), {})
                 above.setdefault(header.identity, header.path)
 
-    def on(self, path: Path) -> list[Path]:
+    def on(self, path: Path, beside: Sequence[Path] = ()) -> list[Path]:
         """The images that name `path` as their backing file: those of `overlays_on`, and those
         that were added."""
         base = path.stat()
-        folders = Places.around(path, self._backing_dirs).folders
+        folders = [*Places.around(path, self._backing_dirs).folders]
+        folders += [folder for name in (path, *beside) for folder in folders_of(name)]
         self._look_in(folders, _files_in)
         named = os.environ.get(IMAGE_DIRS_VARIABLE, "").split(":")
         self._look_in([Path(folder) for folder in named if folder], files_below)
@@ -96,13 +97,16 @@ class Overlays:
                         self.add(header)
 
 
-def overlays_on(path: Path, backing_dirs: Sequence[str | Path] = ()) -> list[Path]:
+def overlays_on(
+    path: Path, backing_dirs: Sequence[str | Path] = (), *, beside: Sequence[Path] = ()
+) -> list[Path]:
     """The images that name `path` as their backing file.
 
-    Looked at are the folders that a chain may use, without what is below them, and those of
-    IMGTOOL_IMAGE_DIRS with all that is below: an overlay in another folder is not found.
+    Looked at are the folders that a chain may use, those of the links that lead to `path`, and
+    those of what is `beside` it, all without what is below them, and those of IMGTOOL_IMAGE_DIRS
+    with all that is below: an overlay in another folder is not found.
     """
-    return Overlays(backing_dirs).on(path)
+    return Overlays(backing_dirs).on(path, beside)
 
 
 def refuse_if_base(
@@ -118,7 +122,7 @@ def refuse_if_base(
     path = chain.active.path
     overlays = [
         overlay
-        for overlay in overlays_on(path, backing_dirs)
+        for overlay in overlays_on(path, backing_dirs, beside=[but_for] if but_for else [])
         if but_for is None or not overlay.samefile(but_for)
     ]
     if overlays:

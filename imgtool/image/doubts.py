@@ -39,7 +39,12 @@ def doubts_of(chain: Chain) -> tuple[str, ...]:
     their entries can be right at all. `check_metadata` looks at all.
     """
     lines = [
-        f"{printable(link.path)}: marked corrupt by QEMU" for link in chain.links if link.corrupt
+        *chain.notes,
+        *(
+            f"{printable(link.path)}: marked corrupt by QEMU"
+            for link in chain.links
+            if link.corrupt
+        ),
     ]
     most = max(_MOST_TABLES // len(chain.links), 1)
     for link in chain.links:
@@ -62,6 +67,7 @@ def refuse_doubtful(chain: Chain, *, force: Force = ()) -> None:
     All tables of the active image are checked by QEMU: that reads about a thousandth of what the
     image holds.
     """
+    refuse_elsewhere(chain)
     for overlay, base in newer_bases(chain.links) if Reason.BASE_NEWER not in force else ():
         raise RefusedError(
             f"its base {printable(base.path)} was changed after it, and may no longer fit; to write"
@@ -73,6 +79,20 @@ def refuse_doubtful(chain: Chain, *, force: Force = ()) -> None:
         )
     if Reason.DAMAGED not in force:
         _refuse_damaged(chain.active)
+
+
+def refuse_elsewhere(chain: Chain) -> None:
+    """Raise `RefusedError` for a chain with a base that is not where the name in the overlay leads:
+    which of two it is on is then written into it first."""
+    if (elsewhere := chain.unnamed) is not None:
+        link, below = elsewhere
+        raise RefusedError(
+            f"its base {printable(below.path)} is not where the name in it leads to, and so only"
+            " read",
+            subject=printable(link.path),
+            hint="write that name into it: imgtool overlay rebase --unsafe --base-format"
+            f" {below.format} {typed(link.path)} {typed(below.path)}",
+        )
 
 
 def _refuse_damaged(link: ImageInfo) -> None:

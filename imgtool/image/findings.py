@@ -111,6 +111,19 @@ def missing(link: ImageInfo, path: Path) -> Finding:
     )
 
 
+def found_by_name(link: ImageInfo, path: Path) -> Finding:
+    """A backing file that is not at its place, and was taken from a folder that was given."""
+    return Finding(
+        link.path,
+        "note",
+        "base-found-by-name",
+        f"its backing file {printable(str(link.backing))} is not there: {printable(path)} is used,"
+        " by its name",
+        "if it is the right one, write its name into the overlay: imgtool overlay rebase --unsafe"
+        f" --base-format {link.backing_format or 'FORMAT'} {typed(link.path)} {typed(path)}",
+    )
+
+
 def loop(path: Path) -> Finding:
     """An image that was met before on the way down."""
     return Finding(

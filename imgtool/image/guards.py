@@ -12,7 +12,7 @@ from pathlib import Path
 from imgtool.errors import Force, HostError, ImageError, Reason, RefusedError, listed
 from imgtool.image.chain import Chain
 from imgtool.image.dependants import refuse_if_base
-from imgtool.image.doubts import refuse_doubtful
+from imgtool.image.doubts import refuse_doubtful, refuse_elsewhere
 from imgtool.image.holdings import bitmaps_in
 from imgtool.image.info import ImageInfo
 from imgtool.image.locks import refuse_if_in_use
@@ -234,6 +234,7 @@ def refuse_existing(path: Path) -> None:
 
 def refuse_to_guess(chain: Chain) -> None:
     """Raise `RefusedError` for a chain that QEMU could not open for writing by the names in it."""
+    refuse_elsewhere(chain)
     for link in chain.links:
         if link.data_file is not None and not link.data_file.startswith("/"):
             raise RefusedError(

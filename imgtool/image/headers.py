@@ -6,6 +6,7 @@ told is what the header says; whether the image is sound is not looked at.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -160,25 +161,41 @@ def _file_in(node: object) -> str | None:
     return None
 
 
-def base_of(header: Header) -> Path | None:
-    """Where the backing file that a header names is, or should be; None for what is no local file.
+def bases_of(header: Header) -> tuple[Path, ...]:
+    """Where the backing file that a header names is, or should be: a relative name starts where the
+    file itself is, and for QEMU in the folder of a link that leads to it. Empty for what is no
+    local file.
 
     For comparing only: the name was written by whoever wrote the image.
     """
     name = header.backing
     if name is None:
-        return None
+        return ()
     if name.startswith("json:"):
         try:
             name = _file_in(json.loads(name.removeprefix("json:")))
         except (ValueError, RecursionError):
-            return None
+            return ()
         if name is None:
-            return None
+            return ()
     elif protocol_of(name) in _LOCAL:
         name = name.partition(":")[2]
     elif protocol_of(name) is not None:
-        return None
+        return ()
     if not name or "\0" in name:
-        return None
-    return header.path.parent / name
+        return ()
+    starts = [header.path.parent]
+    if header.path.is_symlink() or not header.path.is_absolute():
+        with contextlib.suppress(OSError, RuntimeError):  # gone, or a circle
+            starts.insert(0, header.path.resolve().parent)
+    return tuple(dict.fromkeys(start / name for start in starts))
+
+
+def base_of(header: Header) -> Path | None:
+    """The first of `bases_of` that is there; where none is, the first; None where there is none."""
+    named = bases_of(header)
+    for path in named if len(named) > 1 else ():
+        with contextlib.suppress(OSError, ValueError):
+            path.stat()
+            return path
+    return named[0] if named else None

@@ -57,7 +57,8 @@ class ImageInfo:
     host_device. `probed` says that the format was guessed from the content, `by_header` that QEMU
     was not asked whether it can open this. `backing` and
     `data_file` are the names as written in the header; `data_path` is where the latter is.
-    `problems` are lines for the user.
+    `problems` are lines for the user; `found` is one that tells of a base which is not where the
+    image that stands on it says.
     """
 
     path: Path
@@ -79,6 +80,7 @@ class ImageInfo:
     extents: tuple[Path, ...] = ()
     snapshots: tuple[Snapshot, ...] = ()
     problems: tuple[str, ...] = ()
+    found: str | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -264,7 +266,8 @@ def _probe_open_file(
     file.seek(0)
     start = file.read(_PROBED_BYTES)
     driver = "host_device" if stat.S_ISBLK(os.fstat(file.fileno()).st_mode) else "file"
-    description, probed_as = str(path), format
+    # By its own name: QEMU would look for extents in the folder of a link.
+    description, probed_as = str(path.resolve()), format
     header, data_file, data_path = None, None, None
     extents: tuple[Path, ...] = ()
     if format in (None, "qcow2"):

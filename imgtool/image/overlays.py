@@ -55,7 +55,9 @@ def backing_name(base: Path, overlay: Path) -> str:
         name = os.path.relpath(real, folder)
         # QEMU takes what stands before a colon for a protocol.
         return f"./{name}" if ":" in name.partition("/")[0] else name
-    return str(base.absolute())
+    # A link may lead elsewhere one day, and QEMU looks beside it for what its file stands on; a
+    # device is meant by the name that it was given by.
+    return str(real if base.is_symlink() and not base.is_block_device() else base.absolute())
 
 
 def plan_create(
