@@ -88,7 +88,7 @@ def examine(
         _saved(kvm),
         _cache_space(),
         _memory(host),
-        _sandbox(host),
+        *_sandboxes(host),
         _fuse(host),
         _device(host, "loop devices", "loop", "loop-control", "loop-control"),
         _nbd(host),
@@ -359,22 +359,40 @@ def _memory(host: Host) -> Check:
     return Check("memory", True, True, found)
 
 
-def _sandbox(host: Host) -> Check:
-    name = "sandbox (bwrap, user namespaces)"
+def _sandboxes(host: Host) -> Iterator[Check]:
+    """The kinds of sandbox that the direct engine can have, tried as it would start them."""
+    from imgtool.engines.direct.filesystem import NeedsAppliance, NoSandbox
+    from imgtool.engines.direct.sandbox import Kind, try_kind
+
+    used = False
+    for kind, name in (
+        (Kind.NAMESPACES, "sandbox (bubblewrap)"),
+        (Kind.LANDLOCK, "sandbox (Landlock)"),
+    ):
+        try:
+            try_kind(kind)
+        except NoSandbox as error:
+            fix = _namespaces_fix(host) if kind is Kind.NAMESPACES else _LANDLOCK_FIX
+            yield Check(name, None, False, str(error), fix)
+        except NeedsAppliance as error:  # of which there is a line above
+            yield Check(name, None, False, str(error))
+        else:
+            journals = "" if kind is Kind.NAMESPACES else "; no journal is replayed in it"
+            yield Check(name, True, False, "works" if used else f"works, and is used{journals}")
+            used = True
+
+
+_LANDLOCK_FIX = "Linux 5.13 and newer have it; in a container: a profile that permits landlock_*"
+
+
+def _namespaces_fix(host: Host) -> str:
     if shutil.which("bwrap") is None:
-        return Check(name, None, False, "bwrap not found on PATH", _install("bubblewrap"))
-    try:
-        run(["bwrap", "--unshare-all", "--ro-bind", "/", "/", "/bin/true"], limits=_MOMENT)
-    except HostError as error:
-        switches = {"unprivileged_userns_clone": "1", "apparmor_restrict_unprivileged_userns": "0"}
-        for switch, wanted in switches.items():
-            file = host.proc / "sys/kernel" / switch
-            if _text(file) not in ("", wanted):
-                fix = f"sudo sysctl kernel.{switch}={wanted}"
-                return Check(name, None, False, error.message, fix)
-        fix = "allow user namespaces (in a container: a seccomp profile that permits them)"
-        return Check(name, None, False, error.message, fix)
-    return Check(name, True, False, "works")
+        return _install("bubblewrap")
+    switches = {"unprivileged_userns_clone": "1", "apparmor_restrict_unprivileged_userns": "0"}
+    for switch, wanted in switches.items():
+        if _text(host.proc / "sys/kernel" / switch) not in ("", wanted):
+            return f"sudo sysctl kernel.{switch}={wanted}"
+    return "allow user namespaces (in a container: a seccomp profile that permits them)"
 
 
 def _fuse(host: Host) -> Check:

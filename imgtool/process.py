@@ -111,14 +111,13 @@ def run(
     ok: Sequence[int] = (0,),
     pass_fds: Sequence[int] = (),
     env: dict[str, str] | None = None,
-    owner: tuple[int, int] | None = None,
     before: Callable[[], None] | None = None,
     apart: bool = False,
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a program to its end and return what it wrote.
 
-    As root, `owner` (UID, GID) is whom the program runs as. `before` is called in the new process
-    before the program starts. `apart`, a Ctrl-C at the terminal is for imgtool alone.
+    `before` is called in the new process before the program starts. `apart`, a Ctrl-C at the
+    terminal is for imgtool alone.
 
     Raises `HostError` if there is no such program, `TimedOut` past `limits.wall`, and
     `ProgramFailed` for a status that is not in `ok`.
@@ -126,7 +125,7 @@ def run(
     limits = limits or Limits()
     words = [str(word) for word in argv]
     log.debug("run: %s", shlex.join(words))
-    options = _options(limits, pass_fds, env, owner, before)
+    options = _options(limits, pass_fds, env, before)
     options["process_group"] = 0 if apart else None
     stdin = subprocess.DEVNULL if input is None else PIPE
     with _started(words, stdin=stdin, stdout=PIPE, stderr=PIPE, **options) as process:
@@ -152,15 +151,11 @@ def spawn(
     stdout: int = subprocess.DEVNULL,
     stderr: int = subprocess.PIPE,
     env: dict[str, str] | None = None,
-    owner: tuple[int, int] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a program that lives as long as the `with` block; it is gone when the block ends.
-
-    As root, `owner` (UID, GID) is whom the program runs as.
-    """
+    """Start a program that lives as long as the `with` block; it is gone when the block ends."""
     words = [str(word) for word in argv]
     log.debug("spawn: %s", shlex.join(words))
-    options = _options(limits or Limits(), pass_fds, env, owner)
+    options = _options(limits or Limits(), pass_fds, env)
     with _started(words, stdin=stdin, stdout=stdout, stderr=stderr, **options) as process:
         yield process
 
@@ -169,7 +164,6 @@ def _options(
     limits: Limits,
     pass_fds: Sequence[int],
     env: dict[str, str] | None,
-    owner: tuple[int, int] | None,
     before: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     if limits.memory is not None:
@@ -178,9 +172,6 @@ def _options(
     return {
         "env": environment(env),
         "pass_fds": pass_fds,
-        "user": owner[0] if owner else None,
-        "group": owner[1] if owner else None,
-        "extra_groups": [] if owner else None,
         "preexec_fn": _prepare_child(limits, os.getpid(), before),
     }
 

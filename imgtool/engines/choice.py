@@ -10,8 +10,8 @@ from typing import BinaryIO, TypeVar
 
 from imgtool import interrupt
 from imgtool.engines.direct.client import WorkerFailed
-from imgtool.engines.direct.filesystem import NeedsAppliance
-from imgtool.errors import EngineError, ImageError, ImgtoolError, Interrupted
+from imgtool.engines.direct.filesystem import NeedsAppliance, NoSandbox
+from imgtool.errors import EngineError, HostError, ImageError, ImgtoolError, Interrupted
 from imgtool.guest.guest import Guest, OnProblem, Stretches
 from imgtool.guest.model import Device, Entry, Layout, OperatingSystem, SpaceUsage
 
@@ -71,6 +71,8 @@ class ChosenGuest(Guest):
         self._direct.close()
         self._direct = None
         reason = error.message if isinstance(error, WorkerFailed) else str(error)
+        if self._appliance is None and isinstance(error, NoSandbox):
+            raise HostError(reason, hint="'imgtool doctor' says what each kind needs") from error
         if self._appliance is None:
             raise ImageError(
                 f"the direct engine does not read this: {reason}",
@@ -78,7 +80,12 @@ class ChosenGuest(Guest):
                 hint="leave --engine out, and the appliance reads it",
             ) from error
         log.info("engine: libguestfs, since the direct engine does not read this: %s", reason)
-        self._guest = self._stack.enter_context(self._appliance())
+        try:
+            self._guest = self._stack.enter_context(self._appliance())
+        except HostError as failed:
+            if isinstance(error, NoSandbox):
+                failed.message = f"{failed.message}; and without it, {reason}"
+            raise
 
     def _asked(self, question: Callable[[Guest], _Answer]) -> _Answer:
         try:

@@ -13,8 +13,8 @@ import pytest
 from imgtool import interrupt
 from imgtool.engines.choice import ChosenGuest
 from imgtool.engines.direct.client import WorkerFailed
-from imgtool.engines.direct.filesystem import NeedsAppliance
-from imgtool.errors import EngineError, ImageError, Interrupted, NotInGuestError
+from imgtool.engines.direct.filesystem import NeedsAppliance, NoSandbox
+from imgtool.errors import EngineError, HostError, ImageError, Interrupted, NotInGuestError
 from imgtool.guest.model import Entry
 
 
@@ -57,6 +57,7 @@ def made() -> Iterator[Any]:
             refuses: Exception | None = None,
             opening: Exception | None = None,
             appliance: bool = True,
+            launching: Exception | None = None,
         ) -> Any:
             direct, other = Engine("direct", refuses), Engine("libguestfs")
             launches: list[Engine] = []
@@ -70,6 +71,8 @@ def made() -> Iterator[Any]:
 
             @contextlib.contextmanager
             def launch() -> Iterator[Any]:
+                if launching is not None:
+                    raise launching
                 launches.append(other)
                 yield other
 
@@ -109,6 +112,21 @@ def test_without_the_appliance_a_refusal_is_an_error_with_the_reason(made):
         made(refuses=NeedsAppliance("it is btrfs"), appliance=False).guest.lstat("/x")
     with pytest.raises(ImageError, match="it is btrfs"):
         made(opening=NeedsAppliance("it is btrfs"), appliance=False)
+
+
+def test_without_a_sandbox_and_the_appliance_the_host_cannot_do_it(made, monkeypatch):
+    reason = "no sandbox can be had (namespaces: they are not allowed)"
+    with pytest.raises(HostError, match="no sandbox can be had") as failed:
+        made(opening=NoSandbox(reason), appliance=False)
+    assert failed.value.status == 6
+    assert "doctor" in (failed.value.hint or "")
+    # Where the appliance cannot be had either, both reasons are said.
+    with pytest.raises(
+        HostError, match=r"no kernel in /boot; and .* no sandbox can be had"
+    ) as failed:
+        made(opening=NoSandbox(reason), launching=HostError("no kernel in /boot", hint="install"))
+    assert (failed.value.status, failed.value.hint) == (6, "install")
+    assert made(opening=NoSandbox(reason)).guest.lstat("/x").name == b"libguestfs"
 
 
 def test_what_is_not_in_the_guest_needs_no_second_opinion(made):

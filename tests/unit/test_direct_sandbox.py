@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,14 +16,24 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.engines.direct import sandbox
+from imgtool.engines.direct import landlock, opened, sandbox
 from imgtool.engines.direct.client import Client, WorkerFailed
-from imgtool.engines.direct.filesystem import NeedsAppliance
+from imgtool.engines.direct.sandbox import Kind
+from imgtool.errors import HostError, ImageError
 from imgtool.image.chain import open_chain
+from imgtool.opening import open_guest
+
+ROOT = os.geteuid() == 0
+# The kinds of sandbox, and how much of Landlock each has: kernels of all versions are in use.
+KINDS = [
+    pytest.param(Kind.NAMESPACES, None, id="namespaces"),
+    pytest.param(Kind.LANDLOCK, None, id="Landlock"),
+    pytest.param(Kind.LANDLOCK, 1, id="Landlock 1"),
+]
 
 # What a program does that was taken over by its image.
 ATTACK = """
-import ctypes, json, os, socket, stat, subprocess, sys, threading
+import ctypes, fcntl, json, os, resource, signal, socket, stat, subprocess, sys, threading
 libc = ctypes.CDLL(None, use_errno=True)
 said = {}
 def attempt(name, action):
@@ -43,10 +54,6 @@ def forked():
 def overwrite(path):
     descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK)
     return os.pwrite(descriptor, b"overwritten", 1 << 20)
-def can_be_written(program):
-    descriptor = os.open(program, os.O_RDONLY)
-    if os.fstatvfs(descriptor).f_flag & os.ST_RDONLY:
-        raise PermissionError
 def many():
     opened = []
     try:
@@ -59,31 +66,70 @@ def thread():
     one = threading.Thread(target=lambda: None)
     one.start()
     one.join()
-attempt("host file", lambda: open(targets["secret"]).read())
+def stamp(path):
+    times = (ctypes.c_long * 4)(1, 0, 1, 0)
+    return call(280, -100, path.encode(), times, 0)
+pid, secret, image, seen = (targets[name] for name in ("pid", "secret", "image", "seen"))
+attempt("host file", lambda: open(secret).read())
 attempt("password file", lambda: open("/etc/passwd").read())
-attempt("process of the host", lambda: open("/proc/%d/environ" % targets["pid"]).read())
-attempt("signal to the host", lambda: os.kill(targets["pid"], 0))
+attempt("folder of the host", lambda: os.listdir(os.path.dirname(secret)))
+attempt("processes", lambda: os.listdir("/proc"))
+attempt("process of the host", lambda: open("/proc/%d/environ" % pid).read())
+attempt("own status", lambda: open("/proc/self/status").read())
+attempt("kill", lambda: os.kill(pid, 0))
+attempt("kill all", lambda: os.kill(-1, 0))
+attempt("tgkill", lambda: call(234, pid, pid, 0))
+attempt("tkill", lambda: call(200, pid, 0))
+attempt("sigqueue", lambda: call(129, pid, 0, ctypes.create_string_buffer(128)))
+attempt("pidfd_open", lambda: call(434, pid, 0))
+attempt("pidfd_send_signal", lambda: call(424, 0, 0, 0, 0))
+attempt("pidfd_getfd", lambda: call(438, 0, 0, 0))
+attempt("process_vm_readv", lambda: call(310, pid, 0, 0, 0, 0, 0))
+attempt("process_vm_writev", lambda: call(311, pid, 0, 0, 0, 0, 0))
+attempt("kcmp", lambda: call(312, pid, pid, 2, 0, 0))
+attempt("trace", lambda: call(101, 16, pid, 0, 0))
+attempt("limits of another", lambda: resource.prlimit(pid, resource.RLIMIT_NOFILE))
+attempt("priority of another", lambda: os.setpriority(os.PRIO_PROCESS, pid, 19))
+attempt("processors of another", lambda: os.sched_setaffinity(pid, {0}))
+attempt("more threads", lambda: resource.setrlimit(resource.RLIMIT_NPROC, (9999, 9999)))
+attempt("signal by a descriptor", lambda: fcntl.fcntl(1, fcntl.F_SETOWN, pid))
+attempt("lease", lambda: fcntl.fcntl(os.open(seen, os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_RDLCK))
 attempt("network", lambda: socket.create_connection(("127.0.0.1", targets["port"]), 2).recv(1))
-attempt("local socket", lambda: socket.socket(socket.AF_UNIX).connect(targets["socket"]))
+attempt("datagram", lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+for name in ("local socket", "abstract socket"):
+    address = targets[name].encode()
+    attempt(name, lambda: socket.socket(socket.AF_UNIX).connect(address))
 attempt("program", lambda: subprocess.run(["/usr/bin/python3", "-c", "pass"], check=True))
-attempt("the image for writing", lambda: open("/images/0", "r+b"))
-for pid in sorted(name for name in os.listdir("/proc") if name.isdigit()):
-    who = "own" if int(pid) == os.getpid() else "first" if pid == "1" else "other"
-    for number in range(64):
-        at = "/proc/%s/fd/%d" % (pid, number)
-        try:
-            plain = stat.S_ISREG(os.stat(at).st_mode)
-        except OSError:
-            continue
-        if plain:
-            attempt("descriptor %d of the %s process" % (number, who), lambda: overwrite(at))
-    attempt("the program of the %s process" % who, lambda: can_be_written("/proc/%s/exe" % pid))
+for path in (image, seen, secret):
+    attempt("write " + path, lambda: open(path, "r+b"))
+    attempt("append to " + path, lambda: open(path, "ab"))
+    attempt("cut off " + path, lambda: os.open(path, os.O_RDONLY | os.O_TRUNC))
+    attempt("truncate " + path, lambda: os.truncate(path, 0))
+    attempt("mode of " + path, lambda: os.chmod(path, 0o777))
+    attempt("owner of " + path, lambda: os.chown(path, os.getuid(), os.getgid()))
+    attempt("times of " + path, lambda: stamp(path))
+    attempt("attribute of " + path, lambda: os.setxattr(path, "user.x", b"x"))
+    attempt("remove " + path, lambda: os.unlink(path))
+    attempt("rename " + path, lambda: os.rename(path, path + ".x"))
+    attempt("link to " + path, lambda: os.link(path, "/tmp/linked"))
+for path in (seen, image):
+    opened = lambda: os.open(path, os.O_RDONLY)
+    attempt("flags of " + path, lambda: fcntl.ioctl(opened(), 0x40086602, b"@" + bytes(7)))
+    attempt("mode by descriptor of " + path, lambda: os.fchmod(opened(), 0o777))
+for number in range(3, 64):
+    try:
+        plain = stat.S_ISREG(os.fstat(number).st_mode)
+    except OSError:
+        continue
+    if plain:
+        attempt("write descriptor %d" % number, lambda: os.pwrite(number, b"overwritten", 1 << 20))
+        attempt("reopen descriptor %d" % number, lambda: overwrite("/proc/self/fd/%d" % number))
 places = ("", "/images", "/usr/lib", "/python/own/imgtool", "/dev", "/dev/shm", "/proc", "/work")
-for place in places:
+for place in (*places, os.path.dirname(secret), os.path.dirname(image)):
     attempt("write in " + place, lambda: open(place + "/x", "w"))
+    attempt("folder in " + place, lambda: os.mkdir(place + "/y"))
+    attempt("link in " + place, lambda: os.symlink("/etc/passwd", place + "/z"))
 attempt("more than the scratch", lambda: open("/tmp/x", "wb").write(bytes(1 << 30)))
-if os.path.exists("/tmp/x"):
-    os.unlink("/tmp/x")
 for name in ("kernel/core_pattern", "vm/swappiness", "kernel/modprobe"):
     attempt("sysctl " + name, lambda: open("/proc/sys/" + name, "r+b"))
 attempt("namespace by clone", lambda: call(56, 0x10000000 | 17, 0, 0, 0, 0))
@@ -94,19 +140,21 @@ for place in (b"/", b"/usr/lib", b"/proc", b"/images/0", b"/dev"):
     attempt("unmount %r" % place, lambda: call(166, place, 2))
 attempt("namespace", lambda: call(272, 0x10000000))
 attempt("mount namespace", lambda: call(272, 0x00020000))
-attempt("trace", lambda: call(101, 16, 1, 0, 0))
+attempt("root folder", lambda: os.chroot("/tmp"))
 attempt("setuid", lambda: os.setuid(0) if os.getuid() else os.setuid(1))
+attempt("setgid", lambda: os.setgid(0) if os.getgid() else os.setgid(1))
+attempt("file by handle", lambda: call(304, -100, 0, 0))
 attempt("memory without a name", lambda: os.memfd_create("x"))
 attempt("shared memory", lambda: call(29, 0, 1 << 20, 0o1600))
 attempt("message queue", lambda: call(68, 0, 0o1600))
+attempt("keys", lambda: call(250, 0, -3, 0))
+attempt("io_uring", lambda: call(425, 1, ctypes.create_string_buffer(256)))
+attempt("bpf", lambda: call(321, 0, 0, 0))
 attempt("process by fork", forked)
 attempt("process by clone3", lambda: call(435, 0, 0))
 attempt("thread", thread)
 attempt("open files", many)
-said["processes"] = len([name for name in os.listdir("/proc") if name.isdigit()])
-said["capabilities"] = [
-    line.split()[1] for line in open("/proc/self/status") if line.startswith(("CapPrm", "CapEff"))
-] if os.path.exists("/proc/self/status") else []
+attempt("life after the parent", lambda: call(157, 1, 0, 0, 0, 0))
 """
 
 # It in the place of the worker, or of what the worker starts.
@@ -118,13 +166,14 @@ from imgtool.engines.direct.worker import Worker
 argv = json.loads(sys.stdin.buffer.readline())
 targets = json.loads(sys.stdin.buffer.readline())
 import ctypes, socket, subprocess, stat, threading
+code = "targets = " + repr({{"seen": targets["seen"]}}) + chr(10) + targets["code"]
 if not targets["filtered"]:
     seccomp.confine = lambda program: None
 if targets["started"]:
     started = program.served
     program.served = lambda argv: (
         started(argv),
-        program.start(["/usr/bin/python3", "-I", "-S", "-B", "-c", targets["code"]], {{1: 1}}),
+        program.start(["/usr/bin/python3", "-I", "-S", "-B", "-c", code], {{1: 1}}),
     )[0]
 (disk,) = start.disks([argv])
 disk.wait()
@@ -132,7 +181,7 @@ if targets["started"]:
     os.wait()
 else:
     seccomp.confine(seccomp.worker_filter())
-    exec(targets["code"])
+    exec(code)
     assert disk.read(0, 4).hex() == "42424242"
 """
 
@@ -152,13 +201,29 @@ def new_image(path: Path) -> Path:
     return path
 
 
-def inside(image: Path, monkeypatch: pytest.MonkeyPatch, program: str, **given: object) -> bytes:
+def inside(
+    image: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    program: str,
+    kind: Kind = Kind.NAMESPACES,
+    newest: int | None = None,
+    **given: object,
+) -> bytes:
     monkeypatch.setattr(sandbox, "_START", program)
+    with_landlock = sandbox._with_landlock
+
+    def with_python() -> tuple[list[str], list[str], dict[str, int]]:
+        """Python may be started too, in the place of qemu-nbd."""
+        words, folders, paths = with_landlock()
+        return words, folders, {**paths, sandbox._python(): landlock.READ | landlock.RUN}
+
+    monkeypatch.setattr(sandbox, "_with_landlock", with_python)
     chain = open_chain(image)
     images = sandbox.Images([chain])
-    with sandbox.sandboxed(images) as process:
+    given["seen"] = images.names(kind)[chain.active.path]
+    with sandbox.sandboxed(images, kind=kind, newest=newest) as process:
         assert process.stdin and process.stdout and process.stderr
-        argv = sandbox.server(chain, images, snapshot=None, force_share=False)
+        argv = sandbox.server(chain, images, kind=kind)
         for line in (argv, given):
             process.stdin.write(json.dumps(line).encode() + b"\n")
         process.stdin.flush()
@@ -172,46 +237,121 @@ def inside(image: Path, monkeypatch: pytest.MonkeyPatch, program: str, **given: 
 @pytest.mark.parametrize(
     ("started", "filtered"),
     [(False, True), (True, True), (False, False)],
-    ids=["worker", "qemu-nbd", "namespaces alone"],
+    ids=["worker", "qemu-nbd", "first filter alone"],
 )
-def test_nothing_gets_out(image, tmp_path, monkeypatch, started, filtered, owner):
+@pytest.mark.parametrize(("kind", "newest"), KINDS)
+def test_nothing_gets_out(image, tmp_path, monkeypatch, kind, newest, started, filtered, owner):
     if owner is not None:
-        if os.geteuid() != 0:
+        if not ROOT:
             pytest.skip("only root can own files of somebody else")
         os.chown(image, owner, owner)
         image.chmod(0o600)
     secret = tmp_path / "secret"
     secret.write_text("secret")
     local = tmp_path / "socket"
-    with socket.socket() as tcp, socket.socket(socket.AF_UNIX) as unix:
+    with socket.socket() as tcp, socket.socket(socket.AF_UNIX) as unix, abstract() as name:
         tcp.bind(("127.0.0.1", 0))
         tcp.listen()
         unix.bind(str(local))
         unix.listen()
         targets = {
             "secret": str(secret),
+            "image": str(image),
             "pid": os.getpid(),
             "port": tcp.getsockname()[1],
-            "socket": str(local),
+            "local socket": str(local),
+            "abstract socket": name,
         }
-        code = f"targets = {targets!r}\n{ATTACK}\nos.write(1, json.dumps(said).encode())\n"
-        before = (image.read_bytes(), image.stat().st_mtime_ns)
-        said = json.loads(
-            inside(image, monkeypatch, IN_WORKER, code=code, started=started, filtered=filtered)
-        )
-    assert (image.read_bytes(), image.stat().st_mtime_ns) == before
-    assert said.pop("processes") <= 4
-    assert set(said.pop("capabilities")) == {"0" * 16}
+        code = f"targets |= {targets!r}\n{ATTACK}\nos.write(1, json.dumps(said).encode())\n"
+        before = (image.read_bytes(), image.stat(), secret.stat())
+        answer = inside(
+            image, monkeypatch, IN_WORKER, kind, newest,
+            code=code, started=started, filtered=filtered,
+        )  # fmt: skip
+        said = json.loads(answer)
+    after = (image.read_bytes(), image.stat(), secret.stat())
+    assert unchanged(before) == unchanged(after)
+    assert not list(image.parent.glob("[xyz]")) and not list(tmp_path.glob("[xyz]"))
     thread = said.pop("thread")
     if started:
         assert thread.startswith("done")  # QEMU cannot do without
     if not filtered:
-        # Without the filters it can start what is in the sandbox: Python, which gains nothing.
-        assert said.pop("program").startswith(("done", "CalledProcessError"))
+        # Without the other filters it can start processes, and what is in the sandbox: Python,
+        # which gains nothing.
+        assert said.pop("program").startswith(("done", "CalledProcessError", "PermissionError"))
         assert said.pop("process by fork").startswith("done")
+        del said["life after the parent"]
+        if newest == 1:  # the connection between the worker and QEMU has not been made yet
+            assert said.pop("abstract socket").startswith("done")
     done = {name: result for name, result in said.items() if result.startswith("done")}
     assert done == {}
-    assert len(said) >= 30
+    assert len(said) >= 120
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all that it started."""
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += descendants(int(child))
+    return found
+
+
+def lives(pid: int) -> bool:
+    """Whether a process is there that has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize(("kind", "newest"), KINDS)
+def test_who_reads_is_nobody_else_and_has_one_right_at_most(image, kind, newest):
+    chain = open_chain(image)
+    images = sandbox.Images([chain])
+    image.chmod(0o600)
+    with (
+        sandbox.scratch(kind) as scratch,
+        sandbox.sandboxed(
+            images, kind=kind, newest=newest, shared=[] if scratch is None else [scratch]
+        ) as process,
+    ):
+        client = Client(process, image=str(image), scratch=scratch)
+        argv = sandbox.server(chain, images, kind=kind)
+        client.one("open", disks=[argv], scratch=scratch)
+        outer = 0 if kind is Kind.LANDLOCK else 1  # bwrap, which waits for the others
+        inner = descendants(process.pid)[outer:]
+        assert len(inner) == 2
+        for pid in inner:
+            lines = [line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
+            status = {words[0]: words[1:] for words in lines if words}
+            assert status["NoNewPrivs:"] == ["1"] and status["Seccomp:"] == ["2"]
+            who = images.user if ROOT else os.getuid()
+            assert status["Uid:"] == [str(who)] * 4
+            if ROOT:
+                assert status["Gid:"] == [str(who)] * 4 and status["Groups:"] == []
+            rights = "0000000000000004" if ROOT else "0000000000000000"  # CAP_DAC_READ_SEARCH
+            assert [status[f"Cap{name}:"] for name in ("Prm", "Eff", "Inh")] == [[rights]] * 3
+    images.close()
+    limit = time.monotonic() + 10
+    while any(lives(pid) for pid in inner):  # the kernel is at it
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def abstract() -> Iterator[str]:
+    """A socket whose name is in no filesystem."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(b"")
+        listener.listen()
+        yield listener.getsockname().decode()
+
+
+def unchanged(what: tuple[bytes, os.stat_result, os.stat_result]) -> list[object]:
+    """The bytes, and of both files mode, inode, links, owner, size, mtime and ctime."""
+    content, *stats = what
+    return [content, *((s[:7], s.st_mtime_ns, s.st_ctime_ns) for s in stats)]
 
 
 # Programs that are started as qemu-nbd is, all of which try to start another, and a process; the
@@ -252,23 +392,27 @@ import json, os
 from imgtool.engines.direct import program, start
 argv = json.loads(sys.stdin.buffer.readline())
 TRY = '''
-import json, os
+import json, os, stat
 said = dict(os.environ)
+said["IMAGE"] = %s
 def kind(number):
     try:
-        return os.readlink("/proc/self/fd/%d" % number).split(":")[0]
+        about = os.fstat(number)
     except OSError:
         return None
-said["open"] = [kind(number) for number in range(64)]
-for name in ("fd/0", "fd/1", "mem", "exe", "syscall"):
-    try:
-        os.read(os.open("/proc/1/" + name, os.O_RDONLY | os.O_NONBLOCK), 1)
-        said["seen"] = name
-    except OSError:
-        pass
+    return about.st_rdev or stat.filemode(about.st_mode)[0]
+said["open"] = [kind(number) for number in range(256)]
+for pid in ("1", str(os.getppid())):
+    for name in ("fd/0", "fd/1", "mem", "exe", "syscall"):
+        try:
+            os.read(os.open("/proc/" + pid + "/" + name, os.O_RDONLY | os.O_NONBLOCK), 1)
+            said["seen"] = name
+        except OSError:
+            pass
 os.write(3, json.dumps(said).encode())
 '''
-sys.stdin.buffer.readline()
+seen = json.loads(sys.stdin.buffer.readline())["seen"]
+TRY = TRY % repr(seen.rpartition("/")[2])
 begin = program.start
 def begun(argv, descriptors, **options):
     assert sorted(descriptors) == [0, 1, 3]
@@ -281,63 +425,117 @@ os.wait()
 """
 
 
-def test_qemu_nbd_is_given_its_socket_and_no_sight_of_the_worker(image, monkeypatch):
-    said = json.loads(inside(image, monkeypatch, GIVEN))
-    opened = [(number, kind) for number, kind in enumerate(said["open"]) if kind is not None]
-    assert opened == [(0, "/dev/null"), (1, "/dev/null"), (2, "pipe"), (3, "pipe")]
+@pytest.mark.parametrize(("kind", "newest"), KINDS[:2])
+def test_qemu_nbd_is_given_its_socket_and_no_sight_of_the_worker(image, monkeypatch, kind, newest):
+    said = json.loads(inside(image, monkeypatch, GIVEN, kind, newest))
+    opened = [(number, what) for number, what in enumerate(said["open"]) if what is not None]
+    null = os.stat(os.devnull).st_rdev
+    expected: list[tuple[int, object]] = [(0, null), (1, null), (2, "p"), (3, "p")]
+    if kind is Kind.LANDLOCK:  # where the image has no other name
+        expected.append((int(said["IMAGE"]), "-"))
+    assert opened == expected
     assert said["LISTEN_FDS"] == "1"
     assert "seen" not in said
 
 
-# Threads, in the place of qemu-nbd.
-THREADS = """
+# Threads, in the place of qemu-nbd; then processes.
+BOMB = """
 import threading, time, os
-count = 0
+count = processes = 0
 try:
-    while count < 1000:
+    while count < 2000:
         threading.Thread(target=time.sleep, args=(30,), daemon=True).start()
         count += 1
 except RuntimeError:
     pass
-os.write(1, b"%d" % count)
+try:
+    while processes < 100 and os.fork():
+        processes += 1
+except OSError:
+    pass
+os.write(1, b"%d %d" % (count, processes))
 os._exit(0)
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can own files of somebody else")
-def test_an_ordinary_user_has_a_limited_number_of_threads(image, monkeypatch):
-    os.chown(image, 4321, 4321)
-    image.chmod(0o600)
-    said = inside(image, monkeypatch, IN_WORKER, code=THREADS, started=True, filtered=True)
-    assert 64 < int(said) < 200
+@pytest.mark.parametrize("owner", [None, 4321])
+@pytest.mark.parametrize(("kind", "newest"), KINDS[:2])
+def test_threads_are_limited_and_processes_are_none(image, monkeypatch, kind, newest, owner):
+    if owner is not None:
+        if not ROOT:
+            pytest.skip("only root can own files of somebody else")
+        os.chown(image, owner, owner)
+        image.chmod(0o600)
+    answer = inside(
+        image, monkeypatch, IN_WORKER, kind, newest, code=BOMB, started=True, filtered=True
+    )
+    threads, processes = (int(word) for word in answer.split())
+    # An ordinary user without namespaces does other things besides.
+    most = 200 if ROOT or kind is Kind.NAMESPACES else 1400
+    assert 64 < threads < most
+    assert processes == 0
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can own files of somebody else")
-def test_root_reads_an_image_of_another_user_as_that_user(image):
-    os.chown(image, 4321, 4321)
-    image.chmod(0o600)
-    chain = open_chain(image)
-    images = sandbox.Images([chain])
-    assert images.owner == (4321, 4321)
+# Memory, through the only descriptor that can be written to without limit.
+FILL = """
+import sys
+sys.stdout.buffer.write(b"!" + bytes(4)); sys.stdout.flush()
+import os
+size = int.from_bytes(sys.stdin.buffer.read(4), "big")
+import json
+number = json.loads(sys.stdin.buffer.read(size))["scratch"]
+piece = bytes(1 << 20)
+for place in range(1 << 14):
+    os.pwrite(number, piece, place << 21)
+"""
+
+
+def test_a_worker_without_a_place_to_write_to_fills_no_memory(image, monkeypatch):
+    monkeypatch.setattr(sandbox, "_START", FILL)
+    images = sandbox.Images([open_chain(image)])
+    with (
+        sandbox.scratch(Kind.LANDLOCK) as scratch,
+        sandbox.sandboxed(images, kind=Kind.LANDLOCK, shared=[scratch or 0]) as process,
+    ):
+        client = Client(process, image=str(image), scratch=scratch)
+        with pytest.raises(WorkerFailed, match="too much memory"):
+            client.one("open", disks=[], scratch=scratch)
+        process.wait(10)
+        assert os.fstat(scratch or 0).st_blocks * 512 < 2 << 30
     images.close()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can own files of somebody else")
-def test_files_of_several_users_need_the_appliance(tmp_path):
+@pytest.mark.skipif(not ROOT, reason="only root can own files of somebody else")
+@pytest.mark.parametrize(("kind", "newest"), KINDS[:2])
+def test_root_reads_files_of_several_users_that_only_they_may(tmp_path, kind, newest):
     base, overlay = tmp_path / "base.qcow2", tmp_path / "overlay.qcow2"
-    for words in ([base, "1M"], ["-F", "qcow2", "-b", base, overlay]):
-        subprocess.run(
-            ["qemu-img", "create", "-f", "qcow2", *words], check=True, capture_output=True
-        )
+    new_image(base)
+    subprocess.run(
+        ["qemu-img", "create", "-f", "qcow2", "-F", "qcow2", "-b", base, overlay],
+        check=True,
+        capture_output=True,
+    )
     for number, path in enumerate((base, overlay)):
         os.chown(path, 4321 + number, 4321)
         path.chmod(0o600)
-    with pytest.raises(NeedsAppliance, match="several users"):
-        sandbox.Images([open_chain(overlay)])
+    chain = open_chain(overlay)
+    images = sandbox.Images([chain])
+    with (
+        sandbox.scratch(kind) as scratch,
+        sandbox.sandboxed(
+            images, kind=kind, shared=[] if scratch is None else [scratch]
+        ) as process,
+    ):
+        client = Client(process, image=str(overlay), scratch=scratch)
+        argv = sandbox.server(chain, images, kind=kind)
+        (disk,) = client.one("open", disks=[argv], scratch=scratch)["blocks"]
+        assert disk[2] == 64 << 20
+    images.close()
 
 
 def conversation(image: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> WorkerFailed:
-    monkeypatch.setattr(sandbox, "_START", program)
+    closed = "import sys; sys.stdout.buffer.write(b'!' + bytes(4)); sys.stdout.flush(); "
+    monkeypatch.setattr(sandbox, "_START", closed + program)
     images = sandbox.Images([open_chain(image)])
     with sandbox.sandboxed(images) as process:
         client = Client(process, image=str(image), silence=4.0)
@@ -404,3 +602,103 @@ def test_ctrl_c_ends_a_direct_command_at_once_with_one_line(tmp_path, after):
     _, said = process.communicate(timeout=20)
     assert process.returncode == 130
     assert said == b"imgtool: error: interrupted\n"
+
+
+# What bwrap says where it may not make namespaces.
+REFUSES = """#!/bin/sh
+echo 'bwrap: No permissions to create a new namespace' >&2
+exit 1
+"""
+
+
+def listed(image: Path, *options: str, path: Path | None = None) -> tuple[int, bytes, str]:
+    """What `imgtool ls` says of an image, with a folder before all others on the PATH."""
+    environment = {**os.environ}
+    if path is not None:
+        environment["PATH"] = f"{path}:{environment['PATH']}"
+    done = subprocess.run(
+        [sys.executable, "-m", "imgtool", "ls", "-R", "-l", *options, image, "/"],
+        capture_output=True,
+        env=environment,
+    )
+    return done.returncode, done.stdout, done.stderr.decode()
+
+
+@pytest.fixture
+def without_namespaces(tmp_path: Path) -> Path:
+    """A folder with a bwrap that may not do anything."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    (folder / "bwrap").write_text(REFUSES)
+    (folder / "bwrap").chmod(0o755)
+    return folder
+
+
+def test_without_namespaces_landlock_reads_the_same(tmp_path, without_namespaces):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/large").write_bytes(os.urandom(3 << 20))
+    image = tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tmp_path / "root", image], check=True)
+    options = ("--engine", "direct", "--checksum", "sha256", "--format", "raw", "-v")
+    before = (image.read_bytes(), image.stat().st_mtime_ns)
+    status, out, said = listed(image, *options)
+    assert (status, "(namespaces)" in said) == (0, True)
+    again, same, said = listed(image, *options, path=without_namespaces)
+    assert (again, same) == (status, out)
+    assert "none by namespaces: bwrap: No permissions to create a new namespace" in said
+    assert "(Landlock)" in said
+    assert (image.read_bytes(), image.stat().st_mtime_ns) == before
+
+
+def test_without_either_nothing_is_read(image, monkeypatch, without_namespaces):
+    monkeypatch.setenv("PATH", f"{without_namespaces}:{os.environ['PATH']}")
+    monkeypatch.setattr(opened, "_unavailable", {})
+    monkeypatch.setattr(landlock, "version", lambda: 0)
+    with (
+        pytest.raises(HostError, match=r"namespaces: .*; Landlock: this kernel has no Landlock"),
+        open_guest(image, engine="direct"),
+    ):
+        pass
+
+
+def test_a_worker_that_ends_after_it_was_closed_in_is_not_tried_again(image, monkeypatch):
+    """What an image does to its worker must not choose the sandbox."""
+    closed = "import sys; sys.stdout.buffer.write(b'!' + bytes(4)); sys.stdout.flush(); "
+    dies = "print('bwrap: No permissions', file=sys.stderr, flush=True); sys.exit(1) # {paths!r}"
+    monkeypatch.setattr(sandbox, "_START", closed + dies)
+    monkeypatch.setattr(opened, "_unavailable", {})
+    with (
+        pytest.raises(ImageError, match="worker failed"),
+        open_guest(image, engine="direct"),
+    ):
+        pass
+    assert opened._unavailable == {}
+
+
+# Somebody else on the host, who is first at the socket that QEMU will listen at.
+FIRST = """
+import sys; sys.path[:0] = {paths!r}
+import json
+from imgtool.engines.direct import program
+import _socket, socket
+argv = json.loads(sys.stdin.buffer.readline())
+class Watched(_socket.socket):
+    def listen(self, room):
+        super().listen(room)
+        other = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        other.connect(self.getsockname())
+        Watched.other = other
+_socket.socket = Watched
+try:
+    program.served(argv)
+    said = "served"
+except BlockingIOError:
+    said = "refused"
+sys.stdout.write(said)
+"""
+
+
+def test_nobody_else_is_served_without_a_network_namespace(image, monkeypatch):
+    assert inside(image, monkeypatch, FIRST, Kind.LANDLOCK) == b"refused"

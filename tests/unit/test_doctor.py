@@ -14,6 +14,7 @@ import pytest
 
 from imgtool import doctor
 from imgtool.doctor import Check, Host, examine
+from imgtool.engines.direct import landlock
 from imgtool.engines.libguestfs.saved import Saved
 from imgtool.errors import HostError, UsageError
 from imgtool.mount import available
@@ -358,10 +359,23 @@ def test_the_appliance_cache_goes_where_libguestfs_puts_it(
 def test_a_host_that_forbids_user_namespaces_names_the_switch(machine: Host) -> None:
     replace_program(machine, "bwrap", "echo 'bwrap: Permission denied' >&2; exit 1")
     write(machine.proc / "sys/kernel/apparmor_restrict_unprivileged_userns", "1\n")
-    found = check(machine, "sandbox (bwrap, user namespaces)")
+    found = check(machine, "sandbox (bubblewrap)")
     assert found.ok is None
     assert "Permission denied" in found.found
     assert found.fix == "sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0"
+
+
+def test_the_sandbox_that_is_used_is_named(machine: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = "works, and is used"
+    assert check(machine, "sandbox (bubblewrap)").found == used
+    assert check(machine, "sandbox (Landlock)").found == "works"
+    replace_program(machine, "bwrap", "echo 'bwrap: Permission denied' >&2; exit 1")
+    assert check(machine, "sandbox (bubblewrap)").ok is None
+    assert check(machine, "sandbox (Landlock)").found == f"{used}; no journal is replayed in it"
+    monkeypatch.setattr(landlock, "version", lambda: 0)
+    found = check(machine, "sandbox (Landlock)")
+    assert (found.ok, found.found) == (None, "this kernel has no Landlock")
+    assert "5.13" in (found.fix or "")
 
 
 def test_a_device_node_without_its_driver_does_not_count(machine: Host) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from imgtool import interrupt, said
 from imgtool.engines.direct import protocol
-from imgtool.engines.direct.filesystem import NeedsAppliance
+from imgtool.engines.direct.filesystem import NeedsAppliance, SandboxFailed
 from imgtool.engines.direct.pipes import Patience, Pipes
 from imgtool.engines.direct.ring import Ring
 from imgtool.errors import EngineError, ImageError, ImgtoolError, NotInGuestError
@@ -72,10 +72,11 @@ class Client:
         image: str,
         silence: float = SILENCE,
         ring: Ring | None = None,
+        scratch: int | None = None,
     ) -> None:
         assert process.stdin is not None and process.stdout is not None
         _keep_memory()
-        self._pipes: Any = Pipes(process.stdin.fileno(), process.stdout.fileno())
+        self._pipes: Any = Pipes(process.stdin.fileno(), process.stdout.fileno(), scratch)
         self._silence = silence
         self._patience = Patience(**_PATIENCE)
         self._patience_for_sums = Patience(**_PATIENCE_FOR_SUMS)
@@ -83,6 +84,8 @@ class Client:
         self._process = process
         self._image = image
         self._ring = ring
+        self.scratch = scratch
+        self._begun = False
         self._busy = False
         self._broken = False
 
@@ -102,13 +105,16 @@ class Client:
 
     def failure(self, reason: str) -> WorkerFailed:
         """End the worker; the error that says why."""
-        self._broken = True
-        self._process.kill()
+        self._end()
         return WorkerFailed(
             f"the direct engine's worker failed: {reason}",
             subject=self._image,
             hint="read it through the appliance: --engine libguestfs",
         )
+
+    def _end(self) -> None:
+        self._broken = True
+        self._process.kill()
 
     def request(self, do: str, **arguments: object) -> Generator[Any, None, None]:
         """The parts of an answer: JSON values as such, data as bytes, or as a memoryview that is
@@ -133,8 +139,9 @@ class Client:
         """The frames of an answer, their kinds (JSON or DATA) and payloads.
 
         Raises `NeedsAppliance`, `NotInGuestError`, `EngineError` or `ImageError` as the worker
-        says, and `WorkerFailed` for a worker that dies, hangs or answers nonsense. An answer that
-        is not read to its end is stopped.
+        says, `WorkerFailed` for a worker that dies, hangs or answers nonsense, and `SandboxFailed`
+        if it does before anything of the image was looked at. An answer that is not read to its end
+        is stopped.
         """
         if self._broken or self._busy:
             raise self.failure("it is not ready")
@@ -175,6 +182,11 @@ class Client:
     def _next(self, patience: Patience) -> tuple[bytes, bytes]:
         self._pipes.allow(self._silence)
         kind, payload = protocol.receive(self._pipes)
+        begun, self._begun = self._begun, True
+        if kind == protocol.READY:
+            if begun:
+                raise protocol.BadMessage("it begins twice")
+            kind, payload = protocol.receive(self._pipes)
         patience.used(self._pipes.spent())
         patience.earned(len(payload))
         return kind, payload
@@ -205,7 +217,11 @@ class Client:
         except TimeoutError as error:
             raise self.failure("it does not answer") from error
         except (protocol.BadMessage, OSError) as error:
-            raise self.failure(self._last_words() or str(error)) from error
+            said = self._last_words() or str(error)
+            if not self._begun and isinstance(error, (protocol.Ended, OSError)):
+                self._end()
+                raise SandboxFailed(said) from error
+            raise self.failure(said) from error
 
     def _last_words(self) -> str:
         """The last line on the worker's standard error, of as much as fits into its pipe."""

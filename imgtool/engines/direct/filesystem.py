@@ -16,6 +16,16 @@ class NeedsAppliance(Exception):
     """The direct engine may not read this; the appliance can. The message is the reason."""
 
 
+class NoSandbox(NeedsAppliance):
+    """The host has no sandbox of a kind, or none at all. The message is the reason."""
+
+
+class SandboxFailed(NoSandbox):
+    """A sandbox could not be closed; nothing of an image was looked at. The message is what the
+    program said that should have closed it.
+    """
+
+
 class ReadFailed(Exception):
     """This one thing cannot be read, by the appliance either: damage. The message is the reason."""
 

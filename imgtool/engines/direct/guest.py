@@ -50,6 +50,7 @@ class DirectGuest(Guest):
         client: Client,
         *,
         image: str,
+        sandbox: str = "",
         disks: Sequence[Sequence[str]],
         mounts: Sequence[Mount] = (),
         root: str | None = None,
@@ -68,8 +69,10 @@ class DirectGuest(Guest):
         self._mounted = False
         self._layout: Layout | None = None
         started = time.monotonic()
-        answer = client.one("open", disks=[list(argv) for argv in disks], ring=client.shared)
-        log.info("sandbox: worker, QEMU and volumes ready in %.3f s", time.monotonic() - started)
+        handed = {"ring": client.shared, "scratch": client.scratch}
+        answer = client.one("open", disks=[list(argv) for argv in disks], **handed)
+        took = time.monotonic() - started
+        log.info("sandbox: worker, QEMU and volumes ready in %.3f s (%s)", took, sandbox)
         self._devices: Devices = client.checked(devices, answer, len(disks))
         self._blocks = self._devices.blocks
         self._volumes = WorkerVolumes(client, self._blocks)

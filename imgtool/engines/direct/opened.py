@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imgtool.engines.direct import sandbox
-from imgtool.engines.direct.filesystem import NeedsAppliance
+from imgtool.engines.direct.filesystem import NeedsAppliance, NoSandbox, SandboxFailed
 from imgtool.engines.direct.ring import ring
 from imgtool.guest.model import Mount
 from imgtool.image.chain import Chain
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# What this host does not have, and why: found out once.
+_unavailable: dict[sandbox.Kind, str] = {}
+
 
 @contextlib.contextmanager
 def open_direct(
@@ -35,18 +38,23 @@ def open_direct(
     root: str | None = None,
     notice: Callable[[str], None],
 ) -> Iterator[DirectGuest]:
-    """Open a guest in the sandbox; `NeedsAppliance` where only the appliance can."""
+    """Open a guest in the sandbox; `NeedsAppliance` where only the appliance can, `NoSandbox` where
+    nothing can be read without it.
+    """
     with contextlib.ExitStack() as stack:
         chains = [stack.enter_context(at_snapshot(chain, snapshot)) for chain in chains]
         images = sandbox.Images(chains)
         stack.callback(images.close)
         shared = [passes_locks(chain) for chain in chains]
 
-        def started(overlays: Mapping[int, Path], inner: contextlib.ExitStack) -> DirectGuest:
+        def started(
+            kind: sandbox.Kind, overlays: Mapping[int, Path], inner: contextlib.ExitStack
+        ) -> DirectGuest:
             disks = [
                 sandbox.server(
                     chain,
                     images,
+                    kind=kind,
                     snapshot=snapshot,
                     force_share=shared[number],
                     overlay=overlays.get(number),
@@ -58,25 +66,26 @@ def open_direct(
             def clusters() -> list[Clusters | None]:
                 from imgtool.image.clusters import plain  # only large files need it
 
-                names = images.names.items()
-                files = {path: images.descriptors[name] for path, name in names}
                 return [
                     # Else there is more to it, or somebody writes.
-                    plain(chain, files)
+                    plain(chain, images.descriptors)
                     if snapshot is None and not shared[number] and number not in overlays
                     else None
                     for number, chain in enumerate(chains)
                 ]
 
             memory = inner.enter_context(ring())
-            process = inner.enter_context(sandbox.sandboxed(images, shared=[memory.descriptor]))
+            scratch = inner.enter_context(sandbox.scratch(kind))
+            handed = [memory.descriptor, *([] if scratch is None else [scratch])]
+            process = inner.enter_context(sandbox.sandboxed(images, kind=kind, shared=handed))
             # Loaded while the worker starts.
             from imgtool.engines.direct.client import Client
             from imgtool.engines.direct.guest import DirectGuest
 
             return DirectGuest(
-                Client(process, image=image, ring=memory),
+                Client(process, image=image, ring=memory, scratch=scratch),
                 image=image,
+                sandbox=kind.value,
                 disks=disks,
                 mounts=mounts,
                 root=root,
@@ -86,7 +95,7 @@ def open_direct(
             )
 
         first = stack.enter_context(contextlib.ExitStack())
-        guest = started({}, first)
+        kind, guest = _in_a_sandbox(lambda kind, inner: started(kind, {}, inner), first)
         journals = guest.journals()
         if not journals:
             yield guest
@@ -94,6 +103,8 @@ def open_direct(
         first.close()
         if snapshot is not None:
             raise NeedsAppliance("a journal has to be replayed in a snapshot")
+        if kind is not sandbox.Kind.NAMESPACES:
+            raise NeedsAppliance("a journal is replayed in namespaces alone")
         from imgtool.engines.direct import replay
 
         started_at = time.monotonic()
@@ -101,4 +112,27 @@ def open_direct(
         log.info("journal: replayed in %.3f s", time.monotonic() - started_at)
         for overlay in overlays.values():
             images.add_made(overlay)
-        yield started(overlays, stack)
+        yield started(kind, overlays, stack)
+
+
+def _in_a_sandbox(
+    start: Callable[[sandbox.Kind, contextlib.ExitStack], DirectGuest], stack: contextlib.ExitStack
+) -> tuple[sandbox.Kind, DirectGuest]:
+    """What `start` gives for the first kind of sandbox that can be had here; it is closed with the
+    stack. Raises `NoSandbox` where there is none.
+    """
+    for kind in sandbox.Kind:
+        if kind in _unavailable:
+            continue
+        with contextlib.ExitStack() as inner:
+            try:
+                guest = start(kind, inner)
+            except NoSandbox as error:
+                log.info("sandbox: none by %s: %s", kind.value, error)
+                failed = isinstance(error, SandboxFailed)
+                _unavailable[kind] = "it cannot be closed here" if failed else str(error)
+                continue
+            stack.enter_context(inner.pop_all())
+            return kind, guest
+    reasons = "; ".join(f"{kind.value}: {reason}" for kind, reason in _unavailable.items())
+    raise NoSandbox(f"no sandbox can be had ({reasons})")

@@ -14,15 +14,18 @@ from imgtool.errors import Interrupted
 
 _PIPE = 1 << 20
 _TURN = 250  # milliseconds until Ctrl-C is looked for again
+_SCRATCH_BLOCKS = (256 << 20) // 512
 _LONGEST_TURN = 1.0  # seconds; what is more was spent stopped by Ctrl-Z, and is nobody's fault
 
 
 class Pipes:
     """Both pipes, neither of which blocks: every turn at them ends with Ctrl-C, and with the time
-    that was allowed, however busily the worker writes.
+    that was allowed, however busily the worker writes. It ends too if the worker has put more into
+    `scratch`, memory that nothing else limits, than it may.
     """
 
-    def __init__(self, requests: int, answers: int) -> None:
+    def __init__(self, requests: int, answers: int, scratch: int | None = None) -> None:
+        self._scratch = scratch
         self._requests = requests
         self._answers = answers
         os.set_blocking(requests, False)
@@ -53,6 +56,8 @@ class Pipes:
             raise Interrupted("interrupted")
         if self.spent() > self._allowed:
             raise TimeoutError
+        if self._scratch is not None and os.fstat(self._scratch).st_blocks > _SCRATCH_BLOCKS:
+            raise BadMessage("it takes too much memory")
 
     def read(self, length: int) -> bytes:
         """Exactly `length` bytes, or fewer at the end; `TimeoutError` when the time is over."""

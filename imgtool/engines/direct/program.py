@@ -10,7 +10,6 @@ Source: execve(2) clears the registers; systemd's sd_listen_fds(3) for sockets t
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import fcntl
 import os
@@ -18,40 +17,11 @@ import resource
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from imgtool.engines.direct import seccomp
+from imgtool.engines.direct import confinement, seccomp, syscalls
 
 _PR_SET_DUMPABLE = 4
 _FIRST_FREE = 64  # beyond the descriptors that a program is given
 _SOCKET = 3  # the first that is inherited by sd_listen_fds(3)
-# Of QEMU's pool for each disk there are up to 64, and a few besides.
-_THREADS, _THREADS_A_DISK = 32, 80
-_OPEN = 1024
-
-
-def close_inherited(*kept: int) -> None:
-    """Close what this process was started with, but for its standard streams and `kept`.
-
-    An image's file is open there as the host sees it. Through /proc/self/fd it could be opened
-    again, for writing, past the mount that makes it read-only in the sandbox.
-    """
-    for number in [int(entry.name) for entry in os.scandir("/proc/self/fd")]:
-        if number > 2 and number not in kept:
-            with contextlib.suppress(OSError):  # what listed them is closed by now
-                os.close(number)
-
-
-def limit(disks: int) -> None:
-    """Limit what no size of memory does, in this process and what it starts: threads, and open
-    files, each with a buffer in the kernel. Root may have any number of threads for all of it.
-    """
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for kind, most in (
-        (resource.RLIMIT_NPROC, _THREADS + _THREADS_A_DISK * disks),
-        (resource.RLIMIT_NOFILE, _OPEN),
-    ):
-        hard = resource.getrlimit(kind)[1]
-        if hard == resource.RLIM_INFINITY or hard > most:
-            resource.setrlimit(kind, (most, most))
 
 
 def keep_to_itself() -> None:
@@ -73,10 +43,14 @@ def start(
     a socket that it finds as systemd's services do. It writes no file beyond `file_size` bytes. If
     it cannot be started, it ends with status 127.
     """
+    parent = os.getpid()
     pid = os.fork()
     if pid:
         return pid
     try:
+        confinement.end_with_parent()
+        if os.getppid() != parent:
+            os._exit(127)
         # Aside first: none may end where another one still is.
         aside = {
             number: fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE)
@@ -100,7 +74,7 @@ def _become(argv: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
     secret = int.from_bytes(os.urandom(8), "big")
     seccomp.confine(seccomp.lone_filter(secret))
     ctypes.CDLL(None).syscall(
-        ctypes.c_long(seccomp.execve_number()),
+        ctypes.c_long(syscalls.number("execve") or -1),
         words[0],
         (ctypes.c_char_p * (len(words) + 1))(*words, None),
         (ctypes.c_char_p * (len(settings) + 1))(*settings, None),
@@ -112,15 +86,18 @@ def _become(argv: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
 def served(argv: Sequence[str]) -> int:
     """Start qemu-nbd; gives the socket that is connected to it, or will be as soon as it listens.
 
-    The name of its own socket has no place in any file system.
+    The name of its own socket has no place in any file system. Without a network namespace others
+    can see it, and come first or later: with room for one, who comes first keeps the others out.
     """
     import _socket  # what `socket` adds takes longer to load than QEMU to start
 
     listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     listener.bind(b"")  # the kernel chooses
-    listener.listen(1)
+    listener.listen(0)
     connected = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    connected.connect(listener.getsockname())
+    connected.settimeout(0)
+    connected.connect(listener.getsockname())  # BlockingIOError where somebody was first
+    connected.settimeout(None)
     nothing = os.open(os.devnull, os.O_RDWR)
     start(argv, {0: nothing, 1: nothing, _SOCKET: listener.fileno()}, listening=True)
     os.close(nothing)

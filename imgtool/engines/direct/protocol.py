@@ -19,9 +19,10 @@ DATA = b"D"  # raw bytes of the answer
 ERROR = b"E"  # the answer is, or ends with, an error: {"kind": ..., "message": ..., ...}
 END = b"."  # the answer is complete
 ALIVE = b"~"  # nothing yet, but at work
+READY = b"!"  # nothing yet: the sandbox is closed; before the first request
 LENT = b"L"  # raw bytes of the answer that are in the shared memory: where, and how many
-_KINDS = (JSON, DATA, ERROR, END, ALIVE, LENT)
-_EMPTY = (END, ALIVE)
+_KINDS = (JSON, DATA, ERROR, END, ALIVE, READY, LENT)
+_EMPTY = (END, ALIVE, READY)
 
 # What the parent says of an answer on its way: that it wants no more, or that it has done with what
 # was lent. A request has its length there.
@@ -46,6 +47,10 @@ class BadMessage(Exception):
     """What arrived is not what this protocol allows."""
 
 
+class Ended(BadMessage):
+    """Nothing more arrives."""
+
+
 def send(stream: BinaryIO, kind: bytes, payload: bytes | bytearray = b"") -> None:
     """Write one frame; the caller flushes."""
     stream.write(_HEAD.pack(kind, len(payload)))
@@ -60,7 +65,7 @@ def send_json(stream: BinaryIO, kind: bytes, value: object) -> None:
 def _exactly(stream: BinaryIO, length: int) -> bytes:
     data = stream.read(length)
     if len(data) != length:
-        raise BadMessage("the other end went away")
+        raise Ended("the other end went away")
     return data
 
 

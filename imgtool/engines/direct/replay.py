@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from imgtool.engines.direct import program, sandbox, seccomp
+from imgtool.engines.direct import confinement, limits, program, sandbox, seccomp
 from imgtool.engines.direct.filesystem import NeedsAppliance
 from imgtool.image.chain import Chain
 from imgtool.process import Limits, ProgramFailed, TimedOut, run
@@ -35,12 +35,15 @@ _LIMITS = Limits(memory=4 << 30, cpu=120, wall=120)
 _OVERLAYS = 4 << 30  # bytes, all of them together
 _SAID = 1 << 20
 _MS_NOSUID, _MS_NODEV = 2, 4
-_CAPABILITIES = 0x20080522  # of which version capset(2) is told, linux/capability.h
 _CLEAN = ": clean,"
 # What e2fsck says of what the kernel does too at mount. Anything else it repaired is damage, which
 # the kernel would show, or refuse.
 _KERNEL_DOES = re.compile(
     r"/tmp/volume\d+: (recovering journal$|(Clearing|Truncating) orphaned inode \d+ |clean, )"
+)
+_ENTER = (
+    "import sys; sys.path[:0] = {paths!r}; "
+    "from imgtool.engines.direct.confinement import enter_to_mount; enter_to_mount()\n"
 )
 _START = (
     "import sys; sys.path[:0] = {paths!r}; from imgtool.engines.direct.replay import main; main()"
@@ -56,7 +59,7 @@ def overlay_node(name: str, chain: Chain, images: sandbox.Images) -> dict[str, A
     return {
         "driver": "qcow2",
         "file": {"driver": "file", "filename": name},
-        "backing": chain.blockdev(names=images.names),
+        "backing": chain.blockdev(names=images.names()),
     }
 
 
@@ -73,41 +76,38 @@ def recovered(
         files = [folder / str(disk) for disk in disks]
         for path in files:
             path.touch()
-        if images.owner is not None:
+        if images.user is not None:
             for path in (folder, *files):
-                os.chown(path, *images.owner)
+                os.chown(path, images.user, images.user)
         request = {
             "overlays": [
                 [disk, sizes[disk], overlay_node(f"/work/{disk}", chains[disk], images)]
                 for disk in disks
             ],
             "places": [list(place) for place in places],
+            "user": images.user,
         }
-        with sandbox.program_filter(mounts=True) as descriptor:
-            argv = sandbox.arguments(
-                images,
-                descriptor,
-                _START,
-                programs=_PROGRAMS,
-                options=(
-                    *("--cap-add", "CAP_SYS_ADMIN"),
-                    # Here /dev/fd is a folder of plain files: QEMU wants to see one at the place
-                    # that it is told, before libfuse takes the name for a connection.
-                    *("--tmpfs", "/dev", "--dir", "/dev/shm", "--symlink", "/tmp", "/dev/fd"),
-                    *("--dev-bind", "/dev/null", "/dev/null"),
-                    *("--dev-bind", "/dev/fuse", "/dev/fuse"),
-                    # The files, not their folder: no others can be made.
-                    *(w for path in files for w in ("--bind", str(path), f"/work/{path.name}")),
-                ),
-                user=0,  # FUSE lets nobody else mount
-            )
+        with sandbox.in_namespaces(
+            images,
+            programs=_PROGRAMS,
+            options=(
+                # Here /dev/fd is a folder of plain files: QEMU wants to see one at the place that
+                # it is told, before libfuse takes the name for a connection.
+                *("--dir", "/dev/shm", "--symlink", "/tmp", "/dev/fd"),
+                *("--dev-bind", "/dev/fuse", "/dev/fuse"),
+                # The files, not their folder: no others can be made.
+                *(w for path in files for w in ("--bind", str(path), f"/work/{path.name}")),
+            ),
+            rights=("CAP_SYS_ADMIN",),
+            user=0,  # FUSE lets nobody else mount
+        ) as (words, folders, taken):
+            code = _ENTER.format(paths=folders) + _START.format(paths=folders)
             try:
                 done = run(
-                    argv,
+                    [*words, "-I", "-S", "-B", "-c", code],
                     limits=_LIMITS,
                     input=json.dumps(request).encode("ascii"),
-                    pass_fds=[*images.descriptors.values(), descriptor],
-                    owner=images.owner,
+                    pass_fds=taken,
                 )
             except (ProgramFailed, TimedOut) as error:
                 raise NeedsAppliance(f"its journal cannot be replayed here: {error}") from error
@@ -119,11 +119,12 @@ def recovered(
 # Inside
 
 
-def _mounted(at: str) -> int:
-    """Mount a file at `at`; gives the connection that whoever serves it needs."""
+def _mounted(at: str, user: int) -> int:
+    """Mount a file of `user` at `at`; gives the connection that whoever serves it needs."""
     Path(at).touch()
     connection = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    options = f"fd={connection},rootmode=100000,user_id=0,group_id=0,default_permissions"
+    options = f"fd={connection},rootmode=100000,user_id={user},group_id={user}"
+    options += ",default_permissions"
     libc = ctypes.CDLL(None, use_errno=True)
     flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV)
     if libc.mount(b"volume", at.encode(), b"fuse", flags, options.encode()):
@@ -131,13 +132,14 @@ def _mounted(at: str) -> int:
     return connection
 
 
-def _confine() -> None:
-    """Give up all capabilities, for good (no program that is started gets more), and mount(2)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    header, none = (ctypes.c_uint32 * 2)(_CAPABILITIES, 0), (ctypes.c_uint32 * 6)()
-    if libc.capset(header, none):
-        raise OSError(ctypes.get_errno(), "the capabilities cannot be given up")
-    seccomp.confine(seccomp.tree_filter())
+def _confine(user: int | None) -> None:
+    """Become `user`, and give up all capabilities but that, for good, and mount(2)."""
+    if user is None:
+        confinement.drop_capabilities()
+    else:
+        confinement.become(user)
+        confinement.end_with_parent()
+    seccomp.confine(seccomp.replay_filter())
     program.keep_to_itself()
 
 
@@ -191,19 +193,19 @@ def _replay(overlay: dict[str, Any], place: Place, at: str, connection: int) -> 
     lines = _lines(said)
     for descriptor in (nothing, said, errors):
         os.close(descriptor)
-    return all(_KERNEL_DOES.match(line) for line in lines) and _CLEAN in lines[-1]
+    return bool(lines) and all(map(_KERNEL_DOES.match, lines)) and _CLEAN in lines[-1]
 
 
 def main() -> None:
     """Make the overlays, replay each journal, and say `clean` if all are."""
-    program.close_inherited()
-    program.limit(1)
     request = json.load(sys.stdin)
+    user = request["user"]
     os.environ["PATH"] = "/usr/bin"
     places: list[Place] = [tuple(place) for place in request["places"]]
     mounts = [f"/tmp/volume{number}" for number in range(len(places))]
-    connections = [_mounted(at) for at in mounts]
-    _confine()
+    connections = [_mounted(at, user or 0) for at in mounts]
+    _confine(user)
+    limits.limit(1)
     nodes = {}
     for disk, size, node in request["overlays"]:
         nodes[disk] = node

@@ -224,11 +224,23 @@ class Joined:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
+_scratch: int | None = None
+
+
+def use_scratch(descriptor: int | None) -> None:
+    """Where nothing can be written to: memory of the parent's, which looks after its size."""
+    global _scratch
+    _scratch = descriptor
+
+
 @contextlib.contextmanager
 def excerpt(size: int, parts: Iterable[tuple[int, bytes]]) -> Iterator[int]:
     """A file descriptor of a file of this size that has only these parts (offset, bytes)."""
-    # In /tmp, whose size is limited; memory without a name is not.
-    descriptor = os.open("/tmp", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    if _scratch is None:
+        # In /tmp, whose size is limited; memory without a name is not.
+        descriptor = os.open("/tmp", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    else:
+        descriptor = _scratch
     try:
         os.ftruncate(descriptor, size)
         for offset, data in parts:
@@ -238,4 +250,7 @@ def excerpt(size: int, parts: Iterable[tuple[int, bytes]]) -> Iterator[int]:
                     os.pwrite(descriptor, piece, offset + start)
         yield descriptor
     finally:
-        os.close(descriptor)
+        if _scratch is None:
+            os.close(descriptor)
+        else:
+            os.ftruncate(descriptor, 0)

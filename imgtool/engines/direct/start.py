@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Collection
 
-from imgtool.engines.direct import program, protocol, seccomp
+from imgtool.engines.direct import limits, program, protocol, seccomp
 from imgtool.engines.direct.requests import Requests
-from imgtool.engines.direct.sources import Disk
+from imgtool.engines.direct.sources import Disk, use_scratch
 
 
 def main() -> None:
     """Run as the sandbox's only program of ours; the first request has to be `open`."""
+    # Whatever closes the sandbox has done so by now, and nothing of an image was looked at.
+    protocol.send(sys.stdout.buffer, protocol.READY)
+    sys.stdout.buffer.flush()
     requests = Requests(sys.stdin.fileno())
     body = requests.next()
     if body is None:
         return
     opening = protocol.parsed(body)
-    opening["disks"] = disks(opening["disks"], ring=opening.get("ring"))
+    kept = [number for name in ("ring", "scratch") if (number := opening.get(name)) is not None]
+    use_scratch(opening.pop("scratch", None))
+    opening["disks"] = disks(opening["disks"], kept=kept)
     from imgtool.engines.direct.worker import Worker
 
     worker = Worker(requests, sys.stdout.buffer)
@@ -25,14 +31,13 @@ def main() -> None:
     worker.serve()
 
 
-def disks(servers: list[list[str]], *, ring: int | None = None) -> list[Disk]:
+def disks(servers: list[list[str]], *, kept: Collection[int] = ()) -> list[Disk]:
     """Start what serves the disks, of which all has to be waited for; after that this process, and
-    what was started, start nothing more.
+    what was started, start nothing more. What was started gets nothing of `kept`.
     """
-    program.close_inherited(*([] if ring is None else [ring]))
-    if ring is not None:
-        os.set_inheritable(ring, False)
-    program.limit(len(servers))
+    for descriptor in kept:
+        os.set_inheritable(descriptor, False)
+    limits.limit(len(servers))
     # Before the first program: none of them learns from here how the next one is started.
     program.keep_to_itself()
     connections = [program.served(argv) for argv in servers]

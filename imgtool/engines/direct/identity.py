@@ -1,0 +1,84 @@
+"""Whom the sandbox of root runs as: a user that is nobody else, with one right, to read files.
+
+Root may have any number of threads, whatever limit is set. Another user may not, but could not open
+root's images. So it keeps the capability to read, which is good for what the sandbox shows, and for
+nothing else.
+
+Source: user_namespaces(7), capabilities(7), fork(2) about RLIMIT_NPROC; systemd.exec(5) about
+DynamicUser for the range of numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from imgtool.engines.direct.filesystem import NoSandbox
+
+_CLONE_NEWUSER = 0x10000000
+_NOBODY = 65534
+_DYNAMIC = range(61184, 65520)
+
+
+def _mapped() -> tuple[list[range], list[range]]:
+    """The users and the groups that there are in this user namespace."""
+    found = []
+    for name in ("uid_map", "gid_map"):
+        lines = Path("/proc/self", name).read_text().splitlines()
+        numbers = [[int(word) for word in line.split()] for line in lines]
+        found.append([range(first, first + count) for first, _, count in numbers])
+    return found[0], found[1]
+
+
+def spare_user() -> int | None:
+    """For root, the number of a user and a group that nothing else runs as; None for others, and
+    where there is no other user.
+    """
+    if os.geteuid() != 0:
+        return None
+    users, groups = _mapped()
+    for wanted in (random.choice(_DYNAMIC), _NOBODY):
+        if all(any(wanted in part for part in parts) for parts in (users, groups)):
+            return wanted
+    return None
+
+
+@contextlib.contextmanager
+def user_namespace() -> Iterator[int]:
+    """A descriptor of a new user namespace, in which all users and groups are who they are here.
+
+    Raises `NoSandbox` where none can be had.
+    """
+    said, say = os.pipe2(os.O_CLOEXEC)
+    waits, end = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if not pid:
+        try:
+            os.close(end)
+            os.write(say, b"-" if ctypes.CDLL(None).unshare(_CLONE_NEWUSER) else b"+")
+            os.read(waits, 1)
+        finally:
+            os._exit(0)
+    os.close(say)
+    os.close(waits)
+    try:
+        if os.read(said, 1) != b"+":
+            raise NoSandbox("no user namespace can be made")
+        for name, parts in zip(("uid_map", "gid_map"), _mapped(), strict=True):
+            lines = [f"{part.start} {part.start} {len(part)}\n" for part in parts]
+            Path(f"/proc/{pid}/{name}").write_text("".join(lines))
+        descriptor = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise NoSandbox(f"no user namespace can be filled: {error.strerror}") from error
+    finally:
+        os.close(said)
+        os.close(end)
+        os.waitpid(pid, 0)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
