@@ -185,7 +185,7 @@ def test_walks_that_are_compared_are_in_order():
 OPENED = """
 from itertools import count
 def block(device, kind="device", type="ext4", parents=()):
-    return [device, kind, 1 << 25, type, None, None, None, None, "", list(parents)]
+    return [device, kind, 1 << 25, type, None, None, None, None, "", "", list(parents)]
 def told(blocks, groups=()):
     Worker.do_open = lambda self, **asked: {"blocks": list(blocks), "groups": list(groups)}
 disk = block("/dev/sda")
