@@ -90,8 +90,9 @@ def _problems(link: ImageInfo, below: ImageInfo | None) -> list[str]:
     """What is wrong with a link, and with the way it stands on the one below."""
     from imgtool.image.findings import between
     from imgtool.image.places import printable
+    from imgtool.image.unfinished import line_on
 
-    found = list(link.problems)
+    found = [*link.problems, *filter(None, [line_on(link.path)])]
     if below is not None:
         findings = between(link, below, link.backing_format)
         path = printable(link.path)
@@ -202,6 +203,7 @@ def tree(
     """
     from imgtool.cli import pictures
     from imgtool.image.forest import forest, users
+    from imgtool.image.unfinished import line_on
 
     set_up_logging(verbose=verbose, debug=debug)
     failures = Failures(debug=debug)
@@ -239,6 +241,9 @@ def tree(
         columns = [*_COLUMNS, "problem"]
         if rows or form is not Output.table:
             render.emit(rows, TREE_FIELDS, form, columns=columns, shown=shown, titles=_TITLES)
+    for found in (found for root in trees for _, found in root.walk()):
+        if line := line_on(found.path):
+            warning(line)
     if not trees:
         warning(f"no images below {', '.join(map(_text, folders))}")
     failures.finish()

@@ -75,6 +75,7 @@ def check(
             dry_run=dry_run,
             backing_dirs=backing_dir,
         )
+    working.say_of_records([image])
     link = probe(image, format=format, backing_dirs=backing_dir or ())
     row: dict[str, Any] = {**render.named("path", bytes(link.path)), "format": link.format}
     row.update(sound=None, corruptions=None, leaks=None, errors=None, supported=True)

@@ -51,6 +51,7 @@ def list_(
 
     set_up_logging(verbose=verbose, debug=debug)
     chain = snapshots.with_snapshots(image, backing_dirs=backing_dir or ())
+    working.say_of_records(link.path for link in chain.links)
     present = snapshots.present_in(chain)
     rows = [
         {

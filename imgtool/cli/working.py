@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,15 @@ def _bar() -> Iterator[OnStep | None]:
         yield lambda name, part: bars.update(task, description=name, completed=part)
 
 
+def say_of_records(images: Iterable[Path]) -> None:
+    """A line for each image beside which a record of interrupted work lies."""
+    from imgtool.image.unfinished import line_on
+
+    for image in images:
+        if line := line_on(image):
+            warning(line)
+
+
 def carry_out(
     make: Callable[[], Plan],
     *images: Path,
@@ -47,6 +56,8 @@ def carry_out(
         for image in images:
             if line := recover(image, backing_dirs=backing_dirs or (), below=below):
                 render.message("note", line)
+    else:
+        say_of_records(images)
     plan = make()
     for line in plan.doubts:
         warning(line)

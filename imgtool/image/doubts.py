@@ -20,6 +20,7 @@ from imgtool.image.host_file import open_host_file
 from imgtool.image.info import ImageInfo
 from imgtool.image.locks import in_use_for_writing
 from imgtool.image.places import printable, typed
+from imgtool.image.unfinished import line_on
 
 # A reader looks at so many tables of a chain at most: 8 MiB, of 64 GiB of disk where clusters have
 # the usual size.
@@ -38,13 +39,10 @@ def doubts_of(chain: Chain) -> tuple[str, ...]:
     Of the tables of qcow2 images so much is looked at as costs no time (`_MOST_TABLES`): whether
     their entries can be right at all. `check_metadata` looks at all.
     """
-    lines = [
-        *chain.notes,
-        *(
-            f"{printable(link.path)}: marked corrupt by QEMU"
-            for link in chain.links
-            if link.corrupt
-        ),
+    lines = [*chain.notes]
+    lines += [line for link in chain.links if (line := line_on(link.path)) is not None]
+    lines += [
+        f"{printable(link.path)}: marked corrupt by QEMU" for link in chain.links if link.corrupt
     ]
     most = max(_MOST_TABLES // len(chain.links), 1)
     for link in chain.links:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import stat
 from pathlib import Path
 
@@ -52,7 +51,11 @@ def proof_of(line: str, before: str, *, create: bool = False) -> str | None:
 def proves(proof: object, line: str, before: str) -> bool:
     """Whether this user's imgtool wrote the line, after the one with the proof `before`."""
     own = proof_of(line, before)
-    return own is not None and isinstance(proof, str) and secrets.compare_digest(proof, own)
+    if own is None or not isinstance(proof, str) or not proof.isascii():
+        return False
+    import hmac
+
+    return hmac.compare_digest(proof, own)
 
 
 def _secret(folder: Path, user: int, create: bool) -> bytes | None:
@@ -89,10 +92,10 @@ def _read(path: Path, user: int) -> bytes | None:
 def _made(path: Path, user: int) -> bytes | None:
     """A new secret, written whole; or the one that another imgtool has just made."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    new = path.with_name(f"{_NAME}.{secrets.token_hex(4)}")
+    new = path.with_name(f"{_NAME}.{os.urandom(4).hex()}")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        os.write(descriptor, secrets.token_bytes(_LENGTH))
+        os.write(descriptor, os.urandom(_LENGTH))
         os.fsync(descriptor)
         with contextlib.suppress(FileExistsError):
             os.link(new, path)

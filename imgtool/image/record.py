@@ -277,6 +277,21 @@ def written_down(image: Path) -> Written | None:
         os.close(descriptor)
 
 
+def worker_on(image: Path) -> int | None:
+    """The id of the process that works on an image by its record, on this machine; None for none.
+
+    Looked up, since whoever tries the lock is in the way of who takes it.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        inode = record_path(image).stat().st_ino
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            # 1: FLOCK ADVISORY WRITE 4242 00:1f:1234 0 EOF
+            if words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(inode):
+                return int(words[4])
+    return None
+
+
 def read_facts(image: Path) -> dict[str, Any]:
     """What is written down about an image by somebody who is believed; empty where nothing is."""
     written = written_down(image)

@@ -18,21 +18,20 @@ from imgtool.image.changes import (
     is_intact,
     marks,
     noted,
-    present_is,
     refuse_if_changed,
     why_needed,
 )
-from imgtool.image.dependants import overlays_on
 from imgtool.image.holdings import Since, holdings_of, since
 from imgtool.image.info import probe
 from imgtool.image.locks import PATIENCE, held_for_writing, refuse_if_in_use
-from imgtool.image.marks import is_as_noted, is_same_file, snapshots_of
-from imgtool.image.mending import mend, on_snapshots
+from imgtool.image.marks import is_as_noted, is_same_file
+from imgtool.image.mending import mend
 from imgtool.image.places import Places, printable, typed
 from imgtool.image.qemu_img import Locked, qemu_img, same_content
 from imgtool.image.reading import remove_unread
 from imgtool.image.record import Record, is_name, is_temporary_of, opened, written_down
 from imgtool.image.repairing import repair_tables
+from imgtool.image.reverting import settle_revert
 from imgtool.image.unfinished import (
     is_committed,
     lost,
@@ -86,7 +85,7 @@ def settle(
         line = f"an interrupted {operation} left {name} sound, as before it or as after it"
     elif operation == "revert":
         with held_for_writing([image]):
-            line = _settle_revert(record, finish=finish, backing_dirs=backing_dirs)
+            line = settle_revert(record, finish=finish, backing_dirs=backing_dirs)
     elif operation == "commit":
         return _settle_commit(record, finish=finish, backing_dirs=backing_dirs, force=force)
     elif operation == "write":
@@ -220,7 +219,13 @@ def recover(
         if record is not None and record.operation is not None and end:
             settled = keep(record)
         elif record is not None:
-            settled = settle(record, finish=True, backing_dirs=backing_dirs, force=force)
+            try:
+                settled = settle(record, finish=True, backing_dirs=backing_dirs, force=force)
+            except RefusedError:
+                raise  # which says what to do
+            except ImgtoolError as error:
+                error.hint = "; ".join(filter(None, (error.hint, to_keep(image))))
+                raise
     return "; ".join(part for part in (line, settled) if part) or None
 
 
@@ -363,46 +368,6 @@ def _settle_repair(record: Record) -> str | None:
         if repair_tables(link, asked).sound:
             return f"{what} was finished"
     return f"{what} could not be finished: imgtool chain check says what is wrong with it"
-
-
-def _settle_revert(record: Record, *, finish: bool, backing_dirs: Dirs) -> str:
-    """Finish or undo a revert where the present state is exactly the one before or the one after
-    it; all else was written since, and stays."""
-    image, saved, to = record.image, record.text("saved"), record.text("to")
-    what = f"an interrupted revert of {printable(image)} was"
-    step, temporary = record.facts.get("step"), bool(record.facts.get("temporary"))
-    before, after = present_is(image, name=saved), present_is(image, id=to)
-    there, applied = before is not None, step == "applied"
-    known = before or after if there else step is None or applied or (after and temporary)
-    done = step is not None and (finish or not there)
-    to_apply = done and there and not applied and not after
-    to_undo = not done and there and not before
-    if (
-        not known
-        or record.facts.get("others") != snapshots_of(image, but_for=saved)
-        or (to_apply and overlays_on(image, backing_dirs))
-    ):
-        return _left(record, saved if there else None, to)
-    mend(image, format="qcow2")
-    if to_apply:
-        on_snapshots(image, "-a", to)
-    if to_undo:  # by its id: that is what QEMU looks for first
-        rows = probe(image, format="qcow2").snapshots
-        on_snapshots(image, "-a", next(row.id for row in rows if row.name == saved))
-    if there and (temporary or not done):
-        on_snapshots(image, "-d", saved)
-    mend(image, format="qcow2")
-    return f"{what} {'finished' if done else 'undone'}"
-
-
-def _left(record: Record, saved: str | None, to: str) -> str:
-    shown = printable(record.image)
-    state = f"; the state before it is the snapshot '{printable(saved)}'" if saved else ""
-    again = f"imgtool snapshot revert {typed(record.image)} {typed(Path(to))} --save-as NAME"
-    return (
-        f"{shown} was used since a revert of it was interrupted: it stays as it is{state}"
-        f" (to go back all the same: {again})"
-    )
 
 
 def is_untouched(record: Record) -> bool:

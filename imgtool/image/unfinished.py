@@ -22,6 +22,7 @@ from imgtool.image.record import (
     not_believed,
     operation_of,
     record_path,
+    worker_on,
     written_down,
 )
 
@@ -149,6 +150,28 @@ def unproved(image: Path, facts: dict[str, Any], owner: int) -> RefusedError:
         subject=shown,
         hint=f"to have that done: imgtool recover {typed(image)} --force {Reason.UNPROVED};"
         f" {to_keep(image)}",
+    )
+
+
+def line_on(image: Path) -> str | None:
+    """A line for whoever looks at an image beside which a record of work lies; None for the own
+    work of this process, and where there is none."""
+    written = written_down(image)
+    if written is None or not written.facts:
+        return None
+    shown = printable(image)
+    worker = worker_on(image)
+    if worker is not None:
+        own = worker == os.getpid()
+        return None if own else f"another imgtool, process {worker}, is at work on it ({shown})"
+    if not written.believed or not written.proved:
+        return (
+            "beside it lies a record of work that this user's imgtool did not write, or before its"
+            f" secret was lost; imgtool recover {typed(image)} says what it would do ({shown})"
+        )
+    return (
+        f"a {operation_of(written.facts)} of it was interrupted: imgtool recover {typed(image)}"
+        f" ({shown})"
     )
 
 

@@ -1,0 +1,393 @@
+"""Work that is killed at each of its steps, and then somebody uses its images, before the next
+command: what was written since is never lost, and what was to be done is done or said."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from imgtool.errors import ImgtoolError, RefusedError
+from imgtool.image import mending, overlays, record, recovery, snapshots, work
+from imgtool.image.record import is_ours, record_path
+from tests.fault import writes
+from tests.fault.writes import KILLED, cut_at, in_child
+
+SIZE = 4 << 20
+SINCE = 0x77
+LATER = 2_000_000_000  # nanoseconds: when somebody uses it, after it was killed
+
+
+def qemu_img(*words: str | Path) -> None:
+    subprocess.run(["qemu-img", *words], check=True, capture_output=True)
+
+
+def write(image: Path, *commands: str) -> None:
+    words = [word for command in commands for word in ("-c", command)]
+    subprocess.run(["qemu-io", "-f", "qcow2", *words, image], check=True, capture_output=True)
+
+
+def content(image: Path, snapshot: str | None = None) -> bytes:
+    """What a guest sees, by QEMU alone."""
+    flat = image.parent / ".flat"
+    chosen = ["-l", f"snapshot.name={snapshot}"] if snapshot else []
+    qemu_img("convert", "-U", "-O", "raw", *chosen, image, flat)
+    try:
+        return flat.read_bytes()
+    finally:
+        flat.unlink()
+
+
+def names(image: Path) -> list[str]:
+    said = subprocess.run(["qemu-img", "snapshot", "-l", image], check=True, capture_output=True)
+    return [line.split()[1] for line in said.stdout.decode().splitlines()[2:]]
+
+
+def everything_in(folder: Path) -> list[bytes]:
+    """What a guest sees in each image of a folder, and in each of their snapshots."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".qcow2" and not is_ours(path.name):
+            found.append(content(path))
+            found += [content(path, name) for name in names(path)]
+    return found
+
+
+# The work
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work on images in a folder: how they are made, what is done, and on which image."""
+
+    make: Callable[[Path], None]
+    do: Callable[[Path], object]
+    image: str
+    other: str
+
+
+def _pair(folder: Path) -> None:
+    base, top = folder / "base.qcow2", folder / "top.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", base, str(SIZE))
+    write(base, "write -P 1 0 2M")
+    qemu_img("create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "base.qcow2", top)
+    write(top, "write -P 2 1M 2M")
+
+
+def _with_snapshot(folder: Path) -> None:
+    image = folder / "base.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", image, str(SIZE))
+    write(image, "write -P 1 0 2M")
+    qemu_img("snapshot", "-c", "one", image)
+    write(image, "write -P 2 1M 2M")
+
+
+def _commit(*, remove: bool) -> Callable[[Path], object]:
+    return lambda folder: overlays.plan_commit(folder / "top.qcow2", remove=remove).run()
+
+
+def _revert(save_as: str | None) -> Callable[[Path], object]:
+    def do(folder: Path) -> None:
+        chosen = {"save_as": save_as} if save_as else {"discard": True}
+        snapshots.plan_revert(folder / "base.qcow2", "one", **chosen).run()
+
+    return do
+
+
+def _plain(folder: Path) -> None:
+    image = folder / "base.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", image, str(SIZE))
+    writes.fill(image, "qcow2", writes.OLD)
+
+
+JOBS = {
+    "commit": Job(_pair, _commit(remove=False), "base.qcow2", "top.qcow2"),
+    "commit --remove": Job(_pair, _commit(remove=True), "base.qcow2", "top.qcow2"),
+    "revert": Job(_with_snapshot, _revert(None), "base.qcow2", "base.qcow2"),
+    "revert --save-as": Job(_with_snapshot, _revert("saved"), "base.qcow2", "base.qcow2"),
+    "write": Job(
+        _plain,
+        lambda folder: writes.write([folder / "base.qcow2"], ["qcow2"]),
+        "base.qcow2",
+        "base.qcow2",
+    ),
+}
+
+
+def killed(job: Job, folder: Path, number: int, after: bool) -> bool:
+    """Make the images and do the work, killed before or after a step; whether there was one."""
+    folder.mkdir()
+    job.make(folder)
+
+    def cut() -> None:
+        wrap = cut_at(number, after)
+        patch = pytest.MonkeyPatch()
+        for module in (work, recovery, mending, writes.transaction):
+            patch.setattr(module, "qemu_img", wrap(module.qemu_img))
+        patch.setattr(work, "same_content", wrap(work.same_content))
+        patch.setattr(overlays, "sync_file", wrap(overlays.sync_file))
+        patch.setattr(record.Record, "note", wrap(record.Record.note))
+        patch.setattr(record.Record, "remove", wrap(record.Record.remove))
+        patch.setattr(recovery, "remove_unread", wrap(recovery.remove_unread))
+        job.do(folder)
+
+    status = in_child(cut)
+    assert status in (0, KILLED), status
+    return status == KILLED
+
+
+# What somebody does then
+
+
+def _guest(image: Path) -> None:
+    """A guest is started on it, later, and writes where the work writes too, and elsewhere."""
+    write(image, f"write -P {SINCE} 1536k 64k", f"write -P {SINCE} 3584k 64k")
+    _later(image)
+
+
+def _snapshot(image: Path) -> None:
+    qemu_img("snapshot", "-c", "since", image)
+    _later(image)
+
+
+def _overlay(image: Path) -> None:
+    new = image.with_name(f"on-{image.name}")
+    qemu_img("create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", image.name, new)
+    write(new, f"write -P {SINCE} 1536k 64k")
+
+
+def _later(image: Path) -> None:
+    status = image.stat()
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + LATER))
+
+
+USES = {"guest": _guest, "snapshot": _snapshot, "overlay": _overlay}
+COMMANDS = [
+    ("recover", "IMAGE"),
+    ("resize", "IMAGE", "8M"),
+    ("overlay", "create", "IMAGE", "new.qcow2"),
+    ("compact", "IMAGE"),
+    ("recover", "OTHER"),
+    ("overlay", "commit", "top.qcow2", "--remove"),
+    ("snapshot", "create", "OTHER", "mine"),
+    ("info", "IMAGE"),
+]
+
+
+def _words(command: tuple[str, ...], job: Job, folder: Path) -> list[str | Path]:
+    files = {"IMAGE": job.image, "OTHER": job.other}
+    named = {**files, "new.qcow2": "new.qcow2", "top.qcow2": "top.qcow2"}
+    return [folder / named[word] if word in named else word for word in command]
+
+
+@pytest.mark.parametrize("which", ["IMAGE", "OTHER"])
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("name", JOBS)
+def test_what_was_written_after_the_kill_is_not_lost(tmp_path, imgtool_cli, name, use, which):
+    job = JOBS[name]
+    if which == "OTHER" and job.other == job.image:
+        pytest.skip("it works on one image")
+    commands = [one for one in COMMANDS if "top.qcow2" not in one or job.other == "top.qcow2"]
+    tried = 0
+    for number in range(1, 40):
+        for after in (False, True):
+            folder = tmp_path / f"{number}-{after}"
+            if not killed(job, folder, number, after):
+                assert tried >= 8
+                return
+            used = folder / (job.image if which == "IMAGE" else job.other)
+            if not used.exists() or not record_path(folder / job.image).exists():
+                continue
+            USES[use](used)
+            new = used.with_name(f"on-{used.name}")
+            seen, listed = content(new if use == "overlay" else used), names(used)
+            command = commands[tried % len(commands)]
+            tried += 1
+            done = imgtool_cli(*_words(command, job, folder))
+            where = f"cut {'after' if after else 'before'} {number}, then {command}: {done.err}"
+            assert done.status in (0, 3, 4), where
+            found = [one[: len(seen)] for one in everything_in(folder)]
+            assert seen in found, f"lost: {where}"
+            if used.exists():
+                assert [one for one in names(used) if one in listed] or not listed, where
+    pytest.fail("it never ends")
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_reading_commands_say_that_work_was_cut_off(tmp_path, imgtool_cli, name):
+    job, folder = JOBS[name], tmp_path / "cut"
+    assert killed(job, folder, 2, after=True)
+    image = folder / job.image
+    for words in (
+        ("info", image),
+        ("chain", "show", image),
+        ("chain", "tree", folder),
+        ("chain", "check", image),
+        ("check", image),
+        ("snapshot", "list", image),
+        ("partitions", image),
+        ("df", image),
+        ("ls", image, "/"),
+        ("resize", image, "8M", "--dry-run"),
+        ("compact", image, "--dry-run"),
+    ):
+        done = imgtool_cli(*words)
+        said = done.err + done.text
+        assert "was interrupted" in said and "imgtool recover" in said, (words, done)
+    other = folder / job.other
+    assert "was interrupted" in imgtool_cli("info", other).err
+
+
+def test_while_it_is_under_way_another_imgtool_says_so(tmp_path, imgtool_cli):
+    _plain(tmp_path)
+    image = tmp_path / "base.qcow2"
+    code = (
+        "import sys; from pathlib import Path; from imgtool.image.record import opened\n"
+        "with opened(Path(sys.argv[1]), create=True) as record:\n"
+        "    record.note(operation='resize'); print(flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable]
+    with subprocess.Popen(
+        [*words, "-c", code, image], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        done = imgtool_cli("info", image)
+        assert done.status == 0 and f"process {other.pid}, is at work on it" in done.err
+        other.stdin.close()
+
+
+# While it is under way
+
+
+def _tries(image: Path) -> int:
+    """The status of a guest that wants to write to an image."""
+    words = ["qemu-io", "-f", "qcow2", "-c", f"write -P {SINCE} 3584k 64k", image]
+    return subprocess.run(words, check=False, capture_output=True).returncode
+
+
+def test_no_guest_comes_between_the_proof_and_the_end_of_a_commit(tmp_path, monkeypatch):
+    _pair(tmp_path)
+    top, base = tmp_path / "top.qcow2", tmp_path / "base.qcow2"
+    expected, tried = content(top), []
+
+    def and_a_guest(really: Callable[..., object]) -> Callable[..., object]:
+        def both(*words: object, **options: object) -> object:
+            tried.append((_tries(top), _tries(base)))
+            return really(*words, **options)
+
+        return both
+
+    monkeypatch.setattr(work, "qemu_img", and_a_guest(work.qemu_img))
+    monkeypatch.setattr(work, "same_content", and_a_guest(work.same_content))
+    monkeypatch.setattr(overlays, "sync_file", and_a_guest(overlays.sync_file))
+    monkeypatch.setattr(recovery, "remove_unread", and_a_guest(recovery.remove_unread))
+    overlays.plan_commit(top, remove=True).run()
+    assert tried == [(1, 1)] * 4
+    assert not top.exists() and content(base) == expected
+    assert _tries(base) == 0
+
+
+def test_what_was_put_on_the_overlay_meanwhile_keeps_it(tmp_path, imgtool_cli, monkeypatch):
+    _pair(tmp_path)
+    top, new = tmp_path / "top.qcow2", tmp_path / "on-top.qcow2"
+    really, expected = overlays.sync_file, content(top)
+
+    def and_an_overlay(path: Path) -> None:
+        qemu_img("create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", top.name, new, str(SIZE))
+        really(path)
+
+    monkeypatch.setattr(overlays, "sync_file", and_an_overlay)
+    done = imgtool_cli("overlay", "commit", top, "--remove")
+    assert done.status == 0, done.err
+    assert "yet it stays" in done.err and f"{new} stands on it" in done.err
+    assert content(new) == expected and not record_path(tmp_path / "base.qcow2").exists()
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_who_is_locked_out_has_done_nothing(tmp_path, name):
+    job = JOBS[name]
+    job.make(tmp_path)
+    image = tmp_path / job.other
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    words = ["qemu-io", "-f", "qcow2", image]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
+        guest.stdin.write(b"read 0 512\n")
+        guest.stdin.flush()
+        guest.stdout.readline()
+        try:
+            with pytest.raises(RefusedError, match="in use"):
+                job.do(tmp_path)
+            assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        finally:
+            guest.stdin.close()
+
+
+@pytest.mark.parametrize(
+    "words", [("resize", "8M"), ("snapshot", "create", "new"), ("snapshot", "revert", "one")]
+)
+def test_a_guest_that_starts_right_after_the_last_look_locks_it_out(
+    tmp_path, imgtool_cli, monkeypatch, words
+):
+    """Nothing is left to be finished over what that guest writes."""
+    _with_snapshot(tmp_path)
+    image, held = tmp_path / "base.qcow2", []
+    really = work.Seen.refuse_if_changed
+
+    def looked(seen: work.Seen) -> None:
+        really(seen)
+        guest = subprocess.Popen(
+            ["qemu-io", "-f", "qcow2", image], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        guest.stdin.write(f"write -P {SINCE} 3584k 64k\n".encode())
+        guest.stdin.flush()
+        guest.stdout.readline()
+        held.append(guest)
+
+    monkeypatch.setattr(work.Seen, "refuse_if_changed", looked)
+    more = ("--discard",) if "revert" in words else ()
+    verb = words[:2] if words[0] == "snapshot" else words[:1]
+    done = imgtool_cli(*verb, image, *words[len(verb) :], *more)
+    monkeypatch.undo()
+    try:
+        kept = held[0].poll() is None and words[0] == "resize"
+        assert done.status == (1 if kept else 0), done.err
+        assert not record_path(image).exists() or kept, done.err
+    finally:
+        held[0].stdin.close()
+        held[0].wait()
+        held[0].stdout.close()
+    if words[0] == "resize":
+        seen = content(image)
+        imgtool_cli("recover", image)
+        assert content(image) == seen and not record_path(image).exists()
+    assert names(image) == ["one"] or words[0] == "snapshot"
+
+
+def test_what_cannot_be_finished_is_ended_and_all_of_it_is_kept(tmp_path, imgtool_cli, monkeypatch):
+    job = JOBS["write"]
+    for number in range(1, 40):
+        folder = tmp_path / str(number)
+        assert killed(job, folder, number, False)
+        image = folder / job.image
+        if record.read_facts(image).get("step") == "commit":
+            break
+
+    def fails(*words: object, **options: object) -> None:
+        raise ImgtoolError("QEMU could not do it", subject=image)
+
+    monkeypatch.setattr(recovery, "qemu_img", fails)
+    done = imgtool_cli("recover", image)
+    assert done.status == 1 and f"imgtool recover {image} --keep" in done.err
+    before = content(image)
+    done = imgtool_cli("recover", image, "--keep")
+    assert done.status == 0, done.err
+    (kept,) = folder.glob("base.qcow2.kept-*.qcow2")
+    assert str(kept) in done.err and content(image) == before
+    assert writes.pattern(kept, "qcow2", writes.NEW)
+    assert not any(is_ours(path.name) for path in folder.iterdir())
+    assert imgtool_cli("resize", image, "8M").status == 4  # the base of what was kept
