@@ -96,7 +96,7 @@ def refuse_elsewhere(chain: Chain) -> None:
 def _refuse_damaged(link: ImageInfo) -> None:
     shown = printable(link.path)
     if link.dirty:
-        return  # its tables lag behind what is in it; QEMU mends that when it opens it
+        raise lagging(link)
     mend = f"mend a copy of it: cp {typed(link.path)} COPY, then imgtool check --repair all COPY"
     if link.corrupt:
         raise RefusedError(
@@ -116,6 +116,20 @@ def _refuse_damaged(link: ImageInfo) -> None:
             hint=mend,
             reason=Reason.DAMAGED,
         )
+
+
+def lagging(link: ImageInfo) -> RefusedError:
+    """The error for an image whose tables lag behind what is in it, since whoever wrote to it with
+    lazy refcounts was killed. As the base of an overlay QEMU writes to it without bringing them up
+    to date, over clusters that they do not count yet."""
+    return RefusedError(
+        "it was not closed properly, and its tables lag behind what is in it: what is written could"
+        " destroy what is there",
+        subject=printable(link.path),
+        hint="bring them up to date, as QEMU does when a guest starts: imgtool check --repair all"
+        f" {typed(link.path)}",
+        reason=Reason.DAMAGED,
+    )
 
 
 def wrong_entries(link: ImageInfo, most: int = _MOST_TABLES) -> int:

@@ -13,7 +13,7 @@ from imgtool.image.ages import kept_younger
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
 from imgtool.image.copies import size_of_copy
-from imgtool.image.doubts import doubts_of
+from imgtool.image.doubts import doubts_of, lagging
 from imgtool.image.findings import salvage
 from imgtool.image.guards import (
     refuse_encrypted,
@@ -217,6 +217,8 @@ def plan_repair(
     """
     link = probe(path, format=format, backing_dirs=backing_dirs)  # its base may be missing
     refuse_encrypted(Chain((link,)))
+    if link.dirty and what == "leaks":
+        raise lagging(link)  # what is lost cannot be told yet
     check_metadata(link)  # whoever cannot say what is wrong cannot mend it either
     # It is for damaged ones, and what stands on it sees no change.
     allowed = {*force, Reason.IS_BASE, Reason.DAMAGED}

@@ -70,9 +70,23 @@ def _check_name(chain: Chain, name: str) -> None:
         )
 
 
+def _refuse_single_references(chain: Chain) -> None:
+    """Raise `ImageError` for an image that counts to one: a snapshot shares its clusters."""
+    with open_host_file(chain.active.path) as file:
+        header = qcow2.read_header(file)
+    if header is not None and header.refcount_bits == 1:
+        raise ImageError(
+            "it was made to have no internal snapshots (refcount_bits=1)",
+            subject=printable(chain.active.path),
+            hint="make an overlay on it: imgtool overlay create; or another image of it: imgtool"
+            " convert",
+        )
+
+
 def plan_create(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs = ()) -> Plan:
     """Keep the present state under a name."""
     chain = with_snapshots(path, backing_dirs=backing_dirs)
+    _refuse_single_references(chain)
     # What stands on it sees no change.
     refuse_to_write(chain, backing_dirs, force={*force, Reason.IS_BASE})
     _check_name(chain, name)
