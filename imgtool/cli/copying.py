@@ -36,6 +36,10 @@ def copy_out(
         bool,
         typer.Option("--keep-partial", help="Keep what could be read of a damaged file."),
     ] = False,
+    xattrs: Annotated[
+        options.Kept,
+        typer.Option("--xattrs", help="Keep user attributes and ACLs, or all: security, trusted."),
+    ] = options.Kept.user,
     add: options.Add = None,
     format: options.Format = None,
     snapshot: options.Snapshot = None,
@@ -49,6 +53,7 @@ def copy_out(
 ) -> None:
     """Copy files and directories out of a guest; DEST `-` writes SRC to stdout as tar."""
     from imgtool.transfer import copy_out as outward
+    from imgtool.transfer.keeping import Keeping
 
     request = Request.of(locals())
     sources, dest = _split(paths)
@@ -64,7 +69,8 @@ def copy_out(
     outward.check_destination(sources, dest, overwrite=overwrite)
     with request.opened() as guest, progress("copy-out") as bar:
         outward.refuse_guest_files(guest, sources, dest)
-        report = outward.Report(failures.problem, _left_out, bar)
+        keeping = Keeping(everything=xattrs is options.Kept.all)
+        report = outward.Report(failures.problem, _left_out, bar, keeping)
         for source in sources:
             with failures.caught():
                 outward.copy_out(
@@ -75,6 +81,8 @@ def copy_out(
                     overwrite=overwrite,
                     keep_partial=keep_partial,
                 )
+    for line in keeping.lines():
+        render.message("warning", line)
     failures.finish()
 
 

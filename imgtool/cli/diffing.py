@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from imgtool.guest.model import Entry
 
 _OF_EACH = ("type", "mode", "uid", "gid", "size", "mtime", "target", "rdev", "checksum")
+XATTRS = ("xattrs_a", "xattrs_b")
 FIELDS = ("change", "path", "fields", *(f"{name}_{side}" for name in _OF_EACH for side in "ab"))
 
 
@@ -53,7 +54,7 @@ def _side(entry: Entry | None, side: str) -> dict[str, Any]:
     return row if entry.target is None else {**row, **render.named(target, entry.target)}
 
 
-def row(difference: Difference) -> dict[str, Any]:
+def row(difference: Difference, output: Output, *, xattrs: bool = False) -> dict[str, Any]:
     """The row of a difference for JSON and CSV: `_a` is what was before, `_b` what is after."""
     sides = {**_side(difference.before, "a"), **_side(difference.after, "b")}
     return {
@@ -62,7 +63,13 @@ def row(difference: Difference) -> dict[str, Any]:
         "fields": list(difference.fields),
         **{name: sides.pop(name) for name in FIELDS if name in sides},
         **sides,  # names that are not UTF-8
+        **(_attributes(difference, output) if xattrs else {}),
     }
+
+
+def _attributes(difference: Difference, output: Output) -> dict[str, Any]:
+    sides = zip(XATTRS, (difference.before, difference.after), strict=True)
+    return {name: entry and render.attributes(entry.xattrs, output) for name, entry in sides}
 
 
 def _moments(before: Entry, after: Entry) -> tuple[str, str]:
@@ -98,6 +105,10 @@ def _details(difference: Difference, human: bool) -> str:
     for field in difference.fields:
         if field == "content":
             parts.append(field)
+            continue
+        if field == "xattrs":
+            names = {name for name, _ in set(before.xattrs or ()) ^ set(after.xattrs or ())}
+            parts.append(f"xattrs {','.join(map(render.escaped, sorted(names)))}")
             continue
         if field == "mtime":
             one, other = _moments(before, after)
@@ -144,6 +155,9 @@ def diff(
         options.Checksum | None,
         typer.Option("--checksum", help="Compare contents too; blocks in common are not read."),
     ] = None,
+    xattrs: Annotated[
+        bool, typer.Option("--xattrs", help="Compare extended attributes too, ACLs among them.")
+    ] = False,
     text: Annotated[
         bool, typer.Option("--text", help="A unified diff of each changed text file.")
     ] = False,
@@ -209,6 +223,7 @@ def diff(
             pair,
             path,
             checksum=checksum.value if checksum else None,
+            xattrs=xattrs,
             everything=everything,
             links=links_apart(before, after) if checksum else None,
             on_problem=(problem(before), problem(after)),
@@ -216,7 +231,8 @@ def diff(
         first = next(found, None)
         every: Iterable[Difference] = () if first is None else itertools.chain([first], found)
         if output is not Output.table:
-            render.emit(map(row, every), FIELDS, output)
+            rows = (row(difference, output, xattrs=xattrs) for difference in every)
+            render.emit(rows, (*FIELDS, *XATTRS) if xattrs else FIELDS, output)
         else:
             for difference in every:
                 print(_line(difference, human))

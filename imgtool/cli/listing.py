@@ -76,6 +76,9 @@ def ls(
     checksum: Annotated[
         options.Checksum | None, typer.Option("--checksum", help="Checksums of regular files.")
     ] = None,
+    xattrs: Annotated[
+        bool, typer.Option("--xattrs", help="Extended attributes, ACLs among them.")
+    ] = False,
     output: options.OutputOption = Output.table,
     add: options.Add = None,
     format: options.Format = None,
@@ -103,14 +106,18 @@ def ls(
                 if title is not None:
                     print("\n" * begun + title)
                     begun = True
-                yield from _entries(
-                    guest, top, recursive, checksum.value if checksum else None, failures
-                )
+                kind = checksum.value if checksum else None
+                yield from _entries(guest, top, recursive, kind, xattrs, failures)
 
         if output is not Output.table:
             assert owners is not None
-            every = (row(entry, owners) for path in paths for entry in listed(path))
-            render.emit(every, FIELDS, output)
+            every = (
+                row(entry, owners)
+                | ({"xattrs": render.attributes(entry.xattrs, output)} if xattrs else {})
+                for path in paths
+                for entry in listed(path)
+            )
+            render.emit(every, (*FIELDS, "xattrs") if xattrs else FIELDS, output)
         else:
             titles = len(paths) > 1 and not recursive
             for path in paths:
@@ -122,6 +129,8 @@ def ls(
                         print(f"{entry.checksum or '-'}  {render.escaped(name)}")
                     else:
                         print(render.escaped(name))
+                    for pair in entry.xattrs or ():
+                        print(f"    {render.attribute(*pair)}")
     sys.stdout.flush()
     failures.finish()
 
@@ -137,16 +146,24 @@ def _top(guest: Guest, path: str) -> Entry:
 
 
 def _entries(
-    guest: Guest, entry: Entry, recursive: bool, checksum: str | None, failures: Failures
+    guest: Guest,
+    entry: Entry,
+    recursive: bool,
+    checksum: str | None,
+    xattrs: bool,
+    failures: Failures,
 ) -> Iterator[Entry]:
     """What `ls PATH` lists: a directory's content, or the one thing that the path names."""
     if entry.type != "directory":
+        entry = guest.attributed(entry, failures.problem) if xattrs else entry
         summed = checksum is not None and entry.type == "file"
         yield guest.summed(entry, str(checksum), failures.problem) if summed else entry
     elif recursive:
-        yield from guest.walk(entry.path, checksum=checksum, on_problem=failures.problem)
+        yield from guest.walk(
+            entry.path, checksum=checksum, xattrs=xattrs, on_problem=failures.problem
+        )
     else:
-        for child in guest.entries(entry.path, on_problem=failures.problem):
+        for child in guest.entries(entry.path, xattrs=xattrs, on_problem=failures.problem):
             summed = checksum is not None and child.type == "file"
             yield guest.summed(child, str(checksum), failures.problem) if summed else child
 

@@ -37,6 +37,13 @@ class Checksum(StrEnum):
     sha256 = "sha256"
 
 
+class Kept(StrEnum):
+    """Which extended attributes a copy keeps."""
+
+    user = "user"
+    all = "all"
+
+
 Image = Annotated[Path, typer.Argument(metavar="IMAGE", help="The disk image.")]
 GuestPaths = Annotated[
     list[str],

@@ -9,9 +9,12 @@ import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imgtool.cli.options import Output
+
+if TYPE_CHECKING:
+    from imgtool.guest.xattrs import Xattrs
 
 Row = Mapping[str, Any]
 
@@ -90,6 +93,48 @@ def named(key: str, name: bytes) -> dict[str, str]:
             key: name.decode("utf-8", "replace"),
             f"{key}_bytes": base64.b64encode(name).decode("ascii"),
         }
+
+
+def attributes(xattrs: Xattrs | None, output: Output) -> list[Any] | None:
+    """Extended attributes in a row: for JSON of each the `name` and the `value`, or its
+    `value_bytes` in base64 if it is no text; for CSV as `attribute` shows them.
+    """
+    if xattrs is None:
+        return None
+    if output is Output.csv:
+        return [attribute(name, value) for name, value in xattrs]
+    return [{**named("name", name), **_value(value)} for name, value in xattrs]
+
+
+def _value(value: bytes) -> dict[str, str | None]:
+    if _text(value) is not None:
+        return {"value": value.decode()}
+    return {"value": None, "value_bytes": base64.b64encode(value).decode("ascii")}
+
+
+def _text(value: bytes) -> str | None:
+    """The text of a value, without the NUL that SELinux puts after it; None for what is none."""
+    try:
+        text = value.removesuffix(b"\0").decode()
+    except UnicodeDecodeError:
+        return None
+    return text if text.isprintable() else None
+
+
+def attribute(name: bytes, value: bytes) -> str:
+    """An extended attribute as getfattr(1) shows it: text in quotes, all else in base64 after
+    `0s`; ACLs as in acl(5), on one line.
+    """
+    from imgtool.guest.xattrs import ACLS, acl_text
+
+    shown = acl_text(value) if name in ACLS else None
+    if shown is not None:
+        return f"{escaped(name)}={shown.rstrip().replace(chr(10), ',')}"
+    text = _text(value)
+    if text is None:
+        return f"{escaped(name)}=0s{base64.b64encode(value).decode('ascii')}"
+    quoted = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{escaped(name)}="{quoted}"'
 
 
 def _cell(value: object) -> str:

@@ -77,6 +77,7 @@ def compared(
     path: str | bytes = "/",
     *,
     checksum: str | None = None,
+    xattrs: bool = False,
     everything: bool = False,
     links: Links | None = None,
     on_problem: tuple[OnProblem, OnProblem],
@@ -84,7 +85,8 @@ def compared(
     """The differences at a path and below it, in the order of a walk.
 
     Files of one size and time are taken for the same unless a `checksum` (md5, sha1, sha256) is
-    to be compared too. `links` are those of each side's chains that the other one has not (see
+    to be compared too; extended attributes are compared with `xattrs`. `links` are those of each
+    side's chains that the other one has not (see
     `points.links_apart`): what comes from the others is not read. `on_problem` gets, for each
     side, the paths that cannot be read: these are compared no further and in no difference.
 
@@ -108,7 +110,7 @@ def compared(
     started = time.monotonic()
 
     def begin(guest: Guest, walk: Walk, top: Entry | None) -> None:
-        walk.start(_entries(guest, walk.problem, top, checksum, written))
+        walk.start(_entries(guest, walk.problem, top, checksum, xattrs, written))
 
     pair.both(
         lambda: begin(before, walks[0], tops[0]),
@@ -184,19 +186,22 @@ def _entries(
     problem: OnProblem,
     top: Entry | None,
     checksum: str | None,
+    xattrs: bool,
     written: Stretches | None,
 ) -> Iterator[Entry]:
     if top is None:
         return iter(())
+    if xattrs:
+        top = guest.attributed(top, problem)
     if top.type != "directory":
         summed = checksum is not None and top.type == "file"
         return iter([guest.summed(top, str(checksum), problem) if summed else top])
     if checksum is not None and written is not None:
         below = guest.walk_unshared(
-            top.path, checksum=checksum, written=written, on_problem=problem
+            top.path, checksum=checksum, written=written, xattrs=xattrs, on_problem=problem
         )
     else:
-        below = guest.walk(top.path, checksum=checksum, on_problem=problem)
+        below = guest.walk(top.path, checksum=checksum, xattrs=xattrs, on_problem=problem)
     # Its answer is begun here, in the thread of its side.
     return itertools.chain([top], list(itertools.islice(below, 1)), below)
 

@@ -26,7 +26,7 @@ class Difference:
     """A path that is not the same on both sides.
 
     `change` is added, removed or changed; `fields` are what changed: some of type, mode, uid, gid,
-    size, mtime, target, rdev, content. An entry is None where there is none.
+    size, mtime, target, xattrs, rdev, content. An entry is None where there is none.
     """
 
     change: str
@@ -174,6 +174,8 @@ def changed_fields(before: Entry, after: Entry, *, everything: bool = False) -> 
         fields.append("mtime")
     if same_kind and before.target != after.target:
         fields.append("target")
+    if before.xattrs is not None and after.xattrs is not None and before.xattrs != after.xattrs:
+        fields.append("xattrs")
     if same_kind and before.rdev != after.rdev and kind in ("char", "block"):
         fields.append("rdev")
     return tuple(fields)

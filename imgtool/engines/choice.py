@@ -14,6 +14,7 @@ from imgtool.engines.direct.filesystem import NeedsAppliance, NoSandbox
 from imgtool.errors import EngineError, HostError, ImageError, ImgtoolError, Interrupted
 from imgtool.guest.guest import Guest, OnProblem, Stretches
 from imgtool.guest.model import Device, Entry, Layout, OperatingSystem, SpaceUsage
+from imgtool.guest.xattrs import Xattrs
 
 log = logging.getLogger(__name__)
 
@@ -130,20 +131,23 @@ class ChosenGuest(Guest):
         """One path as it is; a symbolic link is not followed."""
         return self._asked(lambda guest: guest.lstat(path))
 
-    def entries(self, path: str | bytes, *, on_problem: OnProblem | None = None) -> Iterator[Entry]:
+    def entries(
+        self, path: str | bytes, *, xattrs: bool = False, on_problem: OnProblem | None = None
+    ) -> Iterator[Entry]:
         """What is in a directory, sorted by name as bytes; the links are not followed."""
-        return self._listed(lambda guest: guest.entries(path, on_problem=on_problem))
+        return self._listed(lambda guest: guest.entries(path, xattrs=xattrs, on_problem=on_problem))
 
     def walk(
         self,
         path: str | bytes = "/",
         *,
         checksum: str | None = None,
+        xattrs: bool = False,
         on_problem: OnProblem | None = None,
     ) -> Iterator[Entry]:
         """Everything below a directory: parents first, siblings sorted by name as bytes."""
         return self._listed(
-            lambda guest: guest.walk(path, checksum=checksum, on_problem=on_problem)
+            lambda guest: guest.walk(path, checksum=checksum, xattrs=xattrs, on_problem=on_problem)
         )
 
     def unshown(self) -> Mapping[str, str]:
@@ -160,14 +164,19 @@ class ChosenGuest(Guest):
         *,
         checksum: str,
         written: Stretches,
+        xattrs: bool = False,
         on_problem: OnProblem | None = None,
     ) -> Iterator[Entry]:
         """`walk` with checksums, but not of files whose data are all outside `written`."""
         return self._listed(
             lambda guest: guest.walk_unshared(
-                path, checksum=checksum, written=written, on_problem=on_problem
+                path, checksum=checksum, written=written, xattrs=xattrs, on_problem=on_problem
             )
         )
+
+    def xattrs(self, path: str | bytes) -> Xattrs:
+        """The extended attributes of one path as it is; a symbolic link is not followed."""
+        return self._asked(lambda guest: guest.xattrs(path))
 
     def checksum(self, kind: str, path: str | bytes) -> str:
         """The md5, sha1 or sha256 of a regular file, in hexadecimal."""
@@ -178,10 +187,10 @@ class ChosenGuest(Guest):
         return self._streamed(lambda guest: guest.open(path))
 
     def tar(
-        self, path: str | bytes, excludes: Sequence[bytes] = ()
+        self, path: str | bytes, excludes: Sequence[bytes] = (), *, xattrs: bool = False
     ) -> AbstractContextManager[BinaryIO]:
         """A directory's content (names relative to it) as a stream in tar format."""
-        return self._streamed(lambda guest: guest.tar(path, excludes))
+        return self._streamed(lambda guest: guest.tar(path, excludes, xattrs=xattrs))
 
     def data_ranges(self, path: str | bytes) -> Sequence[tuple[int, int]]:
         """Where a sparse file has data: (offset, length) in bytes, ascending."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from imgtool.errors import EngineError, NotInGuestError
 from imgtool.guest.model import Device, Entry, Layout, OperatingSystem, SpaceUsage
 from imgtool.guest.paths import guest_path
+from imgtool.guest.xattrs import Xattrs
 
 if TYPE_CHECKING:
     from imgtool.image.chain import Chain
@@ -102,10 +103,13 @@ class Guest(ABC):
         """One path as it is; a symbolic link is not followed."""
 
     @abstractmethod
-    def entries(self, path: str | bytes, *, on_problem: OnProblem | None = None) -> Iterator[Entry]:
+    def entries(
+        self, path: str | bytes, *, xattrs: bool = False, on_problem: OnProblem | None = None
+    ) -> Iterator[Entry]:
         """What is in a directory, sorted by name as bytes; the links are not followed.
 
-        Without `on_problem` the first unreadable entry raises.
+        With `xattrs` the entries have their extended attributes. Without `on_problem` the first
+        unreadable entry raises.
         """
 
     @abstractmethod
@@ -114,6 +118,7 @@ class Guest(ABC):
         path: str | bytes = "/",
         *,
         checksum: str | None = None,
+        xattrs: bool = False,
         on_problem: OnProblem | None = None,
     ) -> Iterator[Entry]:
         """Everything below a directory: parents first, siblings sorted by name as bytes.
@@ -134,6 +139,7 @@ class Guest(ABC):
         *,
         checksum: str,
         written: Stretches,
+        xattrs: bool = False,
         on_problem: OnProblem | None = None,
     ) -> Iterator[Entry]:
         """`walk` with checksums, but not of files whose data are all outside `written`.
@@ -141,7 +147,11 @@ class Guest(ABC):
         As far as the engine can tell: these have a `place` instead, the same one if their data are
         the same stretches of the disks.
         """
-        return self.walk(path, checksum=checksum, on_problem=on_problem)
+        return self.walk(path, checksum=checksum, xattrs=xattrs, on_problem=on_problem)
+
+    @abstractmethod
+    def xattrs(self, path: str | bytes) -> Xattrs:
+        """The extended attributes of one path as it is; a symbolic link is not followed."""
 
     @abstractmethod
     def checksum(self, kind: str, path: str | bytes) -> str:
@@ -153,11 +163,12 @@ class Guest(ABC):
 
     @abstractmethod
     def tar(
-        self, path: str | bytes, excludes: Sequence[bytes] = ()
+        self, path: str | bytes, excludes: Sequence[bytes] = (), *, xattrs: bool = False
     ) -> AbstractContextManager[BinaryIO]:
         """A directory's content (names relative to it) as a stream in tar format.
 
-        `excludes` are patterns of tar(1), such as `./name`.
+        `excludes` are patterns of tar(1), such as `./name`. With `xattrs` all extended attributes
+        and ACLs are in it, as GNU tar has them.
         """
 
     @abstractmethod
@@ -186,6 +197,16 @@ class Guest(ABC):
         """The entry of a regular file with its checksum; without if it cannot be read."""
         try:
             return dataclasses.replace(entry, checksum=self.checksum(kind, entry.path))
+        except EngineError as error:
+            if on_problem is None:
+                raise
+            on_problem(entry.path, error.message)
+            return entry
+
+    def attributed(self, entry: Entry, on_problem: OnProblem | None) -> Entry:
+        """The entry with its extended attributes; without if they cannot be read."""
+        try:
+            return dataclasses.replace(entry, xattrs=self.xattrs(entry.path))
         except EngineError as error:
             if on_problem is None:
                 raise

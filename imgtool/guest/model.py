@@ -9,6 +9,8 @@ from __future__ import annotations
 import stat
 from dataclasses import dataclass, field
 
+from imgtool.guest.xattrs import Xattrs
+
 FILE_TYPES = {
     stat.S_IFREG: "file",
     stat.S_IFDIR: "directory",
@@ -26,6 +28,7 @@ class Entry:
 
     `mode` is the whole `st_mode`; `blocks` counts 512-byte units really allocated. `place` stands
     for where a file's data are on the disks, where that was asked for (`Guest.walk_unshared`).
+    `xattrs` are the extended attributes, if asked for and readable.
     """
 
     path: bytes
@@ -42,6 +45,7 @@ class Entry:
     target: bytes | None = None
     checksum: str | None = None
     place: str | None = None
+    xattrs: Xattrs | None = None
 
     @property
     def type(self) -> str:

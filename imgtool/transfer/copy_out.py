@@ -8,7 +8,7 @@ import os
 import re
 import tarfile
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any, BinaryIO
@@ -25,6 +25,7 @@ from imgtool.guest.model import Entry
 from imgtool.image.guest_files import GuestFiles
 from imgtool.scratch import large_files
 from imgtool.transfer.archive import members
+from imgtool.transfer.keeping import Keeping
 from imgtool.transfer.staging import Attributes, BadName, Staging
 
 # From this size a file that has holes is fetched by its ranges of data, not through the tar stream.
@@ -43,11 +44,15 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Report:
-    """Where lines go: problems (status 1), names left out on purpose, progress in bytes."""
+    """Where lines go: problems (status 1), names left out on purpose, progress in bytes.
+
+    `xattrs` says which extended attributes are kept, and counts the others.
+    """
 
     problem: OnProblem
     skipped: OnProblem
     progress: OnProgress | None = None
+    xattrs: Keeping = field(default_factory=Keeping)
 
 
 def _last(source: str) -> str:
@@ -96,12 +101,12 @@ def refuse_guest_files(guest: Guest, sources: Sequence[str], dest: str | Path) -
 
 
 def tar_out(guest: Guest, source: str, out: BinaryIO) -> None:
-    """Write a directory's content to `out` as a tar stream, untouched."""
+    """Write a directory's content to `out` as a tar stream, untouched, with all attributes."""
     path = guest.resolve(guest.path(source))
     if guest.lstat(path).type != "directory":
         raise UsageError("a tar stream is made of a directory", subject=source)
     GuestFiles(guest.chains).refuse_output(out)
-    with guest.tar(path) as stream:
+    with guest.tar(path, xattrs=True) as stream:
         while block := stream.read(BLOCK):
             out.write(block)
     out.flush()
@@ -149,6 +154,7 @@ def copy_out(
     parent = dest
     if not dest.is_dir():
         parent, name = dest.absolute().parent, os.fsencode(dest.name)
+    entry = guest.attributed(entry, report.problem)
     kept = GuestFiles(guest.chains) if overwrite else None
     with Staging(parent, name, overwrite=overwrite, kept=kept) as staging:
         if not _Copy(guest, entry, staging, report, keep_partial).run():
@@ -193,10 +199,6 @@ class _Paths:
         return self._paths.get(key)
 
 
-def _attributes(entry: Entry) -> Attributes:
-    return Attributes(entry.mode, entry.uid, entry.gid, entry.mtime_ns)
-
-
 class _Copy:
     """One source on its way into one staging folder."""
 
@@ -225,7 +227,7 @@ class _Copy:
         else:
             self._directory()
             return True
-        self._staging.finish(b"", _attributes(self._top))
+        self._finished(self._top, b"")
         return True
 
     def _advance(self, count: int) -> None:
@@ -307,7 +309,8 @@ class _Copy:
         """
         sparse = set()
         room = _MOST_SPARSE
-        for entry in self._guest.walk(self._top.path, on_problem=self._report.problem):
+        walked = self._guest.walk(self._top.path, xattrs=True, on_problem=self._report.problem)
+        for entry in walked:
             if entry.type not in _COPIED:
                 self._report.skipped(entry.path, f"a {_KINDS[entry.type]} is not copied")
                 continue
@@ -318,17 +321,16 @@ class _Copy:
                     room -= len(entry.path) + _ABOUT_ONE
             fields = (entry.path, entry.mode, entry.uid, entry.gid, entry.size, entry.mtime_ns)
             more = (entry.blocks, entry.nlink, entry.inode, entry.device)
-            marshal.dump((*fields, *more, entry.target), records)
+            marshal.dump((*fields, *more, entry.target, entry.xattrs), records)
         return frozenset(sparse) if room >= 0 else None
 
     def _recorded(self, records: BinaryIO) -> Iterator[tuple[Entry, bytes]]:
         """What `_survey` wrote, in preorder, with each path relative to the directory."""
         for values in _dumped(records):
-            path, mode, uid, gid, size, mtime, blocks, nlink, inode, device, target = values
-            entry = Entry(
-                path, mode, uid, gid, size, mtime, blocks, nlink, inode, device, target=target
-            )
-            yield entry, path[self._prefix :]
+            path, mode, uid, gid, size, mtime, blocks, nlink, inode, device, target, kept = values
+            entry = Entry(path, mode, uid, gid, size, mtime, blocks, nlink, inode, device)
+            entry = replace(entry, target=target, xattrs=kept)
+            yield entry, entry.path[self._prefix :]
 
     def _pattern(self, path: bytes) -> bytes:
         return b"./" + _GLOB.sub(rb"\\\1", path[self._prefix :])
@@ -400,9 +402,15 @@ class _Copy:
         for directory, path in reversed(open_directories):
             self._attribute(directory, path)
 
+    def _finished(self, entry: Entry, relative: bytes) -> bool:
+        kept = self._report.xattrs
+        xattrs = kept.chosen(entry.xattrs or ())
+        attributes = Attributes(entry.mode, entry.uid, entry.gid, entry.mtime_ns, xattrs)
+        return self._staging.finish(relative, attributes, kept.refused)
+
     def _attribute(self, entry: Entry, relative: bytes) -> None:
         try:
-            there = self._staging.finish(relative, _attributes(entry))
+            there = self._finished(entry, relative)
             # Seen by the walk, not in the stream.
             if not there and self._failed.get(relative) is None:
                 self._report.problem(entry.path, "was not copied")

@@ -16,16 +16,18 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from imgtool import scratch
 from imgtool.errors import EngineError, ImgtoolError, NotInGuestError, RefusedError
+from imgtool.guest.xattrs import Xattrs
 from imgtool.image.guest_files import GuestFiles
 from imgtool.image.record import is_ours
 from imgtool.transfer import folders
+from imgtool.transfer.keeping import set_all
 from imgtool.transfer.writes import Writes
 
 _TOP = b"content"
@@ -59,12 +61,13 @@ class BadName(ImgtoolError):
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a host file gets: `st_mode`, numeric owner, mtime in nanoseconds."""
+    """What a host file gets: `st_mode`, numeric owner, mtime in nanoseconds, attributes."""
 
     mode: int
     uid: int
     gid: int
     mtime_ns: int
+    xattrs: Xattrs = ()
 
 
 def split(path: bytes) -> tuple[bytes, ...]:
@@ -375,8 +378,11 @@ class Staging:
             folder, name = self._place(path)
             os.unlink(name, dir_fd=folder)
 
-    def finish(self, path: bytes, attributes: Attributes) -> bool:
-        """Give a name of the result its attributes; False if it is not there.
+    def finish(
+        self, path: bytes, attributes: Attributes, on_refused: Callable[[bytes], None] | None = None
+    ) -> bool:
+        """Give a name of the result its attributes; False if it is not there. `on_refused` gets the
+        names of extended attributes that the host does not take.
 
         Directories come last, when nothing is made in them any more.
         """
@@ -393,6 +399,10 @@ class Staging:
                     )
                 except OverflowError:
                     raise BadName("the host has no such owner") from None
+            if attributes.xattrs:
+                # A new owner takes some of them away, a mode without `w` does not let them in.
+                at = b"/proc/self/fd/%d/%b" % (folder, name)
+                set_all(at, attributes.xattrs, on_refused or (lambda name: None))
             if not stat.S_ISLNK(there.st_mode):
                 bits = stat.S_IMODE(attributes.mode)
                 if not self._owners:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+from tests.differential import matrix_xattrs
+
 Fill = Callable[[Path], None]
 
 # Images that the direct reader must refuse, by name.
@@ -203,6 +205,8 @@ def _contents(root: Path) -> None:
         (folder / f"file {number}").unlink()
     os.truncate(root / "plain", 100)
     (root / "big").write_bytes(bytes(range(256)) * 8000)
+    (root / "attributes").mkdir()
+    matrix_xattrs.fill(root / "attributes")
     try:
         for number in range(20):
             os.setxattr(root / "big", f"user.a{number}", b"v" * 40)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.differential import matrix_xattrs
+
 Fill = Callable[[Path], None]
 
 
@@ -159,6 +161,10 @@ def attributes(folder: Path) -> None:
     (folder / "directory" / "child").write_bytes(b"child")
     for index in range(30):
         (folder / "directory" / f"later-{index}").write_bytes(b"")
+    for index in range(0, 200, 3):
+        os.removexattr(folder / "many", f"user.many-{index}")
+    (folder / "more").mkdir()
+    matrix_xattrs.fill(folder / "more")
     link = folder / "link"
     link.symlink_to("t" * 100)
     os.setxattr(link, "trusted.much", os.urandom(3000), follow_symlinks=False)

@@ -15,7 +15,7 @@ import pytest
 from imgtool.engines.direct.ext import ExtFilesystem
 from imgtool.engines.direct.ext_superblock import NeedsJournal
 from imgtool.engines.direct.filesystem import NeedsAppliance, Node, ReadFailed
-from tests.differential import matrix_ext
+from tests.differential import matrix_ext, matrix_xattrs
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not Path("/dev/loop-control").exists(),
@@ -144,7 +144,7 @@ def _of_node(filesystem: ExtFilesystem, node: Node) -> tuple[object, ...]:
         extra = digest.hexdigest()
     elif stat.S_ISLNK(node.mode):
         extra = filesystem.target(node.inode)
-    return (*node, extra)
+    return (*node, filesystem.xattrs(node.inode), extra)
 
 
 def _kernel_walk(root: bytes) -> Seen:
@@ -170,6 +170,7 @@ def _kernel_walk(root: bytes) -> Seen:
             status.st_blocks,
             status.st_nlink,
             status.st_rdev,
+            matrix_xattrs.of_kernel(root + path),
             extra,
         )
     return seen

@@ -13,7 +13,7 @@ import pytest
 
 from imgtool.engines.direct.filesystem import NeedsAppliance, Node, ReadFailed
 from imgtool.engines.direct.xfs import XfsFilesystem
-from tests.differential import matrix_xfs
+from tests.differential import matrix_xattrs, matrix_xfs
 
 _STEP = 3 << 20
 
@@ -104,6 +104,9 @@ def _differences(xfs: XfsFilesystem, inode: int, path: bytes) -> Iterator[str]:
             continue
         below = os.path.join(path, name)
         status = os.lstat(below)
+        if xfs.xattrs(child) != (kernel := matrix_xattrs.of_kernel(below)):
+            found = {name for name, _ in {*xfs.xattrs(child)} ^ {*kernel}}
+            yield f"{below!r}: attributes {sorted(found)[:5]}"
         if xfs.stat(child) != _kernel_node(status):
             yield f"{below!r}: {xfs.stat(child)} instead of {_kernel_node(status)}"
         elif stat.S_ISLNK(status.st_mode):

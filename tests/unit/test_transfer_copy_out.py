@@ -133,7 +133,10 @@ class FakeGuest:
             if name.startswith(below) and b"/" not in name[len(below) :]:
                 yield self.files[name][0]
 
-    def walk(self, path: bytes, *, on_problem: Any = None) -> Iterator[Entry]:
+    def attributed(self, entry: Entry, on_problem: Any) -> Entry:
+        return entry
+
+    def walk(self, path: bytes, *, xattrs: bool = False, on_problem: Any = None) -> Iterator[Entry]:
         below = path.rstrip(b"/") + b"/"
         for name in sorted(self.files, key=lambda name: name.replace(b"/", b"\0")):
             if name.startswith(below):
@@ -159,7 +162,9 @@ class FakeGuest:
         return [(0, 4096), (size - 4096, 4096)]
 
     @contextlib.contextmanager
-    def tar(self, path: bytes, excludes: Sequence[bytes] = ()) -> Iterator[Any]:
+    def tar(
+        self, path: bytes, excludes: Sequence[bytes] = (), *, xattrs: bool = False
+    ) -> Iterator[Any]:
         self.excluded = list(excludes)
         if self.stream is None:
             content = self.honest(path, excludes)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ctypes
+import dataclasses
 import json
 import math
 import os
@@ -22,6 +24,7 @@ from imgtool.engines.direct.ring import Ring
 from imgtool.errors import EngineError, ImageError, ImgtoolError, NotInGuestError
 from imgtool.guest.blocks import Block
 from imgtool.guest.model import FILE_TYPES, Application, Entry, OperatingSystem
+from imgtool.guest.xattrs import Xattrs, ordered
 from imgtool.image.places import printable, typed
 
 if TYPE_CHECKING:
@@ -40,6 +43,8 @@ _LARGEST = (1 << 63) - 1
 _LONGEST_LINE = 4096
 _LONGEST_BELOW = 20 << 10  # of a path, more than a walk goes down
 _MOST_WORDS = 1 << 20
+_WITHOUT_XATTRS = 14  # what a row has that has none
+_LONGEST_ATTRIBUTE = 255 + 32  # of a name, with its prefix
 # What is in no path: a NUL, and components that are empty, `.` or `..`
 _ODD = re.compile(rb"\0|/(?:\.\.?)?(?:/|\Z)")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -336,7 +341,25 @@ def entry(row: Any) -> Entry:
     """An entry as the worker tells of it; one object for rows that are equal, one soon after the
     other, as in two guests that are compared.
     """
-    return _entry(*row)
+    if len(row) == _WITHOUT_XATTRS:
+        return _entry(*row)
+    *others, attributes = row
+    return dataclasses.replace(
+        _entry(*others), xattrs=None if attributes is None else xattrs(attributes)
+    )
+
+
+def xattrs(rows: Any) -> Xattrs:
+    """Extended attributes as the worker tells of them."""
+    found = []
+    for key, value in rows:
+        named = protocol.name(key)
+        if not named or b"\0" in named or len(named) > _LONGEST_ATTRIBUTE:
+            raise protocol.BadMessage("no name of an attribute")
+        found.append((named, base64.b64decode(value, validate=True)))
+    if ordered(found) != tuple(found):
+        raise protocol.BadMessage("attributes that are not in order")
+    return tuple(found)
 
 
 def spelling(value: object, typed: str) -> bytes:

@@ -4,8 +4,7 @@ The on-disk format is read here and not through a general library: what the kern
 way to a file (checksums of inodes, trees and directories, the shape of each) is verified too, and
 every walk over a hostile structure is bounded.
 
-Sources: the kernel's Documentation/filesystems/ext4; fs/ext4/inode.c (ext4_iget), fs/ext4/dir.c
-(ext4_check_dir_entry), fs/ext4/namei.c (directory checksums).
+Sources: the kernel's Documentation/filesystems/ext4; fs/ext4/inode.c (ext4_iget).
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from imgtool.engines.direct import ext_mapping
+from imgtool.engines.direct import ext_mapping, ext_xattrs
 from imgtool.engines.direct.checksums import crc32c
+from imgtool.engines.direct.ext_directory import entries, is_sound
 from imgtool.engines.direct.ext_mapping import DAMAGED, Run, Tree
 from imgtool.engines.direct.ext_superblock import (
     HAS_JOURNAL,
@@ -29,6 +29,7 @@ from imgtool.engines.direct.ext_superblock import (
     read_superblock,
 )
 from imgtool.engines.direct.filesystem import (
+    MOST_XATTRS,
     Filesystem,
     NeedsAppliance,
     Node,
@@ -36,6 +37,7 @@ from imgtool.engines.direct.filesystem import (
     Source,
     Usage,
 )
+from imgtool.guest.xattrs import Xattrs, ordered
 
 _ROOT = 2
 _JOURNAL_MAGIC = 0xC03B3998
@@ -173,6 +175,37 @@ class ExtFilesystem(Filesystem):
             raise ReadFailed("the target of a symbolic link is damaged")
         return target
 
+    def xattrs(self, inode: int) -> Xattrs:
+        """From the inode, from its block of attributes, and from inodes that are values."""
+        owner = self._inode(inode)
+
+        def value_of(number: int, size: int) -> bytes:
+            return self._attribute(owner, number, size)
+
+        found = ext_xattrs.in_inode(self._raw_inode(inode), self._super, value_of)
+        if number := owner.xattr_block:
+            found += ext_xattrs.in_block(self._block(number), number, self._super, value_of)
+        if sum(len(value) for _, value in found) > MOST_XATTRS:
+            raise ReadFailed("its extended attributes are too large")
+        return ordered(found)
+
+    def _attribute(self, owner: _Inode, number: int, size: int) -> bytes:
+        """The value of an attribute, an inode of its own that keeps the checksum of its content."""
+        if not self._super.first_inode <= number <= self._super.inodes:
+            raise ReadFailed("the inode of an attribute is out of range")
+        raw = self._raw_inode(number)
+        inode = self._parsed(number, raw, attribute=True)
+        value = self._bytes(inode, 0, size) if inode.node.size == size else b""
+        if len(value) != size:
+            raise ReadFailed("the inode of an attribute is damaged")
+        checksum, back = struct.unpack_from("<I4xI", raw, 8)
+        # Lustre's have a way back to their owner instead.
+        if (back, inode.generation) != (owner.number, owner.generation) and (
+            crc32c(self._super.seed, value) != checksum
+        ):
+            raise ReadFailed("the value of an attribute has a wrong checksum")
+        return value
+
     def read(self, inode: int, offset: int, length: int) -> bytes:
         """Bytes of a regular file; straight from the volume, several MiB at a time."""
         file = self._regular(inode)
@@ -304,52 +337,11 @@ class ExtFilesystem(Filesystem):
     def _entries(
         self, directory: _Inode, block: bytes, position: int
     ) -> Iterator[tuple[bytes, int]]:
-        size = len(block)
-        if self._super.has_checksums and not self._is_sound_directory(directory, block, position):
-            raise ReadFailed("a block of a directory is damaged")
-        inodes = self._super.inodes
-        unpack = struct.Struct("<IHB").unpack_from
-        damage: ReadFailed | None = None
-        at = 0
-        while at < size:
-            if size - at < 8:
-                raise ReadFailed("a directory entry is damaged")
-            child, length, name_length = unpack(block, at)
-            end = at + length
-            if length < 8 or length & 3 or end > size:
-                raise ReadFailed("a directory entry is damaged")  # where is the next one?
-            name = block[at + 8 : at + 8 + name_length]
-            at = end
-            if (
-                length < max(12, name_length + 8)
-                or size - 12 < end < size
-                or child > inodes
-                or (child and (not name or b"/" in name or b"\0" in name))
-            ):
-                damage = ReadFailed("a directory entry is damaged")
-            elif child and name not in (b".", b".."):
-                yield name, child
-        if damage is not None:
-            raise damage
-
-    def _is_sound_directory(self, directory: _Inode, block: bytes, position: int) -> bool:
         seed = self._seed(directory.number, directory.generation)
-        size = len(block)
-        at = 0
-        if directory.flags & _INDEX_FLAG:
-            if struct.unpack_from("<IHB", block) == (0, size, 0):
-                at = 8
-            elif position == 0 and struct.unpack_from("<HB", block, 16) == (size - 12, 2):
-                at = 32
-        if not at:
-            tail = struct.unpack_from("<IHBB", block, size - 12) == (0, 12, 0, 0xDE)
-            return tail and crc32c(seed, block[:-12]) == int.from_bytes(block[-4:], "little")
-        limit, count = struct.unpack_from("<HH", block, at)
-        tail_at = at + 8 * limit
-        if count > limit or tail_at + 8 > size:
-            return False
-        found = crc32c(seed, block[: at + 8 * count] + block[tail_at : tail_at + 4] + bytes(4))
-        return found == int.from_bytes(block[tail_at + 4 : tail_at + 8], "little")
+        indexed = bool(directory.flags & _INDEX_FLAG)
+        if self._super.has_checksums and not is_sound(block, seed, indexed, position):
+            raise ReadFailed("a block of a directory is damaged")
+        return entries(block, self._super.inodes)
 
     def _inode(self, number: int, reserved: bool = False) -> _Inode:
         known = self._inodes.get(number)
@@ -367,7 +359,7 @@ class ExtFilesystem(Filesystem):
             self._inodes[number] = inode
         return inode
 
-    def _parsed(self, number: int, raw: bytes) -> _Inode:
+    def _parsed(self, number: int, raw: bytes, attribute: bool = False) -> _Inode:
         superblock = self._super
         (mode, uid, size, mtime, gid, links, units, flags) = struct.unpack_from(
             "<HHI8xi4xHHII", raw
@@ -383,8 +375,8 @@ class ExtFilesystem(Filesystem):
             self._check_inode(number, raw, generation, extra)
         if not links or not mode:
             raise ReadFailed("an inode is not in use")
-        if flags & _EA_INODE_FLAG:
-            raise ReadFailed("a name points at the inode of an attribute")
+        if bool(flags & _EA_INODE_FLAG) != attribute:
+            raise ReadFailed("a name points at the inode of an attribute, or an attribute at none")
         for flag, what in _REFUSED_FLAGS.items():
             if flags & flag:
                 raise NeedsAppliance(f"ext: a file is {what}")

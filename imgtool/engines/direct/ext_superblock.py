@@ -30,6 +30,7 @@ META_BG = 0x10
 EXTENTS = 0x40
 HAS_64BIT = 0x80
 MMP = 0x100
+EA_INODE = 0x400
 CSUM_SEED = 0x2000
 LARGE_DIR = 0x4000
 SPARSE_SUPER = 0x1
@@ -57,7 +58,7 @@ _INCOMPAT = {
     HAS_64BIT: "64bit",
     MMP: "mmp",
     0x200: "flex_bg",
-    0x400: "ea_inode",
+    EA_INODE: "ea_inode",
     CSUM_SEED: "metadata_csum_seed",
     LARGE_DIR: "large_dir",
 }

@@ -11,6 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+from imgtool.guest.xattrs import Xattrs
+
+MOST_XATTRS = 4 << 20  # bytes of the values of one file's extended attributes
+
 
 class NeedsAppliance(Exception):
     """The direct engine may not read this; the appliance can. The message is the reason."""
@@ -107,6 +111,10 @@ class Filesystem(ABC):
     @abstractmethod
     def target(self, inode: int) -> bytes:
         """The target of a symbolic link."""
+
+    def xattrs(self, inode: int) -> Xattrs:
+        """The extended attributes of whatever it is, as the kernel gives them to root."""
+        return ()
 
     @abstractmethod
     def read(self, inode: int, offset: int, length: int) -> bytes:

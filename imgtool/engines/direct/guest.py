@@ -31,6 +31,7 @@ from imgtool.guest.blocks import BIOS_BOOT, UNKNOWN, unmeasured
 from imgtool.guest.guest import CHECKSUMS, Guest, OnProblem, Stretches
 from imgtool.guest.layout import discover, holds_files, survey
 from imgtool.guest.model import Device, Entry, Layout, Mount, OperatingSystem, SpaceUsage
+from imgtool.guest.xattrs import Xattrs
 from imgtool.image.places import printable
 
 if TYPE_CHECKING:
@@ -216,11 +217,12 @@ class DirectGuest(Guest):
         deep: bool,
         checksum: str | None,
         on_problem: OnProblem | None,
+        xattrs: bool,
         written: Stretches | None = None,
     ) -> Iterator[Entry]:
         at = self._at(path)
         frames = self._client.payloads(
-            "walk", path=at, deep=deep, checksum=checksum, written=written
+            "walk", path=at, deep=deep, checksum=checksum, xattrs=xattrs, written=written
         )
         with self._about(at), spooled(self._client, frames) as rows:
             top = protocol.name(at)
@@ -233,19 +235,22 @@ class DirectGuest(Guest):
                     continue
                 yield self._client.checked(wire.entry_below, top, deep, row)
 
-    def entries(self, path: str | bytes, *, on_problem: OnProblem | None = None) -> Iterator[Entry]:
+    def entries(
+        self, path: str | bytes, *, xattrs: bool = False, on_problem: OnProblem | None = None
+    ) -> Iterator[Entry]:
         """What is in a directory, sorted by name as bytes."""
-        return self._listed(path, False, None, on_problem)
+        return self._listed(path, False, None, on_problem, xattrs)
 
     def walk(
         self,
         path: str | bytes = "/",
         *,
         checksum: str | None = None,
+        xattrs: bool = False,
         on_problem: OnProblem | None = None,
     ) -> Iterator[Entry]:
         """Everything below a directory: parents first, siblings sorted by name as bytes."""
-        return self._listed(path, True, checksum, on_problem)
+        return self._listed(path, True, checksum, on_problem, xattrs)
 
     def written(self, links: Sequence[int | None]) -> Stretches:
         """Which stretches of each disk come from the topmost `links` of its chain."""
@@ -263,10 +268,18 @@ class DirectGuest(Guest):
         *,
         checksum: str,
         written: Stretches,
+        xattrs: bool = False,
         on_problem: OnProblem | None = None,
     ) -> Iterator[Entry]:
         """`walk` with checksums, but not of files whose data are all outside `written`."""
-        return self._listed(path, True, checksum, on_problem, written)
+        return self._listed(path, True, checksum, on_problem, xattrs, written)
+
+    def xattrs(self, path: str | bytes) -> Xattrs:
+        """The extended attributes of one path as it is; a symbolic link is not followed."""
+        at = self._at(path)
+        with self._about(at):
+            found = self._client.one("xattrs", path=at)
+        return cast(Xattrs, self._client.checked(lambda: wire.xattrs(found)))
 
     def checksum(self, kind: str, path: str | bytes) -> str:
         """The md5, sha1 or sha256 of a regular file, in hexadecimal."""
@@ -335,14 +348,14 @@ class DirectGuest(Guest):
             yield cast(BinaryIO, Contents(stream))
 
     def tar(
-        self, path: str | bytes, excludes: Sequence[bytes] = ()
+        self, path: str | bytes, excludes: Sequence[bytes] = (), *, xattrs: bool = False
     ) -> AbstractContextManager[BinaryIO]:
         """A directory's content (names relative to it) as a stream in tar format."""
         at = protocol.text(self.resolve(path))
         for _ in self.walk(path, on_problem=lambda name, line: None):
             pass  # what has to be refused is refused before the stream begins
         names = [protocol.text(_excluded(at, pattern)) for pattern in excludes]
-        return self._streamed(at, "tar", excluded=names)
+        return self._streamed(at, "tar", excluded=names, xattrs=xattrs)
 
     def data_ranges(self, path: str | bytes) -> Sequence[tuple[int, int]]:
         """Where a sparse file has data: (offset, length) in bytes, ascending."""

@@ -6,10 +6,13 @@ known kind, or not what was asked for ends the conversation with `BadMessage`.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import struct
 from typing import Any, BinaryIO
+
+from imgtool.guest.xattrs import Xattrs
 
 LARGEST = 8 << 20
 _HEAD = struct.Struct(">cI")
@@ -86,6 +89,11 @@ def parsed(payload: bytes) -> Any:
         return json.loads(payload)
     except (ValueError, RecursionError) as error:
         raise BadMessage("not JSON") from error
+
+
+def pairs(xattrs: Xattrs) -> list[list[str]]:
+    """Extended attributes as JSON carries them: names as `text`, values in base64."""
+    return [[text(name), base64.b64encode(value).decode("ascii")] for name, value in xattrs]
 
 
 def text(name: bytes) -> str:

@@ -25,6 +25,7 @@ from imgtool.engines.direct.sources import CannotOpen, Disk, Lost
 from imgtool.engines.direct.tree import Found, Missing, Tree
 from imgtool.engines.direct.tree_files import TreeFiles, pieces
 from imgtool.engines.direct.volumes import Volumes
+from imgtool.guest.xattrs import Xattrs
 
 _BATCH = 500
 _NAMES = 256 << 10
@@ -248,6 +249,7 @@ class Worker:
         path: str,
         deep: bool,
         checksum: str | None,
+        xattrs: bool,
         written: list[list[list[int]] | None] | None,
     ) -> None:
         """What is in a directory, or everything below it: batches of rows and problems.
@@ -297,9 +299,25 @@ class Worker:
                     summed = self._sum(child, checksum) if at is None else None
                 except ReadFailed as error:
                     problem(child.path, str(error))
-            give(_row(child, summed, at), len(child.path) + len(child.target or b""))
+            row = _row(child, summed, at)
+            length = len(child.path) + len(child.target or b"")
+            if xattrs:
+                row.append(None)
+                try:
+                    row[-1] = protocol.pairs(self._xattrs(child))
+                    length += sum(len(name) + len(value) for name, value in row[-1])
+                except ReadFailed as error:
+                    problem(child.path, str(error))
+            give(row, length)
         if batch:
             self._json(batch)
+
+    def _xattrs(self, found: Found) -> Xattrs:
+        return self._mounted.filesystem(found.place).xattrs(found.place.inode)
+
+    def do_xattrs(self, path: str) -> list[list[str]]:
+        """The extended attributes of a path; a symbolic link is not followed."""
+        return protocol.pairs(self._xattrs(self._mounted.lstat(protocol.name(path))))
 
     # Contents
 
@@ -394,7 +412,7 @@ class Worker:
             raise NeedsAppliance(f"inspection: {error}") from error
         return answer
 
-    def do_tar(self, path: str, excluded: list[str]) -> None:
+    def do_tar(self, path: str, excluded: list[str], xattrs: bool) -> None:
         """A directory's content as a tar stream, names relative to it; `excluded` paths left out.
 
         A file that cannot be read ends the stream with an error, as tar(1) would end it.
@@ -412,7 +430,11 @@ class Worker:
         def problem(at: bytes, reason: str) -> None:
             raise ReadFailed(f"{protocol.text(at)}: {reason}")
 
-        held = bytearray(tar_headers.header(b"./", tree.lstat(real), None))
+        def attributes(found: Found) -> bytes:
+            return tar_headers.attributes(self._xattrs(found)) if xattrs else b""
+
+        top = tree.lstat(real)
+        held = bytearray(attributes(top) + tar_headers.header(b"./", top, None))
         for child in tree.walk(raw or b"/", place, problem):
             if child.path in left_out:
                 continue
@@ -424,6 +446,8 @@ class Worker:
                 linked.setdefault(child.place, relative)
             if stat.S_ISSOCK(child.node.mode):
                 continue
+            if first is None:
+                held += attributes(child)
             held += tar_headers.header(relative, child, first)
             if len(held) >= _PART:
                 self._data(held)

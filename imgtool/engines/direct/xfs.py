@@ -35,6 +35,8 @@ from imgtool.engines.direct.xfs_superblock import (
     checksum_holds,
     read_superblock,
 )
+from imgtool.engines.direct.xfs_xattrs import Attributes
+from imgtool.guest.xattrs import Xattrs
 
 _WINDOW = 32 << 10  # a chunk of 64 inodes of the usual size
 _WINDOWS_KEPT = 64
@@ -180,6 +182,10 @@ class XfsFilesystem(Filesystem):
             for extent in self._extents(file)
             if not extent.unwritten
         ]
+
+    def xattrs(self, inode: int) -> Xattrs:
+        """What the kernel gives to root; ACLs in the form of Linux alone."""
+        return Attributes(self._superblock, self._inode(inode), self._read_block).read()
 
     def usage(self) -> Usage:
         return self._superblock.usage()

@@ -44,6 +44,9 @@ class Inode(NamedTuple):
     format: int
     extent_count: int
     fork: bytes  # the data fork, as it lies in the inode
+    attribute_format: int = FORMAT_EXTENTS
+    attribute_extents: int = 0
+    attribute_fork: bytes = b""
 
 
 def parse_inode(superblock: Superblock, number: int, raw: bytes) -> Inode:
@@ -85,6 +88,7 @@ def parse_inode(superblock: Superblock, number: int, raw: bytes) -> Inode:
     if fork_offset * 8 > room:
         raise damaged
     fork = raw[start : start + (fork_offset * 8 or room)]
+    attribute_fork = raw[start + fork_offset * 8 : start + room] if fork_offset else b""
     kind = stat.S_IFMT(mode)
     if form not in _FORMATS.get(kind, ()) or size >> 63 or extents + attribute_extents > blocks:
         raise damaged
@@ -111,7 +115,9 @@ def parse_inode(superblock: Superblock, number: int, raw: bytes) -> Inode:
         nlink=nlink,
         rdev=device,
     )
-    return Inode(node, form, extents, fork)
+    if attribute_form == FORMAT_EXTENTS and attribute_extents * 16 > len(attribute_fork):
+        raise damaged
+    return Inode(node, form, extents, fork, attribute_form, attribute_extents, attribute_fork)
 
 
 _FORMATS = {

@@ -11,10 +11,12 @@ import ctypes
 import dataclasses
 from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_uint32, c_uint64, c_void_p
+from itertools import islice
 from typing import Any
 
 from imgtool.errors import EngineError, HostError
 from imgtool.guest.model import Entry
+from imgtool.guest.xattrs import Xattrs, ordered
 
 # All that the library says when a program in the appliance fails while it sends.
 _GAVE_UP = "file receive cancelled by daemon"
@@ -48,6 +50,19 @@ class _Statns(ctypes.Structure):
             "spare6",
         ]
     ]
+
+
+class _Xattr(ctypes.Structure):
+    # The name is a string, the value has a length.
+    _fields_ = [("name", c_char_p), ("length", c_uint32), ("value", c_void_p)]
+
+    @property
+    def content(self) -> bytes:
+        return ctypes.string_at(self.value, self.length) if self.length else b""
+
+
+class _XattrList(ctypes.Structure):
+    _fields_ = [("len", c_uint32), ("val", POINTER(_Xattr))]
 
 
 class _StatnsList(ctypes.Structure):
@@ -93,6 +108,7 @@ class _Relabel(ctypes.Structure):
 _XATTRIBUTES = 1 << 2
 _NUMERICOWNER = 1 << 1
 _EXCLUDES = 1 << 2
+_TAR_XATTRS, _TAR_ACLS = 1 << 3, 1 << 5
 _FORCE = 1 << 0
 
 
@@ -113,6 +129,8 @@ def _load() -> ctypes.CDLL:
         ("case_sensitive_path", c_void_p, [c_char_p]),
         ("checksum", c_void_p, [c_char_p, c_char_p]),
         ("getxattr", c_void_p, [c_char_p, c_char_p, POINTER(ctypes.c_size_t)]),
+        ("lgetxattrs", POINTER(_XattrList), [c_char_p]),
+        ("lxattrlist", POINTER(_XattrList), [c_char_p, strings]),
         ("lstatns", POINTER(_Statns), [c_char_p]),
         ("lstatnslist", POINTER(_StatnsList), [c_char_p, strings]),
         ("readlinklist", POINTER(c_void_p), [c_char_p, strings]),
@@ -142,6 +160,7 @@ def _load() -> ctypes.CDLL:
     library.guestfs_set_error_handler.argtypes = [c_void_p, c_void_p, c_void_p]
     library.guestfs_set_error_handler.restype = None
     library.guestfs_free_statns.argtypes = [c_void_p]
+    library.guestfs_free_xattr_list.argtypes = [c_void_p]
     library.guestfs_free_statns_list.argtypes = [c_void_p]
     return library
 
@@ -242,6 +261,28 @@ class Calls:
         finally:
             self._free(pointer)
 
+    def xattrs(self, path: bytes) -> Xattrs:
+        """All extended attributes of what is at the path; a symbolic link is not followed."""
+        answer = self._call("lgetxattrs", path, path)
+        try:
+            found = answer.contents
+            return ordered((x.name, x.content) for x in found.val[: found.len])
+        finally:
+            self._library.guestfs_free_xattr_list(answer)
+
+    def xattrs_in(self, directory: bytes, names: Sequence[bytes]) -> list[Xattrs]:
+        """The extended attributes of names in a directory, which have to fit into one message."""
+        answer = self._call("lxattrlist", directory, directory, _strings(names))
+        try:
+            # Of each file first one that has no name, its value being how many there are.
+            rows = iter(answer.contents.val[: answer.contents.len])
+            return [
+                ordered((x.name, x.content) for x in islice(rows, int(head.content or b"0")))
+                for head in rows
+            ]
+        finally:
+            self._library.guestfs_free_xattr_list(answer)
+
     def lstat(self, path: bytes) -> Entry:
         """What `lstat` says of one path, with the target of a symbolic link."""
         stat = self._call("lstatns", path, path)
@@ -312,12 +353,17 @@ class Calls:
         """Write `size` bytes of a file from `offset` to `output`."""
         self._call("download_offset", path, path, output.encode(), offset, size)
 
-    def tar_out(self, directory: bytes, output: str, excludes: Sequence[bytes] = ()) -> None:
+    def tar_out(
+        self, directory: bytes, output: str, excludes: Sequence[bytes] = (), *, xattrs: bool = False
+    ) -> None:
         """Write a tar of `directory`'s content, with numeric owners, to `output`.
 
         `excludes` are patterns of tar(1), relative to `directory` (`./name`).
         """
         options = _TarOut(bitmask=_NUMERICOWNER, numericowner=1)
+        if xattrs:
+            options.bitmask |= _TAR_XATTRS | _TAR_ACLS
+            options.xattrs = options.acls = 1
         if excludes:
             options.bitmask |= _EXCLUDES
             options.excludes = ctypes.cast(_strings(excludes), POINTER(c_char_p))

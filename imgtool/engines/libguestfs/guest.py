@@ -53,6 +53,7 @@ from imgtool.guest.model import (
 )
 from imgtool.guest.operating_system import identify
 from imgtool.guest.packages import installed
+from imgtool.guest.xattrs import Xattrs
 
 log = logging.getLogger(__name__)
 
@@ -296,27 +297,38 @@ class LibguestfsGuest(Guest):
         except CallFailed as error:
             raise self._missing(error, found) from error
 
-    def entries(self, path: str | bytes, *, on_problem: OnProblem | None = None) -> Iterator[Entry]:
+    def entries(
+        self, path: str | bytes, *, xattrs: bool = False, on_problem: OnProblem | None = None
+    ) -> Iterator[Entry]:
         """What is in a directory, sorted by name as bytes."""
         found = self.at(path)
         with self.cancellable():
-            yield from walk.children(self.calls, found, on_problem)
+            yield from walk.children(self.calls, found, on_problem, xattrs=xattrs)
 
     def walk(
         self,
         path: str | bytes = "/",
         *,
         checksum: str | None = None,
+        xattrs: bool = False,
         on_problem: OnProblem | None = None,
     ) -> Iterator[Entry]:
         """Everything below a directory: parents first, siblings sorted by name as bytes."""
         found = self.at(path)
         with self.cancellable():
-            for entry in walk.walk(self.calls, found, on_problem):
+            for entry in walk.walk(self.calls, found, on_problem, xattrs=xattrs):
                 if checksum is None or entry.type != "file":
                     yield entry
                     continue
                 yield self.summed(entry, checksum, on_problem)
+
+    def xattrs(self, path: str | bytes) -> Xattrs:
+        """The extended attributes of one path as it is; a symbolic link is not followed."""
+        found = self.at(path)
+        try:
+            return self.calls.xattrs(found)
+        except CallFailed as error:
+            raise self._missing(error, found) from error
 
     def checksum(self, kind: str, path: str | bytes) -> str:
         """The md5, sha1 or sha256 of a regular file, in hexadecimal."""
@@ -352,14 +364,14 @@ class LibguestfsGuest(Guest):
         return self._streamed(lambda name: self.calls.download_range(found, name, offset, length))
 
     def tar(
-        self, path: str | bytes, excludes: Sequence[bytes] = ()
+        self, path: str | bytes, excludes: Sequence[bytes] = (), *, xattrs: bool = False
     ) -> AbstractContextManager[BinaryIO]:
         """A directory's content (names relative to it) as a stream in tar format."""
         found = self.resolve(path)
 
         def call(name: str) -> None:
             self.calls.has_new_errors()  # what was found before
-            self.calls.tar_out(found, name, excludes)
+            self.calls.tar_out(found, name, excludes, xattrs=xattrs)
             if self.calls.has_new_errors():
                 raise EngineError(walk.PASSED_OVER, subject=printable(found))
 

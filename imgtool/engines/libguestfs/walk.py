@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import islice
+from itertools import groupby, islice
 from tempfile import NamedTemporaryFile, TemporaryFile
 from typing import BinaryIO, cast
 
@@ -64,8 +65,41 @@ def join(directory: bytes, name: bytes) -> bytes:
     return directory.rstrip(b"/") + b"/" + name.lstrip(b"/")
 
 
-def stats(calls: Calls, paths: Iterable[bytes], on_problem: OnProblem | None) -> Iterator[Entry]:
+def stats(
+    calls: Calls, paths: Iterable[bytes], on_problem: OnProblem | None, *, xattrs: bool = False
+) -> Iterator[Entry]:
     """`lstat` of many paths, in their order; what cannot be read goes to `on_problem`."""
+    found = _stats(calls, paths, on_problem)
+    while xattrs and (batch := list(islice(found, BATCH))):
+        yield from _attributed(calls, batch, on_problem)
+    yield from found
+
+
+def _attributed(
+    calls: Calls, entries: Sequence[Entry], on_problem: OnProblem | None
+) -> Iterator[Entry]:
+    """Entries with their extended attributes, with one call a directory where that suffices."""
+    for directory, group in groupby(entries, lambda entry: entry.path.rpartition(b"/")[0]):
+        siblings = list(group)
+        try:
+            found = calls.xattrs_in(directory or b"/", [entry.name for entry in siblings])
+        except CallFailed:  # too much for one message, or one of them cannot be read
+            found = []
+        if len(found) == len(siblings):
+            for entry, attributes in zip(siblings, found, strict=True):
+                yield dataclasses.replace(entry, xattrs=attributes)
+            continue
+        for entry in siblings:
+            try:
+                yield dataclasses.replace(entry, xattrs=calls.xattrs(entry.path))
+            except CallFailed as error:
+                if on_problem is None:
+                    raise
+                on_problem(entry.path, f"its extended attributes: {error.message}")
+                yield entry
+
+
+def _stats(calls: Calls, paths: Iterable[bytes], on_problem: OnProblem | None) -> Iterator[Entry]:
     source = iter(paths)
     while batch := list(islice(source, BATCH)):
         for path, entry in zip(batch, calls.lstats(batch), strict=True):
@@ -80,7 +114,9 @@ def stats(calls: Calls, paths: Iterable[bytes], on_problem: OnProblem | None) ->
                 on_problem(path, error.message)
 
 
-def children(calls: Calls, directory: bytes, on_problem: OnProblem | None) -> Iterator[Entry]:
+def children(
+    calls: Calls, directory: bytes, on_problem: OnProblem | None, *, xattrs: bool = False
+) -> Iterator[Entry]:
     """The entries of one directory, sorted by name; what the kernel passes over is a problem."""
     with ExitStack() as stack:
         calls.has_new_errors()  # what was found before
@@ -90,10 +126,12 @@ def children(calls: Calls, directory: bytes, on_problem: OnProblem | None) -> It
                 raise EngineError(PASSED_OVER, subject=printable(directory))
             on_problem(directory, PASSED_OVER)
         paths = (join(directory, name) for name in sorted_names(names, stack))
-        yield from stats(calls, paths, on_problem)
+        yield from stats(calls, paths, on_problem, xattrs=xattrs)
 
 
-def walk(calls: Calls, directory: bytes, on_problem: OnProblem | None) -> Iterator[Entry]:
+def walk(
+    calls: Calls, directory: bytes, on_problem: OnProblem | None, *, xattrs: bool = False
+) -> Iterator[Entry]:
     """Everything below a directory in preorder, with one `find` in the appliance."""
     with ExitStack() as stack:
         try:
@@ -105,17 +143,19 @@ def walk(calls: Calls, directory: bytes, on_problem: OnProblem | None) -> Iterat
             if on_problem is None:
                 raise
             # `find` says that something is wrong, not what: look into each directory alone.
-            yield from _careful_walk(calls, directory, on_problem)
+            yield from _careful_walk(calls, directory, on_problem, xattrs)
             return
         paths = (join(directory, name) for name in sorted_names(read_names(found), stack))
-        yield from stats(calls, paths, on_problem)
+        yield from stats(calls, paths, on_problem, xattrs=xattrs)
 
 
-def _careful_walk(calls: Calls, directory: bytes, on_problem: OnProblem) -> Iterator[Entry]:
+def _careful_walk(
+    calls: Calls, directory: bytes, on_problem: OnProblem, xattrs: bool
+) -> Iterator[Entry]:
     try:
-        for entry in children(calls, directory, on_problem):
+        for entry in children(calls, directory, on_problem, xattrs=xattrs):
             yield entry
             if entry.type == "directory":
-                yield from _careful_walk(calls, entry.path, on_problem)
+                yield from _careful_walk(calls, entry.path, on_problem, xattrs)
     except CallFailed as error:
         on_problem(directory, error.message)

@@ -1,0 +1,81 @@
+"""Which extended attributes a copy on the host keeps, and what is said of the others."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import Counter
+from collections.abc import Callable
+
+from imgtool.guest.xattrs import ACLS, Xattrs
+
+# On the host these give rights, to whoever runs a program or reads a file: only on demand.
+_POWERFUL = (b"security.", b"trusted.")
+# What the filesystem of the destination, or the user's rights, do not allow.
+_NOT_ALLOWED = frozenset(
+    (
+        *(errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EINVAL),
+        *(errno.ENOSPC, errno.EDQUOT, errno.E2BIG, errno.ERANGE),
+    )
+)
+
+
+class Keeping:
+    """The choice of attributes, and the counts of those that are left out."""
+
+    def __init__(self, everything: bool = False) -> None:
+        """User attributes and ACLs are kept, with `everything` all others too."""
+        self._everything = everything
+        self._left: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
+
+    def chosen(self, xattrs: Xattrs) -> Xattrs:
+        """Those that are kept; the others are counted."""
+        kept = []
+        for name, value in xattrs:
+            if self._everything or not name.startswith(_POWERFUL):
+                kept.append((name, value))
+            else:
+                self._left[_kind(name)] += 1
+        return tuple(kept)
+
+    def refused(self, name: bytes) -> None:
+        """The host does not take this one."""
+        self._refused[_kind(name)] += 1
+
+    def lines(self) -> list[str]:
+        """A line on what was left out on purpose, and one on what the host does not take."""
+        said = []
+        if self._left:
+            said.append(
+                f"{_counted(self._left)}, which could give rights on the host, are not kept: "
+                "--xattrs all keeps them"
+            )
+        if self._refused:
+            said.append(
+                f"{_counted(self._refused)} are not kept: the destination's filesystem, or the "
+                "rights of the user, do not allow them"
+            )
+        return said
+
+
+def _kind(name: bytes) -> str:
+    if name in ACLS:
+        return "ACLs"
+    return os.fsdecode(name.partition(b".")[0]) + ".*"
+
+
+def _counted(counts: Counter[str]) -> str:
+    kinds = ", ".join(f"{kind}: {count}" for kind, count in sorted(counts.items()))
+    return f"{counts.total()} extended attributes ({kinds})"
+
+
+def set_all(path: bytes, xattrs: Xattrs, on_refused: Callable[[bytes], None]) -> None:
+    """Give a file of the host these attributes; the path's last component is not followed."""
+    for name, value in xattrs:
+        try:
+            os.setxattr(path, name, value, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _NOT_ALLOWED:
+                raise
+            on_refused(name)
