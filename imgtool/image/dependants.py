@@ -62,25 +62,34 @@ class Overlays:
         self._folders: set[Path] = set()
         self._files = 0
         self._above: dict[Identity, dict[Identity, Path]] = {}
+        self._above_id: dict[str, dict[Identity, Path]] = {}
 
     def add(self, header: Header) -> None:
         """Take note of what an image stands on."""
+        there = False
         for below in headers.bases_of(header):
             with contextlib.suppress(OSError, ValueError):  # it stands on nothing that is there
                 named = below.stat()
                 above = self._above.setdefault((named.st_dev, named.st_ino), {})
                 above.setdefault(header.identity, header.path)
+                there = True
+        if header.parent_id is not None and not there:  # it may be there under another name
+            self._above_id.setdefault(header.parent_id, {})[header.identity] = header.path
 
     def on(self, path: Path, beside: Sequence[Path] = ()) -> list[Path]:
-        """The images that name `path` as their backing file: those of `overlays_on`, and those
-        that were added."""
+        """The images that name `path` as their backing file, or as their parent by its id: those
+        of `overlays_on`, and those that were added."""
         base = path.stat()
         folders = [*Places.around(path, self._backing_dirs).folders]
         folders += [folder for name in (path, *beside) for folder in folders_of(name)]
         self._look_in(folders, _files_in)
         named = os.environ.get(IMAGE_DIRS_VARIABLE, "").split(":")
         self._look_in([Path(folder) for folder in named if folder], files_below)
-        return sorted(self._above.get((base.st_dev, base.st_ino), {}).values())
+        above = {**self._above.get((base.st_dev, base.st_ino), {})}
+        own = headers.read(path) if self._above_id else None
+        if own is not None and own.id is not None:
+            above |= self._above_id.get(own.id, {})
+        return sorted(above.values())
 
     def _look_in(self, folders: Sequence[Path], files: Callable[[Path], Iterator[Path]]) -> None:
         for folder in folders:

@@ -203,7 +203,7 @@ def _taken_as_raw(above: ImageInfo, below: ImageInfo) -> Iterator[Finding]:
         content = headers.read(below.path)
     except OSError:
         return
-    if content is not None and content.format is not None:
+    if content is not None and content.format and headers.contradicts(content, "raw"):
         yield Finding(
             above.path,
             "risk",

@@ -123,9 +123,16 @@ def _links(found: dict[Identity, Header], allowed: Sequence[str | Path]) -> _Lin
     below: dict[Identity, Identity] = {}
     missing: dict[Identity, str] = {}
     around: dict[Path, Places] = {}
+    ids = {header.id: identity for identity, header in found.items() if header.id is not None}
     pending = list(found.values())
     while pending:
         header = pending.pop()
+        if header.parent_id is not None and not _is_there(header):
+            if header.parent_id in ids:
+                below[header.identity] = ids[header.parent_id]
+                continue
+            if header.backing is None:
+                missing[header.identity] = f"its parent {header.parent_id} is missing"
         if header.backing is None:
             continue
         path = headers.base_of(header)
@@ -157,11 +164,22 @@ def _links(found: dict[Identity, Header], allowed: Sequence[str | Path]) -> _Lin
     return _Links(below, missing)
 
 
+def _is_there(header: Header) -> bool:
+    """Whether there is something by the name of what an image stands on."""
+    try:
+        base = headers.base_of(header)
+        return base is not None and base.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def _problem(header: Header, base: Header | None, missing: str | None) -> str | None:
     if header.damaged:
         return "its header is damaged"
     if missing is not None:
         return missing
+    if header.differencing:
+        return "differencing: QEMU does not read it with its parent"
     if header.corrupt:
         return "marked corrupt by QEMU"
     if header.dirty:

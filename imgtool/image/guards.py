@@ -21,6 +21,7 @@ from imgtool.image.qcow2_bitmaps import Bitmap
 from imgtool.image.record import is_ours
 from imgtool.image.recovery import pending_below
 from imgtool.image.unfinished import unfinished_commit
+from imgtool.image.writable import refuse_unmended, refuse_unwritable
 
 
 def refuse_if_not_writable(path: Path) -> None:
@@ -126,13 +127,19 @@ def refuse_to_write(
     *,
     force: Force = (),
     but_for: Path | None = None,
+    repair: bool = False,
 ) -> None:
     """Raise unless the active image can be written to without harm.
 
     `RefusedError` if it, or something below it, is in use, or if an image other than `but_for`
-    stands on it, or if it is doubtful, which `force` overrides; `HostError` if this user may not.
+    stands on it, or if it is doubtful, which `force` overrides, or if it is of a format that is not
+    written in place, or not mended, for a `repair`; `HostError` if this user may not.
     """
     refuse_if_in_use(chain, force=force)
+    if repair:
+        refuse_unmended(chain.active)
+    else:
+        refuse_unwritable(chain.active)
     refuse_if_unfinished(chain)
     refuse_if_base(chain, backing_dirs, but_for=but_for, force=force)
     refuse_if_not_writable(chain.active.path)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from imgtool.image import qcow2, vmdk
+from imgtool.image import lineage, qcow2, vhd, vmdk
 from imgtool.image.places import protocol_of
 
 _MAGICS = (
@@ -45,7 +45,9 @@ class Header:
     None where it takes more than the header to know it. `backing` is the name as written,
     `backing_format` None where the header names none. `identity` is the file's device and inode,
     `modified` the time of its last change in nanoseconds, 0 for a block device, which tells none.
-    `damaged`: QEMU would not take the header.
+    `damaged`: QEMU would not take the header. `id` is what the image is known by to those that
+    stand on it, `parent_id` that of what it stands on itself; `differencing`: QEMU would not read
+    the two together.
     """
 
     path: Path
@@ -61,6 +63,9 @@ class Header:
     dirty: bool = False
     corrupt: bool = False
     damaged: bool = False
+    id: str | None = None
+    parent_id: str | None = None
+    differencing: bool = False
 
 
 def _name(file: BinaryIO, offset: int, length: int) -> str | None:
@@ -70,7 +75,8 @@ def _name(file: BinaryIO, offset: int, length: int) -> str | None:
     return os.fsdecode(file.read(length)) or None
 
 
-def _format(start: bytes) -> str | None:
+def format_of(start: bytes) -> str | None:
+    """The format that the first bytes of a file are those of; None where they are of none."""
     if start.startswith(qcow2.MAGIC):
         return "qcow" if start[4:8] == b"\0\0\0\1" else "qcow2"
     for at, magic, name in _MAGICS:
@@ -100,10 +106,26 @@ def _told(file: BinaryIO, start: bytes, format: str) -> dict[str, Any]:
         backing = _name(file, offset, length) if features & _QED_HAS_BACKING else None
         format = "raw" if backing and features & _QED_NO_PROBE else ""
         return {"virtual_size": size, "backing": backing, "backing_format": format or None}
-    if format == "vmdk":
-        parent = vmdk.parent_name(file)
-        return {"backing": parent, "backing_format": "vmdk" if parent else None}
-    return {}
+    if format == "vpc" and (footer := vhd.read_footer(file)) is not None and footer.offset:
+        return {"virtual_size": footer.size, "id": f"vpc {footer.id.hex()}"}
+    found = lineage.read(file)
+    if found is None:
+        return {}
+    # QEMU takes the names in a VMDK as they stand there; the others' are often those of Windows.
+    asis = found.format == "vmdk"
+    parent = found.parent if asis or not found.parent else lineage.local_name(found.parent)
+    return {
+        "backing": parent,
+        "backing_format": found.format if parent else None,
+        "id": found.id,
+        "parent_id": found.parent_id,
+        "differencing": found.differencing,
+    }
+
+
+def _fixed_vhd(file: BinaryIO) -> str | None:
+    """The format of a file that is known by its end alone."""
+    return "vpc" if vhd.read_footer(file) is not None else None
 
 
 def read(path: Path) -> Header | None:
@@ -118,8 +140,10 @@ def read(path: Path) -> Header | None:
     with os.fdopen(descriptor, "rb", buffering=_PROBED) as file:
         status = os.fstat(descriptor)
         start = file.read(_PROBED)
-        format = _format(start)
+        format = format_of(start)
         device = stat.S_ISBLK(status.st_mode)
+        if format is None:
+            format = _fixed_vhd(file)
         size = file.seek(0, os.SEEK_END) if device else status.st_size
         told = _told(file, start, format) if format else {"virtual_size": size}
         return Header(
@@ -134,7 +158,12 @@ def read(path: Path) -> Header | None:
 
 
 def contradicts(header: Header, format: str) -> bool:
-    """Whether a file cannot be, or should not be taken as, an image of this format."""
+    """Whether a file cannot be, or should not be taken as, an image of this format.
+
+    A fixed VHD is a raw disk with a footer behind it, and can be taken as either.
+    """
+    if header.format == "vpc" and format == "raw":
+        return header.virtual_size is None
     if header.format is not None:
         return header.format != format
     return format in FORMATS_WITH_MAGIC
@@ -188,7 +217,10 @@ def bases_of(header: Header) -> tuple[Path, ...]:
     if header.path.is_symlink() or not header.path.is_absolute():
         with contextlib.suppress(OSError, RuntimeError):  # gone, or a circle
             starts.insert(0, header.path.resolve().parent)
-    return tuple(dict.fromkeys(start / name for start in starts))
+    names = [name]
+    if header.differencing:  # it was made where its parent was in another folder
+        names.append(Path(name).name)
+    return tuple(dict.fromkeys(start / name for name in names for start in starts))
 
 
 def base_of(header: Header) -> Path | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from typing import Any, BinaryIO
 
 from imgtool import said
 from imgtool.errors import ImageError, RefusedError
-from imgtool.image import qcow2, vmdk
+from imgtool.image import headers, lineage, qcow2, vhd, vmdk
+from imgtool.image.ends import Short, short_files
 from imgtool.image.host_file import file_node, node_driver, open_host_file
 from imgtool.image.locks import in_use_for_writing
 from imgtool.image.packed import packed_as, step_for_format, words_for
@@ -27,6 +29,8 @@ from imgtool.image.record import read_facts
 from imgtool.process import Limits, ProgramFailed, TimedOut, run
 
 FORMATS = ("raw", "qcow2", "qcow", "qed", "vmdk", "vdi", "vpc", "vhdx")
+_LARGEST_FILE = 1 << 47  # twice that of the largest VHDX
+_OF_OTHERS = ("vpc", "vhdx", "vdi", "vmdk")
 PROBE_LIMITS = Limits(memory=1 << 30, cpu=8, wall=8)
 
 _MAX_SNAPSHOTS = 8192
@@ -158,22 +162,30 @@ def _check_complete(file: BinaryIO, path: Path, header: qcow2.Qcow2Header) -> tu
     needed = qcow2.size_needed(file, header)
     if needed <= length:
         return ()
-    # A running QEMU counts a cluster as used before the file has grown to hold it.
-    if in_use_for_writing(path) is not None:
-        return (f"the file is {length} bytes long but uses {needed}; it is being written",)
-    if read_facts(path):
-        return (f"the file is {length} bytes long but uses {needed}; work on it was interrupted",)
     whole = -(-needed // header.cluster_size) * header.cluster_size
-    if whole > length + (1 + header.snapshots) * header.virtual_size + _TABLES:
+    most = length + (1 + header.snapshots) * header.virtual_size + _TABLES
+    return _refuse_short(path, Short(path, length, whole), most)
+
+
+def _refuse_short(image: Path, file: Short, most: int = _LARGEST_FILE) -> tuple[str, ...]:
+    """Raise `ImageError` for a file of an image that is too short, and can have had up to `most`
+    bytes; a line for the user where it is not for good."""
+    # A running QEMU counts a cluster as used before the file has grown to hold it.
+    what = f"the file is {file.length} bytes long but uses {file.needed}"
+    if in_use_for_writing(file.path) is not None:
+        return (f"{printable(file.path)}: {what}; it is being written",)
+    if read_facts(image):
+        return (f"{printable(file.path)}: {what}; work on it was interrupted",)
+    if file.needed > most:
         raise ImageError(
             "its header is damaged: it names a place far beyond the end of the file",
-            subject=printable(path),
+            subject=printable(file.path),
             hint="look for another copy of it",
         )
     raise ImageError(
-        f"truncated: the file is {length} bytes long, what it holds reaches to {whole}",
-        subject=printable(path),
-        hint=f"to read what is left, lengthen a copy: truncate -s {whole} COPY",
+        f"truncated: the file is {file.length} bytes long, what it holds reaches to {file.needed}",
+        subject=printable(file.path),
+        hint=f"to read what is left, lengthen a copy: truncate -s {file.needed} COPY",
     )
 
 
@@ -260,6 +272,52 @@ def probe(
         return _probe_open_file(file, path, format, places, by_header)
 
 
+def _refuse_unreadable(
+    file: BinaryIO, path: Path, format: str | None, known: str | None
+) -> vhd.Footer | None:
+    """Raise `ImageError` for a VHD, VHDX, VDI or VMDK that QEMU would read wrong, or would refuse
+    in words that say nothing. Gives its footer, if it is a VHD."""
+    footer = vhd.read_footer(file) if known in (None, "vpc") else None
+    found = lineage.read(file) if footer is not None or known in _OF_OTHERS else None
+    if found is None or format not in (None, found.format):
+        return footer
+    if format is None and footer is not None and footer.offset and path.suffix.lower() == ".raw":
+        # A guest can write any last sector to its raw disk; the name says what to believe.
+        raise RefusedError(
+            "it is named .raw, but ends as a fixed VHD does",
+            subject=printable(path),
+            hint="say which it is: --format raw or --format vpc",
+        )
+    lineage.refuse_differencing(path, found)
+    return footer
+
+
+def _other_size(path: Path, footer: vhd.Footer, size: int) -> tuple[str, ...]:
+    if footer.size <= size:
+        return ()
+    return (
+        f"{printable(path)}: its footer says {footer.size} bytes, but QEMU goes by its geometry,"
+        f" {size} bytes: what lies beyond is not seen",
+    )
+
+
+def _answer(file: BinaryIO, path: Path, description: str, format: str | None) -> dict[str, Any]:
+    """`ask_qemu`, with the reason where QEMU has none that helps."""
+    try:
+        return ask_qemu(path, description, format)
+    except ImageError as error:
+        sparse = vmdk.read_sparse(file) if format in (None, "vmdk") else None
+        descriptor = vmdk.read_descriptor(file)
+        if sparse is not None and (descriptor is None or not descriptor.kind):
+            name, folder = shlex.quote(printable(path.name)), shlex.quote(printable(path.parent))
+            raise ImageError(
+                "it is one of the files of a VMDK, and does not say itself what it is a part of",
+                subject=printable(path),
+                hint=f"give the text file that names it: grep -l {name} {folder}/*.vmdk",
+            ) from error
+        raise
+
+
 def _probe_open_file(
     file: BinaryIO, path: Path, format: str | None, places: Places, by_header: bool
 ) -> ImageInfo:
@@ -293,9 +351,18 @@ def _probe_open_file(
     ):
         extents = _vmdk_extents(file, path, places)
 
+    footer: vhd.Footer | None = None
+    problems: tuple[str, ...] = ()
+    if format in (None, *_OF_OTHERS):
+        known = format or headers.format_of(start)
+        footer = _refuse_unreadable(file, path, format, known)
+        if footer is not None and footer.offset:
+            known = probed_as = "vpc"  # QEMU looks at the beginning alone, which is the disk's
+        for short in short_files(file, path, known or "raw", extents):
+            problems += _refuse_short(path, short)
     if format is None and start.startswith(_LUKS):
         probed_as = "raw"  # what is encrypted is the content; QEMU would want to decrypt it itself
-    answer = ask_qemu(path, description, probed_as)
+    answer = _answer(file, path, description, probed_as)
     found = answer["format"]
     if format is None and found == "raw" and (kind := packed_as(start)) is not None:
         what, step = words_for(kind, start, path)
@@ -310,9 +377,11 @@ def _probe_open_file(
         raise ImageError("an image of a disk of no size", subject=printable(path))
     specific: dict[str, Any] = answer.get("format-specific", {}).get("data", {})
     corrupt = bool(specific.get("corrupt", False))
-    problems = _problems(path, corrupt=corrupt, dirty=bool(answer.get("dirty-flag")))
+    problems += _problems(path, corrupt=corrupt, dirty=bool(answer.get("dirty-flag")))
     if found == "qcow2" and header is not None:
         problems += _check_complete(file, path, header)
+    if found == "vpc" and footer is not None:
+        problems += _other_size(path, footer, answer["virtual-size"])
     return ImageInfo(
         path=path,
         format=found,

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from imgtool.errors import ImgtoolError
-from imgtool.image import headers, qcow2
+from imgtool.image import headers, qcow2, vdi
 from imgtool.image.chain import Chain
 from imgtool.image.checking import CheckResult, check_metadata
 from imgtool.image.info import ImageInfo, probe
@@ -23,8 +23,12 @@ def mend(image: Path, *, format: str | None = None, as_named_in: Path | None = N
     disk may look like any.
     """
     header = headers.read(as_named_in) if as_named_in is not None else None
-    link = probe(image, format=header.backing_format if header is not None else format)
+    named = header.backing_format if header is not None else format
+    link = probe(image, format=named)
     refuse_if_in_use(Chain((link,)))
+    if link.format == "vdi":
+        with image.open("r+b") as file:
+            vdi.mend_count(file)
     if link.format != "qcow2":
         return
     if link.driver == "file":

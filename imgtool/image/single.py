@@ -29,6 +29,7 @@ from imgtool.image.record import temporary_path
 from imgtool.image.repairing import repair_tables
 from imgtool.image.snapshot_view import at_snapshot, loaded
 from imgtool.image.work import Plan, Seen, Work
+from imgtool.image.writable import refuse_unmended
 
 Dirs = Sequence[str | Path]
 
@@ -41,6 +42,8 @@ _LARGEST = 1 << 62
 _LEAST_BYTES = 1 << 20  # of a size without a unit
 # Written by QEMU as well as read.
 MADE = ("raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx")
+# A VHD is made larger than asked for otherwise, of a size that can be told in cylinders.
+_OPTIONS: dict[str, list[str | Path]] = {"vpc": ["-o", "force_size=on"]}
 
 
 def parse_size(text: str, now: int = 0) -> int:
@@ -76,7 +79,14 @@ def plan_new(path: Path, size: int, *, format: str = "qcow2") -> Plan:
 
     def do(work: Work) -> None:
         work.reserve(temporary)
-        words: list[str | Path] = ["create", "-f", format, temporary, str(size)]
+        words: list[str | Path] = [
+            "create",
+            "-f",
+            format,
+            *_OPTIONS.get(format, ()),
+            temporary,
+            str(size),
+        ]
         work.qemu_img("create", words, path)
         work.place(temporary, path)
 
@@ -114,7 +124,7 @@ def plan_convert(
         space = min(space, sum(link.actual_size for link in chain.links))
     refuse_if_too_little_space(new.absolute().parent, space, force=force)
     temporary = temporary_path(new)
-    words: list[str | Path] = ["convert", "-O", to]
+    words: list[str | Path] = ["convert", "-O", to, *_OPTIONS.get(to, ())]
     if compress:
         words.append("-c")
     lines = [f"copy {printable(path)} into {printable(new)} as {to} (up to {space} bytes)"]
@@ -217,12 +227,13 @@ def plan_repair(
     """
     link = probe(path, format=format, backing_dirs=backing_dirs)  # its base may be missing
     refuse_encrypted(Chain((link,)))
+    refuse_unmended(link)
     if link.dirty and what == "leaks":
         raise lagging(link)  # what is lost cannot be told yet
     check_metadata(link)  # whoever cannot say what is wrong cannot mend it either
     # It is for damaged ones, and what stands on it sees no change.
     allowed = {*force, Reason.IS_BASE, Reason.DAMAGED}
-    refuse_to_write(_chain_or(link, backing_dirs), backing_dirs, force=allowed)
+    refuse_to_write(_chain_or(link, backing_dirs), backing_dirs, force=allowed, repair=True)
 
     def do(work: Work) -> None:
         with work.step("repair"), kept_younger(path, backing_dirs):

@@ -38,7 +38,7 @@ def with_snapshots(path: Path, *, format: str | None = None, backing_dirs: Dirs 
         raise ImageError(
             f"a {chain.active.format} image cannot have internal snapshots",
             subject=printable(path),
-            hint="make an overlay on it (imgtool overlay create), or convert it to qcow2",
+            hint="'imgtool overlay create' makes an overlay on it, 'imgtool convert' a qcow2",
         )
     refuse_encrypted(chain)
     refuse_second_file(chain.active)

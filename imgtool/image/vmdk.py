@@ -1,4 +1,4 @@
-"""Which further files a VMDK makes QEMU open, its extents, and which one it stands on.
+"""What a VMDK says of itself: its kind, its extents, what it stands on, where its data end.
 
 Layout: "Virtual Disk Format 5.0" by VMware; which lines count is QEMU's block/vmdk.c. Where QEMU
 reads a line loosely, this reads it more loosely: naming a file too many is harmless here.
@@ -9,13 +9,70 @@ from __future__ import annotations
 import os
 import re
 import struct
+import sys
+from array import array
+from dataclasses import dataclass
 from typing import BinaryIO
 
 SPARSE_MAGIC = b"KDMV"
+COWD_MAGIC = b"COWD"
+# Of the content of an image that stands on no other.
+NO_PARENT = 0xFFFF_FFFF
 _DESCRIPTOR_LIMIT = 1 << 20
-_PARENT_LIMIT = 64 << 10  # QEMU reads 10 KiB
-_PARENT = re.compile(rb'^\s*parentFileNameHint\s*=\s*"([^\n\r"]+)"', re.MULTILINE)
-_EXTENT = re.compile(rb'(?:FLAT|SPARSE|VMFS|ZERO)\s*"([^\n\r"]+)')
+_LINES = re.compile(
+    rb"^\s*(?P<name>CID|parentCID|createType|parentFileNameHint|changeTrackPath)\s*=\s*"
+    rb'"?(?P<value>[^\n\r"]*)"?',
+    re.MULTILINE,
+)
+_EXTENT = re.compile(rb'(?:FLAT|SPARSE|VMFS|ZERO)\s*"([^\n\r"]+)"?')
+_SIZED_EXTENT = re.compile(
+    rb'^\s*\w+\s+(?P<sectors>[0-9]{1,18})\s+(?P<kind>\w+)\s+"(?P<name>[^\n\r"]+)"'
+    rb"(?:[ \t]+(?P<offset>[0-9]{1,18}))?",
+    re.MULTILINE,
+)
+_SPARSE = struct.Struct("<4sIIQQQQIQQQ?4sH")
+_SECTOR = 512
+_COMPRESSED_OR_MARKERS = 3 << 16
+_MOST_TABLES = 64 << 20  # bytes of grain tables: of 1 TiB in grains of 64 KiB
+_LARGEST_DIRECTORY = 4 << 20
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A file that holds a part of the disk: its name as written, the bytes of the disk that are
+    in it, and where in it they begin."""
+
+    kind: str
+    name: bytes
+    size: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """The lines that count; `cid` changes with each writer, `parent_cid` is that of what it stands
+    on, `parent` the name of that as written; `change_track` the file in which VMware notes what
+    was changed."""
+
+    kind: str
+    cid: int
+    parent_cid: int
+    parent: str | None
+    change_track: str | None
+    extents: tuple[Extent, ...]
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """The header of a sparse extent; offsets and sizes in bytes."""
+
+    version: int
+    compressed: bool
+    closed: bool
+    capacity: int
+    grain_size: int
+    table_entries: int
+    directory_offset: int
 
 
 def _embedded_descriptor(start: bytes) -> int | None:
@@ -42,7 +99,7 @@ def extent_names(file: BinaryIO) -> tuple[bytes, ...]:
     file.seek(0)
     start = file.read(512)
     at = 0
-    if start.startswith((SPARSE_MAGIC, b"COWD")):
+    if start.startswith((SPARSE_MAGIC, COWD_MAGIC)):
         embedded = _embedded_descriptor(start)
         if embedded is None or embedded >= 1 << 63:
             return ()
@@ -51,11 +108,10 @@ def extent_names(file: BinaryIO) -> tuple[bytes, ...]:
     return tuple(dict.fromkeys(_EXTENT.findall(file.read(_DESCRIPTOR_LIMIT))))
 
 
-def parent_name(file: BinaryIO) -> str | None:
-    """The name, as written, of the file that this one stands on; None if there is none."""
+def _descriptor_text(file: BinaryIO) -> bytes | None:
     file.seek(0)
     start = file.read(512)
-    at, length = 0, _PARENT_LIMIT
+    at, length = 0, _DESCRIPTOR_LIMIT
     if start.startswith(SPARSE_MAGIC):
         if len(start) < 44:
             return None
@@ -66,5 +122,88 @@ def parent_name(file: BinaryIO) -> str | None:
     elif not looks_like_descriptor(start):
         return None
     file.seek(at)
-    found = _PARENT.search(file.read(length))
-    return os.fsdecode(found[1]) if found else None
+    return file.read(length).partition(b"\0")[0]
+
+
+def _number(text: bytes | None) -> int:
+    try:
+        return int(text or b"", 16)
+    except ValueError:
+        return NO_PARENT
+
+
+def read_descriptor(file: BinaryIO) -> Descriptor | None:
+    """The descriptor, which is the file or lies in it; None where there is none."""
+    text = _descriptor_text(file)
+    if text is None:
+        return None
+    lines: dict[bytes, bytes] = {}
+    for line in _LINES.finditer(text):
+        lines.setdefault(line["name"], line["value"])  # the first one counts, as in QEMU
+    parent, tracked = lines.get(b"parentFileNameHint"), lines.get(b"changeTrackPath")
+    return Descriptor(
+        kind=lines.get(b"createType", b"").decode(errors="replace"),
+        cid=_number(lines.get(b"CID")),
+        parent_cid=_number(lines.get(b"parentCID")),
+        parent=os.fsdecode(parent) if parent else None,
+        change_track=os.fsdecode(tracked) if tracked else None,
+        extents=tuple(
+            Extent(
+                found["kind"].decode(),
+                found["name"],
+                int(found["sectors"]) * _SECTOR,
+                int(found["offset"] or 0) * _SECTOR,
+            )
+            for found in _SIZED_EXTENT.finditer(text)
+        ),
+    )
+
+
+def read_sparse(file: BinaryIO) -> Sparse | None:
+    """The header of a sparse extent of VMware's hosted products; None where this is none."""
+    file.seek(0)
+    data = file.read(_SPARSE.size)
+    if len(data) < _SPARSE.size or not data.startswith(SPARSE_MAGIC):
+        return None
+    _, version, flags, capacity, grain, _, _, entries, _, tables, _, unclean, _, algorithm = (
+        _SPARSE.unpack(data)
+    )
+    return Sparse(
+        version=version,
+        compressed=bool(flags & _COMPRESSED_OR_MARKERS or algorithm),
+        closed=not unclean,
+        capacity=capacity * _SECTOR,
+        grain_size=grain * _SECTOR,
+        table_entries=entries,
+        directory_offset=tables * _SECTOR,
+    )
+
+
+def size_needed(file: BinaryIO, sparse: Sparse) -> int:
+    """How long the file has to be, in bytes, to hold the last grain that its tables name; 0 where
+    that cannot be told: it is compressed, or its tables are very large."""
+    per_table = sparse.grain_size * sparse.table_entries
+    if sparse.compressed or not per_table or sparse.directory_offset >= 1 << 62:
+        return 0
+    tables = -(-sparse.capacity // per_table)
+    if tables * 4 > _LARGEST_DIRECTORY or tables * sparse.table_entries * 4 > _MOST_TABLES:
+        return 0
+    directory = _entries(file, sparse.directory_offset, tables)
+    needed = sparse.directory_offset + tables * 4
+    for place in directory:
+        if place:
+            grains = _entries(file, place * _SECTOR, sparse.table_entries)
+            needed = max(needed, (place * _SECTOR) + sparse.table_entries * 4)
+            last = max(grains, default=0)
+            if last > 1:  # 1 is a grain of zeros
+                needed = max(needed, last * _SECTOR + sparse.grain_size)
+    return needed
+
+
+def _entries(file: BinaryIO, offset: int, count: int) -> array[int]:
+    file.seek(offset)
+    data = file.read(count * 4)
+    found = array("I", data[: len(data) // 4 * 4])
+    if sys.byteorder == "big":
+        found.byteswap()
+    return found

@@ -103,7 +103,7 @@ class Images:
         try:
             for chain in chains:
                 if any(link.extents for link in chain.links):
-                    raise NeedsAppliance("an image in several extents")
+                    raise NeedsAppliance("a VMDK whose data are in a file of their own")
                 if any(link.encrypted for link in chain.links):
                     raise NeedsAppliance("an image encrypted by QEMU")
                 for path in (*chain.files, *([chain.header] if chain.header else [])):
