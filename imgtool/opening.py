@@ -133,6 +133,12 @@ def open_guest(
                 debug=debug,
             )
 
+        if wanted and engine == "direct":
+            raise UsageError(
+                "the direct engine opens nothing that is encrypted",
+                subject="--key",
+                hint="leave --engine out",
+            )
         if engine == "libguestfs" or (wanted and engine == "auto"):
             if engine == "auto":
                 log.info("engine: libguestfs, since keys are given")

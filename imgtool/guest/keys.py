@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from imgtool.errors import ImgtoolError, UsageError
+from imgtool.errors import ImgtoolError, UsageError, listed
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class Key:
     def fits(self, device: str, uuid: str) -> bool:
         """Whether the key is meant for this device."""
         return self.selector in ("all", device) or self.selector.lower() == uuid.lower()
+
+    def __str__(self) -> str:
+        """The key as it could have been typed, its file not needed any more."""
+        return f"{self.selector}:key:{self.passphrase}"
 
 
 def parse_key(text: str) -> Key:
@@ -47,9 +52,42 @@ def parse_key(text: str) -> Key:
         ) from error
     if len(content) > 64 * 1024:
         raise UsageError("the key file is larger than 64 KiB", subject=value)
+    content = content.removesuffix(b"\n")
     try:
-        return Key(selector, content.removesuffix(b"\n").decode())
+        if b"\0" not in content:  # which ends what the appliance is given
+            return Key(selector, content.decode())
+        reason = None
     except UnicodeDecodeError as error:
-        raise UsageError(
-            "the key file is not text; binary key files cannot be used", subject=value
-        ) from error
+        reason = error
+    raise UsageError(
+        "the key file is not text; binary key files cannot be used",
+        subject=value,
+        hint=f"give a passphrase of the same device: --key {selector}:key:PASSPHRASE",
+    ) from reason
+
+
+def keys_told(
+    keys: Sequence[Key], encrypted: Mapping[str, str], closed: Collection[str]
+) -> list[str]:
+    """Lines on the keys that were of no use.
+
+    `encrypted` are the encrypted devices, and their UUIDs; `closed` those that no key opened. A key
+    for `all` of them may find none.
+    """
+    lines = []
+    for key in keys:
+        if key.selector == "all" or any(key.fits(*pair) for pair in encrypted.items()):
+            continue
+        there = listed(
+            f"{device} ({uuid})" if uuid else device for device, uuid in encrypted.items()
+        )
+        lines.append(
+            f"the key for {key.selector} is not used: "
+            + (f"the encrypted devices are {there}" if there else "nothing here is encrypted")
+        )
+    lines += [
+        f"{device} stays locked: no key that was given for it opens it"
+        for device in closed
+        if any(key.fits(device, encrypted[device]) for key in keys)
+    ]
+    return list(dict.fromkeys(lines))

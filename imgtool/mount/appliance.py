@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from imgtool.engines.libguestfs.guest import LibguestfsGuest
 
 _READY, _FAILED = "ready", "failed.json"
+_NOTICE = "notice: "
 _WRITING = 600.0  # seconds that an emulated appliance may take to write what it holds
 
 
@@ -58,6 +59,15 @@ def start(folder: Path, request: dict[str, Any]) -> None:
             said = (folder / "appliance.log").read_text(errors="replace").strip().splitlines()
             raise HostError(f"the appliance ended: {said[-1] if said else 'no reason given'}")
         time.sleep(0.02)
+
+
+def notices(folder: Path) -> list[str]:
+    """What the process has had to say to the user so far."""
+    try:
+        said = (folder / "appliance.log").read_text(errors="replace")
+    except OSError:
+        return []
+    return [x.removeprefix(_NOTICE) for x in said.splitlines() if x.startswith(_NOTICE)]
 
 
 def stop(folder: Path, target: str, *, writable: bool, servers: Callable[[], list[int]]) -> None:
@@ -132,7 +142,7 @@ def _serve(request: dict[str, Any], ready: Path) -> None:
         "root": request["root"],
         "keys": request["keys"],
         "backing_dirs": request["backing_dirs"],
-        "notice": lambda line: print(f"notice: {line}", flush=True),
+        "notice": lambda line: print(f"{_NOTICE}{line}", flush=True),
     }
 
     def serve(guest: LibguestfsGuest) -> None:

@@ -24,6 +24,7 @@ from imgtool.errors import (
     listed,
 )
 from imgtool.guest.hibernation import refuse_sleeping_devices, refuse_sleeping_files
+from imgtool.guest.keys import parse_key
 from imgtool.guest.model import Mount
 from imgtool.guest.partition_table import disk_name
 from imgtool.guest.partitions import partitions_of
@@ -33,7 +34,7 @@ from imgtool.image.guards import refuse_to_write
 from imgtool.image.locks import warn_if_written
 from imgtool.image.recovery import recover
 from imgtool.image.snapshot_view import at_snapshot
-from imgtool.mount import kernel, plan, steps
+from imgtool.mount import appliance, kernel, plan, steps
 from imgtool.mount.available import no_appliance, no_device_mapper
 from imgtool.mount.journal import Journal, journals, remove_empty_folders
 from imgtool.mount.mechanisms import MECHANISMS, Mechanism
@@ -258,7 +259,8 @@ def _request(wanted: Wanted, target: Path) -> dict[str, Any]:
         "snapshot": wanted.snapshot,
         "mounts": [dataclasses.asdict(mount) for mount in mounts],
         "root": wanted.root,
-        "keys": list(wanted.keys),
+        # Their files may be named from here, or be gone when the appliance starts.
+        "keys": [str(parse_key(key)) for key in wanted.keys],
         "backing_dirs": [str(path.absolute()) for path in wanted.backing_dirs],
         "target": str(target),
         "writable": wanted.writable,
@@ -316,7 +318,13 @@ def _mounted(wanted: Wanted, chains: Sequence[Chain], target: Path) -> Journal:
             plan.partition([_disk(0, chains[0], wanted)], wanted.partition)
         journal = _start(wanted, chains, target, FUSE)
         try:
-            journal.do(steps.Appliance(str(journal.folder), str(target), _request(wanted, target)))
+            try:
+                journal.do(
+                    steps.Appliance(str(journal.folder), str(target), _request(wanted, target))
+                )
+            finally:
+                for line in appliance.notices(journal.folder):
+                    wanted.notice(line)
             journal.finished()
         except BaseException as error:
             _undo_after(error, journal)

@@ -88,7 +88,7 @@ class LibguestfsGuest(Guest):
         self._given = tuple(mounts)
         self._root = root
         self._notice = notice
-        self.volumes = ApplianceVolumes(handle, self.calls, keys)
+        self.volumes = ApplianceVolumes(handle, self.calls, keys, notice)
         self._layout: Layout | None = None
         self._mounted = False
         self.unsound: tuple[soundness.Unsound, ...] = ()

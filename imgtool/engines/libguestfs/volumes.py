@@ -6,15 +6,15 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from imgtool import said
 from imgtool.engines.libguestfs.blocks import list_blocks
 from imgtool.engines.libguestfs.calls import Calls
 from imgtool.errors import EngineError, HostError
-from imgtool.guest.blocks import Block, filesystems_on
-from imgtool.guest.keys import Key
+from imgtool.guest.blocks import LOCKED, Block, filesystems_on, locked
+from imgtool.guest.keys import Key, keys_told
 from imgtool.guest.layout import BTRFS_VOLUME, SMALL_FILE
 from imgtool.guest.model import Device
 
@@ -83,10 +83,13 @@ class ApplianceVolume:
 class ApplianceVolumes:
     """The guest's filesystems as the appliance sees them."""
 
-    def __init__(self, handle: Any, calls: Calls, keys: Sequence[Key]) -> None:
+    def __init__(
+        self, handle: Any, calls: Calls, keys: Sequence[Key], notice: Callable[[str], None]
+    ) -> None:
         self._handle = handle
         self._calls = calls
         self._keys = keys
+        self._notice = notice
         self._opened: set[str] = set()
         self._blocks: tuple[Block, ...] | None = None
         self._filesystems: tuple[Device, ...] | None = None
@@ -99,13 +102,16 @@ class ApplianceVolumes:
             started = time.monotonic()
             found = list_blocks(self._handle)
             while self._keys:
-                closed = [b.device for b in found if b.type == "crypto_LUKS"]
-                unlocked = [d for d in closed if d not in self._opened and self._unlock(d)]
+                closed = [b for b in found if b.type in LOCKED and b.device not in self._opened]
+                unlocked = [b for b in closed if self._unlock(b)]
                 if not unlocked:
                     break
                 self._handle.lvm_scan(True)
                 found = list_blocks(self._handle)
             self._blocks = found
+            encrypted = {b.device: b.uuid or "" for b in found if b.type in LOCKED}
+            for line in keys_told(self._keys, encrypted, locked(found)):
+                self._notice(line)
             log.info("block devices: listed in %.1f s", time.monotonic() - started)
         return self._blocks
 
@@ -113,14 +119,10 @@ class ApplianceVolumes:
         """The block device of this name."""
         return next((block for block in self.blocks() if block.device == device), None)
 
-    def _unlock(self, device: str) -> bool:
-        handle = self._handle
-        try:
-            uuid = handle.luks_uuid(device)
-        except RuntimeError:
-            uuid = ""
+    def _unlock(self, block: Block) -> bool:
+        handle, device = self._handle, block.device
         for key in self._keys:
-            if not key.fits(device, uuid):
+            if not key.fits(device, block.uuid or ""):
                 continue
             name = f"imgtool-luks{len(self._opened)}"
             try:
