@@ -22,8 +22,10 @@ from tests.chains.work import (
     SCENES,
     Scene,
     backing,
+    bitmaps,
     checked,
     children_of,
+    held,
     imgtool,
     left_over,
     snapshots,
@@ -55,6 +57,7 @@ class Trials:
         self.scene.make(self.template)
         self.folder = folder / name
         self.old = self.scene.contents(self.template)
+        before = {name: held(self.template / name) for name in self.scene.images}
         self.seconds = _LONGEST
         for _ in range(2):  # the shortest, so that kills come before the end
             self.scene.copy(self.template, self.folder)
@@ -66,6 +69,10 @@ class Trials:
             assert process.returncode == 0
         self.new = self.scene.contents(self.folder)
         self.seen = self.state()
+        self.must_stay = {
+            name: [what for what in before[name] if what in held(self.folder / name)]
+            for name in self.scene.images
+        }
         self.landed: Counter[str] = Counter()
 
     def _wait_for_record(self, process: subprocess.Popen[bytes]) -> None:
@@ -77,7 +84,9 @@ class Trials:
     def state(self) -> tuple[object, ...]:
         """What the finished work looks like besides the contents."""
         images = [self.folder / name for name in self.scene.images]
-        return tuple((backing(image), snapshots(image), checked(image)) for image in images)
+        return tuple(
+            (backing(image), snapshots(image), bitmaps(image), checked(image)) for image in images
+        )
 
     def cut_off(self, moment: float, number: int) -> int:
         """Do the work on a new copy and send the signal, `moment` of the way; the exit status."""
@@ -112,6 +121,8 @@ class Trials:
         for name, checksum in now.items():
             assert checksum in (self.old[name], self.new[name]), f"{name} is neither old nor new"
         for name in self.scene.images:
+            kept = set(self.must_stay[name])
+            assert kept <= set(held(self.folder / name)), f"{name} has lost what it held"
             if not record_path(self.folder / name).exists():
                 wrong = checked(self.folder / name)
                 assert not wrong, f"{name}: {wrong} after: {self.said}"

@@ -145,6 +145,26 @@ def _with_a_snapshot_less(folder: Path) -> None:
     qemu_img("snapshot", "-d", "middle", image)
 
 
+def _holding(folder: Path) -> None:
+    """A base with a snapshot and a dirty bitmap, which QEMU's repairs of 7.2 could not keep both;
+    and an overlay with a bitmap of its own."""
+    _overlay(folder)
+    base, top = folder / "base.qcow2", folder / "top.qcow2"
+    qemu_img("snapshot", "-c", "before", base)
+    qemu_img("bitmap", "--add", base, "since")
+    _write_noise(base, 8, 2, 6)
+    qemu_img("bitmap", "--add", top, "above")
+    os.utime(top)
+
+
+def _with_a_bitmap(folder: Path) -> None:
+    _with_a_snapshot_less(folder)
+    image = folder / "disk.qcow2"
+    qemu_img("snapshot", "-c", "middle", image)
+    qemu_img("bitmap", "--add", image, "since")
+    _write_noise(image, 9, 1, 20)
+
+
 @dataclass(frozen=True)
 class Scene:
     """What a command is tried on: images in a folder, made once and copied for every trial.
@@ -197,6 +217,24 @@ SCENES = {
     "compact-snapshots": Scene(
         _with_a_snapshot_less, ("compact", "disk.qcow2"), "disk.qcow2", ("disk.qcow2",)
     ),
+    "commit-holding": Scene(
+        _holding,
+        ("overlay", "commit", "top.qcow2"),
+        "base.qcow2",
+        ("base.qcow2", "top.qcow2"),
+    ),
+    "flatten-holding": Scene(
+        _holding,
+        ("overlay", "flatten", "top.qcow2"),
+        "top.qcow2",
+        ("base.qcow2", "top.qcow2"),
+    ),
+    "delete-holding": Scene(
+        _with_a_bitmap,
+        ("snapshot", "delete", "disk.qcow2", "middle"),
+        "disk.qcow2",
+        ("disk.qcow2",),
+    ),
     "revert": Scene(
         _snapshotted,
         ("snapshot", "revert", "disk.qcow2", "before", "--discard"),
@@ -215,6 +253,16 @@ def backing(image: Path) -> str | None:
 def snapshots(image: Path) -> list[str]:
     said = json.loads(qemu_img("info", "--output=json", image))
     return [row["name"] for row in said.get("snapshots", ())]
+
+
+def bitmaps(image: Path) -> list[str]:
+    said = json.loads(qemu_img("info", "--output=json", image))
+    return [row["name"] for row in said["format-specific"]["data"].get("bitmaps", ())]
+
+
+def held(image: Path) -> list[str]:
+    """What it holds besides its content."""
+    return [*snapshots(image), *bitmaps(image)]
 
 
 def children_of(pid: int) -> list[list[str]]:

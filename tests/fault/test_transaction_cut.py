@@ -15,6 +15,7 @@ from tests.fault.writes import (
     OLD,
     cut_off,
     format_of,
+    held,
     left_over,
     made,
     pattern,
@@ -25,7 +26,7 @@ from tests.fault.writes import (
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
-    "kinds", [("raw",), ("qcow2",), ("chain",), ("qcow2", "raw")], ids="+".join
+    "kinds", [("raw",), ("qcow2",), ("holding",), ("chain",), ("qcow2", "raw")], ids="+".join
 )
 def test_cut_off_anywhere_it_is_all_old_or_all_new(tmp_path, kinds, after):
     seen = set()
@@ -48,6 +49,8 @@ def test_cut_off_anywhere_it_is_all_old_or_all_new(tmp_path, kinds, after):
             assert pattern(image, format_of(kind), *states), f"cut at {number}"
             if kind != "raw":
                 qemu_img("check", image)
+            if kind == "holding":
+                assert held(image) == ["before", "since"], f"cut at {number}"
         seen |= states
     else:
         pytest.fail("it never ends")

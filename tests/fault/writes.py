@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable, Sequence
@@ -45,12 +46,28 @@ def made(folder: Path, kind: str) -> Path:
     elif kind == "qcow2":
         qemu_img("create", "-f", "qcow2", image, "4M")
         fill(image, "qcow2", OLD)
+    elif kind == "holding":
+        qemu_img("create", "-f", "qcow2", image, "4M")
+        fill(image, "qcow2", OLD)
+        qemu_img("snapshot", "-c", "before", image)
+        qemu_img("bitmap", "--add", image, "since")
+        fill(image, "qcow2", OLD)
     else:
         base = folder / f"{kind}-base.qcow2"
         qemu_img("create", "-f", "qcow2", base, "4M")
         fill(base, "qcow2", OLD)
         qemu_img("create", "-f", "qcow2", "-F", "qcow2", "-b", base.name, image)
     return image
+
+
+def held(image: Path) -> list[str]:
+    """The snapshots and the bitmaps that QEMU finds in it."""
+    done = subprocess.run(
+        ["qemu-img", "info", "-U", "--output=json", image], check=True, capture_output=True
+    )
+    said = json.loads(done.stdout)
+    rows = [*said.get("snapshots", ()), *said["format-specific"]["data"].get("bitmaps", ())]
+    return [row["name"] for row in rows]
 
 
 def format_of(kind: str) -> str:
