@@ -209,13 +209,18 @@ def recover(
     debug: options.Debug = False,
 ) -> None:
     """Finish or undo what was interrupted on an image, or on an overlay and its base."""
-    from imgtool.errors import ImageError
+    from imgtool.errors import ImageError, Reason
     from imgtool.image.places import printable
+    from imgtool.image.record import written_down
     from imgtool.image.recovery import recover as settle
+    from imgtool.image.unfinished import would_do
 
     set_up_logging(verbose=verbose, debug=debug)
     if image.is_dir():
         raise ImageError("a directory, not an image", subject=printable(image))
+    written = written_down(image)
+    if Reason.UNPROVED in (force or ()) and written is not None and not written.proved:
+        render.message("to do", would_do(image, written.facts))
     line = settle(image, backing_dirs=backing_dir or (), force=force or (), end=keep)
     if line is None and not image.exists():
         raise ImageError("no such file, and no record of work on it", subject=printable(image))

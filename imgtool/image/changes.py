@@ -47,13 +47,12 @@ def _what_changed(
     image, before = record.image, noted(record, "image")
     if not anew and not is_intact(record, overlay, force):
         return f"{printable(overlay)} was written to"
-    status = image.stat()
-    if not isinstance(before, dict) or not stat.S_ISREG(status.st_mode):
-        return None
-    if Reason.COPY not in force and not is_as_noted(before, image):
+    if Reason.COPY not in force and isinstance(before, dict) and not is_as_noted(before, image):
+        status = image.stat()
         if before.get("snapshots") != snapshots_of(image):
             return "its internal snapshots were changed"
-        if status.st_mtime_ns > record.touched + _MARGIN:
+        # When a device was written to last nobody knows.
+        if stat.S_ISREG(status.st_mode) and status.st_mtime_ns > record.touched + _MARGIN:
             return "it was written to"
     for other in overlays_on(image, backing_dirs):
         new = other.stat().st_ctime_ns > record.touched
@@ -93,6 +92,8 @@ def why_needed(record: Record, overlay: Path, backing_dirs: Dirs, force: Force) 
         same = is_as_noted(noted(record, which), path)
         if not same and Reason.COPY not in force and Reason.CHANGED not in force:
             return f"{printable(path)} was used since"
+    if not overlay.is_file():
+        return "it is a device"
     if above := overlays_on(overlay, backing_dirs):
         return f"{printable(above[0])} stands on it"
     return None

@@ -2,7 +2,8 @@
 
 What is done to an image in several steps is done by several QEMUs, and no guest may come between
 them. So imgtool holds the locks from the first step to the last (`imgtool.image.locks`), and the
-QEMUs that it starts on such a file do not ask for them.
+QEMUs that it starts on such a file do not ask for them. They inherit the descriptors: a lock is
+held until the last of them has ended, also where imgtool is killed before.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-_files: set[tuple[int, int]] = set()
+_files: dict[tuple[int, int], int] = {}  # the descriptor that holds the locks
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -27,15 +28,20 @@ def is_held(path: Path) -> bool:
     return bool(_files) and _identity(path) in _files
 
 
+def descriptors() -> tuple[int, ...]:
+    """What holds the locks, for the programs that work on the files."""
+    return tuple(_files.values())
+
+
 @contextlib.contextmanager
-def holding(path: Path) -> Iterator[None]:
-    """The locks on the file are this process's while the block runs."""
+def holding(path: Path, descriptor: int) -> Iterator[None]:
+    """The locks on the file are this process's while the block runs, held by a descriptor."""
     identity = _identity(path)
     if identity is None or identity in _files:
         yield
         return
-    _files.add(identity)
+    _files[identity] = descriptor
     try:
         yield
     finally:
-        _files.discard(identity)
+        _files.pop(identity, None)

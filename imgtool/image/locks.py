@@ -288,7 +288,7 @@ def _hold(path: Path, stack: contextlib.ExitStack) -> bool:
                 return False
         except OSError:
             return True  # a file system without locks
-        attempt.enter_context(holding(path))
+        attempt.enter_context(holding(path, descriptor))
         stack.enter_context(attempt.pop_all())
     return True
 

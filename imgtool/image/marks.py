@@ -73,13 +73,20 @@ def is_same_file(noted: object, image: Path) -> bool:
 def mark_of(image: Path, *, but_for: str | None = None) -> Mark:
     """The identity of an image, its size in bytes, its mtime in nanoseconds, and a checksum over
     the ids and names of its internal snapshots, without the one that is called `but_for`. Of a
-    block device the identity alone, since no more is to be seen from outside."""
+    block device, which has neither, how many sectors were written to it since it was attached."""
     status = image.stat()
-    mark: Mark = {"identity": identity_of(image)}
-    if stat.S_ISREG(status.st_mode):
-        mark |= {"size": status.st_size, "mtime": status.st_mtime_ns}
-        mark["snapshots"] = snapshots_of(image, but_for=but_for)
-    return mark
+    mark: Mark = {"identity": identity_of(image), "snapshots": snapshots_of(image, but_for=but_for)}
+    if stat.S_ISBLK(status.st_mode):
+        return mark | {"written": _sectors_written(status.st_rdev)}
+    return mark | {"size": status.st_size, "mtime": status.st_mtime_ns}
+
+
+def _sectors_written(device: int) -> int | None:
+    """By the kernel's count (Documentation/ABI/stable/sysfs-block); None where it keeps none."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path("/sys/dev/block", number, "stat").read_text().split()[6])
+    return None
 
 
 def snapshots_of(image: Path, *, but_for: str | None = None) -> str | None:
@@ -105,4 +112,5 @@ def is_as_noted(noted: object, image: Path) -> bool:
     if not isinstance(noted, dict) or not is_same_file(noted.get("identity"), image):
         return False
     now = mark_of(image)
-    return all(noted.get(fact) == now.get(fact) for fact in ("size", "mtime", "snapshots"))
+    seen = ("size", "mtime", "snapshots", "written")
+    return all(noted.get(fact) == now.get(fact) for fact in seen)

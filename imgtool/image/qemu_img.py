@@ -11,6 +11,7 @@ from pathlib import Path
 
 from imgtool import said
 from imgtool.errors import ImgtoolError
+from imgtool.image.held import descriptors
 from imgtool.image.places import printable, typed
 from imgtool.process import PIPE, Limits, ProgramFailed, run, spawn
 
@@ -50,14 +51,21 @@ def _run(
     """The exit status and what was said on standard error."""
     if on_part is None or words[0] not in _WITH_PROGRESS:
         try:
-            run(["qemu-img", words[0], "-q", *words[1:]], limits=_LIMITS, apart=apart)
+            command = ["qemu-img", words[0], "-q", *words[1:]]
+            run(command, limits=_LIMITS, pass_fds=descriptors(), apart=apart)
         except ProgramFailed as error:
             return error.returncode, error.stderr
         return 0, ""
     command = ["qemu-img", words[0], "-p", *words[1:]]
     with (
         tempfile.TemporaryFile() as output,
-        spawn(command, limits=_LIMITS, stdout=PIPE, stderr=output.fileno()) as process,
+        spawn(
+            command,
+            limits=_LIMITS,
+            pass_fds=descriptors(),
+            stdout=PIPE,
+            stderr=output.fileno(),
+        ) as process,
     ):
         assert process.stdout is not None
         while piece := os.read(process.stdout.fileno(), 4096):

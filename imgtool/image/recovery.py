@@ -338,7 +338,7 @@ def _settle_file(record: Record, force: Force) -> str | None:
             temporary.unlink()
         if second or is_same_file(record.facts.get("made"), image):
             return f"{what} was finished"
-        if record.operation in REPLACED_FILES:
+        if there and record.operation in REPLACED_FILES:
             refuse_another_file(image, record.facts, force=force)
     if not there:
         return None  # not begun
@@ -371,9 +371,8 @@ def _settle_repair(record: Record) -> str | None:
 
 
 def is_untouched(record: Record) -> bool:
-    """Whether a commit failed before it had written anything; a device does not tell."""
-    image = record.image
-    return not image.is_block_device() and is_as_noted(noted(record, "image"), image)
+    """Whether work was cut off before it had written anything."""
+    return is_as_noted(noted(record, "image"), record.image)
 
 
 def _settle_commit(record: Record, *, finish: bool, backing_dirs: Dirs, force: Force) -> str | None:

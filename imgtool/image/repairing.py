@@ -19,6 +19,7 @@ from imgtool.errors import ImgtoolError, RefusedError
 from imgtool.image.chain import Chain
 from imgtool.image.checking import CHECK_MEMORY, CheckResult, check_metadata, check_node
 from imgtool.image.contents import open_contents
+from imgtool.image.held import descriptors
 from imgtool.image.holdings import Holdings, ReadAt, holdings_of, lost, read_holdings
 from imgtool.image.host_file import file_node, node_driver, open_host_file
 from imgtool.image.info import ImageInfo, probe
@@ -84,7 +85,7 @@ def _would_lose(link: ImageInfo, what: What, lost: str, found: CheckResult) -> W
 
 def _ways(link: ImageInfo, what: What, found: CheckResult) -> list[_Way]:
     def by_check(node: dict[str, Any], file: dict[str, Any]) -> None:
-        run(_check(node, what), limits=_LIMITS, ok=(0, 1, 2, 3))
+        run(_check(node, what), limits=_LIMITS, ok=(0, 1, 2, 3), pass_fds=descriptors())
 
     ways: list[_Way] = [by_check]
     # What an opened image gets is always the repair of all.
@@ -109,8 +110,10 @@ def _by_opening(node: dict[str, Any], file: dict[str, Any]) -> None:
     shown = run(["qemu-io", "-r", "-c", f"read -v {_FEATURES_AT} 1", raw], limits=_LIMITS)
     features = int(shown.stdout.split(b":", 1)[1].split()[0], 16)
     value = features & ~_CORRUPT | _DIRTY
-    run(["qemu-io", "-c", f"write -P {value} {_FEATURES_AT} 1", raw], limits=_LIMITS)
-    run(["qemu-io", "-c", "length", "json:" + json.dumps(node)], limits=_LIMITS)
+    held = descriptors()
+    mark = f"write -P {value} {_FEATURES_AT} 1"
+    run(["qemu-io", "-c", mark, raw], limits=_LIMITS, pass_fds=held)
+    run(["qemu-io", "-c", "length", "json:" + json.dumps(node)], limits=_LIMITS, pass_fds=held)
 
 
 def _rehearse(link: ImageInfo, way: _Way, before: Holdings) -> list[str]:

@@ -14,6 +14,7 @@ import pytest
 
 from imgtool.errors import ImgtoolError, RefusedError
 from imgtool.image import mending, overlays, record, recovery, snapshots, work
+from imgtool.image.marks import is_as_noted
 from imgtool.image.record import is_ours, record_path
 from tests.fault import writes
 from tests.fault.writes import KILLED, cut_at, in_child
@@ -391,3 +392,41 @@ def test_what_cannot_be_finished_is_ended_and_all_of_it_is_kept(tmp_path, imgtoo
     assert writes.pattern(kept, "qcow2", writes.NEW)
     assert not any(is_ours(path.name) for path in folder.iterdir())
     assert imgtool_cli("resize", image, "8M").status == 4  # the base of what was kept
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to attach a device")
+def test_what_is_written_to_a_device_is_seen_by_the_kernels_count(tmp_path, imgtool_cli):
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(8 << 20))
+    attach = ["/sbin/losetup", "-f", "--show", disk]
+    device = Path(subprocess.run(attach, check=True, capture_output=True).stdout.decode().strip())
+    try:
+        qemu_img("create", "-q", "-f", "qcow2", device, "4M")
+        write(device, "write -P 1 0 1M")
+        qemu_img("snapshot", "-c", "one", device)
+        write(device, "write -P 2 0 1M")
+
+        def cut() -> None:
+            patch = pytest.MonkeyPatch()
+            wrap = cut_at(2, True)
+            patch.setattr(record.Record, "note", wrap(record.Record.note))
+            snapshots.plan_revert(device, "one", save_as="saved").run()
+
+        assert in_child(cut) == KILLED
+        noted = record.read_facts(device)["noted"]["image"]
+        assert is_as_noted(noted, device)
+        write(device, f"write -P {SINCE} 0 1M")
+        assert not is_as_noted(noted, device)
+        seen = content_of_device(device, tmp_path)
+        done = imgtool_cli("recover", device)
+        assert done.status == 0 and "was used since" in done.err, done.err
+        assert content_of_device(device, tmp_path) == seen
+        assert names(device) == ["one", "saved"]
+    finally:
+        subprocess.run(["/sbin/losetup", "-d", device], check=True)
+        record_path(device).unlink(missing_ok=True)
+
+
+def content_of_device(device: Path, folder: Path) -> bytes:
+    qemu_img("convert", "-U", "-f", "qcow2", "-O", "raw", device, folder / "flat")
+    return (folder / "flat").read_bytes()

@@ -13,11 +13,19 @@ from pathlib import Path
 import pytest
 
 from imgtool.errors import ExitStatus, RefusedError
-from imgtool.image.chain import open_chain
+from imgtool.image.chain import Chain, open_chain
+from imgtool.image.held import descriptors
 from imgtool.image.info import probe
-from imgtool.image.locks import Holder, holders, in_use_for_writing, refuse_if_in_use
+from imgtool.image.locks import (
+    Holder,
+    held_for_writing,
+    holders,
+    in_use_for_writing,
+    refuse_if_in_use,
+)
 from imgtool.image.locks import warn_if_written as warning
 from imgtool.image.nbd import serve
+from imgtool.image.qemu_img import qemu_img
 from imgtool.process import spawn
 
 
@@ -125,3 +133,29 @@ def test_an_image_that_grows_just_now_is_not_called_truncated(image: Path) -> No
         file.truncate(3 << 20)
         (problem,) = probe(image).problems
     assert "being written" in problem
+
+
+def test_locks_that_are_held_keep_writers_out_and_own_programs_in(tmp_path: Path) -> None:
+    image = tmp_path / "disk.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
+    guest = ["qemu-io", "-f", "qcow2", "-c", "write 0 64k", image]
+
+    def status() -> int:
+        return subprocess.run(guest, check=False, capture_output=True).returncode
+
+    with held_for_writing([image]):
+        assert status() == 1
+        with held_for_writing([image]):  # one piece of work in another
+            pass
+        assert status() == 1 and holders(image) == ()
+        own = Chain((probe(image),)).filename(read_only=False)
+        qemu_img(["snapshot", "-c", "one", own], image=image)
+        # As of an imgtool that is killed, whose QEMU is not gone yet.
+        slow = subprocess.Popen(
+            ["cat"], stdin=subprocess.PIPE, pass_fds=descriptors(), start_new_session=True
+        )
+    assert status() == 1
+    assert slow.stdin is not None
+    slow.stdin.close()
+    slow.wait()
+    assert status() == 0
