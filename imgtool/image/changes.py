@@ -73,7 +73,8 @@ def refuse_if_changed(
         raise RefusedError(
             f"{what} since a {record.operation} was interrupted, so that was not finished",
             subject=shown,
-            hint=f"{printable(overlay)} holds all of it. To finish it over what was written since:"
+            hint=f"{printable(overlay)} holds all that was to be written. To finish it over what"
+            " was done since:"
             f" imgtool recover {typed(record.image)} --force {Reason.CHANGED};"
             f" {to_keep(record.image)}",
         )

@@ -20,7 +20,7 @@ from imgtool.errors import RefusedError
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.locks import PATIENCE, in_use_for_writing
 from imgtool.image.places import printable
-from imgtool.image.record import read_facts
+from imgtool.image.record import read_facts, worker_on
 from imgtool.image.unfinished import is_unfinished, unfinished_commit
 
 # Far from the bytes that QEMU locks, which end at 263.
@@ -57,7 +57,7 @@ def chain_to_read(
     with contextlib.ExitStack() as held:
         while True:
             with contextlib.ExitStack() as locks:
-                overlay = unfinished_commit(path)
+                overlay = _overlay_of_now(path, until)
                 # Where a write is being finished the overlay has all of it, and has to stay.
                 free = _lock(path, fcntl.F_RDLCK, locks)
                 if overlay is not None:
@@ -69,6 +69,18 @@ def chain_to_read(
                 raise _being_written(path)
             time.sleep(_PAUSE)
         yield open_chain(path, format=format, backing_dirs=backing_dirs)
+
+
+def _overlay_of_now(path: Path, until: float) -> Path | None:
+    """`unfinished_commit`, once another user's imgtool, whose record proves nothing to this one,
+    is done with the image."""
+    while True:
+        try:
+            return unfinished_commit(path)
+        except RefusedError:
+            if time.monotonic() > until or worker_on(path) in (None, os.getpid()):
+                raise
+            time.sleep(_PAUSE)
 
 
 def passes_locks(chain: Chain) -> bool:

@@ -174,6 +174,8 @@ def keep(record: Record) -> str:
     name of its own. A line that says so."""
     image = record.image
     line = f"the record of a {record.operation} of {printable(image)} is gone, and nothing else"
+    if record.operation == "commit" and record.facts.get("step") != "proved":
+        line += "; by itself it may hold a part of what was to be committed"
     made = [record.facts.get(fact) for fact in ("temporary", "overlay") if fact in record.facts]
     if record.proved and record.operation != "commit" and made and is_name(made[0]):
         path = overlay_of(image, record.facts) or record.path.with_name(Path(made[0]).name)

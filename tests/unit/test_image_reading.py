@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -134,3 +136,26 @@ def test_a_write_of_two_disks_waits_for_the_readers_of_each(tmp_path, monkeypatc
         ):
             writing.commit()
         assert not any(record_path(disk).exists() for disk in disks)
+
+
+def test_a_reader_waits_for_the_work_of_another_user(image, monkeypatch):
+    """Whose record proves nothing to him; it is not taken for one that was left."""
+    code = (
+        "import sys; from pathlib import Path; from tests.records import left, record_path\n"
+        "from imgtool.image.record import opened\n"
+        "image = Path(sys.argv[1])\n"
+        "left(image, operation='commit', overlay='x')\n"
+        "with opened(image, create=True) as record:\n"
+        "    print(flush=True); sys.stdin.readline(); record.remove()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, image],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "IMGTOOL_STATE_DIR": str(image.parent / "theirs")},
+    ) as other:
+        other.stdout.readline()
+        threading.Timer(0.3, other.stdin.close).start()
+        with chain_to_read(image) as chain:
+            assert chain.active.path == image
+    assert not record_path(image).exists()
