@@ -94,6 +94,10 @@ def check(
     except UnsupportedCheck:
         row["supported"] = False
         row["not_looked_at"] = f"its tables: {link.format} has none that could be checked"
+    if link.unseen is not None:
+        row["sound"] = False
+        render.message("warning", link.unseen.line(link.path))
+        render.message("note", link.unseen.do)
     words = {True: "yes", False: "NO", None: "not looked at"}
     columns = ["path", "format", "sound", "corruptions", "leaks", "errors"]
     render.emit(

@@ -26,6 +26,7 @@ SECTOR = 512
 _MAX_LOGICAL = 128
 _MAX_GPT_ENTRIES = 1 << 20  # bytes of the whole array; parted writes no larger one
 _MAX_PROBLEMS = 20
+_BEYOND = "reaches past the end of the disk"
 _GPT_HEADER = struct.Struct("<8sIIIIQQQQ16sQIII")
 _GPT_ENTRY = struct.Struct("<16s16sQQQ")
 _LEGACY_BOOT = 1 << 2
@@ -41,10 +42,14 @@ _BOOT_SECTORS = (
 
 @dataclass(frozen=True)
 class PartitionTable:
-    """The rows of a disk, in the order of their numbers, and lines for the user on what is odd."""
+    """The rows of a disk, in the order of their numbers, and lines for the user on what is odd.
+
+    `cut_off`: nothing is odd but that the disk ends before its table does.
+    """
 
     partitions: tuple[Partition, ...]
     problems: tuple[str, ...] = ()
+    cut_off: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,14 +189,21 @@ def _read_msdos(
     return tuple(rows) or (_no_partitions(device, size, "msdos"),)
 
 
-def _gpt_at(read: Read, lba: int, sector_size: int, last: int) -> tuple[int, bytes, int] | None:
-    """A valid GPT header at `lba`: where its twin is, its entries, the size of one. Else None."""
+def _gpt_at(
+    read: Read, lba: int, sector_size: int, last: int | None
+) -> tuple[int, bytes, int] | None:
+    """A valid GPT header at `lba`: where its twin is, its entries, the size of one. Else None.
+
+    `last` is the last sector of the disk, None for one that may have lost its end.
+    """
     sector = read(lba * sector_size, sector_size)
     if len(sector) < _GPT_HEADER.size or not sector.startswith(b"EFI PART"):
         return None
     fields = _GPT_HEADER.unpack_from(sector)
     header_size, header_crc, here, twin, _, last_usable = fields[2], fields[3], *fields[5:9]
     entries_lba, count, entry_size, entries_crc = fields[10:]
+    if last is None:
+        last = twin
     if not _GPT_HEADER.size <= header_size <= sector_size or here != lba or last_usable > last:
         return None
     if zlib.crc32(sector[:16] + bytes(4) + sector[20:header_size]) != header_crc:
@@ -231,8 +243,14 @@ def _gpt_row(device: str, number: int, entry: bytes, sector_size: int) -> Partit
 def _read_gpt(read: Read, size: int, device: str, sector_size: int) -> PartitionTable | None:
     last = size // sector_size - 1
     found = _gpt_at(read, 1, sector_size, last)
-    problems = []
-    if found is None:
+    problems, cut_off = [], False
+    if found is None and (found := _gpt_at(read, 1, sector_size, None)) is not None:
+        cut_off = True  # Linux takes no such table
+        problems.append(
+            f"{device} ends before the disk that its partition table is of, which has"
+            f" {(found[0] + 1) * sector_size} bytes"
+        )
+    elif found is None:
         found = _gpt_at(read, last, sector_size, last) if last > 1 else None
         if found is None:
             return None
@@ -250,8 +268,9 @@ def _read_gpt(read: Read, size: int, device: str, sector_size: int) -> Partition
             rows.append(row)
         elif row is not None:
             problems.append(f"{row.device} ends before it starts: left out")
+            cut_off = False
     none = replace(_no_partitions(device, size, "gpt"), sector_size=sector_size)
-    return PartitionTable(tuple(rows) or (none,), tuple(problems[:_MAX_PROBLEMS]))
+    return PartitionTable(tuple(rows) or (none,), tuple(problems[:_MAX_PROBLEMS]), cut_off)
 
 
 def problems(partitions: Sequence[Partition], size: int) -> tuple[str, ...]:
@@ -261,7 +280,7 @@ def problems(partitions: Sequence[Partition], size: int) -> tuple[str, ...]:
     rows = [row for row in partitions if row.number is not None]
     for row in sorted(rows, key=lambda row: (row.start, row.end)):
         if row.end >= size:
-            found.append(f"{row.device} reaches past the end of the disk")
+            found.append(f"{row.device} {_BEYOND}")
         if row.table == "msdos" and int(row.type or "0", 16) in EXTENDED:
             continue  # it holds the logical ones
         if widest is not None and row.start <= widest.end:
@@ -281,6 +300,7 @@ def examine(read: Read, size: int, device: str) -> PartitionTable:
     """
     entries = _master_entries(read(0, SECTOR), size // SECTOR)
     odd: tuple[str, ...] = ()
+    cut_off = True
     if entries is None:
         foreign = foreign_table(read, size)
         rows: tuple[Partition, ...] = (_no_partitions(device, size, foreign or "none"),)
@@ -290,12 +310,14 @@ def examine(read: Read, size: int, device: str) -> PartitionTable:
         if table is None:
             odd = (f"{device}: protected for a GPT, but neither copy of one is intact",)
             table = PartitionTable((_no_partitions(device, size, "none"),))
-        rows, odd = table.partitions, odd + table.problems
+        rows, odd, cut_off = table.partitions, odd + table.problems, table.cut_off
     else:
         rows = _read_msdos(read, entries, size, device)
         if rows[0].number is None and (foreign := foreign_table(read, size)):
             rows = (replace(rows[0], table=foreign),)
-    return PartitionTable(rows, odd + problems(rows, size))
+    wrong = problems(rows, size)
+    cut_off = cut_off and bool(odd or wrong) and all(line.endswith(_BEYOND) for line in wrong)
+    return PartitionTable(rows, odd + wrong, cut_off)
 
 
 def read_table(read: Read, size: int, device: str) -> tuple[Partition, ...]:

@@ -40,6 +40,7 @@ def doubts_of(chain: Chain) -> tuple[str, ...]:
     their entries can be right at all. `check_metadata` looks at all.
     """
     lines = [*chain.notes]
+    lines += [link.unseen.line(link.path) for link in chain.links if link.unseen is not None]
     lines += [line for link in chain.links if (line := line_on(link.path)) is not None]
     lines += [
         f"{printable(link.path)}: marked corrupt by QEMU" for link in chain.links if link.corrupt

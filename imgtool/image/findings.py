@@ -216,7 +216,9 @@ def _taken_as_raw(above: ImageInfo, below: ImageInfo) -> Iterator[Finding]:
 
 
 def marked(link: ImageInfo) -> Iterator[Finding]:
-    """What an image's header says of its state."""
+    """What an image's header says of its state, and of what is not seen of its disk."""
+    if link.unseen is not None:
+        yield Finding(link.path, "risk", link.unseen.what, link.unseen.means, link.unseen.do)
     if link.corrupt:
         yield Finding(
             link.path,

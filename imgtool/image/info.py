@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from imgtool import said
 from imgtool.errors import ImageError, RefusedError
 from imgtool.image import headers, lineage, qcow2, vhd, vmdk
-from imgtool.image.ends import Short, short_files
+from imgtool.image.ends import Short, Unseen, cut_off, other_size, short_files
 from imgtool.image.host_file import file_node, node_driver, open_host_file
 from imgtool.image.locks import in_use_for_writing
 from imgtool.image.packed import packed_as, step_for_format, words_for
@@ -62,7 +62,7 @@ class ImageInfo:
     was not asked whether it can open this. `backing` and
     `data_file` are the names as written in the header; `data_path` is where the latter is.
     `problems` are lines for the user; `found` is one that tells of a base which is not where the
-    image that stands on it says.
+    image that stands on it says, `unseen` what whoever reads the disk has to know.
     """
 
     path: Path
@@ -85,6 +85,7 @@ class ImageInfo:
     snapshots: tuple[Snapshot, ...] = ()
     problems: tuple[str, ...] = ()
     found: str | None = None
+    unseen: Unseen | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -292,15 +293,6 @@ def _refuse_unreadable(
     return footer
 
 
-def _other_size(path: Path, footer: vhd.Footer, size: int) -> tuple[str, ...]:
-    if footer.size <= size:
-        return ()
-    return (
-        f"{printable(path)}: its footer says {footer.size} bytes, but QEMU goes by its geometry,"
-        f" {size} bytes: what lies beyond is not seen",
-    )
-
-
 def _answer(file: BinaryIO, path: Path, description: str, format: str | None) -> dict[str, Any]:
     """`ask_qemu`, with the reason where QEMU has none that helps."""
     try:
@@ -380,8 +372,11 @@ def _probe_open_file(
     problems += _problems(path, corrupt=corrupt, dirty=bool(answer.get("dirty-flag")))
     if found == "qcow2" and header is not None:
         problems += _check_complete(file, path, header)
+    unseen = None
     if found == "vpc" and footer is not None:
-        problems += _other_size(path, footer, answer["virtual-size"])
+        unseen = other_size(path, footer, answer["virtual-size"])
+    elif found == "raw":
+        unseen = cut_off(start, file.seek(0, os.SEEK_END))
     return ImageInfo(
         path=path,
         format=found,
@@ -400,5 +395,6 @@ def _probe_open_file(
         data_path=data_path,
         extents=extents if found == "vmdk" else (),
         snapshots=_snapshots(answer),
-        problems=problems,
+        problems=problems if unseen is None else (*problems, unseen.line(path)),
+        unseen=unseen,
     )

@@ -253,6 +253,8 @@ def server(
     argv = [program, "--read-only", "--allocation-depth", *loaded(chain, snapshot)]
     names = images.names(kind)
     node = chain.blockdev(force_share=force_share, names=names)
+    if (unseen := chain.active.unseen) is not None and node["driver"] == "raw":
+        node["size"] = unseen.there // 512 * 512  # QEMU would fill up the last sector with zeros
     if overlay is not None:
         file = {"driver": "file", "filename": names[overlay]}
         node = {"driver": "qcow2", "file": file, "backing": node, "read-only": True}

@@ -190,6 +190,26 @@ class Stretch:
         return self._source.read(self._offset + offset, length)
 
 
+class Padded:
+    """A source of which only the first bytes are there, with zeros for the others: enough to see
+    what it was."""
+
+    def __init__(self, source: Source, there: int) -> None:
+        self._source = source
+        self._there = there
+
+    @property
+    def size(self) -> int:
+        """The size in bytes."""
+        return self._source.size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes at `offset`."""
+        kept = min(max(self._there - offset, 0), length)
+        data = self._source.read(offset, kept) if kept else b""
+        return bytes(data) + bytes(length - kept)
+
+
 class Joined:
     """Stretches of other sources one after the other: a linear logical volume."""
 

@@ -12,7 +12,7 @@ from imgtool.engines.direct.ext_superblock import NeedsJournal
 from imgtool.engines.direct.filesystem import Filesystem, NeedsAppliance, ReadFailed, Source
 from imgtool.engines.direct.protocol import MOST_DEVICES
 from imgtool.engines.direct.signatures import identify
-from imgtool.engines.direct.sources import Disk, Joined, Stretch
+from imgtool.engines.direct.sources import Disk, Joined, Padded, Stretch
 from imgtool.guest.blocks import Block, in_order
 from imgtool.guest.model import Partition
 from imgtool.guest.partition_table import Read, disk_name, examine
@@ -113,16 +113,24 @@ class Volumes:
         self.blocks = in_order(found)
         self._by_name = {block.device: block for block in found}
 
-    def _block(self, device: str, kind: str, source: Source, parents: tuple[str, ...]) -> Block:
+    def _block(
+        self,
+        device: str,
+        kind: str,
+        source: Source,
+        parents: tuple[str, ...],
+        there: int | None = None,
+    ) -> Block:
+        """A device; of one that was cut off `there` bytes are left."""
         self._sources[device] = source
-        type, label, uuid = identify(source)
+        type, label, uuid = identify(source if there is None else Padded(source, there))
         return Block(device, kind, source.size, type, label, uuid, parents=parents)
 
     def _on_disk(self, number: int, disk: Source) -> list[Block]:
         device = disk_name(number)
         table = examine(_reading(disk), disk.size, device)
         rows = [row for row in table.partitions if row.number is not None]
-        if table.problems:
+        if table.problems and not table.cut_off:
             raise NeedsAppliance(f"the partition table is odd: {table.problems[0]}")
         self._places[device] = (Place(number, 0, disk.size),)
         for row in rows:
@@ -142,9 +150,13 @@ class Volumes:
             return Block(
                 row.device, "partition", size, parttype=f"0x{int(kind, 16):x}", parents=(device,)
             )
-        block = self._block(row.device, "partition", Stretch(disk, row.start, row.size), (device,))
-        if block.type is None and (
-            inner := foreign_table(_reading(self._sources[row.device]), row.size)
+        there = max(disk.size - row.start, 0) if row.end >= disk.size else None
+        part = Stretch(disk, row.start, row.size)
+        block = self._block(row.device, "partition", part, (device,), there)
+        if (
+            there is None
+            and block.type is None
+            and (inner := foreign_table(_reading(self._sources[row.device]), row.size))
         ):
             block = replace(block, type=inner + SUFFIX)
         block = replace(block, partuuid=row.partuuid, partlabel=row.name or None)
