@@ -212,7 +212,11 @@ def follow_chain(
     seen = {_identity(path)}
     while link.backing is not None:
         if len(seen) == MAX_LINKS:
-            raise RefusedError(f"a chain of more than {MAX_LINKS} links", subject=printable(path))
+            raise RefusedError(
+                f"a chain of more than {MAX_LINKS} links",
+                subject=printable(path),
+                hint=f"make it shorter: imgtool overlay flatten {typed(link.path)}",
+            )
         below, note = _next_path(link, places)
         if _identity(below) in seen:
             raise ImageError(

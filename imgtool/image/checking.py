@@ -156,7 +156,7 @@ class ChainCheck:
                 yield findings.loop(path)
                 return
             if len(seen) == MAX_LINKS:
-                yield findings.too_long(path, MAX_LINKS)
+                yield findings.too_long(path, MAX_LINKS, path if above is None else above.path)
                 return
             seen.add(identity)
             if above is not None:
@@ -285,8 +285,8 @@ def _tables(link: ImageInfo) -> Iterator[Finding]:
             "damaged-tables",
             f"{result.corruptions} entries of its tables are wrong, {result.errors} could not be"
             " checked: parts of the disk read as other parts, or not at all",
-            f"mend a copy of it: cp {typed(link.path)} COPY, then imgtool check --repair all COPY;"
-            f" what can be read without: {salvage(link)}",
+            f"try to mend a copy: cp {typed(link.path)} COPY, then imgtool check --repair all COPY;"
+            f" or copy what can be read: {salvage(link)}",
         )
     elif result.leaks:
         yield Finding(

@@ -16,6 +16,7 @@ from imgtool.image import qcow2
 from imgtool.image.ages import newer_bases
 from imgtool.image.chain import Chain
 from imgtool.image.checking import UnsupportedCheck, check_metadata
+from imgtool.image.findings import salvage
 from imgtool.image.host_file import open_host_file
 from imgtool.image.info import ImageInfo
 from imgtool.image.locks import in_use_for_writing
@@ -99,6 +100,7 @@ def _refuse_damaged(link: ImageInfo) -> None:
     if link.dirty:
         raise lagging(link)
     mend = f"mend a copy of it: cp {typed(link.path)} COPY, then imgtool check --repair all COPY"
+    tried = f"try to mend a copy: cp {typed(link.path)} COPY, then imgtool check --repair all COPY"
     if link.corrupt:
         raise RefusedError(
             "QEMU found its tables damaged and marked it: it is opened for reading only",
@@ -114,7 +116,7 @@ def _refuse_damaged(link: ImageInfo) -> None:
             f"its tables are damaged: {result.corruptions + result.errors} entries are wrong, and"
             " what is written could destroy what is there",
             subject=shown,
-            hint=mend,
+            hint=f"{tried}; or copy what can be read: {salvage(link)}",
             reason=Reason.DAMAGED,
         )
 

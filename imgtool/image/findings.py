@@ -136,15 +136,15 @@ def loop(path: Path) -> Finding:
     )
 
 
-def too_long(path: Path, most: int) -> Finding:
-    """A chain with more links than imgtool follows."""
+def too_long(path: Path, most: int, last: Path) -> Finding:
+    """A chain with more links than imgtool follows; `last` is the last one that it does."""
     return Finding(
         path,
         "risk",
         "too-long",
         f"the chain that it is in has more than {most} links: imgtool does not open it, and QEMU"
         " gets slow",
-        "make it shorter: imgtool overlay flatten",
+        f"make it shorter: imgtool overlay flatten {typed(last)}",
     )
 
 

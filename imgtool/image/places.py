@@ -165,7 +165,8 @@ def _named(name: str, of: Path, role: str) -> Path:
         raise RefusedError(
             f"its {role} '{shown}' is not a local file but {printable(what)}",
             subject=printable(of),
-            hint="rebase it on a local file first, if you trust it",
+            hint="if you trust it, copy what it names into this folder, and write the name of"
+            f" that: imgtool overlay rebase --unsafe {typed(of)} COPY",
         )
     if not name or "\0" in name:
         raise ImageError(f"its {role} has no usable name: '{shown}'", subject=printable(of))

@@ -8,7 +8,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
-from imgtool.errors import Force, ImageError, Reason, RefusedError, UsageError
+from imgtool.errors import (
+    Force,
+    ImageError,
+    Reason,
+    RefusedError,
+    UsageError,
+)
 from imgtool.image.ages import kept_younger
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
@@ -23,7 +29,7 @@ from imgtool.image.guards import (
     refuse_to_write,
 )
 from imgtool.image.info import ImageInfo, probe
-from imgtool.image.places import printable
+from imgtool.image.places import printable, typed
 from imgtool.image.recognise import refuse_noise
 from imgtool.image.record import temporary_path
 from imgtool.image.repairing import repair_tables
@@ -243,7 +249,8 @@ def plan_repair(
             raise ImageError(
                 f"{result.corruptions} entries of its tables are wrong still",
                 subject=printable(path),
-                hint="imgtool check --repair all, on a copy"
+                hint=f"try to mend a copy: cp {typed(path)} COPY,"
+                " then imgtool check --repair all COPY"
                 if what == "leaks"
                 else f"what can be read goes into a new image: {salvage(link)}",
             )

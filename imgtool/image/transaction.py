@@ -33,7 +33,7 @@ from imgtool.image.info import probe
 from imgtool.image.locks import held_for_writing, refuse_if_in_use
 from imgtool.image.marks import identity_of
 from imgtool.image.overlays import backing_name
-from imgtool.image.places import name_from, printable
+from imgtool.image.places import name_from, printable, typed
 from imgtool.image.qemu_img import qemu_img
 from imgtool.image.reading import kept_as_base, no_readers
 from imgtool.image.record import Record, opened, sync_folder, temporary_path
@@ -252,5 +252,5 @@ def _refuse_several_names(image: Path) -> None:
         raise RefusedError(
             f"its file has {status.st_nlink} names (hard links), and would change under all",
             subject=printable(image),
-            hint="make it a file of its own: cp --reflink=auto, then mv",
+            hint=f"make it a file of its own: cp -p {typed(image)} NEW, then mv NEW {typed(image)}",
         )

@@ -20,6 +20,7 @@ from imgtool.errors import (
     RefusedError,
     listed,
 )
+from imgtool.guest.mending import has_errors
 from imgtool.guest.model import Mount
 from imgtool.mount import filesystems, kernel, mapper_steps, steps
 from imgtool.mount.mechanisms import Mechanism
@@ -167,12 +168,9 @@ class Mounter:
         source = item.source
         subject = f"{source}"
         kind = filesystems.kind_of(found, subject)
-        if self._wanted.writable and kind.type == "ext4" and filesystems.ext_has_errors(device):
-            raise RefusedError(
-                "its filesystem says that it has errors, so it is not written to",
-                subject=subject,
-                hint="on a copy of the image, have it mended: e2fsck -f; then try again",
-            )
+        careful = self._wanted.writable and Reason.DAMAGED not in self._wanted.force
+        if careful and kind.type == "ext4" and filesystems.ext_has_errors(device):
+            raise has_errors(subject)
         flags = kernel.MS_NOSUID | kernel.MS_NODEV
         flags |= 0 if self._wanted.executable else kernel.MS_NOEXEC
         flags |= 0 if self._wanted.writable else kernel.MS_RDONLY

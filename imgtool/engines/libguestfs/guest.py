@@ -238,7 +238,7 @@ class LibguestfsGuest(Guest):
                 self._notice(f"{mount.mountpoint} is not shown: {error}")
         if self.write:
             known = soundness.filesystems(self.volumes, [mount.source for mount in mounts])
-            soundness.refuse_unless_writable(self.handle, mounts, known)
+            soundness.refuse_unless_writable(self.handle, mounts, known, self._force)
         if must_be_awake:
             refuse_sleeping_files(ApplianceVolume(self.handle, self.calls).read)
         log.info("layout: mounted in %.1f s", time.monotonic() - started)
@@ -251,8 +251,8 @@ class LibguestfsGuest(Guest):
         return ImageError(
             error.message,
             subject=error.subject,
-            hint="it is damaged beyond what its journal mends: on a copy of the image, "
-            "have it checked (e2fsck -f, xfs_repair, chkdsk)",
+            hint="it is damaged beyond what its journal mends; in a copy of the image its guest can"
+            " check it",
         )
 
     def unmount_layout(self) -> None:

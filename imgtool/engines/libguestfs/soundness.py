@@ -16,7 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from imgtool.engines.libguestfs.volumes import ApplianceVolumes, reason
-from imgtool.errors import EngineError, RefusedError
+from imgtool.errors import (
+    EngineError,
+    Force,
+    Reason,
+    RefusedError,
+)
+from imgtool.guest.mending import has_errors
 from imgtool.guest.model import Mount
 
 log = logging.getLogger(__name__)
@@ -188,12 +194,16 @@ def new_faults(before: Unsound | None, now: Unsound) -> tuple[str, ...]:
 
 
 def refuse_unless_writable(
-    handle: Any, mounts: Sequence[Mount], filesystems: Iterable[Filesystem]
+    handle: Any,
+    mounts: Sequence[Mount],
+    filesystems: Iterable[Filesystem],
+    force: Force = (),
 ) -> None:
     """Raise `RefusedError` for a mounted filesystem that should not be written to.
 
     That is one that the kernel, or ntfs-3g, mounted for reading only though it was to be written
-    to (hibernated, or damaged), and an ext that says of itself that it has errors.
+    to (hibernated, or damaged), and an ext that says of itself that it has errors, which `force`
+    overrides.
     """
     modes = {}
     for row in _shell(handle, "cat /proc/mounts").splitlines():
@@ -207,10 +217,7 @@ def refuse_unless_writable(
                 subject=mount.source,
                 hint="shut the guest down properly (Windows: without fast start-up), or check it",
             )
-    for one, header in _ext_headers(handle, filesystems).items():
+    headers = {} if Reason.DAMAGED in force else _ext_headers(handle, filesystems)
+    for one, header in headers.items():
         if "errors" in header.get("Filesystem state", ""):
-            raise RefusedError(
-                "its filesystem says that it has errors, so it is not written to",
-                subject=one.device,
-                hint="on a copy of the image, have it mended: e2fsck -f; then try again",
-            )
+            raise has_errors(one.device)

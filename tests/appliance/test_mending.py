@@ -1,0 +1,51 @@
+"""What is said of damaged filesystems is followed to the letter: it helps, and harms nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.appliance.test_writing import content, image, imgtool
+
+__all__ = ["image"]  # the fixture
+pytestmark = pytest.mark.appliance
+
+
+def test_a_filesystem_with_errors_is_mended_in_a_copy(image, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["debugfs", "-w", "-R", "ssv state 2", image], check=True, capture_output=True)
+    before = content(image)
+    edit = ("edit", "/etc/real.conf", "-e", "s/22/23/")
+    done = imgtool(edit[0], image, *edit[1:])
+    assert done.status == 4 and "--force damaged" in done.err
+    step = re.search(r"(cp IMAGE COPY), then (guestfish .*forceall:true);", done.err)
+    assert step is not None
+    environment = {**os.environ, "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg"}
+    for command in (step[1].replace("IMAGE", str(image)), step[2]):
+        subprocess.run(command, shell=True, check=True, env=environment, capture_output=True)
+    assert content(image) == before
+    assert imgtool(edit[0], "COPY", *edit[1:]).status == 0
+    assert b"Port 23" in imgtool("cat", "COPY", "/etc/real.conf").out
+    forced = imgtool(edit[0], image, *edit[1:], "--force", "damaged")
+    assert forced.status == 0, forced.err
+    assert b"Port 23" in imgtool("cat", image, "/etc/real.conf", "-m", "/dev/sda:/:noload").out
+
+
+def test_what_can_still_be_read_of_a_filesystem_that_does_not_mount(image: Path):
+    with image.open("r+b") as file:  # the descriptors of its groups, behind the superblock
+        file.seek(2048)
+        file.write(b"\xff" * 2048)
+    before = content(image)
+    done = imgtool("cat", image, "/etc/real.conf")
+    assert done.status == 5
+    assert "no filesystem can be mounted" in done.err and "finds it damaged" in done.err
+    assert "wrong fs type" not in done.err and "exited with status" not in done.err
+    choices = re.findall(r"-m (\S+?)(?:,? or|\n|$)", done.err)
+    assert "/dev/sda:/:noload" in choices
+    answers = [imgtool("cat", image, "/etc/real.conf", "-m", choice) for choice in choices]
+    assert b"Port 22\n\xff\n" in [answer.out for answer in answers if answer.status == 0]
+    assert content(image) == before

@@ -1,0 +1,74 @@
+"""Every hint in the code is known, and what it says to type exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+from imgtool.cli.commands import app_with
+from imgtool.errors import Reason
+from tests.hints.collect import hints
+from tests.hints.known import KINDS, known
+
+TESTS = Path(__file__).parents[1]
+KNOWN = known()
+_COMMAND = re.compile(r"(?:^|[:;('] ?|\bthen |\bor )imgtool ((?:[a-z-]+ ?)+)((?:[^';:,()])*)")
+# What did harm, or nothing, once.
+_HARMFUL = re.compile(
+    r"\brestore (it|the)\b|save what is left|--force(?! (?:\{\}|[a-z]))|\be2fsck -f\b"
+    r"|(?<!COPY, then )qemu-img check -r|(?<!in the guest, ')sgdisk"
+)
+
+
+def test_every_hint_of_the_code_is_known():
+    unknown = {template: where for template, where in hints().items() if template not in KNOWN}
+    assert unknown == {}, "say in tests/hints/known.txt how each is known to help"
+    assert set(KNOWN) - set(hints()) == set(), "no longer in the code"
+
+
+def test_those_that_are_followed_are_followed_by_a_test_that_is_there():
+    for template, how in KNOWN.items():
+        if how in KINDS:
+            continue
+        module, _, name = how.partition("::")
+        source = (TESTS / module).read_text()
+        assert not name or f"def {name}(" in source, template
+
+
+@pytest.mark.parametrize("template", hints())
+def test_what_did_harm_is_in_no_hint(template):
+    assert not _HARMFUL.search(template)
+
+
+def _commands() -> dict[str, set[str]]:
+    """The options of each command, by its name."""
+    found = {}
+    root = typer.main.get_command(app_with(None))
+    for name, command in root.commands.items():  # type: ignore[attr-defined]
+        below = getattr(command, "commands", None)
+        for full, one in (
+            {f"{name} {sub}": c for sub, c in below.items()} if below else {name: command}
+        ).items():
+            found[full] = {option for parameter in one.params for option in parameter.opts}
+    return found
+
+
+def test_the_commands_and_options_of_hints_exist():
+    commands = _commands()
+    for template in hints():
+        for matched in _COMMAND.finditer(template):
+            words = matched[1].split()
+            full = next(
+                (" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in commands), None
+            )
+            assert full is not None, template
+            for option in re.findall(r"(?<=\s)(--?[a-z][a-z-]*)", matched[0]):
+                assert option in commands[full], f"{option}: {template}"
+
+
+def test_the_reasons_that_refusals_name_exist():
+    named = {name for template in hints() for name in re.findall(r"--force ([a-z-]+)", template)}
+    assert named <= {str(reason) for reason in Reason}
