@@ -59,6 +59,7 @@ class Reason(StrEnum):
     CUT_PARTITION = "cut-partition"  # the new end of a disk lies within a partition
     OTHER_BASE = "other-base"  # the new base has another content than the old one
     HIBERNATED = "hibernated"  # the guest sleeps, and would undo or damage what is written
+    HIDDEN_MOUNT = "hidden-mount"  # the guest mounts over the folder that is written to
     COPY = "copy"  # the interrupted work was on another file, of which this may be a copy
     UNPROVED = "unproved"  # a record of work that this user's imgtool may not have written
     CHANGED = "changed"  # written to since the work on it was interrupted

@@ -74,14 +74,19 @@ class Guest(ABC):
         for problem in layout.problems:
             self._notice(problem)
 
-    def _hidden(self, path: bytes) -> NotInGuestError | None:
-        """What to say of a path where something else belongs than what is there."""
+    def _hidden_at(self, path: bytes) -> str | None:
+        """The mount point, above a path, where something else belongs than what is there."""
         if not self._unshown:
             return None
         known = {mount.mountpoint for mount in self.layout.mounts} | set(self._unshown)
         places = [p for p in known if (path + b"/").startswith(p.rstrip("/").encode() + b"/")]
         place = max(places, key=len, default="/")
-        if place not in self._unshown:
+        return place if place in self._unshown else None
+
+    def _hidden(self, path: bytes) -> NotInGuestError | None:
+        """What to say of a path where something else belongs than what is there."""
+        place = self._hidden_at(path)
+        if place is None:
             return None
         return NotInGuestError(
             f"its filesystem is not shown: {self._unshown[place]}",

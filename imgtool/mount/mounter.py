@@ -6,7 +6,7 @@ import dataclasses
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from imgtool.errors import (
     RefusedError,
     listed,
 )
+from imgtool.guest.hidden import hidden_mount
 from imgtool.guest.mending import has_errors
 from imgtool.guest.model import Mount
 from imgtool.mount import filesystems, kernel, mapper_steps, steps
@@ -55,6 +56,12 @@ class Wanted:
     backing_dirs: Sequence[Path] = ()
     notice: Callable[[str], None] = field(default=lambda line: log.warning("%s", line))
 
+    def refuse_hidden(self, unshown: Mapping[str, str]) -> None:
+        """Raise `RefusedError` where it is to be written to, and not all of it is shown."""
+        if self.writable and Reason.HIDDEN_MOUNT not in self.force:
+            for mountpoint, why in unshown.items():
+                raise hidden_mount(mountpoint, why)
+
 
 class NeedsOverlay(Exception):
     """The kernel wants to write to what is read-only: a journal is to be replayed."""
@@ -83,6 +90,8 @@ class Mounter:
             except (EngineError, HostError, NotInGuestError) as error:
                 if number == 0 or self._wanted.mounts:
                     raise
+                if not isinstance(error, NotInGuestError):  # else the guest cannot mount it either
+                    self._wanted.refuse_hidden({item.at: str(error)})
                 self._wanted.notice(f"{item.at} is not shown: {error}")
         self._mechanism.release()
 

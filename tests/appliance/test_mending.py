@@ -49,3 +49,31 @@ def test_what_can_still_be_read_of_a_filesystem_that_does_not_mount(image: Path)
     answers = [imgtool("cat", image, "/etc/real.conf", "-m", choice) for choice in choices]
     assert b"Port 22\n\xff\n" in [answer.out for answer in answers if answer.status == 0]
     assert content(image) == before
+
+
+@pytest.fixture
+def half(tmp_path: Path) -> Path:
+    """A guest whose fstab has a filesystem for /home that is on none of its disks."""
+    tree = tmp_path / "guest"
+    for folder in ("etc", "home", "srv"):
+        (tree / folder).mkdir(parents=True)
+    (tree / "etc/os-release").write_text("ID=debian\n")
+    (tree / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\n")
+    lines = "/dev/sda / ext4 defaults 0 1\nUUID=0000-dead /home ext4 defaults 0 2\n"
+    (tree / "etc/fstab").write_text(lines)
+    path = tmp_path / "half.raw"
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tree, path, "16M"], check=True)
+    return path
+
+
+def test_what_would_lie_hidden_below_a_mount_point_is_not_written(half: Path, tmp_path: Path):
+    file = tmp_path / "file"
+    file.write_text("text")
+    before = content(half)
+    done = imgtool("copy-in", half, file, "/home")
+    assert done.status == 4 and "would lie hidden" in done.err
+    assert re.findall(r"--force ([a-z-]+)", done.err) == ["hidden-mount"]
+    assert content(half) == before
+    assert imgtool("copy-in", half, file, "/srv").status == 0
+    assert imgtool("copy-in", half, file, "/home", "--force", "hidden-mount").status == 0
+    assert imgtool("cat", half, "/home/file", "-m", "/dev/sda").out == b"text"

@@ -33,7 +33,6 @@ from imgtool.errors import (
     ImgtoolError,
     NotInGuestError,
     Reason,
-    RefusedError,
     UsageError,
     listed,
 )
@@ -41,6 +40,7 @@ from imgtool.guest.files import Unknown
 from imgtool.guest.guest import CHECKSUMS, Guest, OnProblem
 from imgtool.guest.guest_files import GuestFiles
 from imgtool.guest.hibernation import refuse_sleeping_devices, refuse_sleeping_files
+from imgtool.guest.hidden import hidden_mount
 from imgtool.guest.keys import Key
 from imgtool.guest.layout import NothingMounts, discover
 from imgtool.guest.model import (
@@ -122,16 +122,13 @@ class LibguestfsGuest(Guest):
             return ()
         found = set()
         for path in self.calls.touched:
-            if self._hidden(path):
+            if Reason.HIDDEN_MOUNT not in self._force and (place := self._hidden_at(path)):
                 # It went into the folder below, where the guest would never see it.
-                raise RefusedError(
-                    "its filesystem could not be mounted, so nothing is written there",
-                    subject=printable(path),
-                    hint="give the --key of an encrypted device, or have the filesystem mended",
-                )
+                raise hidden_mount(place, self._unshown[place])
             for mount in sorted(self.layout.mounts, key=lambda m: -len(m.mountpoint)):
                 below = mount.mountpoint.rstrip("/").encode() + b"/"
-                if (path.rstrip(b"/") + b"/").startswith(below):
+                shown = mount.mountpoint not in self._unshown
+                if shown and (path.rstrip(b"/") + b"/").startswith(below):
                     found.add(mount)
                     break
         return soundness.filesystems(self.volumes, sorted(mount.source for mount in found))

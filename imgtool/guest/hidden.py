@@ -1,0 +1,16 @@
+"""What to say to who would write where a filesystem of the guest belongs that is not shown."""
+
+from __future__ import annotations
+
+from imgtool.errors import Reason, RefusedError
+
+
+def hidden_mount(mountpoint: str, why: str) -> RefusedError:
+    """The refusal: what is written to the folder itself lies hidden as soon as the guest mounts
+    there what it mounts."""
+    return RefusedError(
+        f"its filesystem is not shown, so what is written there would lie hidden below it: {why}",
+        subject=mountpoint,
+        hint="show it: give the --key of an encrypted device, -A for a further disk, or -m",
+        reason=Reason.HIDDEN_MOUNT,
+    )

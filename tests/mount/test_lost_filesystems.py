@@ -1,0 +1,53 @@
+"""Filesystems that are damaged, or not there: what is mounted all the same, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.mount.host import good, imgtool
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount")
+
+
+def test_a_lost_superblock_is_read_from_its_copy(tmp_path: Path) -> None:
+    tree, image, place = tmp_path / "tree", tmp_path / "disk.raw", tmp_path / "place"
+    tree.mkdir()
+    place.mkdir()
+    (tree / "file").write_text("content")
+    words = ["mke2fs", "-q", "-t", "ext4", "-b", "4096", "-d", tree, image, "160M"]
+    subprocess.run(words, check=True)
+    with image.open("r+b") as file:
+        file.write(bytes(4096))
+    options = ("--format", "raw", "--via", "loop")
+    done = imgtool("mount", image, place, *options, "-m", "/dev/sda:/:sb=131072")
+    assert done.status == 1
+    assert "-m /dev/sda:/:OPTIONS:TYPE" in done.err
+    good("mount", image, place, *options, "-m", "/dev/sda:/:sb=131072:ext4")
+    assert (place / "file").read_text() == "content"
+    good("umount", place)
+
+
+@pytest.mark.parametrize("via", ["loop", "export"])
+def test_a_guest_of_which_not_all_is_shown_is_not_mounted_to_be_written(
+    tmp_path: Path, via: str
+) -> None:
+    tree, image, place = tmp_path / "tree", tmp_path / "disk.raw", tmp_path / "place"
+    place.mkdir()
+    for folder in ("etc", "home"):
+        (tree / folder).mkdir(parents=True)
+    (tree / "etc/os-release").write_text("ID=debian\n")
+    lines = "/dev/sda / ext4 defaults 0 1\nUUID=0000-dead /home ext4 defaults 0 2\n"
+    (tree / "etc/fstab").write_text(lines)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tree, image, "16M"], check=True)
+    good("mount", image, place, "--via", via)
+    good("umount", place)
+    before = image.read_bytes()
+    done = imgtool("mount", image, place, "--via", via, "--rw")
+    assert done.status == 4 and "--force hidden-mount" in done.err
+    assert not os.path.ismount(place) and image.read_bytes() == before
+    good("mount", image, place, "--via", via, "--rw", "--force", "hidden-mount")
+    good("umount", place)
