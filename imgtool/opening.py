@@ -19,6 +19,7 @@ from imgtool.image.chain import Chain, open_chain
 from imgtool.image.doubts import doubts_of
 from imgtool.image.locks import warn_if_written
 from imgtool.image.reading import chain_to_read
+from imgtool.image.steady import is_safe_from_others, refuse_others_opened
 
 if TYPE_CHECKING:
     from imgtool.engines.libguestfs.guest import LibguestfsGuest
@@ -339,6 +340,8 @@ def _appliance(
     with contextlib.ExitStack() as stack:
         add_drives = _drives(chains, snapshot, write, stack)
         handle = stack.enter_context(launched(add_drives, notice=notice, debug=debug))
+        if write and not all(map(is_safe_from_others, chains)):
+            refuse_others_opened(handle.get_pid(), chains)
         yield LibguestfsGuest(
             handle,
             image=image,
@@ -357,14 +360,14 @@ def _drives(
     """What adds the disks to a handle.
 
     What libguestfs could not open by its name alone, a snapshot or a chain that QEMU would have to
-    guess at, is served to the appliance by qemu-nbd.
+    guess at, and what another user could exchange, is served to the appliance by qemu-nbd.
     """
     by_name = all(chain.safe_by_name for chain in chains)
     if write and not by_name:
         raise ValueError("a chain to write to is opened by name")
     # A table with 4096-byte sectors is seen only on a disk that has them.
     sectors = [_sectors(chain, snapshot) for chain in chains]
-    if snapshot is None and by_name:
+    if snapshot is None and by_name and (write or all(map(is_safe_from_others, chains))):
 
         def add_files(handle: Any) -> None:
             # Nothing was written: there is nothing to sync when the appliance goes.

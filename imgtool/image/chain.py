@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from imgtool import said
 from imgtool.errors import ImageError, ImagePermissionError, NotInGuestError, RefusedError, listed
-from imgtool.image.host_file import file_node, node_driver
+from imgtool.image.host_file import file_node, node_driver, open_host_file
 from imgtool.image.info import PROBE_LIMITS, ImageInfo, Snapshot, ask_qemu, probe
 from imgtool.image.places import Places, printable, typed
 from imgtool.image.unfinished import refuse_other_format, unfinished_commit
@@ -35,12 +35,14 @@ class Chain:
     """The links of a chain, active image first, base last; `problems` are lines for the user.
 
     `header` is an overlay on the active image's file with another header for it, as it was at a
-    snapshot (`imgtool.image.snapshot_view`).
+    snapshot (`imgtool.image.snapshot_view`); `names` are those of files that QEMU is not to open by
+    their own (`imgtool.image.steady`).
     """
 
     links: tuple[ImageInfo, ...]
     problems: tuple[str, ...] = field(default=())
     header: Path | None = None
+    names: Mapping[Path, str] = field(default_factory=dict, compare=False)
 
     @property
     def active(self) -> ImageInfo:
@@ -56,6 +58,11 @@ class Chain:
     def files(self) -> tuple[Path, ...]:
         """Every file of the chain, those of the active image first."""
         return tuple(path for link in self.links for path in link.files)
+
+    def open_file(self, path: Path) -> BinaryIO:
+        """Open one of the chain's files for reading: the very one that was looked at."""
+        noted = {name: identity for link in self.links for name, identity in link.inodes}
+        return open_host_file(path, noted=noted.get(path))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -73,6 +80,7 @@ class Chain:
         """
         return (
             self.header is None
+            and not self.names
             and self.unnamed is None
             and all(
                 (link.backing is None or link.backing_format is not None)
@@ -127,7 +135,7 @@ class Chain:
         """
 
         def file(path: Path, driver: str) -> dict[str, Any]:
-            return file_node(Path(names[path]) if names else path, driver)
+            return file_node(path, driver, names[path] if names else self.names.get(path))
 
         node: dict[str, Any] | None = None
         for number, link in reversed([*enumerate(self.links)]):
@@ -226,7 +234,7 @@ def follow_chain(
         seen.add(_identity(below))
         above, link = (
             link,
-            probe(below, format=link.backing_format, places=places, by_header=True),
+            probe(below, format=link.backing_format, places=places, by_header=True, below=True),
         )
         if note is not None:
             link = replace(link, found=note, problems=(note, *link.problems))

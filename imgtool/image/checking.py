@@ -145,7 +145,7 @@ class ChainCheck:
                 identity = _identity(path)
                 if above is None and identity in self.looked_at:
                     return
-                link = self._probe(path, format, places)
+                link = self._probe(path, format, places, below=above is not None)
             except _WRONG as error:
                 if above is None:
                     with contextlib.suppress(ImageError):
@@ -179,11 +179,11 @@ class ChainCheck:
                 yield findings.found_by_name(link, path)
             above, format = link, link.backing_format
 
-    def _probe(self, path: Path, format: str | None, places: Places) -> ImageInfo:
+    def _probe(self, path: Path, format: str | None, places: Places, *, below: bool) -> ImageInfo:
         found = self._probed.get((path, format))
         if found is None:
             try:
-                found = probe(path, format=format, places=places, by_header=True)
+                found = probe(path, format=format, places=places, by_header=True, below=below)
             except _WRONG as error:
                 found = error
             self._probed[path, format] = found

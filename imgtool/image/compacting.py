@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,6 +32,7 @@ from imgtool.image.qcow2_refcounts import used_ranges
 from imgtool.image.qemu_img import OnPart
 from imgtool.image.recognise import refuse_noise
 from imgtool.image.record import temporary_path
+from imgtool.image.steady import steady
 from imgtool.image.work import Plan, Seen, Work
 
 _PIECE = 1 << 20  # read at a time
@@ -83,21 +85,21 @@ def plan_compact(
         return holdings if base is None else holdings.on(*base)
 
     def do(work: Work) -> None:
-        with kept_from_writers(chain):
+        with kept_from_writers(chain), steady(chain) as seen:
             work.reserve(temporary)
             if keeps:
                 _copy_used(work, path, temporary)
             elif active.format == "raw":
-                words: list[str | Path] = ["convert", "-O", "raw", chain.filename(), temporary]
+                words: list[str | Path] = ["convert", "-O", "raw", seen.filename(), temporary]
                 work.qemu_img("compact", words, path)
                 # QEMU makes whole sectors of it.
                 os.truncate(temporary, path.stat().st_size)
             else:
                 named = ("-B", base[0], "-F", base[1]) if base else ()
-                convert(work, "compact", chain, temporary, options, *named)
-            new = Chain((probe(temporary, format=active.format), *chain.links[1:]))
+                convert(work, "compact", seen, temporary, options, *named)
+            new = replace(seen, links=(probe(temporary, format=active.format), *chain.links[1:]))
             what = "the new file does not have the same content"
-            work.prove_same(chain.filename(), new.filename(), what, path)
+            work.prove_same(seen.filename(), new.filename(), what, path)
             work.swap(temporary, path)
 
     return Plan(

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator
 
 from imgtool.image.chain import Chain
-from imgtool.image.host_file import open_host_file
 
 
 @contextlib.contextmanager
@@ -25,7 +24,7 @@ def open_contents(
         with serve(chain, snapshot=snapshot) as server:
             yield server.read, server.size
         return
-    with open_host_file(active.path) as file:
+    with chain.open_file(active.path) as file:
         descriptor = file.fileno()
 
         def read(offset: int, length: int) -> bytes:

@@ -8,14 +8,17 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from imgtool.errors import ImageError, ImagePermissionError
+from imgtool.errors import ImageError, ImagePermissionError, RefusedError
 from imgtool.image.held import is_held
-from imgtool.image.places import printable
+from imgtool.image.places import Places, printable
+
+Identity = tuple[int, int]  # device and inode
 
 
-def file_node(path: Path, driver: str) -> dict[str, Any]:
-    """The lowest level of a description for QEMU: this very file and nothing else."""
-    real = str(path.resolve())
+def file_node(path: Path, driver: str, name: str | None = None) -> dict[str, Any]:
+    """The lowest level of a description for QEMU: this very file and nothing else; `name` is what
+    QEMU sees it as, if that is not its own."""
+    real = str(path.resolve()) if name is None else name
     try:
         real.encode()
     except UnicodeEncodeError as error:
@@ -28,8 +31,45 @@ def file_node(path: Path, driver: str) -> dict[str, Any]:
     return {**node, "locking": "off"} if is_held(path) else node
 
 
-def open_host_file(path: Path) -> BinaryIO:
-    """Open an image for reading, if it is a file or a block device; raise `ImageError` if not."""
+def open_host_file(
+    path: Path, *, within: Places | None = None, noted: Identity | None = None
+) -> BinaryIO:
+    """Open an image for reading, if it is a file or a block device; raise `ImageError` if not.
+
+    Raises `RefusedError` if what was opened is not `within` the folders that a chain may use, or
+    is another file than the one that was `noted`: its name was looked at before.
+    """
+    file = _opened(path)
+    try:
+        status = os.fstat(file.fileno())
+        if noted not in (None, (status.st_dev, status.st_ino)) or not _is_within(file, within):
+            raise exchanged(path)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _is_within(file: BinaryIO, places: Places | None) -> bool:
+    if places is None:
+        return True
+    try:
+        real = os.readlink(f"/proc/self/fd/{file.fileno()}")  # noqa: PTH115
+    except FileNotFoundError:  # no /proc: the look at the name has to do
+        return True
+    return places.hold(Path(real))
+
+
+def exchanged(path: Path) -> RefusedError:
+    """The error for a file that is another one than when its name was looked at."""
+    return RefusedError(
+        "it was exchanged for another file while it was being opened",
+        subject=printable(path),
+        hint="repeat the command; where others write to that folder, work on a copy elsewhere",
+    )
+
+
+def _opened(path: Path) -> BinaryIO:
     shown = printable(path)
     try:
         # Looked at before it is opened: a fifo would block, a tape would rewind.

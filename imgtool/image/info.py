@@ -7,12 +7,13 @@ once; everything later passes it on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +21,7 @@ from imgtool import said
 from imgtool.errors import ImageError, RefusedError
 from imgtool.image import headers, lineage, qcow2, vhd, vmdk
 from imgtool.image.ends import Short, Unseen, cut_off, other_size, short_files
-from imgtool.image.host_file import file_node, node_driver, open_host_file
+from imgtool.image.host_file import Identity, file_node, node_driver, open_host_file
 from imgtool.image.locks import in_use_for_writing
 from imgtool.image.packed import packed_as, step_for_format, words_for
 from imgtool.image.places import Places, printable, typed
@@ -62,7 +63,8 @@ class ImageInfo:
     was not asked whether it can open this. `backing` and
     `data_file` are the names as written in the header; `data_path` is where the latter is.
     `problems` are lines for the user; `found` is one that tells of a base which is not where the
-    image that stands on it says, `unseen` what whoever reads the disk has to know.
+    image that stands on it says, `unseen` what whoever reads the disk has to know. `inodes` are the
+    files that were looked at, by `files`.
     """
 
     path: Path
@@ -86,6 +88,7 @@ class ImageInfo:
     problems: tuple[str, ...] = ()
     found: str | None = None
     unseen: Unseen | None = None
+    inodes: tuple[tuple[Path, Identity], ...] = field(default=(), repr=False, compare=False)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -97,7 +100,7 @@ def _vmdk_extents(file: BinaryIO, path: Path, places: Places) -> tuple[Path, ...
     extents = []
     for name in vmdk.extent_names(file):
         extent = places.follow(os.fsdecode(name), of=path, role="extent")
-        with open_host_file(extent) as part:
+        with open_host_file(extent, within=places) as part:
             if vmdk.has_descriptor_inside(part):
                 raise RefusedError(
                     f"its extent '{printable(os.fsdecode(name))}' names further files",
@@ -250,10 +253,12 @@ def probe(
     places: Places | None = None,
     backing_dirs: Sequence[str | Path] = (),
     by_header: bool = False,
+    below: bool = False,
 ) -> ImageInfo:
     """What the file at `path` is; `format` given means that the content is not asked.
 
     With `by_header` a qcow2 header is believed: whether QEMU opens the image is left to the caller.
+    `below` is what a header named, and so has to be in `places`.
 
     Neither backing files nor, before they are known to lie in `places` (by default those around
     the image and `backing_dirs`), data files and extents are opened. Raises `ImageError` for what
@@ -266,11 +271,16 @@ def probe(
             subject=printable(path),
             hint=f"supported are {', '.join(FORMATS)}",
         )
-    with open_host_file(path) as file:
+    places = places or Places.around(path, backing_dirs)
+    with contextlib.ExitStack() as opened:
+        file = opened.enter_context(open_host_file(path, within=places if below else None))
         if file.seek(0, os.SEEK_END) == 0:
             raise ImageError("empty file", subject=printable(path))
-        places = places or Places.around(path, backing_dirs)
-        return _probe_open_file(file, path, format, places, by_header)
+        link = _probe_open_file(file, path, format, places, by_header)
+        files = [opened.enter_context(open_host_file(p, within=places)) for p in link.files[1:]]
+        status = [os.fstat(one.fileno()) for one in (file, *files)]
+        inodes = tuple(zip(link.files, ((s.st_dev, s.st_ino) for s in status), strict=True))
+        return replace(link, inodes=inodes)
 
 
 def _refuse_unreadable(
@@ -329,7 +339,7 @@ def _probe_open_file(
     if header is not None and header.data_file is not None:
         data_file = os.fsdecode(header.data_file)
         data_path = places.follow(data_file, of=path, role="data file")
-        open_host_file(data_path).close()
+        open_host_file(data_path, within=places).close()
         node = {
             "driver": "qcow2",
             "file": file_node(path, driver),

@@ -14,6 +14,7 @@ from imgtool.image.chain import Chain
 from imgtool.image.places import printable, typed
 from imgtool.image.reading import passes_locks
 from imgtool.image.snapshot_view import at_snapshot, loaded
+from imgtool.image.steady import refuse_others_opened, steady
 from imgtool.process import Limits, spawn
 from imgtool.scratch import scratch_folder
 
@@ -106,6 +107,7 @@ def serve(chain: Chain, *, snapshot: str | None = None) -> Iterator[NbdServer]:
     argv = ["qemu-nbd", "--read-only", "--persistent", f"--shared={_CLIENTS}"]
     with scratch_folder("nbd") as folder, contextlib.ExitStack() as up:
         chain = up.enter_context(at_snapshot(chain, snapshot))
+        chain = up.enter_context(steady(chain))
         argv += loaded(chain, snapshot)
         socket, ready, output = (folder / name for name in ("socket", "pid", "log"))
         argv += [f"--socket={socket}", f"--pid-file={ready}"]
@@ -121,6 +123,9 @@ def serve(chain: Chain, *, snapshot: str | None = None) -> Iterator[NbdServer]:
             if time.monotonic() > deadline:
                 raise ImageError(f"QEMU did not open it in {_START_LIMIT:g} s", subject=image)
             time.sleep(0.002)
+        if chain.names:
+            own = [folder, *([chain.header.parent] if chain.header else [])]
+            refuse_others_opened(process.pid, [chain], besides=own)
         server = NbdServer(socket, image)
         up.callback(server.close)
         yield server

@@ -40,6 +40,7 @@ from imgtool.image.qemu_img import same_content
 from imgtool.image.reading import kept_as_base, no_readers
 from imgtool.image.record import temporary_path
 from imgtool.image.recovery import committed, pending_below
+from imgtool.image.steady import steady
 from imgtool.image.work import Plan, Seen, Work, sync_file
 
 Dirs = Sequence[str | Path]
@@ -396,13 +397,13 @@ def plan_flatten(overlay: Path, *, force: Force = (), backing_dirs: Dirs = ()) -
     )
 
     def do(work: Work) -> None:
-        with kept_from_writers(chain):
+        with kept_from_writers(chain), steady(chain) as seen:
             work.reserve(temporary)
             with_them = ("--bitmaps", "--skip-broken-bitmaps") if bitmaps else ()
-            convert(work, "flatten", chain, temporary, options, *with_them)
+            convert(work, "flatten", seen, temporary, options, *with_them)
             alone = Chain((probe(temporary, format="qcow2"),)).filename()
             what = "the new file does not have the same content"
-            work.prove_same(chain.filename(), alone, what, overlay)
+            work.prove_same(seen.filename(), alone, what, overlay)
             work.swap(temporary, overlay)
 
     return Plan(

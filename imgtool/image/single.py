@@ -34,6 +34,7 @@ from imgtool.image.recognise import refuse_noise
 from imgtool.image.record import temporary_path
 from imgtool.image.repairing import repair_tables
 from imgtool.image.snapshot_view import at_snapshot, loaded
+from imgtool.image.steady import steady
 from imgtool.image.work import Plan, Seen, Work
 from imgtool.image.writable import refuse_unmended
 
@@ -139,12 +140,12 @@ def plan_convert(
 
     def do(work: Work) -> None:
         work.reserve(temporary)
-        with at_snapshot(chain, snapshot) as seen:
+        with at_snapshot(chain, snapshot) as then, steady(then) as seen:
             given = [*words, *loaded(seen, snapshot), seen.filename(), temporary]
             work.qemu_img("convert", given, path)
-        if snapshot is None:
-            made = Chain((probe(temporary, format=to),)).filename()
-            work.prove_same(chain.filename(), made, "the new image has another content", path)
+            if snapshot is None:
+                made = Chain((probe(temporary, format=to),)).filename()
+                work.prove_same(seen.filename(), made, "the new image has another content", path)
         work.place(temporary, new, like=path)
 
     return Plan(

@@ -19,7 +19,6 @@ from typing import BinaryIO
 from imgtool.errors import ImageError
 from imgtool.image import qcow2
 from imgtool.image.chain import Chain
-from imgtool.image.host_file import open_host_file
 from imgtool.image.info import PROBE_LIMITS
 from imgtool.image.places import printable
 from imgtool.image.qcow2 import Qcow2Header
@@ -51,7 +50,7 @@ def at_snapshot(chain: Chain, snapshot: str | None) -> Iterator[Chain]:
         yield chain
         return
     id = chain.snapshot(snapshot).id
-    with open_host_file(chain.active.path) as file:
+    with chain.open_file(chain.active.path) as file:
         header = qcow2.read_header(file)
         row = _row(file, header, id) if header is not None else None
         if header is None or row is None:

@@ -12,9 +12,11 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
-from imgtool.errors import HostError
+from imgtool.errors import HostError, RefusedError
+from imgtool.image.host_file import exchanged
 from imgtool.mount.kernel import PATIENCE, wait_until
 
 _CLR_FD, _GET_STATUS64, _SET_DIRECT_IO, _CONFIGURE = 0x4C01, 0x4C05, 0x4C08, 0x4C0A
@@ -76,8 +78,11 @@ def attach(
     size: int,
     writable: bool,
     mark: str,
+    noted: Sequence[int] | None = None,
 ) -> int | None:
     """Attach a stretch of a file to a loop device that is free; None if it no longer is.
+
+    Raises `RefusedError` where `noted` is not the file's device and inode.
 
     The device detaches itself when nothing uses it any more: the returned descriptor keeps it
     until something else does. `size` 0 is the rest of the file.
@@ -87,6 +92,9 @@ def attach(
     try:
         backing = os.open(path, access | os.O_CLOEXEC)
         try:
+            status = os.fstat(backing)
+            if noted is not None and (status.st_dev, status.st_ino) != tuple(noted):
+                raise exchanged(Path(path))
             flags = _AUTOCLEAR | (0 if writable else _READ_ONLY)
             info = _INFO.pack(
                 0, 0, 0, offset, size, 0, 0, 0, flags, mark.encode()[:63], b"", b"", 0, 0
@@ -95,6 +103,9 @@ def attach(
             fcntl.ioctl(device, _CONFIGURE, config)
         finally:
             os.close(backing)
+    except RefusedError:
+        os.close(device)
+        raise
     except OSError as error:
         os.close(device)
         if error.errno == errno.EBUSY:

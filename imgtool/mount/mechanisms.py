@@ -82,13 +82,15 @@ class Mechanism:
     def _make_block(self, place: Place) -> str:
         """Here a loop device over the disk's file."""
         whole = place.number is None
+        path = self.disk(place.disk)
         step = steps.Loop(
-            self.disk(place.disk),
+            path,
             offset=place.offset,
             size=0 if whole else place.size,
             writable=self.writable or self.overlays,
             mark=f"imgtool {self.journal.id} {len(self._loops)}",
             id=self.journal.id,
+            noted=dict(self.chains[place.disk].active.inodes).get(Path(path)),
         )
         self.journal.do(step)
         self._loops.append(step)

@@ -34,6 +34,7 @@ from imgtool.image.guards import refuse_to_write
 from imgtool.image.locks import warn_if_written
 from imgtool.image.recovery import recover
 from imgtool.image.snapshot_view import at_snapshot
+from imgtool.image.steady import steady
 from imgtool.mount import appliance, kernel, plan, steps
 from imgtool.mount.available import no_appliance, no_device_mapper
 from imgtool.mount.journal import Journal, journals, remove_empty_folders
@@ -305,7 +306,8 @@ def mount(wanted: Wanted) -> Journal:
         ) as chains,
         contextlib.ExitStack() as stack,
     ):
-        seen = [stack.enter_context(at_snapshot(chain, wanted.snapshot)) for chain in chains]
+        then = [stack.enter_context(at_snapshot(chain, wanted.snapshot)) for chain in chains]
+        seen = [stack.enter_context(steady(chain)) for chain in then]
         journal = _mounted(wanted, seen, target)
     log.info("mounted in %.2f s", time.monotonic() - started)
     return journal

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,7 +40,8 @@ class Guard(Step):
 
 @dataclass
 class Loop(Step):
-    """A loop device over a stretch of a file or device; `size` 0 is the rest of it."""
+    """A loop device over a stretch of a file or device; `size` 0 is the rest of it, `noted` the
+    device and inode that the file has to have, if given."""
 
     kind: ClassVar[str] = "loop"
     path: str
@@ -49,6 +51,7 @@ class Loop(Step):
     mark: str
     id: str
     number: int | None = None
+    noted: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         # The device is detached by the kernel when nothing holds it: this does until it is mounted.
@@ -73,6 +76,7 @@ class Loop(Step):
                 size=self.size,
                 writable=self.writable,
                 mark=self.mark,
+                noted=self.noted,
             )
             if self._descriptor is not None:
                 return

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import fcntl
 import json
 import os
 import stat
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING
 from imgtool.engines.direct import identity, landlock, syscalls
 from imgtool.engines.direct.filesystem import NeedsAppliance, NoSandbox, SandboxFailed
 from imgtool.engines.direct.protocol import READY
+from imgtool.errors import ImageError, RefusedError
 from imgtool.image.chain import Chain
 from imgtool.image.host_file import node_driver
 from imgtool.image.places import printable
@@ -107,21 +109,25 @@ class Images:
                 if any(link.encrypted for link in chain.links):
                     raise NeedsAppliance("an image encrypted by QEMU")
                 for path in (*chain.files, *([chain.header] if chain.header else [])):
-                    self.add(path)
+                    self.add(path, chain)
         except BaseException:
             self.close()
             raise
 
-    def add(self, path: Path) -> None:
-        """One more file."""
+    def add(self, path: Path, chain: Chain) -> None:
+        """One more file, of a chain: the very one that was looked at."""
         if path in self.descriptors:
             return
         if node_driver(path) != "file":
             raise NeedsAppliance(f"{printable(path)} is a block device")
         try:
-            self.descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise NeedsAppliance(f"{printable(path)}: {error.strerror}") from error
+            with chain.open_file(path) as file:
+                self.descriptors[path] = fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 0)
+        except RefusedError:
+            raise
+        except (ImageError, OSError) as error:
+            reason = error.message if isinstance(error, ImageError) else error.strerror
+            raise NeedsAppliance(f"{printable(path)}: {reason}") from error
 
     def add_made(self, path: Path) -> None:
         """A file that another sandbox made: it has to be one, and nobody else's."""
