@@ -8,7 +8,7 @@ operating system, are errors that list the choices as the user would type them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -97,6 +97,13 @@ class Findings:
     filesystems: tuple[Device, ...]
     roots: tuple[Root, ...]
     failures: dict[str, str]
+
+
+def there_is(known: Collection[str]) -> str:
+    """What to say to who names a filesystem that is not among those that there are."""
+    if known:
+        return "it has: " + listed(sorted(known))
+    return "it has none that can be read; 'imgtool filesystems --all' shows what it holds"
 
 
 def holds_files(type: str | None) -> bool:

@@ -11,7 +11,7 @@ from imgtool.errors import EngineError, NotInGuestError
 from imgtool.guest.blocks import Block
 from imgtool.guest.device_names import mapper_to_volume
 from imgtool.guest.fstab import parse_fstab
-from imgtool.guest.layout import discover
+from imgtool.guest.layout import discover, there_is
 from imgtool.guest.model import Device, Mount
 
 
@@ -227,3 +227,8 @@ def test_comments_and_pseudo_filesystems_are_no_entries():
     entries, problems = parse_fstab(b"#\n\nproc /proc proc defaults 0 0\ntmpfs /tmp tmpfs d 0 0\n")
     assert entries == ()
     assert problems == ()
+
+
+def test_where_there_is_nothing_no_list_is_promised():
+    assert there_is(["/dev/sdb", "/dev/sda"]) == "it has: /dev/sda, /dev/sdb"
+    assert "none that can be read" in there_is([])

@@ -25,11 +25,10 @@ from imgtool.errors import (
     ImgtoolError,
     NotInGuestError,
     UsageError,
-    listed,
 )
 from imgtool.guest.blocks import BIOS_BOOT, UNKNOWN, unmeasured
 from imgtool.guest.guest import CHECKSUMS, Guest, OnProblem, Stretches
-from imgtool.guest.layout import discover, holds_files, survey
+from imgtool.guest.layout import discover, holds_files, survey, there_is
 from imgtool.guest.model import Device, Entry, Layout, Mount, OperatingSystem, SpaceUsage
 from imgtool.guest.xattrs import Xattrs
 from imgtool.image.places import printable
@@ -145,7 +144,7 @@ class DirectGuest(Guest):
                 raise NotInGuestError(
                     "the image has no such filesystem",
                     subject=mount.source,
-                    hint="it has: " + listed(sorted(known)),
+                    hint=there_is(known),
                 )
         self._client.one("look", device=self._given[0].source)
         windows = WorkerVolume(self._client).is_dir("/Windows/System32")

@@ -27,7 +27,7 @@ _PROBED = "--probed--"
 # snapshots. What udev found several signatures in is looked at again without minix, whose mark of
 # two bytes is in other filesystems by accident.
 _SCRIPT = f"""udevadm settle
-lvm lvs -o vg_name,lv_name -S 'lv_role=public && lv_skip_activation!=yes' \
+lvm lvs -o vg_name,lv_name,vg_missing_pv_count -S 'lv_role=public && lv_skip_activation!=yes' \
     --noheadings --separator / >/run/imgtool-volumes 2>/dev/null &
 volumes=$!
 listed=$(LC_ALL=C lsblk -b -P -o {_COLUMNS})
@@ -113,7 +113,7 @@ def parsed(output: str) -> tuple[Block, ...]:
     disks = _disks(rows)
     logical = {}
     for line in volumes.split():
-        group, _, volume = line.partition("/")
+        group, volume = line.split("/")[:2]
         logical[f"{_dashed(group)}-{_dashed(volume)}"] = f"/dev/{group}/{volume}"
     found: dict[str, Block] = {}
     above: dict[str, list[str]] = {}
@@ -167,8 +167,17 @@ def parsed(output: str) -> tuple[Block, ...]:
     return in_order(blocks)
 
 
-def list_blocks(handle: Any) -> tuple[Block, ...]:
-    """The block devices that are there now. Raises `EngineError` if the appliance cannot say."""
+def _lacks_disks(output: str) -> bool:
+    """Whether a volume group lacks physical volumes."""
+    volumes = output.partition(_SEPARATOR)[2].partition(_NAMED)[0].split()
+    return any(line.count("/") == 2 and not line.endswith("/0") for line in volumes)
+
+
+def list_blocks(handle: Any) -> tuple[tuple[Block, ...], bool]:
+    """The block devices that are there now, and whether a volume group is not complete.
+
+    Raises `EngineError` if the appliance cannot say.
+    """
     try:
         output = handle.debug("sh", [_SCRIPT])
     except RuntimeError as error:
@@ -178,12 +187,13 @@ def list_blocks(handle: Any) -> tuple[Block, ...]:
         ) from error
     blocks = parsed(output)
     split = {parent for block in blocks for parent in block.parents}
-    return tuple(
+    found = tuple(
         block
         if block.type or block.device in split or block.holds_none or not block.size
         else replace(block, type=_table(handle, block))
         for block in blocks
     )
+    return found, _lacks_disks(output)
 
 
 def _table(handle: Any, block: Block) -> str | None:

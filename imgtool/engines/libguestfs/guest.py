@@ -34,7 +34,6 @@ from imgtool.errors import (
     NotInGuestError,
     Reason,
     UsageError,
-    listed,
 )
 from imgtool.guest.files import Unknown
 from imgtool.guest.guest import CHECKSUMS, Guest, OnProblem
@@ -42,7 +41,7 @@ from imgtool.guest.guest_files import GuestFiles
 from imgtool.guest.hibernation import refuse_sleeping_devices, refuse_sleeping_files
 from imgtool.guest.hidden import hidden_mount
 from imgtool.guest.keys import Key
-from imgtool.guest.layout import NothingMounts, discover
+from imgtool.guest.layout import NothingMounts, discover, there_is
 from imgtool.guest.model import (
     Device,
     Entry,
@@ -88,7 +87,7 @@ class LibguestfsGuest(Guest):
         self._given = tuple(mounts)
         self._root = root
         self._notice = notice
-        self.volumes = ApplianceVolumes(handle, self.calls, keys, notice)
+        self.volumes = ApplianceVolumes(handle, self.calls, keys, notice, write=write)
         self._layout: Layout | None = None
         self._mounted = False
         self.unsound: tuple[soundness.Unsound, ...] = ()
@@ -179,7 +178,7 @@ class LibguestfsGuest(Guest):
                 raise NotInGuestError(
                     "the image has no such filesystem",
                     subject=mount.source,
-                    hint="it has: " + listed(sorted(known)),
+                    hint=there_is(known),
                 )
         try:
             self._mount(self._given[0])

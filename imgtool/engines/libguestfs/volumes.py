@@ -12,6 +12,7 @@ from typing import Any
 from imgtool import said
 from imgtool.engines.libguestfs.blocks import list_blocks
 from imgtool.engines.libguestfs.calls import Calls
+from imgtool.engines.libguestfs.sets import Sets, look_at
 from imgtool.errors import EngineError, HostError
 from imgtool.guest.blocks import LOCKED, Block, filesystems_on, locked
 from imgtool.guest.keys import Key, keys_told
@@ -84,12 +85,20 @@ class ApplianceVolumes:
     """The guest's filesystems as the appliance sees them."""
 
     def __init__(
-        self, handle: Any, calls: Calls, keys: Sequence[Key], notice: Callable[[str], None]
+        self,
+        handle: Any,
+        calls: Calls,
+        keys: Sequence[Key],
+        notice: Callable[[str], None],
+        *,
+        write: bool = False,
     ) -> None:
         self._handle = handle
         self._calls = calls
         self._keys = keys
         self._notice = notice
+        self._write = write
+        self._sets = Sets()
         self._opened: set[str] = set()
         self._blocks: tuple[Block, ...] | None = None
         self._filesystems: tuple[Device, ...] | None = None
@@ -100,20 +109,29 @@ class ApplianceVolumes:
         """The block devices, with what is in the encrypted ones that a key opens."""
         if self._blocks is None:
             started = time.monotonic()
-            found = list_blocks(self._handle)
+            found = self._listed()
             while self._keys:
                 closed = [b for b in found if b.type in LOCKED and b.device not in self._opened]
                 unlocked = [b for b in closed if self._unlock(b)]
                 if not unlocked:
                     break
                 self._handle.lvm_scan(True)
-                found = list_blocks(self._handle)
+                found = self._listed()
             self._blocks = found
+            for line in self._sets.lines:
+                self._notice(line)
             encrypted = {b.device: b.uuid or "" for b in found if b.type in LOCKED}
             for line in keys_told(self._keys, encrypted, locked(found)):
                 self._notice(line)
             log.info("block devices: listed in %.1f s", time.monotonic() - started)
         return self._blocks
+
+    def _listed(self) -> tuple[Block, ...]:
+        found, lacking = list_blocks(self._handle)
+        self._sets = look_at(self._handle, found, lacking=lacking, write=self._write)
+        if self._sets.changed:
+            found, _ = list_blocks(self._handle)
+        return tuple(block for block in found if block.device not in self._sets.idle)
 
     def block(self, device: str) -> Block | None:
         """The block device of this name."""
@@ -137,7 +155,9 @@ class ApplianceVolumes:
     def filesystems(self) -> Sequence[Device]:
         """The filesystems; LUKS devices that a key opens are replaced by what is in them."""
         if self._filesystems is None:
-            self._filesystems = filesystems_on(self.blocks(), self._subvolumes, self._opened)
+            self._filesystems = filesystems_on(
+                self.blocks(), self._subvolumes, self._opened | self._sets.parts
+            )
         return self._filesystems
 
     def _subvolumes(self, device: str) -> list[Device]:
