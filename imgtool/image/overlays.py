@@ -132,6 +132,13 @@ def _overlay(path: Path, backing_dirs: Dirs) -> Chain:
             subject=printable(path),
             hint="'imgtool chain tree' shows what stands on what",
         )
+    if chain.active.format != "qcow2":
+        # What replaces it would be a qcow2 by its name, and whoever finishes takes it for one.
+        raise ImageError(
+            f"it is no qcow2 overlay but {chain.active.format}",
+            subject=printable(path),
+            hint="'imgtool convert' makes one qcow2 image of it and what it stands on",
+        )
     return chain
 
 

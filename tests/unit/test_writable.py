@@ -10,11 +10,12 @@ import pytest
 
 from imgtool import cli
 from imgtool.engines.libguestfs import launch
-from imgtool.errors import ExitStatus, RefusedError
+from imgtool.errors import ExitStatus, ImageError, RefusedError
 from imgtool.image import transaction
 from imgtool.image.chain import open_chain
 from imgtool.image.guards import refuse_to_write
 from imgtool.image.info import FORMATS
+from imgtool.image.overlays import plan_commit, plan_flatten
 from imgtool.image.qemu_img import same_content
 from imgtool.image.single import plan_convert
 from tests.format_images import UNWRITABLE, WRITABLE, Kind, qemu_img, qemu_io, subformats
@@ -68,6 +69,26 @@ def test_the_next_step_works(kind: Kind, tmp_path: Path):
 @pytest.mark.parametrize("kind", WRITABLE.values(), ids=WRITABLE.keys())
 def test_what_can_be_written_is_not_refused(kind: Kind, tmp_path: Path):
     refuse_to_write(open_chain(kind.make(tmp_path / "disk.img"), format=kind.format))
+
+
+@pytest.mark.parametrize("format", ["vmdk", "qed", "qcow"])
+def test_an_overlay_of_another_format_stays_what_it_is(format: str, tmp_path: Path):
+    """Flattened it would be a qcow2 by the name of another, and a commit cut off had no way out."""
+    base_format = "qcow2" if format == "qcow" else format
+    base = Kind(base_format).make(tmp_path / "base.img")
+    overlay = tmp_path / "over.img"
+    qemu_img("create", "-f", format, "-F", base_format, "-b", base, overlay)
+    qemu_io(overlay, format, "write -P 9 1M 64k")
+    before = overlay.read_bytes()
+    for plan in (plan_commit, plan_flatten):
+        with pytest.raises(ImageError, match=f"no qcow2 overlay but {format}") as caught:
+            plan(overlay)
+        assert "imgtool convert" in str(caught.value.hint)
+    assert overlay.read_bytes() == before
+    plan_convert(overlay, tmp_path / "new.qcow2").run()
+    assert same_content(
+        open_chain(overlay).filename(), open_chain(tmp_path / "new.qcow2").filename()
+    )
 
 
 def test_a_flat_vmdk_of_esx_is_written_to(tmp_path: Path):
