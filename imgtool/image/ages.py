@@ -31,10 +31,16 @@ def changed(link: ImageInfo) -> int:
 
 
 def newer_bases(links: Sequence[ImageInfo]) -> Iterator[tuple[ImageInfo, ImageInfo]]:
-    """Each overlay of a chain with its base, where that was changed after it."""
-    for overlay, base in itertools.pairwise(links):
+    """Each overlay of a chain with its base, where that was changed after it.
+
+    Two files that are sure to have been copied in one go are not among them.
+    """
+    for number, (overlay, base) in enumerate(itertools.pairwise(links)):
         if headers.is_newer(changed(base), changed(overlay)):
-            yield overlay, base
+            from imgtool.image.copied import copied_together
+
+            if not copied_together(links[number:]):
+                yield overlay, base
 
 
 @contextlib.contextmanager
