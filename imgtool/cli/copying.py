@@ -147,7 +147,9 @@ def copy_in(
         if len(sources) != 1:
             raise UsageError("a tar stream is the only source")
         with request.opened_to_write() as guest:
-            inward.tar_in(guest, sys.stdin.buffer, dest, owner=numbers, mode=bits)
+            inward.tar_in(
+                guest, sys.stdin.buffer, dest, owner=numbers, mode=bits, on_skipped=_left_out
+            )
         return
     plan = inward.plan_sources([Path(os.fsdecode(source)) for source in sources])
     with request.opened_to_write() as guest, progress("copy-in") as bar:

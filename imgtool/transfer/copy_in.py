@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from imgtool.errors import ImgtoolError, UsageError
 from imgtool.guest.guest import OnProblem, OnProgress
 from imgtool.transfer.archive import members
+from imgtool.transfer.keeping import LeftBehind
 from imgtool.transfer.staging import BadName, split
 
 if TYPE_CHECKING:
@@ -180,6 +181,7 @@ def copy_in(
     from imgtool.engines.libguestfs.writing import destination, put
 
     directory, rename = destination(guest, dest, single=len(plan.sources) == 1)
+    left = LeftBehind()
     done = 0
 
     def advance(count: int, _: int) -> None:
@@ -194,6 +196,8 @@ def copy_in(
             relative = path.relative_to(source)
             name = top if relative == Path() else f"{top}/{relative}"
             kind = stat.S_IFMT(status.st_mode)
+            if kind in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK):
+                left.host_file(path)
             if kind == stat.S_IFREG:
                 # Opened once, its size asked of what is open: no other file can slip in.
                 flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -221,10 +225,18 @@ def copy_in(
                     raise _unreadable(error, source) from error
 
     put(guest, directory, produce, rename=rename)
+    if line := left.line():
+        on_skipped(os.fsencode(dest), line)
 
 
 def tar_in(
-    guest: LibguestfsGuest, stream: BinaryIO, dest: str, *, owner: Owner, mode: int | None
+    guest: LibguestfsGuest,
+    stream: BinaryIO,
+    dest: str,
+    *,
+    owner: Owner,
+    mode: int | None,
+    on_skipped: OnProblem,
 ) -> None:
     """Unpack a tar stream of the user's into a directory of the guest, all of it or nothing.
 
@@ -234,6 +246,7 @@ def tar_in(
     from imgtool.engines.libguestfs.writing import destination, put
 
     directory, _ = destination(guest, dest, single=False)
+    left = LeftBehind()
 
     def produce(out: BinaryIO) -> None:
         try:
@@ -244,12 +257,15 @@ def tar_in(
                         continue
                     if member.islnk():
                         member.linkname = _safe(member.linkname)
+                    left.headers(member.pax_headers)
                     _forget_extensions(member)
                     packer.add(member, content)  # type: ignore[arg-type]
         except (tarfile.TarError, EOFError) as error:
             raise ImgtoolError(f"not a whole tar stream: {error}", subject="-") from error
 
     put(guest, directory, produce)
+    if line := left.line():
+        on_skipped(os.fsencode(dest), line)
 
 
 def _forget_extensions(member: tarfile.TarInfo) -> None:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
-from imgtool.guest.xattrs import ACLS, Xattrs
+from imgtool.guest.xattrs import ACL_ACCESS, ACL_DEFAULT, ACLS, Xattrs
 
 # On the host these give rights, to whoever runs a program or reads a file: only on demand.
 _POWERFUL = (b"security.", b"trusted.")
+_LABEL = b"security.selinux"
+# How tar streams name them; ACLs have names of their own.
+_RECORDS = {
+    "SCHILY.xattr.": None,
+    "SCHILY.acl.access": ACL_ACCESS,
+    "SCHILY.acl.default": ACL_DEFAULT,
+}
 # What the filesystem of the destination, or the user's rights, do not allow.
 _NOT_ALLOWED = frozenset(
     (
@@ -57,6 +66,38 @@ class Keeping:
                 "rights of the user, do not allow them"
             )
         return said
+
+
+class LeftBehind:
+    """The attributes of the host's files, or of a stream's, that a copy into a guest has not."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def host_file(self, path: Path) -> None:
+        """Count those of a file of the host."""
+        with contextlib.suppress(OSError):  # a filesystem that has none
+            self._add(map(os.fsencode, os.listxattr(path, follow_symlinks=False)))
+
+    def headers(self, records: Mapping[str, str]) -> None:
+        """Count those in the extended headers of a member of a tar stream."""
+        # GNU tar has ACLs in both forms.
+        self._add(
+            {
+                name or os.fsencode(keyword.removeprefix(prefix))
+                for keyword in records
+                for prefix, name in _RECORDS.items()
+                if keyword.startswith(prefix)
+            }
+        )
+
+    def _add(self, names: Iterable[bytes]) -> None:
+        # Labels are not missed: the guest's own policy gives them.
+        self._counts.update(_kind(name) for name in names if name != _LABEL)
+
+    def line(self) -> str | None:
+        """What is said of them, if there are any."""
+        return f"{_counted(self._counts)} are not copied" if self._counts else None
 
 
 def _kind(name: bytes) -> str:

@@ -55,7 +55,14 @@ class Put:
     def tar(self, stream: bytes, owner: Owner = None, mode: int | None = None) -> bytes:
         self.stream = b""
         reading = io.BytesIO(stream)
-        tar_in(None, reading, "/dest", owner=owner, mode=mode)  # type: ignore[arg-type]
+        tar_in(
+            None,  # type: ignore[arg-type]
+            reading,
+            "/dest",
+            owner=owner,
+            mode=mode,
+            on_skipped=lambda path, line: self.skipped.append((path, line)),
+        )
         return self.stream
 
 
@@ -372,3 +379,22 @@ def test_what_is_no_tar_or_is_damaged_in_the_middle_is_an_error(guest: Put) -> N
 
 def test_an_empty_archive_is_one(guest: Put) -> None:
     assert listed(guest.tar(archive())) == []
+
+
+def test_extended_attributes_that_are_not_copied_are_counted_once(guest: Put, tmp_path: Path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("one", "two"):
+        (source / name).touch()
+        os.setxattr(source / name, "user.comment", b"here")
+    subprocess.run(["setfacl", "-m", "u:1000:r", source / "one"], check=True)
+    guest.copy(source)
+    line = "3 extended attributes (ACLs: 1, user.*: 2) are not copied"
+    assert guest.skipped == [(b"/dest", line)]
+    guest.skipped.clear()
+    words = ["tar", "-C", tmp_path, "--xattrs", "--acls", "-cf", "-", "source"]
+    guest.tar(subprocess.run(words, check=True, capture_output=True).stdout)
+    assert guest.skipped == [(b"/dest", line)]
+    guest.skipped.clear()
+    guest.tar(subprocess.run([*words[:3], *words[5:]], check=True, capture_output=True).stdout)
+    assert guest.skipped == []
