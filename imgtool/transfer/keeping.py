@@ -57,13 +57,13 @@ class Keeping:
         said = []
         if self._left:
             said.append(
-                f"{_counted(self._left)}, which could give rights on the host, are not kept: "
-                "--xattrs all keeps them"
+                "extended attributes that could give rights on the host are not kept "
+                f"({_counted(self._left)}): --xattrs all keeps them"
             )
         if self._refused:
             said.append(
-                f"{_counted(self._refused)} are not kept: the destination's filesystem, or the "
-                "rights of the user, do not allow them"
+                "extended attributes that the destination's filesystem, or the rights of the user, "
+                f"do not allow are not kept ({_counted(self._refused)})"
             )
         return said
 
@@ -97,7 +97,9 @@ class LeftBehind:
 
     def line(self) -> str | None:
         """What is said of them, if there are any."""
-        return f"{_counted(self._counts)} are not copied" if self._counts else None
+        if not self._counts:
+            return None
+        return f"extended attributes are not copied ({_counted(self._counts)})"
 
 
 def _kind(name: bytes) -> str:
@@ -107,8 +109,7 @@ def _kind(name: bytes) -> str:
 
 
 def _counted(counts: Counter[str]) -> str:
-    kinds = ", ".join(f"{kind}: {count}" for kind, count in sorted(counts.items()))
-    return f"{counts.total()} extended attributes ({kinds})"
+    return ", ".join(f"{kind}: {count}" for kind, count in sorted(counts.items()))
 
 
 def set_all(path: bytes, xattrs: Xattrs, on_refused: Callable[[bytes], None]) -> None:

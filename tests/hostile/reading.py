@@ -179,7 +179,7 @@ def _walk(guest: Guest, out: Path, seen: dict[bytes, Entry], problems: list[str]
     if _sizes(guest, problem) > _MOST_BYTES:
         problems.append("more sparse files than are read here")
         return
-    for entry in guest.walk("/", checksum="sha256", on_problem=problem):
+    for entry in guest.walk("/", checksum="sha256", xattrs=True, on_problem=problem):
         if entry.path in seen:
             problems.append(f"{entry.path!r} is there twice")
         seen[entry.path] = entry

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -231,3 +232,13 @@ def test_a_damaged_block_of_an_xfs_directory_takes_only_its_own_names(tmp_path: 
     assert found == [name for name in names if name not in lost]
     ((path, line),) = said.problems
     assert path == b"/many" and line.endswith("has a wrong checksum")
+
+
+def test_names_that_a_damaged_directory_does_not_give_are_not_removed(sound, tmp_path) -> None:
+    at, _ = _entries(sound)[1][5]
+    image = _changed(sound, tmp_path / "disk.img", at, b"\xff\xff\xff\x7f")
+    for pair in ((sound, image), (image, sound)):
+        words = [sys.executable, "-m", "imgtool", "diff", *pair, "--engine", "direct"]
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert BAD_ENTRY in done.stderr and "(/many)" in done.stderr
