@@ -154,6 +154,13 @@ def bitmaps_in(link: ImageInfo) -> tuple[Bitmap, ...]:
     return (held.bitmaps or ()) if held is not None else ()
 
 
+def left_out(snapshots: int, bitmaps: int) -> list[str]:
+    """A line for a plan that does not keep so many of them; none where there is nothing to say."""
+    counts = (snapshots, "internal snapshot"), (bitmaps, "dirty bitmap")
+    what = [f"{count} {name}{'s' if count > 1 else ''}" for count, name in counts if count]
+    return [f"leave out its {' and '.join(what)}"] if what else []
+
+
 def lost(expected: Holdings, found: Holdings | None) -> list[str]:
     """What should be there and is not, in words for the user; empty where all is."""
     if found is None:

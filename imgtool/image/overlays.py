@@ -29,7 +29,7 @@ from imgtool.image.guards import (
     refuse_to_write,
 )
 from imgtool.image.headers import is_newer
-from imgtool.image.holdings import bitmaps_in
+from imgtool.image.holdings import bitmaps_in, left_out
 from imgtool.image.host_file import open_host_file
 from imgtool.image.info import ImageInfo, probe
 from imgtool.image.locks import kept_from_writers, refuse_if_in_use
@@ -180,7 +180,8 @@ def plan_commit(
         lines.append(f"make {printable(into)} grow to {chain.active.virtual_size} bytes")
     lines.append("prove that both have the same content")
     if remove:
-        lines.append(f"remove {printable(overlay)}")
+        gone = left_out(len(chain.active.snapshots), len(bitmaps_in(chain.active)))
+        lines += [*gone, f"remove {printable(overlay)}"]
 
     def do(work: Work) -> None:
         with no_readers([into]):
@@ -399,6 +400,7 @@ def plan_flatten(overlay: Path, *, force: Force = (), backing_dirs: Dirs = ()) -
     lines = (
         f"copy all {len(chain.links)} links into a new file (up to {space} bytes)"
         + (f", its {len(bitmaps)} dirty bitmaps with it" if bitmaps else ""),
+        *left_out(len(chain.active.snapshots), len(bitmaps_in(chain.active)) - len(bitmaps)),
         "prove that it has the same content",
         f"put it in the place of {printable(overlay)}",
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from imgtool.image.changes import present_is
 from imgtool.image.dependants import overlays_on
+from imgtool.image.holdings import bitmaps_in
 from imgtool.image.info import probe
 from imgtool.image.marks import snapshots_of
 from imgtool.image.mending import mend, on_snapshots
@@ -36,6 +37,8 @@ def settle_revert(record: Record, *, finish: bool, backing_dirs: Dirs) -> str:
         not known
         or record.facts.get("others") != snapshots_of(image, but_for=saved)
         or (to_apply and overlays_on(image, backing_dirs))
+        # A backup program used it; and QEMU reverts none that has some.
+        or ((to_apply or to_undo) and bitmaps_in(probe(image, format="qcow2")))
     ):
         return _left(record, saved if there else None, to)
     mend(image, format="qcow2")

@@ -28,6 +28,7 @@ from imgtool.image.guards import (
     refuse_to_resize,
     refuse_to_write,
 )
+from imgtool.image.holdings import bitmaps_in, left_out
 from imgtool.image.info import ImageInfo, probe
 from imgtool.image.places import printable, typed
 from imgtool.image.recognise import refuse_noise
@@ -114,7 +115,7 @@ def plan_convert(
 ) -> Plan:
     """Copy an image, with all that it stands on, into a new one of the format `to`.
 
-    `snapshot` takes it as it was then. Internal snapshots are not copied.
+    `snapshot` takes it as it was then. Internal snapshots and dirty bitmaps are not copied.
     """
     if to not in MADE:
         raise UsageError(f"no image of format '{printable(to)}' can be made: {', '.join(MADE)}")
@@ -135,6 +136,7 @@ def plan_convert(
     if compress:
         words.append("-c")
     lines = [f"copy {printable(path)} into {printable(new)} as {to} (up to {space} bytes)"]
+    lines += left_out(len(chain.active.snapshots), len(bitmaps_in(chain.active)))
     if snapshot is None:
         lines.append("prove that it has the same content")
 

@@ -13,6 +13,7 @@ from imgtool.errors import ImgtoolError
 from imgtool.image import snapshots
 from imgtool.image.holdings import lost
 from imgtool.image.info import probe
+from imgtool.image.marks import snapshots_of
 from imgtool.image.record import record_path
 from imgtool.image.repairing import repair_tables
 from imgtool.image.work import Plan, Work
@@ -210,6 +211,23 @@ def test_a_revert_is_refused_beside_bitmaps_before_anything_is_done(image, imgto
     assert [row.name for row in held(image).snapshots] == [b"one", b"now"]
 
 
+@pytest.mark.parametrize("words", [("recover",), ("resize", "16M"), ("compact",)])
+def test_a_bitmap_that_came_after_a_kill_ends_a_revert(image, imgtool_cli, words):
+    """It is all that changed, and QEMU reverts no image that has one."""
+    qemu_img("bitmap", "--remove", image, "since")
+    others, before = snapshots_of(image), contents(image)
+    qemu_img("snapshot", "-c", "saved", image)
+    facts = {"to": "1", "saved": "saved", "temporary": True, "others": others, "step": "apply"}
+    left(image, operation="revert", format="qcow2", **facts)
+    qemu_img("bitmap", "--add", image, "later")
+    done = imgtool_cli(words[0], image, *words[1:])
+    assert done.status == 0 and "it stays as it is" in done.err, done.err
+    assert nothing_left(image.parent)
+    assert [row.name for row in held(image).snapshots] == [b"one", b"saved"]
+    assert [bitmap.name for bitmap in held(image).bitmaps] == [b"later"]
+    assert contents(image)[0][: 8 * MIB] == contents(image)[2] == before[0]
+
+
 def test_nobody_writes_between_the_two_steps_of_a_revert(image, imgtool_cli, monkeypatch):
     qemu_img("bitmap", "--remove", image, "since")
     before = contents(image)[0]
@@ -294,7 +312,8 @@ def test_flatten_does_not_drop_bitmaps_that_cannot_be_copied_unasked(overlay, im
     done = imgtool_cli("overlay", "flatten", overlay)
     assert done.status == 4 and "coarse" in done.err and "--force bitmaps" in done.err
     assert overlay.read_bytes() == content
-    assert imgtool_cli("overlay", "flatten", overlay, "--force", "bitmaps").status == 0
+    done = imgtool_cli("overlay", "flatten", overlay, "--force", "bitmaps")
+    assert done.status == 0 and "leave out its 2 dirty bitmaps" in done.err
     assert held(overlay).bitmaps == () and held(overlay).backing is None
 
 
@@ -309,8 +328,15 @@ def test_a_commit_keeps_both_sides_and_removes_no_bitmaps_unasked(image, overlay
         (4 * MIB, CLUSTER),
         (5 * MIB, CLUSTER),
     ]
-    assert imgtool_cli("overlay", "commit", overlay, "--remove", "--force", "bitmaps").status == 0
+    done = imgtool_cli("overlay", "commit", overlay, "--remove", "--force", "bitmaps")
+    assert done.status == 0 and "leave out its 2 dirty bitmaps" in done.err
     assert not overlay.exists() and held(image) == base
+
+
+def test_convert_says_what_it_does_not_copy(image, tmp_path, imgtool_cli):
+    done = imgtool_cli("convert", image, tmp_path / "new.qcow2")
+    assert done.status == 0
+    assert "leave out its 1 internal snapshot and 1 dirty bitmap\n" in done.err
 
 
 def test_rebase_keeps_bitmaps(image, overlay, tmp_path, imgtool_cli):
