@@ -360,7 +360,8 @@ class _Copy:
                     self._staging.remove(name)
                     raise
         except BadName as error:
-            self._fail(name, name.removeprefix(b"./"), error)
+            relative = name.removeprefix(b"./")
+            self._fail(self._top.path.rstrip(b"/") + b"/" + relative, relative, error)
 
     def _one_by_one(self, records: BinaryIO, only: frozenset[bytes] | None = None) -> None:
         linked = _Paths()
@@ -415,7 +416,8 @@ class _Copy:
             if not there and self._failed.get(relative) is None:
                 self._report.problem(entry.path, "was not copied")
         except BadName as error:
-            self._report.problem(entry.path, f"its attributes: {error.message}")
+            if self._failed.get(relative) is None:
+                self._report.problem(entry.path, f"its attributes: {error.message}")
 
 
 def _is_below(path: bytes, directory: bytes) -> bool:

@@ -39,6 +39,7 @@ from imgtool.transfer.copy_out import (
     copy_out,
     refuse_guest_files,
 )
+from imgtool.transfer.staging import BadName
 
 MTIME = 1_500_000_000_987_654_321
 
@@ -575,10 +576,29 @@ def content(folder: Path) -> dict[str, bytes | str]:
     }
 
 
+RECORD = ".second.raw.imgtool-record"
 FILES_OF_DISKS = [
-    *("bases/base.raw", "second.raw", "disk.qcow2", "name.qcow2", "hard.raw"),
-    *(".second.raw.imgtool-record", "link"),
+    *("bases/base.raw", "second.raw", "disk.qcow2", "name.qcow2", "hard.raw", "link"),
 ]
+
+
+def test_no_record_is_replaced_whose_name_is_imgtools_own(
+    tmp_path: Path, disks: FakeGuest, lines: Lines
+) -> None:
+    disks.add(b"/images", mode=stat.S_IFDIR | 0o755)
+    disks.add(os.fsencode(f"/images/{RECORD}"), b"from the guest")
+    before = content(tmp_path)
+    with pytest.raises(BadName, match="for its own"):
+        copy_out(
+            disks,  # type: ignore[arg-type]
+            f"/images/{RECORD}",
+            tmp_path / "images",
+            lines.report,
+            overwrite=True,
+        )
+    copy_out(disks, "/images", tmp_path, lines.report, overwrite=True)  # type: ignore[arg-type]
+    assert content(tmp_path) == before
+    assert [path for path, _ in lines.problems] == [os.fsencode(f"/images/{RECORD}")]
 
 
 @pytest.mark.parametrize("name", FILES_OF_DISKS)
