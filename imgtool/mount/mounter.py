@@ -25,7 +25,7 @@ from imgtool.guest.mending import has_errors
 from imgtool.guest.model import Mount
 from imgtool.mount import filesystems, kernel, mapper_steps, steps
 from imgtool.mount.mechanisms import Mechanism
-from imgtool.mount.plan import Item, Volume
+from imgtool.mount.plan import Item, Volume, only_the_appliance
 from imgtool.process import find
 
 log = logging.getLogger(__name__)
@@ -177,6 +177,9 @@ class Mounter:
         source = item.source
         subject = f"{source}"
         kind = filesystems.kind_of(found, subject)
+        alone = "degraded" not in item.options.split(",")
+        if kind.type == "btrfs" and alone and filesystems.btrfs_devices(device) > 1:
+            raise only_the_appliance(subject)
         careful = self._wanted.writable and Reason.DAMAGED not in self._wanted.force
         if careful and kind.type == "ext4" and filesystems.ext_has_errors(device):
             raise has_errors(subject)

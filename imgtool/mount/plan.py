@@ -121,7 +121,12 @@ def source_of(device: str, disks: Sequence[Disk]) -> Place | Volume:
     matched = _VOLUME.fullmatch(device)
     if matched:
         return Volume(matched["group"], matched["name"])
-    raise HostError(
+    raise only_the_appliance(device)
+
+
+def only_the_appliance(device: str) -> HostError:
+    """What to say of a device that consists of others."""
+    return HostError(
         "only the appliance can put this device together", subject=device, hint="--via fuse"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -287,3 +288,15 @@ def test_none_works(machine):
 def test_no_mechanism_of_this_name(tmp_path):
     with pytest.raises(UsageError, match="no such mechanism"):
         mounting.mount(mounter.Wanted(Path("image"), tmp_path, via="ftp"))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_btrfs_tells_on_how_many_devices_it_lies(tmp_path, number):
+    disks = [tmp_path / f"disk{n}" for n in range(number)]
+    for disk in disks:
+        with disk.open("wb") as file:
+            file.truncate(160 << 20)
+    subprocess.run(["/usr/sbin/mkfs.btrfs", "-q", *disks], check=True, capture_output=True)
+    assert [filesystems.btrfs_devices(str(disk)) for disk in disks] == [number] * number
+    disks[0].write_bytes(bytes(1 << 20))
+    assert filesystems.btrfs_devices(str(disks[0])) == 1
