@@ -70,6 +70,8 @@ def _tree(folder: Path) -> Path:
     (folder / "short link").symlink_to("one/two")
     (folder / "long link").symlink_to("x" * 100 + "/../../../outside")
     os.link(folder / "sparse", deep / "hard link")
+    os.setxattr(deep / "size-4097", "user.small", b"in the inode")
+    os.setxattr(deep / "size-70000", "user.large", b"in a block" * 60)
     return folder
 
 
@@ -123,6 +125,16 @@ def _ext_regions(image: bytes) -> Iterator[Region]:
 
         kind = "directory's inode" if mode & 0xF000 == 0x4000 else "inode"
         yield Region(kind, at, inode_size, inode if has_checksums else None)
+        (attributes,) = struct.unpack_from("<I", image, at + 0x68)
+        if attributes:
+
+            def xattrs(image: bytearray, at: int) -> None:
+                found = crc32c(seed, (at // block).to_bytes(8, "little") + image[at : at + 16])
+                found = crc32c(found, bytes(4) + image[at + 20 : at + block])
+                image[at + 16 : at + 20] = found.to_bytes(4, "little")
+
+            whole = Region("attributes", attributes * block, block, xattrs)
+            yield whole if has_checksums else whole._replace(repair=None)
         place = _ext_first_block(image, at, block)
         if not place or mode & 0xF000 not in (0x4000, 0x8000):
             continue
