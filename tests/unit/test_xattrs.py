@@ -395,3 +395,75 @@ def test_a_record_of_pax_counts_the_digits_of_its_own_length() -> None:
         length = int(raw[512:].split(b" ")[0])
         assert raw[512 : 512 + length].endswith(b"v\n")
         assert len(raw) % 512 == 0
+
+
+# XFS, set by libxfs: kernels have long been built without version 4
+
+
+@pytest.fixture(scope="module", params=[4, 5])
+def xfs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An XFS with attributes in an inode (/few), and in leaves, a tree and blocks (/many)."""
+    folder = tmp_path_factory.mktemp("xfs")
+    lines = ["/", "0 0", "d--755 0 0", "few ---644 0 0 /dev/null", "many ---644 0 0 /dev/null", "$"]
+    (folder / "proto").write_text("\n".join(lines) + "\n")
+    image = folder / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    # mkfs.xfs makes a filesystem below 300 MB only for its own test suite.
+    env = environment({"TEST_DIR": "/", "TEST_DEV": "none", "QA_CHECK_FS": "1"})
+    words = ["mkfs.xfs", "-q", "-m", f"crc={request.param - 4}", "-p", folder / "proto", image]
+    subprocess.run(words, check=True, env=env, capture_output=True)
+    words = ["xfs_db", "-x"]
+    for path, values in XFS.items():
+        words += ["-c", f"path {path}"]
+        for name, size in values.items():
+            space, _, rest = name.partition(".")
+            words += ["-c", f"attr_set -{_SPACES[space]} -v {size} {rest}"]
+    subprocess.run([*words, image], check=True, env=env, capture_output=True)
+    return image
+
+
+_SPACES = {"user": "u", "security": "s", "trusted": "r"}
+XFS = {
+    "/few": {"user.small": 5, "security.capability": 20, "trusted.key": 9},
+    "/many": {
+        **{f"user.name-{number}": number * 9 for number in range(1, 150)},
+        "user.large": 40_000,
+        "trusted.largest": 65_536,
+    },
+}
+
+
+def test_every_form_of_attributes_on_xfs_is_read(xfs: Path) -> None:
+    with open_guest(xfs, engine="direct") as guest:
+        found = {
+            entry.path.decode(): {name.decode(): value for name, value in entry.xattrs or ()}
+            for entry in guest.walk("/", xattrs=True)
+        }
+    assert {
+        path: {name: len(value) for name, value in values.items()} for path, values in found.items()
+    } == XFS
+    assert all(set(value) == {ord("v")} for values in found.values() for value in values.values())
+
+
+def test_a_damaged_leaf_on_xfs_is_a_problem_of_its_file_alone(xfs: Path, tmp_path: Path) -> None:
+    raw = bytearray(xfs.read_bytes())
+    # Of the leaves (0xfbee, 0x3bee) every count of entries.
+    leaves = [at for at in range(0, len(raw), 4096) if raw[at + 8 : at + 10] in MAGIC]
+    assert leaves
+    for at in leaves:
+        counts = at + (56 if raw[at + 8] == 0x3B else 12)
+        raw[counts : counts + 2] = b"\xff\xff"
+    broken = tmp_path / "broken.img"
+    broken.write_bytes(raw)
+    said: list[tuple[bytes, str]] = []
+    with open_guest(broken, engine="direct") as guest:
+        found = {
+            entry.path: entry.xattrs
+            for entry in guest.walk("/", xattrs=True, on_problem=lambda *line: said.append(line))
+        }
+    assert found[b"/many"] is None and len(found[b"/few"] or ()) == 3
+    assert [path for path, _ in said] == [b"/many"] and "attributes of inode" in said[0][1]
+
+
+MAGIC = (b"\xfb\xee", b"\x3b\xee")
