@@ -88,11 +88,14 @@ def _held(path: Path) -> list[str]:
 
 def _problems(link: ImageInfo, below: ImageInfo | None) -> list[str]:
     """What is wrong with a link, and with the way it stands on the one below."""
+    from imgtool.image.doubts import wrong_entries
     from imgtool.image.findings import between
     from imgtool.image.places import printable
     from imgtool.image.unfinished import line_on
 
     found = [*link.problems, *filter(None, [line_on(link.path)])]
+    if wrong := wrong_entries(link):
+        found.append(f"{printable(link.path)}: {wrong} entries or more of its tables are wrong")
     if below is not None:
         findings = between(link, below, link.backing_format)
         path = printable(link.path)

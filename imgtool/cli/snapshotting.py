@@ -48,10 +48,13 @@ def list_(
 ) -> None:
     """List the internal snapshots: id, name, time, VM state size, and whether it is the present."""
     from imgtool.image import snapshots
+    from imgtool.image.doubts import doubts_of
 
     set_up_logging(verbose=verbose, debug=debug)
     chain = snapshots.with_snapshots(image, backing_dirs=backing_dir or ())
     working.say_of_records(link.path for link in chain.links)
+    for doubt in doubts_of(chain):
+        render.message("warning", doubt)
     present = snapshots.present_in(chain)
     rows = [
         {

@@ -17,7 +17,7 @@ import pytest
 
 from imgtool import open_guest
 from imgtool.engines.direct import replay
-from imgtool.errors import ImageError
+from imgtool.errors import ImageError, ImgtoolError
 from imgtool.guest.model import Mount
 from tests.unit.test_direct_sandbox import ATTACK
 
@@ -105,6 +105,70 @@ def test_it_is_read_as_the_kernel_would_mount_it(tmp_path, kind):
     assert usage.used == (space.f_blocks - space.f_bfree) * space.f_frsize
     assert usage.available == space.f_bavail * space.f_frsize
     assert usage.inodes_used == space.f_files - space.f_ffree
+
+
+def walked(root: Path) -> dict[bytes, tuple[int, int, int]]:
+    """What the kernel shows, where it can look at it at all: without its journal not everything."""
+    found = {}
+    for folder, folders, files in os.walk(os.fsencode(root)):
+        for name in (*folders, *files):
+            path = os.path.join(folder, name)
+            with contextlib.suppress(OSError):
+                about = os.lstat(path)
+                found[b"/" + os.path.relpath(path, os.fsencode(root))] = (
+                    *(about.st_mode, about.st_size, about.st_mtime_ns),
+                )
+    return found
+
+
+@pytest.mark.parametrize("kind", ["ext3", "ext4"])
+def test_it_is_read_without_its_journal_where_that_is_said(tmp_path, kind):
+    image = crashed(tmp_path, kind)
+    before = hashlib.sha256(image.read_bytes()).hexdigest()
+    options = {"format": "raw", "engine": "direct", "mounts": [Mount("/dev/sda", "/", "noload")]}
+    with open_guest(image, **options) as guest:
+        ours = {
+            entry.path: (entry.mode, entry.size, entry.mtime_ns)
+            for entry in guest.walk("/", on_problem=lambda path, line: None)
+        }
+        kept = guest.read_bytes("/kept")
+    assert kept == b"from before\n"
+    assert hashlib.sha256(image.read_bytes()).hexdigest() == before
+    with mounted(image, tmp_path / "kernel", "ro,noload") as root:
+        theirs = walked(root)
+    assert ours == theirs
+    with open_guest(image, format="raw", engine="direct") as guest:
+        replayed = {entry.path for entry in guest.walk("/")}
+    assert replayed - set(ours), "the journal has what is not there without it"
+
+
+def test_an_xfs_is_read_without_its_log_where_that_is_said(tmp_path):
+    live, image = tmp_path / "live.img", tmp_path / "xfs.img"
+    with live.open("wb") as file:
+        file.truncate(320 << 20)
+    subprocess.run(["mkfs.xfs", "-q", live], check=True)
+    with mounted(live, tmp_path / "live") as root:
+        (root / "kept").write_bytes(b"from before\n")
+        subprocess.run(["sync", "-f", root], check=True)
+        subprocess.run(["xfs_freeze", "-f", root], check=True)  # what is there is on the disk
+        subprocess.run(["xfs_freeze", "-u", root], check=True)
+        for number in range(50):
+            with (root / f"late {number}").open("wb") as late:
+                late.write(b"late")
+                os.fsync(late.fileno())
+        subprocess.run(["cp", "--sparse=always", live, image], check=True)
+    options = {"format": "raw", "engine": "direct"}
+    with pytest.raises(ImgtoolError), open_guest(image, **options) as guest:
+        guest.read_bytes("/kept")
+    options["mounts"] = [Mount("/dev/sda", "/", "norecovery")]
+    with open_guest(image, **options) as guest:
+        ours = {
+            entry.path: (entry.mode, entry.size, entry.mtime_ns)
+            for entry in guest.walk("/", on_problem=lambda path, line: None)
+        }
+        assert guest.read_bytes("/kept") == b"from before\n"
+    with mounted(image, tmp_path / "kernel", "ro,norecovery") as root:
+        assert ours == walked(root)
 
 
 def test_a_crashed_partition_behind_an_overlay(tmp_path):

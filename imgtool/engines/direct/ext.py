@@ -85,9 +85,10 @@ class ExtFilesystem(Filesystem):
         self._runs: tuple[int, list[Run]] = (0, [])
 
     @classmethod
-    def open(cls, source: Source) -> ExtFilesystem:
-        """Check superblock and root; `NeedsJournal` where a replay of the journal would do."""
-        filesystem = cls(source, read_superblock(source))
+    def open(cls, source: Source, *, unreplayed: bool = False) -> ExtFilesystem:
+        """Check superblock and root; `NeedsJournal` where a replay of the journal would do, unless
+        it is to be read `unreplayed`, as the kernel does with `noload`."""
+        filesystem = cls(source, read_superblock(source, unreplayed=unreplayed))
         if not modes.S_ISDIR(filesystem.stat(_ROOT).mode):
             raise NeedsAppliance("ext: the root is no directory")
         return filesystem

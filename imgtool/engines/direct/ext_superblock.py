@@ -102,7 +102,7 @@ class Group(NamedTuple):
 class Superblock:
     """A superblock that passed the allow-list. All counts and positions are in blocks."""
 
-    def __init__(self, raw: bytes, volume_size: int) -> None:
+    def __init__(self, raw: bytes, volume_size: int, *, unreplayed: bool = False) -> None:
         """Check 1024 bytes of superblock; `NeedsAppliance` for all that is not known to be safe."""
         if len(raw) != SUPERBLOCK_SIZE:
             raise NeedsAppliance("ext: the superblock is cut short")
@@ -151,7 +151,8 @@ class Superblock:
         self.journal_inode = u32(0xE0)
         self.mmp_block = struct.unpack_from("<Q", raw, 0x168)[0]
         self._check_geometry(u32(0x18), u32(0x1C), u32(0x24), wide, volume_size)
-        self._check_state(u16(0x3A), u32(0xE8), u32(0xE4))
+        if not unreplayed:
+            self._check_state(u16(0x3A), u32(0xE8), u32(0xE4))
 
     def _check_features(self) -> None:
         for kind, found, known in (
@@ -308,11 +309,12 @@ def _is_power(number: int, base: int) -> bool:
     return number == 1
 
 
-def read_superblock(source: Source) -> Superblock:
+def read_superblock(source: Source, *, unreplayed: bool = False) -> Superblock:
     """The superblock of a volume; `NeedsAppliance` unless everything in it is known."""
     if source.size < SUPERBLOCK_AT + SUPERBLOCK_SIZE:
         raise NeedsAppliance("ext: the volume is too small")
-    superblock = Superblock(source.read(SUPERBLOCK_AT, SUPERBLOCK_SIZE), source.size)
+    raw = source.read(SUPERBLOCK_AT, SUPERBLOCK_SIZE)
+    superblock = Superblock(raw, source.size, unreplayed=unreplayed)
     if superblock.incompat & MMP:
         if not superblock.first_block < superblock.mmp_block < superblock.blocks:
             raise ReadFailed("ext: the block of multiple mount protection is out of range")

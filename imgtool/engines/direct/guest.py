@@ -19,6 +19,7 @@ from imgtool.engines.direct.answers import AnswerStream, Contents, spooled
 from imgtool.engines.direct.client import Client, WorkerFailed
 from imgtool.engines.direct.devices_client import Devices, devices
 from imgtool.engines.direct.filesystem import NeedsAppliance
+from imgtool.engines.direct.options import unreplayed
 from imgtool.engines.direct.volumes_client import WorkerVolume, WorkerVolumes
 from imgtool.errors import (
     EngineError,
@@ -69,15 +70,14 @@ class DirectGuest(Guest):
         self._mounted = False
         self._layout: Layout | None = None
         started = time.monotonic()
+        argvs, left_alone = [list(argv) for argv in disks], unreplayed(mounts)
         handed = {"ring": client.shared, "scratch": client.scratch}
-        answer = client.one("open", disks=[list(argv) for argv in disks], **handed)
+        answer = client.one("open", disks=argvs, unreplayed=left_alone, **handed)
         took = time.monotonic() - started
         log.info("sandbox: worker, QEMU and volumes ready in %.3f s (%s)", took, sandbox)
         self._devices: Devices = client.checked(devices, answer, len(disks))
         self._blocks = self._devices.blocks
         self._volumes = WorkerVolumes(client, self._blocks)
-        if self._given and any(mount.fstype or mount.options for mount in self._given):
-            raise NeedsAppliance("mount options are given")
         if self._given and self._given[0].mountpoint != "/":
             raise NeedsAppliance("nothing is to be mounted at /, or not first")
 

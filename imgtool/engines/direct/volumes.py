@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
 from typing import NamedTuple
@@ -67,8 +67,9 @@ class Place(NamedTuple):
 class Volumes:
     """What the disks of a guest hold."""
 
-    def __init__(self, disks: Sequence[Disk]) -> None:
+    def __init__(self, disks: Sequence[Disk], unreplayed: Collection[str] = ()) -> None:
         self._disks = disks
+        self._unreplayed = unreplayed
         self._sources: dict[str, Source] = {}
         self._places: dict[str, tuple[Place, ...]] = {}
         self._groups: tuple[lvm.VolumeGroup, ...] = ()
@@ -226,7 +227,9 @@ class Volumes:
             raise NeedsAppliance(f"{device} is {block.type or 'of unknown type'}")
         try:
             module = import_module(f"imgtool.engines.direct.{reader[0]}")
-            opened: Callable[[Source], Filesystem] = getattr(module, reader[1]).open
+            opened: Callable[..., Filesystem] = getattr(module, reader[1]).open
+            if device in self._unreplayed and reader[0] in ("ext", "xfs"):
+                return opened(self._sources[device], unreplayed=True)
             return opened(self._sources[device])
         except NeedsAppliance as error:
             raise type(error)(f"{device} ({block.type}): {error}") from error

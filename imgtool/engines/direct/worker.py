@@ -12,7 +12,7 @@ import dataclasses
 import stat
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, BinaryIO
 
 from imgtool.engines.direct import protocol, seccomp
@@ -145,17 +145,20 @@ class Worker:
 
     # Disks and volumes
 
-    def do_open(self, disks: list[Disk], ring: int | None = None) -> dict[str, Any]:
+    def do_open(
+        self, disks: list[Disk], ring: int | None = None, unreplayed: Collection[str] = ()
+    ) -> dict[str, Any]:
         """Wait for the disks, give up all rights but those to read, find the volumes.
 
-        `ring` is the descriptor of the memory that is shared with the parent.
+        `ring` is the descriptor of the memory that is shared with the parent; the journals of the
+        devices in `unreplayed` are left alone.
         """
         if ring is not None:
             self._slots = Slots(ring, self._requests)
         for disk in disks:
             disk.wait()
         seccomp.confine(seccomp.worker_filter())
-        self._volumes = Volumes(disks)
+        self._volumes = Volumes(disks, unreplayed)
         blocks = [
             (*(getattr(b, name) for name in protocol.BLOCK[:-1]), b.parents)
             for b in self._volumes.blocks

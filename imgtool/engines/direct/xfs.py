@@ -62,10 +62,12 @@ class XfsFilesystem(Filesystem):
         self.root = superblock.root
 
     @classmethod
-    def open(cls, source: Source) -> XfsFilesystem:
-        """Open it; `NeedsAppliance` for a feature not tried, a dirty log, or any doubt."""
+    def open(cls, source: Source, *, unreplayed: bool = False) -> XfsFilesystem:
+        """Open it; `NeedsAppliance` for a feature not tried, a dirty log unless it is to be read
+        `unreplayed`, as the kernel does with `norecovery`, or any doubt."""
         superblock = read_superblock(source)
-        require_clean_log(source, superblock)
+        if not unreplayed:
+            require_clean_log(source, superblock)
         filesystem = cls(source, superblock)
         try:
             root = filesystem.stat(filesystem.root)
