@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from stat import S_IFDIR, S_IFIFO, S_IFLNK, S_IFREG, S_IFSOCK
+from stat import S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT, S_IFREG, S_IFSOCK
 
 from imgtool.engines.direct import ntfs_index
 from imgtool.engines.direct.filesystem import (
+    MOST_XATTRS,
     Filesystem,
     NeedsAppliance,
     Node,
@@ -36,6 +37,7 @@ from imgtool.engines.direct.ntfs_records import (
 )
 from imgtool.engines.direct.ntfs_stream import Stream
 from imgtool.engines.direct.pages import Pages
+from imgtool.guest.xattrs import Xattrs, ordered
 
 _TABLE, _VOLUME, _ROOT, _BITMAP, _FIRST_USER = 0, 3, 5, 6, 16
 _MIRRORED = 4
@@ -52,6 +54,7 @@ _CHUNK = 1024 * 1024
 _INTERIX = b"Intx"
 _INTERIX_LINK = b"IntxLNK\1"
 _LONGEST_LINK = 8192
+_LARGEST_XATTR = 65536  # what getxattr(2) gives
 
 
 class File:
@@ -139,6 +142,26 @@ class NtfsFilesystem(Filesystem):
         if "\0" in target or not target:
             raise NeedsAppliance("the target of a link on NTFS is impossible")
         return target.encode()
+
+    def xattrs(self, inode: int) -> Xattrs:
+        """The named streams of files and directories, which are user attributes to ntfs-3g."""
+        file = self._sound(inode)
+        found: list[tuple[bytes, bytes]] = []
+        given = 0
+        for kind, name in file.attributes:
+            if kind != DATA or not name:
+                continue
+            stream = self._stream(file, DATA, name)
+            if stream.size > _LARGEST_XATTR:
+                raise ReadFailed("a named stream is longer than an extended attribute can be")
+            given += stream.size
+            if given > MOST_XATTRS:
+                raise ReadFailed("its extended attributes are too large")
+            found.append((b"user." + ntfs_index.utf8(name), stream.read(0, stream.size)))
+        # The kernel gives user attributes of nothing else.
+        if found and S_IFMT(self.stat(inode).mode) not in (S_IFREG, S_IFDIR):
+            return ()
+        return ordered(found)
 
     def read(self, inode: int, offset: int, length: int) -> bytes:
         """Bytes of a regular file."""

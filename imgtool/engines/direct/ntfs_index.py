@@ -60,11 +60,12 @@ def _entries(block: bytes, header: int) -> Iterator[Entry]:
         if _NAME_AT + 2 * characters > key or characters == 0:
             raise Damaged("an NTFS directory is damaged")
         name_at = at + 16 + _NAME_AT
-        yield Entry(reference, namespace, _utf8(block[name_at : name_at + 2 * characters]))
+        yield Entry(reference, namespace, utf8(block[name_at : name_at + 2 * characters]))
         at += length
 
 
-def _utf8(name: bytes) -> bytes:
+def utf8(name: bytes) -> bytes:
+    """A name on NTFS in UTF-8; `NeedsAppliance` for one that cannot be."""
     try:
         text = name.decode("utf-16-le").encode()
     except UnicodeDecodeError:
