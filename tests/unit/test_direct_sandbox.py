@@ -281,8 +281,10 @@ def test_nothing_gets_out(image, tmp_path, monkeypatch, kind, newest, started, f
         assert said.pop("program").startswith(("done", "CalledProcessError", "PermissionError"))
         assert said.pop("process by fork").startswith("done")
         del said["life after the parent"]
-        if newest == 1:  # the connection between the worker and QEMU has not been made yet
-            assert said.pop("abstract socket").startswith("done")
+        if kind is Kind.LANDLOCK:
+            # The connection between the worker and QEMU has not been made yet. Nor has anything of
+            # an image been looked at: what runs until then is imgtool's own.
+            del said["local socket"], said["abstract socket"]
     done = {name: result for name, result in said.items() if result.startswith("done")}
     assert done == {}
     assert len(said) >= 120
@@ -295,6 +297,16 @@ def descendants(pid: int) -> list[int]:
         for child in (task / "children").read_text().split():
             found += descendants(int(child))
     return found
+
+
+def right_to_read(kind: Kind) -> int:
+    """Of root's rights, the one to read files; root in a container may have another such one."""
+    if not ROOT:
+        return 0
+    lines = Path("/proc/self/status").read_text().splitlines()
+    held = int(dict(line.split(":\t", 1) for line in lines)["CapEff"], 16)
+    read_search, override = 1 << 2, 1 << 1
+    return read_search if kind is Kind.NAMESPACES or held & read_search else held & override
 
 
 def lives(pid: int) -> bool:
@@ -330,8 +342,8 @@ def test_who_reads_is_nobody_else_and_has_one_right_at_most(image, kind, newest)
             assert status["Uid:"] == [str(who)] * 4
             if ROOT:
                 assert status["Gid:"] == [str(who)] * 4 and status["Groups:"] == []
-            rights = "0000000000000004" if ROOT else "0000000000000000"  # CAP_DAC_READ_SEARCH
-            assert [status[f"Cap{name}:"] for name in ("Prm", "Eff", "Inh")] == [[rights]] * 3
+            rights = [f"{right_to_read(kind):016x}"]
+            assert [status[f"Cap{name}:"] for name in ("Prm", "Eff", "Inh")] == [rights] * 3
     images.close()
     limit = time.monotonic() + 10
     while any(lives(pid) for pid in inner):  # the kernel is at it

@@ -1,0 +1,127 @@
+"""Debian 13 (QEMU 10, Python 3.13, libguestfs 1.54): the unit tests and the direct engine's in it.
+
+A root of it is made, with the packages that scripts/setup.sh installs, and becomes the root of a
+mount namespace. The kernel is the host's. What needs the appliance does not run there: the root has
+no kernel for it, and that of the host is another system's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.roots import root_archive, unpacked
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can change the root folder"),
+]
+
+ROOT = Path(__file__).resolve().parents[2]
+SITE = "usr/local/lib/python3.13/dist-packages"
+# A root has to be a mount to be exchanged; what was the root before is gone for what runs in it.
+PIVOT = """
+set -e
+root=$1 tree=$2; shift 2
+mount --bind "$root" "$root"
+mount --rbind /dev "$root/dev"
+mount -t proc proc "$root/proc"
+mount --rbind /sys "$root/sys"
+mount -t tmpfs tmpfs "$root/tmp"
+mkdir -p "$root$tree" "$root/old"
+mount --bind "$tree" "$root$tree"
+cd "$root"
+pivot_root . old
+umount -l /old
+cd "$tree"
+exec "$@"
+"""
+
+
+def packages() -> list[str]:
+    """What scripts/setup.sh installs, but for kernels and what makes containers."""
+    text = (ROOT / "scripts/setup.sh").read_text()
+    lists = re.findall(r"^ *packages\+?=\(([^)]*)\)", text, re.MULTILINE)
+    names = [name for found in lists for name in found.split()]
+    other = ["qemu-system-arm", "qemu-efi-aarch64"]
+    if os.uname().machine == "aarch64":
+        other = ["qemu-system-x86"]
+    other += ["runc", "golang-github-containers-common"]
+    return [name for name in dict.fromkeys(names) if name not in other]
+
+
+def modules() -> list[str]:
+    """What imgtool and its tests take from PyPI, but for what Debian has of its own."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], "pytest>=8", "pytest-xdist>=3.5"]
+    return [name for name in wanted if not name.startswith("pyparted")]
+
+
+@pytest.fixture(scope="module")
+def debian() -> Iterator[Path]:
+    with unpacked(root_archive("trixie", packages())) as root:
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-compile",
+            "--target",
+            root / SITE,
+        ]
+        pip += ["--python-version", "3.13", "--only-binary=:all:", *modules()]
+        subprocess.run(pip, check=True)
+        yield root
+
+
+def within(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """What a program says in the other root, in this tree."""
+    start = ["unshare", "--mount", "--propagation", "private", "sh", "-c", PIVOT, "sh", root, ROOT]
+    environment = {
+        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+        "HOME": "/root",
+        "LC_ALL": "C.UTF-8",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    return subprocess.run(
+        [*start, "/usr/bin/python3", "-m", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_doctor_finds_all_but_the_appliance(debian):
+    done = within(debian, "imgtool", "doctor", "-o", "csv")
+    rows = dict(line.split(",", 2)[:2] for line in done.stdout.splitlines()[1:])
+    for name in ("Python binding nbd", "qemu-img", "qemu-nbd", "sandbox (bubblewrap)"):
+        assert rows[name] in ("ok", "true", "True"), done.stdout
+    assert "appliance kernel" in rows
+
+
+def passed(done: subprocess.CompletedProcess[str]) -> int:
+    """How many tests passed, where none failed."""
+    print(done.stdout[-2000:])
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr
+    found = re.search(r"(\d+) passed", done.stdout)
+    return int(found[1]) if found else 0
+
+
+def test_the_unit_tests_pass(debian):
+    words = ("pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "worksteal")
+    assert passed(within(debian, *words, "tests/unit")) > 1000
+
+
+@pytest.mark.parametrize("suite", ["test_ext", "test_xfs", "test_other", "test_crashed"])
+def test_the_direct_engine_reads_what_the_kernel_reads(debian, suite):
+    words = ("pytest", "-q", "-p", "no:cacheprovider", f"tests/differential/{suite}.py")
+    assert passed(within(debian, *words)) > 5
