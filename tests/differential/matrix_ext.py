@@ -25,12 +25,20 @@ REFUSED = {
     "mmp-in-use",
 }
 
+
+def _revision_0() -> list[str]:
+    """The oldest kind of superblock, as the mke2fs that is here takes it."""
+    said = subprocess.run(["mke2fs", "-V"], capture_output=True, text=True, check=True).stderr
+    version = tuple(int(word) for word in said.split()[1].split("."))
+    return ["-r", "0"] if version < (1, 47, 1) else ["-E", "revision=0"]
+
+
 # name: arguments of mke2fs, without the size.
 _VARIANTS: dict[str, list[str]] = {
     "ext2-1k": ["-t", "ext2", "-b", "1024"],
     "ext2-2k": ["-t", "ext2", "-b", "2048"],
     "ext2-4k": ["-t", "ext2", "-b", "4096"],
-    "ext2-rev0": ["-t", "ext2", "-b", "1024", "-r", "0"],
+    "ext2-rev0": ["-t", "ext2", "-b", "1024", *_revision_0()],
     "ext2-inode128": ["-t", "ext2", "-I", "128"],
     "ext3-1k": ["-t", "ext3", "-b", "1024"],
     "ext3-4k": ["-t", "ext3", "-b", "4096"],

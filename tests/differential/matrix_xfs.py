@@ -272,19 +272,19 @@ def wear(path: Path) -> None:
 
 def worn_log(path: Path, *options: str) -> Path:
     """A log that has been written around more than once."""
-    make(path, everything, "-l", ",".join(("size=20m", *options)))
+    make(path, everything, "-l", ",".join(options or ("size=20m",)))
     wear(path)
     return path
 
 
 def worn_log_stripe(path: Path) -> Path:
     """The same, with records rounded up to a stripe."""
-    return worn_log(path, "su=256k")
+    return worn_log(path, "size=24m", "su=256k")
 
 
 def new_uuid(path: Path) -> Path:
     """A filesystem whose metadata carry another UUID than its superblock."""
-    make(path, everything, "-l", "size=8m")
+    make(path, everything, "-l", "size=13m")
     run("xfs_admin", "-U", "generate", str(path))
     wear(path)
     return path

@@ -74,6 +74,7 @@ _RO_COMPAT = {
     0x1000: "read-only",
     PROJECT: "project",
 }
+_ORPHAN_PRESENT = 0x10000
 _REFUSED = {
     ("incompat", 0x1): "compression",
     ("incompat", 0x8): "journal_dev",
@@ -83,7 +84,7 @@ _REFUSED = {
     ("incompat", 0x20000): "casefold",
     ("ro_compat", 0x200): "bigalloc",
     ("ro_compat", 0x8000): "verity",
-    ("ro_compat", 0x10000): "orphan_present",
+    ("ro_compat", _ORPHAN_PRESENT): "orphan_present",
 }
 
 
@@ -155,10 +156,13 @@ class Superblock:
             self._check_state(u16(0x3A), u32(0xE8), u32(0xE4))
 
     def _check_features(self) -> None:
+        # What replays the journal frees what the file of orphans has, too (e2fsck 1.47.1; an older
+        # one leaves the feature as it is).
+        orphans = _ORPHAN_PRESENT if self.incompat & RECOVER else 0
         for kind, found, known in (
             ("compat", self.compat, _COMPAT),
             ("incompat", self.incompat & ~RECOVER, _INCOMPAT),
-            ("ro_compat", self.ro_compat, _RO_COMPAT),
+            ("ro_compat", self.ro_compat & ~orphans, _RO_COMPAT),
         ):
             for bit in range(32):
                 if found >> bit & 1 and 1 << bit not in known:
