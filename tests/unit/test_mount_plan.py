@@ -13,7 +13,7 @@ import pytest
 
 from imgtool.errors import EngineError, HostError, NotInGuestError, UsageError
 from imgtool.guest.model import Layout, Mount, Partition
-from imgtool.mount import filesystems, mounter, mounting
+from imgtool.mount import appliance, filesystems, mounter, mounting
 from imgtool.mount.mechanisms import MECHANISMS
 from imgtool.mount.plan import Disk, Item, Place, Volume, items_of, partition, source_of, volume
 
@@ -300,3 +300,9 @@ def test_a_btrfs_tells_on_how_many_devices_it_lies(tmp_path, number):
     assert [filesystems.btrfs_devices(str(disk)) for disk in disks] == [number] * number
     disks[0].write_bytes(bytes(1 << 20))
     assert filesystems.btrfs_devices(str(disks[0])) == 1
+
+
+def test_what_the_serving_process_has_to_say_reaches_the_user(tmp_path):
+    assert appliance.notices(tmp_path) == []
+    (tmp_path / "appliance.log").write_text("noise\nnotice: /home is not shown\nnotice: b\n")
+    assert appliance.notices(tmp_path) == ["/home is not shown", "b"]

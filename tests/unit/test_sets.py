@@ -28,6 +28,16 @@ def test_a_raid_that_does_not_run_is_not_shown_and_its_members_are_named():
     assert "-A IMAGE" in line
 
 
+def test_a_container_of_firmware_raid_is_no_array():
+    disk = block("/dev/sda", "device", "ddf_raid_member")
+    container = block("/dev/md127", "md", None, "/dev/sda")
+    volume = Block("/dev/md126", "md", 1, "ext4", kernel="md126")
+    sets = parsed("md md127 container 0 0\nmd md126 clean 2 0\n", [disk, container, volume])
+    assert (sets.lines, sets.idle) == ([], {"/dev/md127"})
+    (line,) = parsed("md md127 container 0 0\n", [disk, container]).lines
+    assert line.startswith("none of the volumes of the firmware RAID (/dev/sda of it is there)")
+
+
 def test_a_whole_raid_is_not_worth_a_word():
     assert parsed("md md127 active 2 0\n", [block("/dev/md127", "md")]).lines == []
 

@@ -28,6 +28,9 @@ for at in /sys/block/md*/md; do
     [ -r $at/array_state ] && read -r state <$at/array_state || continue
     name=${at#/sys/block/}
     name=${name%/md}
+    version=
+    [ -r $at/metadata_version ] && read -r version <$at/metadata_version
+    case $version in external:[!/]*) state=container ;; esac
     if [ "$state" = inactive ] && [ @DEGRADED@ = yes ]; then
         mdadm --run /dev/$name >/dev/null 2>&1 && changed=1
         read -r state <$at/array_state
@@ -117,7 +120,15 @@ def _array(sets: Sets, words: list[str], blocks: Sequence[Block]) -> None:
     device = f"/dev/{name}"
     members = next((block.parents for block in blocks if block.device == device), ())
     there = f" ({listed(members)} of it is there)" if members else ""
-    if state == "inactive":
+    if state == "container":  # of firmware RAID, whose volumes are arrays of their own
+        sets.idle.add(device)
+        if not any(
+            block.kind == "md" and block.size and block.device != device for block in blocks
+        ):
+            sets.lines.append(
+                f"none of the volumes of the firmware RAID{there} can be put together; {_ADD}"
+            )
+    elif state == "inactive":
         sets.idle.add(device)
         sets.lines.append(f"the RAID {device} lacks disks and is not shown{there}; {_ADD}")
     elif _count(missing):
