@@ -190,8 +190,8 @@ def test_what_is_mounted():
     ("number", "error", "says"),
     [
         (errno.ENODEV, HostError, "the kernel does not know the filesystem xfs"),
-        (errno.EUCLEAN, EngineError, "the kernel refuses this xfs"),
-        (errno.EINVAL, EngineError, "the kernel refuses this xfs"),
+        (errno.EUCLEAN, EngineError, "the kernel finds this xfs damaged"),
+        (errno.EINVAL, EngineError, "the kernel finds this xfs damaged"),
         (errno.EIO, EngineError, "it cannot be mounted"),
     ],
 )
