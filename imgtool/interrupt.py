@@ -45,20 +45,27 @@ def on_interrupt(callback: Callable[[], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole() -> Iterator[None]:
-    """A short block that is not cut in two: an interrupt that comes in it is raised at its end."""
+def whole(*, last: bool = False) -> Iterator[None]:
+    """A short block that is not cut in two: an interrupt that comes in it is raised at its end.
+
+    With the `last` one, all that was asked for is done: what comes in it comes too late, and is
+    not raised. Where the block fails it is.
+    """
     global _holding, _held_back
     if threading.current_thread() is not threading.main_thread():
         yield  # Python interrupts no other
         return
     _holding += 1
+    done = False
     try:
         yield
+        done = True
     finally:
         _holding -= 1
         if _held_back and not _holding:
             _held_back = False
-            raise KeyboardInterrupt
+            if not (last and done):
+                raise KeyboardInterrupt
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

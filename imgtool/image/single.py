@@ -30,6 +30,7 @@ from imgtool.image.guards import (
 )
 from imgtool.image.holdings import bitmaps_in, left_out
 from imgtool.image.info import ImageInfo, probe
+from imgtool.image.locks import refuse_if_in_use
 from imgtool.image.places import printable, typed
 from imgtool.image.recognise import refuse_noise
 from imgtool.image.record import temporary_path
@@ -124,6 +125,7 @@ def plan_convert(
     chain = open_chain(path, format=format, backing_dirs=backing_dirs)
     refuse_existing(new)
     refuse_encrypted(chain)
+    refuse_if_in_use(chain, read_only=True)  # a copy of what changes meanwhile is torn
     space = size_of_copy(chain)
     if snapshot is not None:
         with at_snapshot(chain, snapshot) as seen:

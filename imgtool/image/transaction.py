@@ -98,7 +98,7 @@ class Transaction:
             for record, overlay in zip(self._records, self._overlays(), strict=True):
                 sync_folder(record.path.parent)
                 record.note(step="ready", noted=marks(record.image, overlay))
-            with interrupt.on_interrupt(self._say_that_it_goes_on), interrupt.whole():
+            with interrupt.on_interrupt(self._say_that_it_goes_on), interrupt.whole(last=True):
                 self._records[0].note(step="commit")
                 try:
                     self._finish()
@@ -106,6 +106,8 @@ class Transaction:
                     if all(is_untouched(record) for record in self._records):
                         self._records[0].note(step="ready")
                     raise
+                if interrupt.pending():
+                    self._notice("done: all of it is in the image")
 
     def _overlays(self) -> list[Path]:
         return [chain.active.path for chain in self.chains]

@@ -217,15 +217,17 @@ class Plan:
                 self.do(work)
                 if repeated:
                     mend(self.image, format=self.format)
-                work.refuse_if_lost(self.image, "what it lacks is in no copy of imgtool's")
-                record.remove()
-            except BaseException:
+                with interrupt.whole(last=True):
+                    work.refuse_if_lost(self.image, "what it lacks is in no copy of imgtool's")
+                    record.remove()
+            except BaseException as stopped:
                 try:
                     line = settle(record, finish=False)
                 except ImgtoolError as error:
                     line = f"{error}: to be settled by imgtool recover {printable(self.image)}"
                 if line and notice:
-                    notice(line)
+                    cut_off = isinstance(stopped, KeyboardInterrupt)
+                    notice(line if cut_off else line.replace("an interrupted ", "the ", 1))
                 raise
             return work
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.errors import UsageError
+from imgtool.errors import ImgtoolError, UsageError
 from imgtool.image.chain import open_chain
 from imgtool.image.qemu_img import same_content
 from imgtool.image.record import is_ours
@@ -284,3 +284,31 @@ def test_recover_of_nothing_is_said(tmp_path, imgtool_cli):
     assert done.status == 0 and "nothing was interrupted" in done.err
     done = imgtool_cli("recover", tmp_path)
     assert done.status == 3 and "a directory, not an image" in done.err
+
+
+def test_an_image_that_a_guest_writes_to_is_not_converted(tmp_path, imgtool_cli):
+    image = tmp_path / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", image, "8M")
+    with subprocess.Popen(["qemu-io", image], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as io:
+        assert io.stdin is not None and io.stdout is not None
+        io.stdin.write(b"write 0 64k\n")
+        io.stdin.flush()
+        io.stdout.readline()
+        refused = imgtool_cli("convert", image, tmp_path / "new.qcow2")
+        io.stdin.close()
+    assert refused.status == 4
+    assert f"the image is in use by qemu-io, process {io.pid}" in refused.err
+    assert "interrupted" not in refused.err and nothing_left(tmp_path)
+
+
+def test_what_fails_was_not_interrupted(tmp_path, imgtool_cli, monkeypatch):
+    image = tmp_path / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", image, "8M")
+
+    def fail(self, *words):
+        raise ImgtoolError("no luck")
+
+    monkeypatch.setattr("imgtool.image.work.Work.prove_same", fail)
+    failed = imgtool_cli("convert", image, tmp_path / "new.qcow2")
+    assert failed.status == 1 and "no luck" in failed.err
+    assert "warning: the convert of " in failed.err and "interrupted" not in failed.err

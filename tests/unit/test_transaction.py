@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
+import time
 
 import pytest
 
+from imgtool import interrupt
 from imgtool.errors import RefusedError
 from imgtool.image import transaction
 from imgtool.image.chain import open_chain
@@ -121,3 +124,39 @@ def test_a_base_that_only_a_named_folder_allows_is_no_obstacle_at_the_end(tmp_pa
         writing.commit()
     assert pattern(image, "qcow2", NEW)
     assert left_over(folder) == []
+
+
+def test_an_interrupt_in_the_commit_comes_too_late_and_is_told_so(tmp_path, monkeypatch):
+    """All of it is in the image: the command is done, with status 0."""
+    image = made(tmp_path, "qcow2")
+    said: list[str] = []
+    really = transaction.Transaction._finish
+
+    def finish(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        while not interrupt.pending():
+            time.sleep(0.001)
+        really(self)
+
+    monkeypatch.setattr(transaction.Transaction, "_finish", finish)
+    try:
+        with (
+            interrupt.watch(),
+            transaction.transaction([open_chain(image)], notice=said.append) as writing,
+        ):
+            fill(writing.chains[0].active.path, "qcow2", NEW)
+            writing.commit()
+    finally:
+        interrupt._seen.clear()
+    assert pattern(image, "qcow2", NEW) and left_over(tmp_path) == []
+    assert said == [
+        "the write is being finished, so that nothing is left half done",
+        "done: all of it is in the image",
+    ]
+
+
+def test_an_interrupt_of_a_commit_that_fails_is_an_interrupt(tmp_path):
+    with interrupt.watch(), pytest.raises(KeyboardInterrupt), interrupt.whole(last=True):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise OSError
+    interrupt._seen.clear()
