@@ -78,7 +78,7 @@ class ChosenGuest(Guest):
             raise ImageError(
                 f"the direct engine does not read this: {reason}",
                 subject=self._image,
-                hint="leave --engine out, and the appliance reads it",
+                hint="leave --engine out: the appliance reads what its kernel knows",
             ) from error
         log.info("engine: libguestfs, since the direct engine does not read this: %s", reason)
         try:
