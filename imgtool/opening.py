@@ -359,26 +359,25 @@ def _drives(
 ) -> Callable[[Any], None]:
     """What adds the disks to a handle.
 
-    What libguestfs could not open by its name alone, a snapshot or a chain that QEMU would have to
-    guess at, and what another user could exchange, is served to the appliance by qemu-nbd.
+    A disk that is only read is served to the appliance by qemu-nbd. By its name libguestfs (1.48)
+    puts an overlay on it and leaves QEMU to guess what is in that overlay: a guest that writes the
+    header of an image to its disk could name any file of the host as the base of it.
     """
-    by_name = all(chain.safe_by_name for chain in chains)
-    if write and not by_name:
-        raise ValueError("a chain to write to is opened by name")
     # A table with 4096-byte sectors is seen only on a disk that has them.
     sectors = [_sectors(chain, snapshot) for chain in chains]
-    if snapshot is None and by_name and (write or all(map(is_safe_from_others, chains))):
+    if write:
+        if snapshot is not None or not all(chain.safe_by_name for chain in chains):
+            raise ValueError("a chain to write to is opened by name")
 
         def add_files(handle: Any) -> None:
-            # Nothing was written: there is nothing to sync when the appliance goes.
-            handle.set_autosync(write)
+            handle.set_autosync(True)
             for chain, size in zip(chains, sectors, strict=True):
                 active = chain.active
                 handle.add_drive_opts(
                     # By its own name: QEMU looks for what it stands on beside a link.
                     str(active.path.resolve()),
                     format=active.format,
-                    readonly=not write,
+                    readonly=False,
                     **size,
                 )
 

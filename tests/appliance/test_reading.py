@@ -140,3 +140,28 @@ def test_reading_changes_neither_a_byte_nor_the_mtime(imgtool_cli, open_guests):
         assert imgtool_cli(*command).status == 0
     after = (image.stat().st_mtime_ns, hashlib.sha256(image.read_bytes()).hexdigest())
     assert before == after
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_what_a_disk_contains_is_never_opened_as_an_image(imgtool_cli, tmp_path, format):
+    """A guest that writes the header of an image to its disk names no file of the host."""
+    contents = tmp_path / "contents"
+    contents.mkdir()
+    (contents / "file").write_text("secret of the host")
+    secret = tmp_path / "secret.raw"
+    with secret.open("wb") as file:
+        file.truncate(16 << 20)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", contents, secret], check=True)
+    inner, outer = tmp_path / "inner", tmp_path / "guests" / "disk"
+    outer.parent.mkdir()
+    words = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", secret, "-F", "raw", inner]
+    subprocess.run(words, check=True)
+    with inner.open("r+b") as file:
+        file.truncate(16 << 20)
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", format, inner, outer], check=True)
+    given = ("--format", format, "--engine", "libguestfs")
+    result = imgtool_cli("cat", outer, "/file", "-m", "/dev/sda", *given)
+    assert result.status != 0
+    assert result.out == b""
+    result = imgtool_cli("filesystems", outer, "-o", "json", *given)
+    assert [row["type"] for row in json.loads(result.text)] == ["unknown"]

@@ -218,7 +218,8 @@ class Handle:
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o755])
-def test_the_appliance_gets_what_others_can_exchange_from_a_server(image: Path, mode: int) -> None:
+def test_the_appliance_reads_disks_from_a_server_alone(image: Path, mode: int) -> None:
+    """Neither can others exchange them, nor is what they contain taken for an image."""
     import contextlib
 
     image.parent.chmod(mode)
@@ -227,10 +228,7 @@ def test_the_appliance_gets_what_others_can_exchange_from_a_server(image: Path, 
         opening._drives([open_chain(image)], None, False, stack)(handle)
     ((name, options),) = handle.drives
     assert options["readonly"]
-    if mode == 0o777:
-        assert (name, options["protocol"]) == ("", "nbd")
-    else:
-        assert name == str(image) and "protocol" not in options
+    assert (name, options["protocol"], options["format"]) == ("", "nbd", "raw")
 
 
 def test_what_a_process_has_opened_is_compared(image: Path, secret: Path) -> None:
