@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import errno
 from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_uint32, c_uint64, c_void_p
 from itertools import islice
@@ -263,23 +264,32 @@ class Calls:
 
     def xattrs(self, path: bytes) -> Xattrs:
         """All extended attributes of what is at the path; a symbolic link is not followed."""
-        answer = self._call("lgetxattrs", path, path)
+        try:
+            answer = self._call("lgetxattrs", path, path)
+        except CallFailed as error:
+            if error.errno == errno.EOPNOTSUPP:  # a filesystem that has none
+                return ()
+            raise
         try:
             found = answer.contents
             return ordered((x.name, x.content) for x in found.val[: found.len])
         finally:
             self._library.guestfs_free_xattr_list(answer)
 
-    def xattrs_in(self, directory: bytes, names: Sequence[bytes]) -> list[Xattrs]:
-        """The extended attributes of names in a directory, which have to fit into one message."""
+    def xattrs_in(self, directory: bytes, names: Sequence[bytes]) -> list[Xattrs | None]:
+        """The extended attributes of names in a directory, which have to fit into one message;
+        None where they could not be read, for whatever reason.
+        """
         answer = self._call("lxattrlist", directory, directory, _strings(names))
         try:
-            # Of each file first one that has no name, its value being how many there are.
+            found: list[Xattrs | None] = []
             rows = iter(answer.contents.val[: answer.contents.len])
-            return [
-                ordered((x.name, x.content) for x in islice(rows, int(head.content or b"0")))
-                for head in rows
-            ]
+            for head in rows:
+                # Of each file first one that has no name, its value being how many there are.
+                count = head.content
+                of_it = [(x.name, x.content) for x in islice(rows, int(count or b"0"))]
+                found.append(ordered(of_it) if count else None)
+            return found
         finally:
             self._library.guestfs_free_xattr_list(answer)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from imgtool.engines.libguestfs.calls import CallFailed, Calls, printable
 from imgtool.errors import EngineError
 from imgtool.guest.guest import OnProblem
 from imgtool.guest.model import Entry
+from imgtool.guest.xattrs import Xattrs
 
 # Entries whose directories are asked together: a call a directory and batch.
 BATCH = 5000
@@ -81,17 +83,16 @@ def _attributed(
     """Entries with their extended attributes, with one call a directory where that suffices."""
     for directory, group in groupby(entries, lambda entry: entry.path.rpartition(b"/")[0]):
         siblings = list(group)
-        try:
+        found: Sequence[Xattrs | None] = ()
+        with contextlib.suppress(CallFailed):  # too much for one message
             found = calls.xattrs_in(directory or b"/", [entry.name for entry in siblings])
-        except CallFailed:  # too much for one message, or one of them cannot be read
-            found = []
-        if len(found) == len(siblings):
-            for entry, attributes in zip(siblings, found, strict=True):
-                yield dataclasses.replace(entry, xattrs=attributes)
-            continue
-        for entry in siblings:
+        if len(found) != len(siblings):
+            found = [None] * len(siblings)
+        for entry, attributes in zip(siblings, found, strict=True):
             try:
-                yield dataclasses.replace(entry, xattrs=calls.xattrs(entry.path))
+                # Alone for the reason, where there was none: a filesystem without attributes, too.
+                known = calls.xattrs(entry.path) if attributes is None else attributes
+                yield dataclasses.replace(entry, xattrs=known)
             except CallFailed as error:
                 if on_problem is None:
                     raise
