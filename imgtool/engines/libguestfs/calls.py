@@ -285,8 +285,9 @@ class Calls:
             found: list[Xattrs | None] = []
             rows = iter(answer.contents.val[: answer.contents.len])
             for head in rows:
-                # Of each file first one that has no name, its value being how many there are.
-                count = head.content
+                # Of each file first one that has no name, its value being how many there are, as a
+                # string with a NUL at its end.
+                count = head.content.rstrip(b"\0")
                 of_it = [(x.name, x.content) for x in islice(rows, int(count or b"0"))]
                 found.append(ordered(of_it) if count else None)
             return found
