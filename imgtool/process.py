@@ -26,7 +26,7 @@ from imgtool.errors import HostError
 
 log = logging.getLogger(__name__)
 
-PIPE = subprocess.PIPE
+PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -151,11 +151,17 @@ def spawn(
     stdout: int = subprocess.DEVNULL,
     stderr: int = subprocess.PIPE,
     env: dict[str, str] | None = None,
+    outlives: bool = False,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a program that lives as long as the `with` block; it is gone when the block ends."""
+    """Start a program that lives as long as the `with` block; it is gone when the block ends.
+
+    One that `outlives` imgtool where that is killed has to end by itself.
+    """
     words = [str(word) for word in argv]
     log.debug("spawn: %s", shlex.join(words))
     options = _options(limits or Limits(), pass_fds, env)
+    if outlives:
+        options |= {"preexec_fn": None, "start_new_session": True}
     with _started(words, stdin=stdin, stdout=stdout, stderr=stderr, **options) as process:
         yield process
 

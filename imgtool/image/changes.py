@@ -2,7 +2,7 @@
 
 What is finished then could go over what they wrote. A file that nobody writes to during the work is
 as it was noted. One that QEMU was writing to when it was killed is not; but a QEMU that imgtool
-started dies with it, and until then the time of the record's own file says that it is at work.
+started dies with it, and when that was the time of the record's own file says.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from imgtool.image.record import Record
 from imgtool.image.unfinished import to_keep
 
 Dirs = Sequence[str | Path]
-# How long after the last word of an imgtool that was killed its QEMU may have written.
+# How long after the last sign of life of an imgtool that was killed its QEMU may have written.
 _MARGIN = 1_500_000_000  # nanoseconds
 
 
@@ -51,8 +51,9 @@ def _what_changed(
         status = image.stat()
         if before.get("snapshots") != snapshots_of(image):
             return "its internal snapshots were changed"
+        ended = record.touched if record.witnessed else record.touched + _MARGIN
         # When a device was written to last nobody knows.
-        if stat.S_ISREG(status.st_mode) and status.st_mtime_ns > record.touched + _MARGIN:
+        if stat.S_ISREG(status.st_mode) and status.st_mtime_ns > ended:
             return "it was written to"
     for other in overlays_on(image, backing_dirs):
         new = other.stat().st_ctime_ns > record.touched

@@ -15,6 +15,8 @@ from pathlib import Path
 
 _files: dict[tuple[int, int], int] = {}  # the descriptor that holds the locks
 
+_others: list[int] = []
+
 
 def _identity(path: Path) -> tuple[int, int] | None:
     with contextlib.suppress(OSError, ValueError):
@@ -30,7 +32,17 @@ def is_held(path: Path) -> bool:
 
 def descriptors() -> tuple[int, ...]:
     """What holds the locks, for the programs that work on the files."""
-    return tuple(_files.values())
+    return (*_files.values(), *_others)
+
+
+@contextlib.contextmanager
+def kept_open(descriptor: int) -> Iterator[None]:
+    """While the block runs those programs inherit this descriptor too."""
+    _others.append(descriptor)
+    try:
+        yield
+    finally:
+        _others.remove(descriptor)
 
 
 @contextlib.contextmanager

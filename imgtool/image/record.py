@@ -24,6 +24,7 @@ from imgtool import interrupt
 from imgtool.errors import HostError, RefusedError
 from imgtool.image.places import printable
 from imgtool.image.proof import proof_of, proves
+from imgtool.image.witness import is_marked, witnessed
 
 _PREFIX, _SUFFIX = ".", ".imgtool-record"
 _PROOF = "proof"
@@ -70,7 +71,8 @@ class Record:
     """The record of one piece of work on `image`; `facts` are the lines so far, as one.
 
     `path` is where it is, `owner` the id of the user who wrote it, and `proved` whether that was
-    this user's imgtool. `touched` is when that was last at work, in nanoseconds since 1970.
+    this user's imgtool. `touched` is when that was last at work, in nanoseconds since 1970; when it
+    ended, where that was `witnessed`.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Record:
         self.path = path
         self.owner = status.st_uid
         self.touched = status.st_mtime_ns
+        self.witnessed = is_marked(status)
         self.facts = lines.facts
         self.proved = lines.proved
         self._proof = lines.proof
@@ -118,7 +121,8 @@ class Record:
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
         """While the block runs, the time of the record's file says that imgtool is at work: who
-        wrote to the image later is somebody else."""
+        wrote to the image later is somebody else. A witness sees to the end of it; where both are
+        killed, or the host goes down, the last sign of life has to do."""
         ended = threading.Event()
 
         def beat() -> None:
@@ -129,7 +133,8 @@ class Record:
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
         try:
-            yield
+            with witnessed(self.path):
+                yield
         finally:
             ended.set()
             thread.join()

@@ -4,8 +4,10 @@ command: what was written since is never lost, and what was to be done is done o
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -312,6 +314,43 @@ def test_while_it_is_under_way_another_imgtool_says_so(tmp_path, imgtool_cli):
         done = imgtool_cli("info", image)
         assert done.status == 0 and f"process {other.pid}, is at work on it" in done.err
         other.stdin.close()
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["imgtool", "its whole group"])
+@pytest.mark.parametrize("name", ["commit", "write"])
+def test_a_guest_that_is_started_at_once_is_seen(tmp_path, imgtool_cli, name, group):
+    """Right after a kill in the middle of the writing, not some seconds later."""
+    job, image = JOBS[name], tmp_path / "base.qcow2"
+    job.make(tmp_path)
+    started = tmp_path / "started"
+    child = os.fork()
+    if not child:
+        os.setpgid(0, 0)
+        patch = pytest.MonkeyPatch()
+        really = recovery.qemu_img if name == "write" else work.qemu_img
+
+        def hang(*words: object, **options: object) -> None:
+            really(*words, **options)
+            started.touch()
+            signal.pause()
+
+        for module in (recovery, work):
+            patch.setattr(module, "qemu_img", hang)
+        job.do(tmp_path)
+        os._exit(1)
+    until = time.monotonic() + 60
+    while not started.exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    os.kill(-child if group else child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while _tries(image):  # until the locks are gone
+        assert time.monotonic() < until
+    write(image, f"write -P {SINCE} 1536k 64k")
+    seen = content(image)
+    done = imgtool_cli("recover", image)
+    assert done.status == 4 and "it was written to since" in done.err, done.err
+    assert content(image) == seen
 
 
 # While it is under way
