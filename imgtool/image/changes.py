@@ -17,7 +17,7 @@ from imgtool.errors import Force, Reason, RefusedError
 from imgtool.image import qcow2
 from imgtool.image.dependants import overlays_on
 from imgtool.image.host_file import open_host_file
-from imgtool.image.marks import Mark, is_as_noted, mark_of, snapshots_of
+from imgtool.image.marks import Mark, is_as_noted, is_same_file, mark_of, snapshots_of
 from imgtool.image.places import printable, typed
 from imgtool.image.qcow2_snapshots import read_snapshots, same_as_active
 from imgtool.image.record import Record
@@ -44,21 +44,34 @@ def _what_changed(
     record: Record, overlay: Path, backing_dirs: Dirs, force: Force, anew: bool
 ) -> str | None:
     """What somebody did to the files of a record after its work was cut off; None for nothing."""
-    image, before = record.image, noted(record, "image")
-    if not anew and not is_intact(record, overlay, force):
-        return f"{printable(overlay)} was written to"
-    if Reason.COPY not in force and isinstance(before, dict) and not is_as_noted(before, image):
-        status = image.stat()
-        if before.get("snapshots") != snapshots_of(image):
-            return "its internal snapshots were changed"
-        ended = record.touched if record.witnessed else record.touched + _MARGIN
-        # When a device was written to last nobody knows.
-        if stat.S_ISREG(status.st_mode) and status.st_mtime_ns > ended:
-            return "it was written to"
+    image = record.image
+    if Reason.COPY not in force:
+        if not anew and (what := _used(record, overlay, "overlay")):
+            return what
+        if what := _used(record, image, "image"):
+            return what
     for other in overlays_on(image, backing_dirs):
         new = other.stat().st_ctime_ns > record.touched
         if new and not (overlay.exists() and other.samefile(overlay)):
             return f"{printable(other)} was put on it, or used,"
+    return None
+
+
+def _used(record: Record, path: Path, which: str) -> str | None:
+    """What somebody did to a file that QEMU had open for writing when it was killed."""
+    before = noted(record, which)
+    if is_as_noted(before, path) or (which == "image" and not isinstance(before, dict)):
+        return None
+    name = "it" if which == "image" else printable(path)
+    if not isinstance(before, dict) or not is_same_file(before.get("identity"), path):
+        return f"{name} was replaced"
+    if before.get("snapshots") != snapshots_of(path):
+        return f"the internal snapshots of {name} were changed"
+    status = path.stat()
+    ended = record.touched if record.witnessed else record.touched + _MARGIN
+    # When a device was written to last nobody knows.
+    if stat.S_ISREG(status.st_mode) and status.st_mtime_ns > ended:
+        return f"{name} was written to"
     return None
 
 
