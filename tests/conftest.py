@@ -26,8 +26,8 @@ os.environ["PATH"] = os.pathsep.join(
     folder for folder in os.environ["PATH"].split(os.pathsep) if folder != _INSTALLED
 )
 
-# Where records of work have what proves them; the user's own is left alone. Its name is not one that
-# `imgtool cleanup` takes for a folder that was left behind.
+# Where records of work have what proves them; the user's own is left alone. Its name is not one
+# that `imgtool cleanup` takes for a folder that was left behind.
 _STATE = tempfile.TemporaryDirectory(prefix="state-of-imgtool-tests-")
 os.environ["IMGTOOL_STATE_DIR"] = _STATE.name
 
