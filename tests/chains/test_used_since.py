@@ -243,9 +243,16 @@ USED = [
 ]
 
 
-@pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize(("name", "which"), USED)
-def test_what_was_written_after_the_kill_is_not_lost(tmp_path, imgtool_cli, name, use, which):
+# What ends in one step with a guest alone; the long form has all of them with all.
+TRIALS = [
+    pytest.param(*one, use, marks=[pytest.mark.long] * (one[0] in OTHER_JOBS and use != "guest"))
+    for one in USED
+    for use in USES
+]
+
+
+@pytest.mark.parametrize(("name", "which", "use"), TRIALS)
+def test_what_was_written_after_the_kill_is_not_lost(tmp_path, imgtool_cli, name, which, use):
     job = ALL[name]
     commands = [one for one in COMMANDS if "top.qcow2" not in one or job.other == "top.qcow2"]
     tried = 0

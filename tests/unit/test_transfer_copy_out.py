@@ -995,3 +995,26 @@ def test_no_image_is_given_a_name_that_imgtool_removes(
     done = imgtool_cli(*words)
     assert done.status == 4 and "a name that imgtool gives" in done.err
     assert not new.exists()
+
+
+def test_no_record_of_work_comes_out_of_a_guest_and_all_else_does(
+    place: Path, lines: Lines
+) -> None:
+    """What lies beside an image under such a name would be taken for imgtool's own."""
+    planted, folder = b".disk.qcow2.imgtool-record", b".imgtool-0123456789ab"
+    guest = FakeGuest().directory(b"/top").add(b"/top/good", b"good")
+    guest.add(b"/top/" + planted, b"{}").directory(b"/top/" + folder)
+    guest.add(b"/top/" + folder + b"/inside", b"x")
+    guest.stream = archive(
+        member("./", kind=tarfile.DIRTYPE),
+        member(f"./{planted.decode()}", b"{}"),
+        member(f"./{folder.decode()}", kind=tarfile.DIRTYPE),
+        member(f"./{folder.decode()}/inside", b"x"),
+        member("./good", b"good"),
+    )
+    there = copied(guest, place, lines)
+    assert [path.name for path in there.iterdir()] == ["good"]
+    said = {line for _, line in lines.problems if "for its own" in line}
+    assert len(said) == 1 and "left out" in said.pop()
+    with pytest.raises(ImgtoolError, match="for its own"):
+        copy_out(guest, "/top/good", place / "dest" / os.fsdecode(planted), lines.report)
