@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from imgtool.errors import Force, ImageError, ImgtoolError
+from imgtool.errors import Force, HostError, ImageError, ImgtoolError
 from imgtool.image import qcow2
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
@@ -157,7 +157,8 @@ def _full_disk_told(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise ImgtoolError(
+        kind = HostError if full else ImgtoolError
+        raise kind(
             f"it cannot be written: {(error.strerror or '').lower()}",
             subject=printable(path.parent),
             hint="make room on that file system, then repeat the command" if full else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from imgtool import said
-from imgtool.errors import ImgtoolError
+from imgtool.errors import HostError, ImgtoolError
 from imgtool.image.held import descriptors
 from imgtool.image.places import printable, typed
 from imgtool.process import PIPE, Limits, ProgramFailed, run, spawn
@@ -21,6 +22,7 @@ OnPart = Callable[[float], None]
 _LIMITS = Limits(memory=8 << 30)
 _PART = re.compile(rb"\(\s*([0-9.]+)/100%\)")
 _DIFFERENT = 1
+_HOST_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG))
 _WITH_PROGRESS = ("commit", "compare", "convert", "rebase")  # it is silent where it is quiet
 
 
@@ -77,7 +79,9 @@ def _run(
 
 
 def _failed(stderr: str, image: Path) -> ImgtoolError:
-    kind = Locked if 'Failed to get "' in stderr else ImgtoolError
+    kind: type[ImgtoolError] = Locked if 'Failed to get "' in stderr else ImgtoolError
+    if any(full in stderr for full in _HOST_FULL):
+        kind = HostError
     told = said.by_qemu(stderr, typed(image))
     return kind(f"QEMU could not do it: {told.means}", subject=printable(image), hint=told.step)
 
