@@ -71,11 +71,14 @@ def images_to_read(
     *,
     format: str | None = None,
     backing_dirs: Sequence[str | Path] = (),
+    partial: bool = False,
 ) -> Iterator[tuple[Chain, ...]]:
     """`open_images` for those who read them in the block: no imgtool changes them meanwhile."""
     with contextlib.ExitStack() as stack:
         chains = tuple(
-            stack.enter_context(chain_to_read(image, format=format, backing_dirs=backing_dirs))
+            stack.enter_context(
+                chain_to_read(image, format=format, backing_dirs=backing_dirs, partial=partial)
+            )
             for image in images
         )
         yield _not_noise(chains, format)
@@ -111,7 +114,9 @@ def open_guest(
     notice = _once(notice)
     with contextlib.ExitStack() as stack:
         chains = stack.enter_context(
-            images_to_read([image, *add], format=format, backing_dirs=backing_dirs)
+            images_to_read(
+                [image, *add], format=format, backing_dirs=backing_dirs, partial=snapshot is None
+            )
         )
         for chain in chains:
             if snapshot is not None:
@@ -123,6 +128,7 @@ def open_guest(
         log.info("chain: checked in %.3f s", time.monotonic() - started)
 
         def appliance() -> AbstractContextManager[Guest]:
+            _refuse_lost(chains)
             return _appliance(
                 chains,
                 image=str(image),
@@ -161,6 +167,16 @@ def open_guest(
         )
         chosen.chains = chains
         yield chosen
+
+
+def _refuse_lost(chains: Sequence[Chain]) -> None:
+    """Raise `ImageError` for an image that was cut off: the appliance would read zeros for what is
+    lost of it."""
+    from imgtool.image.ends import Truncated
+
+    for chain in chains:
+        if (unseen := chain.active.unseen) is not None and chain.active.is_truncated:
+            raise Truncated(chain.active.path, unseen)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ SECTOR = 512
 _MAX_LOGICAL = 128
 _MAX_GPT_ENTRIES = 1 << 20  # bytes of the whole array; parted writes no larger one
 _MAX_PROBLEMS = 20
+_NO_COPY = "the copy of the partition table is missing or damaged"
 _BEYOND = "reaches past the end of the disk"
 _GPT_HEADER = struct.Struct("<8sIIIIQQQQ16sQIII")
 _GPT_ENTRY = struct.Struct("<16s16sQQQ")
@@ -50,6 +51,11 @@ class PartitionTable:
     partitions: tuple[Partition, ...]
     problems: tuple[str, ...] = ()
     cut_off: bool = False
+
+    @property
+    def lacks_copy(self) -> bool:
+        """Whether nothing is odd but that the copy of the table at the end cannot be used."""
+        return len(self.problems) == 1 and self.problems[0].endswith(_NO_COPY)
 
 
 @dataclass(frozen=True)
@@ -259,7 +265,7 @@ def _read_gpt(read: Read, size: int, device: str, sector_size: int) -> Partition
             " its copy at the end was used"
         )
     elif _gpt_at(read, min(found[0], last), sector_size, last) is None:
-        problems.append(f"{device}: the copy of the partition table is missing or damaged")
+        problems.append(f"{device}: {_NO_COPY}")
     _, entries, entry_size = found
     rows = []
     for number, at in enumerate(range(0, len(entries), entry_size), 1):

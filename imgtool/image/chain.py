@@ -36,13 +36,15 @@ class Chain:
 
     `header` is an overlay on the active image's file with another header for it, as it was at a
     snapshot (`imgtool.image.snapshot_view`); `names` are those of files that QEMU is not to open by
-    their own (`imgtool.image.steady`).
+    their own (`imgtool.image.steady`). `lost` are the parts of the disk, in bytes from start to
+    end, that are not there, and for which QEMU reads zeros.
     """
 
     links: tuple[ImageInfo, ...]
     problems: tuple[str, ...] = field(default=())
     header: Path | None = None
     names: Mapping[Path, str] = field(default_factory=dict, compare=False)
+    lost: tuple[tuple[int, int], ...] = ()
 
     @property
     def active(self) -> ImageInfo:
@@ -198,7 +200,11 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def follow_chain(
-    path: str | Path, *, format: str | None = None, backing_dirs: Sequence[str | Path] = ()
+    path: str | Path,
+    *,
+    format: str | None = None,
+    backing_dirs: Sequence[str | Path] = (),
+    partial: bool = False,
 ) -> Iterator[tuple[ImageInfo, tuple[str, ...]]]:
     """The links of the chain that starts at `path`, each with its problems, as far as they can be
     followed: the errors are those of `open_chain`, raised where the next link would come."""
@@ -208,7 +214,7 @@ def follow_chain(
         # The image holds a part of what the overlay has all of, until the commit is finished.
         refuse_other_format(path, overlay, format)
         path, format = overlay.absolute(), "qcow2"
-    link = probe(path, format=format, places=places, by_header=True)
+    link = probe(path, format=format, places=places, by_header=True, partial=partial)
     if link.probed and link.format != "raw" and link.backing and path.suffix == ".raw":
         # A guest can write any header to its raw disk; the name says which of the two to believe.
         raise RefusedError(
@@ -249,19 +255,31 @@ def follow_chain(
 
 
 def open_chain(
-    path: str | Path, *, format: str | None = None, backing_dirs: Sequence[str | Path] = ()
+    path: str | Path,
+    *,
+    format: str | None = None,
+    backing_dirs: Sequence[str | Path] = (),
+    partial: bool = False,
 ) -> Chain:
     """Follow the chain that starts at `path`, the active image, which has `format` if given.
+
+    With `partial` an image that was cut off is opened too, for who minds what is `lost` of it.
 
     Raises `ImageError` for a link that is missing, damaged or met twice, and `RefusedError` for
     one that is outside the folders a chain may use (`Places.around`) or not a local file.
     """
     links: list[ImageInfo] = []
     problems: list[str] = []
-    for link, lines in follow_chain(path, format=format, backing_dirs=backing_dirs):
+    for link, lines in follow_chain(
+        path, format=format, backing_dirs=backing_dirs, partial=partial
+    ):
         links.append(link)
         problems += lines
     chain = Chain(tuple(links), tuple(problems))
+    if partial and chain.active.is_truncated:
+        from imgtool.image.lost import lost_ranges
+
+        chain = replace(chain, lost=lost_ranges(chain.active))
     _have_qemu_open(chain)
     return chain
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from imgtool.errors import ImageError
 from imgtool.image import vdi, vhd, vhdx, vmdk
 from imgtool.image.host_file import open_host_file
 from imgtool.image.places import printable
@@ -38,6 +39,14 @@ class Unseen:
     def line(self, path: Path) -> str:
         """For the user."""
         return f"{printable(path)}: {self.means}"
+
+
+class Truncated(ImageError):
+    """The file of an image is shorter than what its tables name; `unseen` says how much."""
+
+    def __init__(self, path: Path, unseen: Unseen) -> None:
+        super().__init__(unseen.means, subject=printable(path), hint=unseen.do)
+        self.unseen = unseen
 
 
 class Short(NamedTuple):

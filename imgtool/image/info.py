@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from imgtool import said
 from imgtool.errors import ImageError, RefusedError
 from imgtool.image import headers, lineage, qcow2, vhd, vmdk
-from imgtool.image.ends import Short, Unseen, cut_off, other_size, short_files
+from imgtool.image.ends import Short, Truncated, Unseen, cut_off, other_size, short_files
 from imgtool.image.host_file import Identity, file_node, node_driver, open_host_file
 from imgtool.image.locks import in_use_for_writing
 from imgtool.image.packed import packed_as, step_for_format, words_for
@@ -31,6 +31,7 @@ from imgtool.process import Limits, ProgramFailed, TimedOut, run
 
 FORMATS = ("raw", "qcow2", "qcow", "qed", "vmdk", "vdi", "vpc", "vhdx")
 _LARGEST_FILE = 1 << 47  # twice that of the largest VHDX
+_READ_IN_PART = ("qcow2", "vdi", "vmdk")  # QEMU opens them without their end
 _OF_OTHERS = ("vpc", "vhdx", "vdi", "vmdk")
 PROBE_LIMITS = Limits(memory=1 << 30, cpu=8, wall=8)
 
@@ -89,6 +90,11 @@ class ImageInfo:
     found: str | None = None
     unseen: Unseen | None = None
     inodes: tuple[tuple[Path, Identity], ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether QEMU would read zeros where the file has ended (see `imgtool.image.lost`)."""
+        return self.unseen is not None and self.unseen.what == "truncated"
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -186,11 +192,14 @@ def _refuse_short(image: Path, file: Short, most: int = _LARGEST_FILE) -> tuple[
             subject=printable(file.path),
             hint="look for another copy of it",
         )
-    raise ImageError(
+    unseen = Unseen(
+        "truncated",
         f"truncated: the file is {file.length} bytes long, what it holds reaches to {file.needed}",
-        subject=printable(file.path),
-        hint=f"to read what is left, lengthen a copy: truncate -s {file.needed} COPY",
+        f"to read what is left, lengthen a copy: truncate -s {file.needed} COPY",
+        file.needed,
+        file.length,
     )
+    raise Truncated(file.path, unseen)
 
 
 def _problems(path: Path, *, corrupt: bool, dirty: bool) -> tuple[str, ...]:
@@ -254,11 +263,13 @@ def probe(
     backing_dirs: Sequence[str | Path] = (),
     by_header: bool = False,
     below: bool = False,
+    partial: bool = False,
 ) -> ImageInfo:
     """What the file at `path` is; `format` given means that the content is not asked.
 
     With `by_header` a qcow2 header is believed: whether QEMU opens the image is left to the caller.
-    `below` is what a header named, and so has to be in `places`.
+    `below` is what a header named, and so has to be in `places`. With `partial` an image that was
+    cut off is given too, where what is left of it can be told (`imgtool.image.lost`).
 
     Neither backing files nor, before they are known to lie in `places` (by default those around
     the image and `backing_dirs`), data files and extents are opened. Raises `ImageError` for what
@@ -276,7 +287,16 @@ def probe(
         file = opened.enter_context(open_host_file(path, within=places if below else None))
         if file.seek(0, os.SEEK_END) == 0:
             raise ImageError("empty file", subject=printable(path))
-        link = _probe_open_file(file, path, format, places, by_header)
+        try:
+            link = _probe_open_file(file, path, format, places, by_header)
+        except Truncated as error:
+            if not partial:
+                raise
+            link = _probe_open_file(file, path, format, places, by_header=False, whole=False)
+            if link.format not in _READ_IN_PART or len(link.files) > 1 or link.backing is not None:
+                raise
+            line = error.unseen.line(path)
+            link = replace(link, unseen=error.unseen, problems=(*link.problems, line))
         files = [opened.enter_context(open_host_file(p, within=places)) for p in link.files[1:]]
         status = [os.fstat(one.fileno()) for one in (file, *files)]
         inodes = tuple(zip(link.files, ((s.st_dev, s.st_ino) for s in status), strict=True))
@@ -321,7 +341,12 @@ def _answer(file: BinaryIO, path: Path, description: str, format: str | None) ->
 
 
 def _probe_open_file(
-    file: BinaryIO, path: Path, format: str | None, places: Places, by_header: bool
+    file: BinaryIO,
+    path: Path,
+    format: str | None,
+    places: Places,
+    by_header: bool,
+    whole: bool = True,
 ) -> ImageInfo:
     file.seek(0)
     start = file.read(_PROBED_BYTES)
@@ -360,7 +385,7 @@ def _probe_open_file(
         footer = _refuse_unreadable(file, path, format, known)
         if footer is not None and footer.offset:
             known = probed_as = "vpc"  # QEMU looks at the beginning alone, which is the disk's
-        for short in short_files(file, path, known or "raw", extents):
+        for short in short_files(file, path, known or "raw", extents) if whole else ():
             problems += _refuse_short(path, short)
     if format is None and start.startswith(_LUKS):
         probed_as = "raw"  # what is encrypted is the content; QEMU would want to decrypt it itself
@@ -380,7 +405,7 @@ def _probe_open_file(
     specific: dict[str, Any] = answer.get("format-specific", {}).get("data", {})
     corrupt = bool(specific.get("corrupt", False))
     problems += _problems(path, corrupt=corrupt, dirty=bool(answer.get("dirty-flag")))
-    if found == "qcow2" and header is not None:
+    if found == "qcow2" and header is not None and whole:
         problems += _check_complete(file, path, header)
     unseen = None
     if found == "vpc" and footer is not None:

@@ -49,7 +49,11 @@ def _lock(path: Path, kind: int, stack: contextlib.ExitStack) -> bool:
 
 @contextlib.contextmanager
 def chain_to_read(
-    path: str | Path, *, format: str | None = None, backing_dirs: Sequence[str | Path] = ()
+    path: str | Path,
+    *,
+    format: str | None = None,
+    backing_dirs: Sequence[str | Path] = (),
+    partial: bool = False,
 ) -> Iterator[Chain]:
     """`open_chain`, and until the block ends no imgtool gives the chain's image other content."""
     path = Path(path)
@@ -68,7 +72,7 @@ def chain_to_read(
             if time.monotonic() > until:
                 raise _being_written(path)
             time.sleep(_PAUSE)
-        yield open_chain(path, format=format, backing_dirs=backing_dirs)
+        yield open_chain(path, format=format, backing_dirs=backing_dirs, partial=partial)
 
 
 def _overlay_of_now(path: Path, until: float) -> Path | None:

@@ -182,22 +182,39 @@ def read_sparse(file: BinaryIO) -> Sparse | None:
 def size_needed(file: BinaryIO, sparse: Sparse) -> int:
     """How long the file has to be, in bytes, to hold the last grain that its tables name; 0 where
     that cannot be told: it is compressed, or its tables are very large."""
+    needed = tables_end(file, sparse)
+    if not needed:
+        return 0
+    for place in _directory(file, sparse):
+        last = max(_entries(file, place * _SECTOR, sparse.table_entries), default=0)
+        if last > 1:  # 1 is a grain of zeros
+            needed = max(needed, last * _SECTOR + sparse.grain_size)
+    return needed
+
+
+def tables_end(file: BinaryIO, sparse: Sparse) -> int:
+    """Where the last of its tables ends, in bytes; 0 where `size_needed` cannot tell."""
+    tables = _tables(sparse)
+    if not tables:
+        return 0
+    table = sparse.table_entries * 4
+    ends = [place * _SECTOR + table for place in _directory(file, sparse)]
+    return max([sparse.directory_offset + tables * 4, *ends])
+
+
+def _tables(sparse: Sparse) -> int:
+    """How many tables of grains it has; 0 where they are not looked at."""
     per_table = sparse.grain_size * sparse.table_entries
     if sparse.compressed or not per_table or sparse.directory_offset >= 1 << 62:
         return 0
     tables = -(-sparse.capacity // per_table)
-    if tables * 4 > _LARGEST_DIRECTORY or tables * sparse.table_entries * 4 > _MOST_TABLES:
-        return 0
-    directory = _entries(file, sparse.directory_offset, tables)
-    needed = sparse.directory_offset + tables * 4
-    for place in directory:
-        if place:
-            grains = _entries(file, place * _SECTOR, sparse.table_entries)
-            needed = max(needed, (place * _SECTOR) + sparse.table_entries * 4)
-            last = max(grains, default=0)
-            if last > 1:  # 1 is a grain of zeros
-                needed = max(needed, last * _SECTOR + sparse.grain_size)
-    return needed
+    too_large = tables * 4 > _LARGEST_DIRECTORY
+    return 0 if too_large or tables * sparse.table_entries * 4 > _MOST_TABLES else tables
+
+
+def _directory(file: BinaryIO, sparse: Sparse) -> list[int]:
+    """Where its tables are, in sectors."""
+    return [place for place in _entries(file, sparse.directory_offset, _tables(sparse)) if place]
 
 
 def _entries(file: BinaryIO, offset: int, count: int) -> array[int]:

@@ -126,3 +126,77 @@ def test_a_table_that_is_not_sound_says_nothing(disk: Path):
         assert disk_size(start[:560] + os.urandom(16) + start[576:], CUT) == CUT  # its checksum
     else:
         assert disk_size(start[:446] + b"\x01" + start[447:], CUT) == CUT
+
+
+# Images of other formats, for whose missing parts QEMU gives zeros
+
+
+@pytest.fixture(params=["qcow2", "vdi", "vmdk"])
+def torn(request: pytest.FixtureRequest, disk: Path, tmp_path: Path) -> Path:
+    image = tmp_path / f"torn.{request.param}"
+    subprocess.run(
+        ["qemu-img", "convert", "-f", "raw", "-O", request.param, disk, image], check=True
+    )
+    os.truncate(image, image.stat().st_size * 6 // 10)
+    return image
+
+
+def test_zeros_are_never_taken_for_what_is_lost(torn: Path, disk: Path, tmp_path, capfd):
+    assert run("cat", torn, "/small") == 0
+    said = capfd.readouterr()
+    assert said.out.encode() == SMALL
+    assert said.err.count("truncated: the file is") == 1
+    assert run("copy-out", "--keep-partial", torn, "/small", "/large", tmp_path) == 1
+    assert "its file was cut off" in capfd.readouterr().err
+    assert (tmp_path / "small").read_bytes() == SMALL
+    (kept,) = [path for path in tmp_path.iterdir() if path.name.startswith("large")]
+    content = kept.read_bytes()
+    assert LARGE // 3 < len(content) < LARGE
+    assert (disk.parent / "large").read_bytes().startswith(content)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["info", "IMAGE"],
+        ["check", "IMAGE"],
+        ["chain", "check", "IMAGE"],
+        ["partitions", "IMAGE"],
+        ["convert", "IMAGE", "NEW"],
+        ["ls", "--engine", "libguestfs", "IMAGE", "/"],
+        ["cat", "IMAGE", "/small", "--snapshot", "x"],
+        ["copy-in", "IMAGE", "FOLDER", "/"],
+        ["mount", "IMAGE", "FOLDER"],
+        ["resize", "IMAGE", "+1G"],
+        ["overlay", "create", "IMAGE", "NEW"],
+    ],
+    ids=" ".join,
+)
+def test_who_would_take_zeros_for_it_is_refused(words: list[str], torn: Path, tmp_path, capfd):
+    (tmp_path / "folder").mkdir()
+    names = {"IMAGE": torn, "NEW": tmp_path / "new", "FOLDER": tmp_path / "folder"}
+    assert run(*(names.get(word, word) for word in words)) == ExitStatus.IMAGE_UNREADABLE
+    said = capfd.readouterr()
+    assert "truncated: the file is" in said.out + said.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_where_the_tables_are_lost_nothing_is_read(disk: Path, tmp_path: Path, capfd):
+    image = tmp_path / "torn.qcow2"
+    options = ["-o", "cluster_size=4k"]
+    subprocess.run(
+        ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options, disk, image], check=True
+    )
+    os.truncate(image, image.stat().st_size * 6 // 10)
+    assert run("ls", image, "/") == ExitStatus.IMAGE_UNREADABLE
+    assert "truncated: the file is" in capfd.readouterr().err
+
+
+def test_an_overlay_that_was_cut_off_is_not_read_in_part(disk: Path, tmp_path: Path, capfd):
+    image = tmp_path / "over.qcow2"
+    words = ["create", "-f", "qcow2", "-F", "raw", "-b", disk, image]
+    subprocess.run(["qemu-img", *words], check=True, capture_output=True)
+    subprocess.run(["qemu-io", "-c", "write 8M 4M", image], check=True, capture_output=True)
+    os.truncate(image, image.stat().st_size * 6 // 10)
+    assert run("ls", "--backing-dir", disk.parent, image, "/") == ExitStatus.IMAGE_UNREADABLE
+    assert "truncated: the file is" in capfd.readouterr().err

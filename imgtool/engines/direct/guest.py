@@ -53,6 +53,7 @@ class DirectGuest(Guest):
         image: str,
         sandbox: str = "",
         disks: Sequence[Sequence[str]],
+        lost: Sequence[Sequence[tuple[int, int]]] = (),
         mounts: Sequence[Mount] = (),
         root: str | None = None,
         replayed: Collection[int] = (),
@@ -72,7 +73,7 @@ class DirectGuest(Guest):
         started = time.monotonic()
         argvs, left_alone = [list(argv) for argv in disks], unreplayed(mounts)
         handed = {"ring": client.shared, "scratch": client.scratch}
-        answer = client.one("open", disks=argvs, unreplayed=left_alone, **handed)
+        answer = client.one("open", disks=argvs, lost=lost, unreplayed=left_alone, **handed)
         took = time.monotonic() - started
         log.info("sandbox: worker, QEMU and volumes ready in %.3f s (%s)", took, sandbox)
         self._devices: Devices = client.checked(devices, answer, len(disks))

@@ -87,6 +87,7 @@ def open_direct(
                 image=image,
                 sandbox=kind.value,
                 disks=disks,
+                lost=[chain.lost for chain in chains],
                 mounts=mounts,
                 root=root,
                 replayed=overlays,
@@ -103,6 +104,8 @@ def open_direct(
         first.close()
         if snapshot is not None:
             raise NeedsAppliance("a journal has to be replayed in a snapshot")
+        if any(chain.lost for chain in chains):
+            raise NeedsAppliance("a journal has to be replayed in an image that was cut off")
         if kind is not sandbox.Kind.NAMESPACES:
             raise NeedsAppliance("a journal is replayed in namespaces alone")
         from imgtool.engines.direct import replay

@@ -22,6 +22,7 @@ _DEPTH = "qemu:allocation-depth"
 _ASKED = 1 << 30
 _ZEROS = bytes(32 << 10)
 _LARGEST_MAPPED = 16 << 40
+_FILLED = 512  # of what cannot be read as a whole, this much is tried at a time
 
 
 class CannotOpen(Exception):
@@ -48,6 +49,7 @@ class Disk:
         self._nbd.set_pread_initialize(False)
         self._nbd.add_meta_context(_DEPTH)
         self._size = 0
+        self._lost: Sequence[tuple[int, int]] = ()
         try:
             self._nbd.aio_connect_socket(connection)
         except nbd.Error as error:
@@ -65,6 +67,21 @@ class Disk:
                 self._whole = 0
         except self._error as error:
             raise CannotOpen(str(error)) from error
+
+    def lose(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """These parts of the disk, from start to end and in their order, are not there."""
+        self._lost = ranges
+
+    @property
+    def has_lost(self) -> bool:
+        """Whether parts of it are not there."""
+        return bool(self._lost)
+
+    def _refuse_lost(self, offset: int, length: int) -> None:
+        at = bisect_right(self._lost, (offset, self._size))
+        for start, end in self._lost[max(at - 1, 0) : at + 1]:
+            if start < offset + length and offset < end:
+                raise ReadFailed("this part of the image is not there: its file was cut off")
 
     def _failed(self, error: Exception) -> Exception:
         if self._nbd.aio_is_ready() or self._nbd.aio_is_processing():
@@ -106,6 +123,8 @@ class Disk:
         """Begin to read as many bytes as `buffer` has into it; gives what `finish` takes."""
         if offset < 0 or offset + len(buffer) > self._size:
             raise ReadFailed("past the end of the disk")
+        if self._lost:
+            self._refuse_lost(offset, len(buffer))
         try:
             return int(self._nbd.aio_pread(buffer, offset, flags=self._whole))
         except self._error as error:
@@ -163,6 +182,8 @@ class Disk:
         return kept
 
     def _fetched(self, offset: int, length: int) -> bytes:
+        if self._lost:
+            self._refuse_lost(offset, length)
         try:
             # A bytearray, which is as good as bytes here and need not be copied.
             return self._nbd.pread(length, offset, flags=self._whole)  # type: ignore[no-any-return]
@@ -190,13 +211,11 @@ class Stretch:
         return self._source.read(self._offset + offset, length)
 
 
-class Padded:
-    """A source of which only the first bytes are there, with zeros for the others: enough to see
-    what it was."""
+class Filled:
+    """A source with zeros for what cannot be read of it: enough to see what it was."""
 
-    def __init__(self, source: Source, there: int) -> None:
+    def __init__(self, source: Source) -> None:
         self._source = source
-        self._there = there
 
     @property
     def size(self) -> int:
@@ -205,9 +224,18 @@ class Padded:
 
     def read(self, offset: int, length: int) -> bytes:
         """`length` bytes at `offset`."""
-        kept = min(max(self._there - offset, 0), length)
-        data = self._source.read(offset, kept) if kept else b""
-        return bytes(data) + bytes(length - kept)
+        try:
+            return self._source.read(offset, length)
+        except ReadFailed:
+            pass
+        pieces = []
+        for at in range(offset, offset + length, _FILLED):
+            wanted = min(_FILLED, offset + length - at)
+            try:
+                pieces.append(bytes(self._source.read(at, wanted)))
+            except ReadFailed:
+                pieces.append(bytes(wanted))
+        return b"".join(pieces)
 
 
 class Joined:

@@ -12,7 +12,7 @@ from imgtool.engines.direct.ext_superblock import NeedsJournal
 from imgtool.engines.direct.filesystem import Filesystem, NeedsAppliance, ReadFailed, Source
 from imgtool.engines.direct.protocol import MOST_DEVICES
 from imgtool.engines.direct.signatures import identify
-from imgtool.engines.direct.sources import Disk, Joined, Padded, Stretch
+from imgtool.engines.direct.sources import Disk, Filled, Joined, Stretch
 from imgtool.guest.blocks import Block, in_order
 from imgtool.guest.model import Partition
 from imgtool.guest.partition_table import Read, disk_name, examine
@@ -120,30 +120,31 @@ class Volumes:
         kind: str,
         source: Source,
         parents: tuple[str, ...],
-        there: int | None = None,
+        whole: bool = True,
     ) -> Block:
-        """A device; of one that was cut off `there` bytes are left."""
+        """A device, of which a part may be missing if it is not `whole`."""
         self._sources[device] = source
-        type, label, uuid = identify(source if there is None else Padded(source, there))
+        type, label, uuid = identify(source if whole else Filled(source))
         return Block(device, kind, source.size, type, label, uuid, parents=parents)
 
-    def _on_disk(self, number: int, disk: Source) -> list[Block]:
+    def _on_disk(self, number: int, disk: Disk) -> list[Block]:
         device = disk_name(number)
-        table = examine(_reading(disk), disk.size, device)
+        table = examine(_reading(Filled(disk) if disk.has_lost else disk), disk.size, device)
         rows = [row for row in table.partitions if row.number is not None]
-        if table.problems and not table.cut_off:
+        cut_off = table.cut_off or (disk.has_lost and table.lacks_copy)
+        if table.problems and not cut_off:
             raise NeedsAppliance(f"the partition table is odd: {table.problems[0]}")
         self._places[device] = (Place(number, 0, disk.size),)
         for row in rows:
             self._places[row.device] = (Place(number, row.start, row.size),)
-        whole = self._block(device, "device", disk, ())
+        whole = self._block(device, "device", disk, (), not disk.has_lost)
         if whole.type is None and table.partitions[0].table in TITLES:
             whole = replace(whole, type=table.partitions[0].table + SUFFIX)
         if rows and whole.type is not None:
             raise NeedsAppliance(f"{device} has a partition table and is {whole.type} itself")
-        return [whole, *(self._partition(device, disk, row) for row in rows)]
+        return [whole, *(self._partition(device, disk, row, not disk.has_lost) for row in rows)]
 
-    def _partition(self, device: str, disk: Source, row: Partition) -> Block:
+    def _partition(self, device: str, disk: Source, row: Partition, whole: bool) -> Block:
         kind = row.type or ""
         if row.table == "msdos" and int(kind, 16) in EXTENDED:
             size = min(_EXTENDED_SIZE, row.size)
@@ -151,11 +152,11 @@ class Volumes:
             return Block(
                 row.device, "partition", size, parttype=f"0x{int(kind, 16):x}", parents=(device,)
             )
-        there = max(disk.size - row.start, 0) if row.end >= disk.size else None
+        whole = whole and row.end < disk.size
         part = Stretch(disk, row.start, row.size)
-        block = self._block(row.device, "partition", part, (device,), there)
+        block = self._block(row.device, "partition", part, (device,), whole)
         if (
-            there is None
+            whole
             and block.type is None
             and (inner := foreign_table(_reading(self._sources[row.device]), row.size))
         ):

@@ -12,7 +12,7 @@ import dataclasses
 import stat
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, BinaryIO
 
 from imgtool.engines.direct import protocol, seccomp
@@ -146,17 +146,23 @@ class Worker:
     # Disks and volumes
 
     def do_open(
-        self, disks: list[Disk], ring: int | None = None, unreplayed: Collection[str] = ()
+        self,
+        disks: list[Disk],
+        lost: Sequence[Sequence[Sequence[int]]] = (),
+        ring: int | None = None,
+        unreplayed: Collection[str] = (),
     ) -> dict[str, Any]:
         """Wait for the disks, give up all rights but those to read, find the volumes.
 
-        `ring` is the descriptor of the memory that is shared with the parent; the journals of the
-        devices in `unreplayed` are left alone.
+        `lost` are the parts of each disk that are not there. `ring` is the descriptor of the memory
+        that is shared with the parent; the journals of the devices in `unreplayed` are left alone.
         """
         if ring is not None:
             self._slots = Slots(ring, self._requests)
         for disk in disks:
             disk.wait()
+        for disk, parts in zip(disks, lost, strict=False):
+            disk.lose([(start, end) for start, end in parts])
         seccomp.confine(seccomp.worker_filter())
         self._volumes = Volumes(disks, unreplayed)
         blocks = [
