@@ -5,6 +5,7 @@ Layout: [MS-VHDX] "Virtual Hard Disk v2 (VHDX) File Format" by Microsoft.
 
 from __future__ import annotations
 
+import os
 import struct
 import sys
 import uuid
@@ -145,7 +146,9 @@ def read(file: BinaryIO) -> Vhdx | None:
 
 
 def size_needed(file: BinaryIO, image: Vhdx) -> int:
-    """How long the file has to be, in bytes, to hold the last block that its table names."""
+    """How long the file has to be, in bytes, to hold the last block that its table names, where
+    that is more than it has."""
+    there = file.seek(0, os.SEEK_END)
     length = min(image.table_size, _LARGEST_TABLE)
     needed = min(image.table_offset, 1 << 62) + length
     file.seek(min(image.table_offset, 1 << 62))
@@ -154,9 +157,11 @@ def size_needed(file: BinaryIO, image: Vhdx) -> int:
         entries = array("Q", piece[: len(piece) // 8 * 8])
         if sys.byteorder == "big":
             entries.byteswap()
-        for entry in entries:
-            if entry & 7 in (_WHOLLY_THERE, _PARTLY_THERE):
-                needed = max(needed, (entry >> 20 << 20) + image.block_size)
+        # The largest of all says at once that none is too large, which is the rule.
+        if (max(entries, default=0) >> 20 << 20) + image.block_size > there:
+            for entry in entries:
+                if entry & 7 in (_WHOLLY_THERE, _PARTLY_THERE):
+                    needed = max(needed, (entry >> 20 << 20) + image.block_size)
         if not piece:
             break
     return needed

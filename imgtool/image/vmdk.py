@@ -11,6 +11,7 @@ import re
 import struct
 import sys
 from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -35,6 +36,7 @@ _SECTOR = 512
 _COMPRESSED_OR_MARKERS = 3 << 16
 _MOST_TABLES = 64 << 20  # bytes of grain tables: of 1 TiB in grains of 64 KiB
 _LARGEST_DIRECTORY = 4 << 20
+_READ_AT_ONCE = 1 << 18  # entries
 
 
 @dataclass(frozen=True)
@@ -185,11 +187,25 @@ def size_needed(file: BinaryIO, sparse: Sparse) -> int:
     needed = tables_end(file, sparse)
     if not needed:
         return 0
-    for place in _directory(file, sparse):
-        last = max(_entries(file, place * _SECTOR, sparse.table_entries), default=0)
+    for place, count in _runs(_directory(file, sparse), sparse.table_entries):
+        last = max(_entries(file, place * _SECTOR, count), default=0)
         if last > 1:  # 1 is a grain of zeros
             needed = max(needed, last * _SECTOR + sparse.grain_size)
     return needed
+
+
+def _runs(places: Sequence[int], entries: int) -> Iterator[tuple[int, int]]:
+    """Tables that lie one after the other, as one: where they begin, and how many entries."""
+    start, count = 0, 0
+    for place in sorted(set(places)):
+        if count and place * _SECTOR == start * _SECTOR + count * 4 and count < _READ_AT_ONCE:
+            count += entries
+            continue
+        if count:
+            yield start, count
+        start, count = place, entries
+    if count:
+        yield start, count
 
 
 def tables_end(file: BinaryIO, sparse: Sparse) -> int:
@@ -218,8 +234,11 @@ def _directory(file: BinaryIO, sparse: Sparse) -> list[int]:
 
 
 def _entries(file: BinaryIO, offset: int, count: int) -> array[int]:
+    """A table, or nothing for one of zeros."""
     file.seek(offset)
     data = file.read(count * 4)
+    if not data.strip(b"\0"):
+        return array("I")  # as most of a new disk is
     found = array("I", data[: len(data) // 4 * 4])
     if sys.byteorder == "big":
         found.byteswap()
