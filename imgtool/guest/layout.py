@@ -43,11 +43,15 @@ class Locked(NotInGuestError):
     """No operating system is in what can be read, and there is more that is encrypted."""
 
     def __init__(self, closed: Sequence[str], others: Sequence[str] = ()) -> None:
+        said = "what it holds is encrypted, and no key fits"
         hint = f"give the key: --key {closed[0]}:file:FILE, or --key all:key:PASSPHRASE"
         if others:
+            said = (
+                "no operating system is in what can be read; the rest is encrypted, and no key fits"
+            )
             hint += f"; or look at what is not encrypted: -m {others[0]}"
         super().__init__(
-            "no operating system is in what can be read; the rest is encrypted, and no key fits",
+            said,
             subject=", ".join(closed[:_MOST_LINES]),
             hint=hint,
         )
