@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from imgtool import open_guest
+from imgtool.engines.direct.answers import Contents
+from imgtool.engines.direct.filesystem import Node, ReadFailed
+from imgtool.engines.direct.tree import Found, Place
+from imgtool.engines.direct.tree_files import pieces
 from imgtool.errors import EngineError
 from imgtool.process import environment
 from imgtool.transfer.copy_out import Report, copy_out
@@ -242,3 +248,47 @@ def test_names_that_a_damaged_directory_does_not_give_are_not_removed(sound, tmp
         done = subprocess.run(words, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (1, "")
         assert BAD_ENTRY in done.stderr and "(/many)" in done.stderr
+
+
+@pytest.mark.parametrize("end", [0, 511, 512, 5000, (1 << 20) + 1, (3 << 20) - 512])
+def test_a_file_is_given_up_to_the_sector_that_cannot_be_read(end: int) -> None:
+    class Broken:
+        def read(self, inode: int, offset: int, length: int) -> bytes:
+            if offset + length > end:
+                raise ReadFailed("a bad sector")
+            return bytes(length)
+
+    node = Node(1, 0o100644, 0, 0, 3 << 20, 0, 0, 1, 0)
+    given = 0
+    with pytest.raises(ReadFailed, match="a bad sector"):
+        for piece in pieces(Broken(), Found(b"/f", Place(0, 1), node, None), 0, 3 << 20):  # type: ignore[arg-type]
+            given += len(piece)
+    assert given == end // 512 * 512
+
+
+def test_what_precedes_an_error_is_read_before_it_comes() -> None:
+    class Raw(io.RawIOBase):
+        def __init__(self, *parts: bytes) -> None:
+            self.parts = list(parts)
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            if not self.parts:
+                raise EngineError("it breaks off")
+            part = self.parts[0][: len(buffer)]
+            self.parts[0] = self.parts[0][len(part) :]
+            if not self.parts[0]:
+                del self.parts[0]
+            buffer[: len(part)] = part
+            return len(part)
+
+    stream = Contents(Raw(b"a" * 1000, b"b" * 10))
+    assert stream.read(5) == b"a" * 5
+    assert stream.read(1 << 20) == b"a" * 995 + b"b" * 10
+    for _ in range(2):
+        with pytest.raises(EngineError, match="breaks off"):
+            stream.read(1 << 20)
+    with pytest.raises(EngineError, match="breaks off"):  # who asks for all is not told of a part
+        Contents(Raw(b"c")).read()

@@ -30,7 +30,7 @@ def pieces(filesystem: Filesystem, found: Found, offset: int, length: int) -> It
         except ReadFailed:
             if most <= _LEAST:
                 raise
-            most = most // 16
+            most = max(most // 16, _LEAST)
             continue
         if not data:
             raise ReadFailed("the file ends too early")
