@@ -41,6 +41,18 @@ _QEMU = (
         " COPY",
     ),
     _Known(
+        r"[Bb]itmap directory|Bitmap .*(constraints|not supported)",
+        "its table of dirty bitmaps is damaged, and QEMU opens no such image",
+        "mend a copy of it, which has no bitmaps then: cp {0} COPY, then"
+        " dd if=/dev/zero of=COPY bs=1 seek=95 count=1 conv=notrunc",
+    ),
+    _Known(
+        r"snapshot table",
+        "its table of internal snapshots is damaged, and QEMU opens no such image",
+        "mend a copy of it, which may lack snapshots then: cp {0} COPY, then qemu-img check -r all"
+        " COPY",
+    ),
+    _Known(
         r'Failed to get "|Failed to lock',
         "another process has it open",
         "shut the guest down, or end that process, then try again",

@@ -10,12 +10,13 @@ rehearsed first, over the image, on a throw-away file, and done in the way that 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
-from imgtool.errors import ImgtoolError, RefusedError
+from imgtool.errors import HostError, ImageError, ImgtoolError, RefusedError
 from imgtool.image.chain import Chain
 from imgtool.image.checking import CHECK_MEMORY, CheckResult, check_metadata, check_node
 from imgtool.image.contents import open_contents
@@ -44,11 +45,16 @@ class WouldLose(RefusedError):
 def repair_tables(link: ImageInfo, what: What) -> CheckResult:
     """Have QEMU mend the tables of an image; what was found before, or what is wrong still.
 
-    Raises `WouldLose` where that would lose snapshots, bitmaps or names of other files.
+    Raises `WouldLose` where that would lose snapshots, bitmaps or names of other files,
+    `ImageError` where QEMU cannot do it, and `HostError` where there is no room to try it out.
     """
     before = holdings_of(link.path, link.format)
     if before is None or not before.more_than_content:
-        return check_metadata(link, repair=what)
+        try:
+            return check_metadata(link, repair=what)
+        except ImageError:
+            _refuse_if_more(link, what, check_metadata(link))
+            raise
     found = check_metadata(link)
     if found.sound and not found.leaks and not link.dirty and not link.corrupt:
         return found
@@ -56,12 +62,19 @@ def repair_tables(link: ImageInfo, what: What) -> CheckResult:
         raise _would_lose(link, what, "its table of snapshots or of bitmaps cannot be read", found)
     said: list[str] = []
     for way in _ways(link, what, found):
-        missing = _rehearse(link, way, before)
+        try:
+            missing = _rehearse(link, way, before)
+        except ProgramFailed as error:
+            _refuse_if_full(error)
+            continue
         if missing:
             said += missing
             continue
         file = file_node(link.path, link.driver)
-        way(check_node(link, file), file)
+        try:
+            way(check_node(link, file), file)
+        except ProgramFailed as error:
+            raise _not_completed(link, "the repair of its tables was not completed") from error
         now = holdings_of(link.path, link.format)
         if gone := lost(before, now):
             raise ImgtoolError(
@@ -70,22 +83,51 @@ def repair_tables(link: ImageInfo, what: What) -> CheckResult:
                 hint="please report this",
             )
         return check_metadata(link)
-    raise _would_lose(link, what, "; ".join(dict.fromkeys(said)), found)
+    if said:
+        raise _would_lose(link, what, "; ".join(dict.fromkeys(said)), found)
+    _refuse_if_more(link, what, found)
+    raise _not_completed(link, "QEMU cannot repair its tables; nothing was changed")
+
+
+def _refuse_if_more(link: ImageInfo, what: What, found: CheckResult) -> None:
+    """For what QEMU could not do: it frees no lost space where its counts are wrong themselves."""
+    if what == "leaks" and not found.sound:
+        raise ImageError(
+            "more is wrong with its tables than lost space; nothing was changed",
+            subject=printable(link.path),
+            hint=f"to mend all that is wrong: imgtool check --repair all {typed(link.path)}",
+        )
+
+
+def _refuse_if_full(error: ProgramFailed) -> None:
+    """What could not be tried for want of room says nothing of the image."""
+    if "No space left" in error.stderr:
+        raise HostError(
+            "there is no room to try the repair out before it is made",
+            subject=large_files() or tempfile.gettempdir(),
+            hint="make room there, or name another folder: TMPDIR=FOLDER",
+        ) from error
+
+
+def _not_completed(link: ImageInfo, what: str) -> ImageError:
+    return ImageError(what, subject=printable(link.path), hint="imgtool chain check says more")
 
 
 def _would_lose(link: ImageInfo, what: What, lost: str, found: CheckResult) -> WouldLose:
-    shown, word = printable(link.path), typed(link.path)
-    hint = f"on a copy of the file, which then lacks that: qemu-img check -r {what} COPY"
-    if what == "leaks" and not found.sound and link.compat != "0.10":
-        hint = f"to mend all that is wrong loses nothing: imgtool check --repair all {word}"
+    more_helps = what == "leaks" and not found.sound and link.compat != "0.10"
+    word = typed(link.path)
     return WouldLose(
-        f"QEMU's repair would lose what the image holds: {lost}", subject=shown, hint=hint
+        f"QEMU's repair would lose what the image holds: {lost}",
+        subject=printable(link.path),
+        hint=f"to mend all that is wrong loses nothing: imgtool check --repair all {word}"
+        if more_helps
+        else f"in a copy, which then lacks it: cp {word} COPY, then qemu-img check -r {what} COPY",
     )
 
 
 def _ways(link: ImageInfo, what: What, found: CheckResult) -> list[_Way]:
     def by_check(node: dict[str, Any], file: dict[str, Any]) -> None:
-        run(_check(node, what), limits=_LIMITS, ok=(0, 1, 2, 3), pass_fds=descriptors())
+        run(_check(node, what), limits=_LIMITS, ok=_COMPLETED, pass_fds=descriptors())
 
     ways: list[_Way] = [by_check]
     # What an opened image gets is always the repair of all.
@@ -95,6 +137,9 @@ def _ways(link: ImageInfo, what: What, found: CheckResult) -> list[_Way]:
 
 
 _LIMITS = Limits(memory=CHECK_MEMORY)  # no limit of time: a repair is never stopped halfway
+# Of a check: nothing is wrong any more, damage is left, or lost space. One that was not completed
+# may not have come to what loses something yet.
+_COMPLETED = (0, 2, 3)
 
 
 def _check(node: dict[str, Any], what: What) -> list[str]:
@@ -117,7 +162,10 @@ def _by_opening(node: dict[str, Any], file: dict[str, Any]) -> None:
 
 
 def _rehearse(link: ImageInfo, way: _Way, before: Holdings) -> list[str]:
-    """What of the image would be lost, tried on throw-away files over its own."""
+    """What of the image would be lost, tried on throw-away files over its own.
+
+    Raises `ProgramFailed` where QEMU does not come to an end with it.
+    """
     with scratch_folder("repair", large_files()) as folder:
         over = _over(link.path, link.driver, folder / "image")
         file = over.blockdev(read_only=False)
@@ -126,10 +174,7 @@ def _rehearse(link: ImageInfo, way: _Way, before: Holdings) -> list[str]:
             driver = node_driver(link.data_path)
             data = _over(link.data_path, driver, folder / "data").blockdev(read_only=False)
         node = check_node(link, file, data)
-        try:
-            way(node, file)
-        except ProgramFailed:
-            return ["QEMU cannot make the repair"]
+        way(node, file)
         with open_contents(over) as (read, size):
             now = read_holdings(cast(BinaryIO, ReadAt(read, size)))
         return lost(before, now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,11 @@ from imgtool.image import snapshots
 from imgtool.image.holdings import lost
 from imgtool.image.info import probe
 from imgtool.image.marks import snapshots_of
+from imgtool.image.qcow2 import read_header
 from imgtool.image.record import record_path
 from imgtool.image.repairing import repair_tables
 from imgtool.image.work import Plan, Work
+from imgtool.process import ProgramFailed
 from tests.holding import (
     AUTOCLEAR,
     CLUSTER,
@@ -132,8 +135,49 @@ def test_a_table_that_cannot_be_read_is_not_repaired_away(image, imgtool_cli):
     patch(image, at + 36, b"\xff\xff\xff\xff")  # the length of what is before the name
     content = image.read_bytes()
     done = imgtool_cli("check", "--repair", "all", image)
-    assert done.status in (3, 4) and image.read_bytes() == content
-    assert nothing_left(image.parent)
+    assert done.status == 3 and "table of internal snapshots is damaged" in done.err
+    assert image.read_bytes() == content and nothing_left(image.parent)
+    assert followed(done.err, image) == contents(with_both(image.with_name("new.qcow2")))[0]
+
+
+def followed(said: str, image: Path) -> bytes:
+    """What the copy holds that a hint says to make; in a file of its own, named COPY."""
+    steps = said.partition("then: ")[2].strip().split(", then ")
+    assert len(steps) == 2, said
+    content = image.read_bytes()
+    for step in steps:
+        subprocess.run(step, shell=True, check=True, capture_output=True, cwd=image.parent)
+    assert image.read_bytes() == content
+    return contents(image.with_name("COPY"))[0]
+
+
+def test_a_table_of_bitmaps_that_cannot_be_read_is_named(image, imgtool_cli):
+    expected = contents(image)[0]
+    with image.open("rb") as file:
+        header = read_header(file)
+    assert header is not None and header.bitmaps is not None
+    directory = int.from_bytes(header.bitmaps[16:24], "big")
+    for at, content in ((20, b"\0\0\0\7"), (17, b"\x7f")):  # more than QEMU takes; granularity
+        copy = image.with_name("damaged.qcow2")
+        shutil.copy(image, copy)
+        patch(copy, directory + at, content)
+        assert held(copy).bitmaps is None
+        done = imgtool_cli("snapshot", "create", copy, "two")
+        assert done.status == 3 and "table of dirty bitmaps is damaged" in done.err
+        assert followed(done.err, copy) == expected
+
+
+def test_where_a_repair_cannot_be_tried_out_nothing_is_done(image, imgtool_cli, monkeypatch):
+    miscount(image)
+    content = image.read_bytes()
+
+    def full(way: object, *_: object) -> None:
+        raise ProgramFailed(["qemu-img"], 1, "qemu-img: No space left on device")
+
+    monkeypatch.setattr("imgtool.image.repairing._rehearse", full)
+    done = imgtool_cli("check", "--repair", "all", image)
+    assert done.status == 6 and "TMPDIR" in done.err
+    assert image.read_bytes() == content and nothing_left(image.parent)
 
 
 @pytest.mark.parametrize("operation", ["resize", "rebase", "snapshot create", "snapshot delete"])
@@ -365,8 +409,21 @@ def test_a_repair_that_is_not_enough_leaves_no_record_and_does_no_more(image, im
     miscount(image)
     leak(image)
     done = imgtool_cli("check", "--repair", "leaks", image)
-    assert done.status == 3 and "1 entries of its tables are wrong still" in done.err
+    assert done.status == 3 and "more is wrong with its tables than lost space" in done.err
     assert tables(image) == {"corruptions": 1, "leaks": 1} and nothing_left(image.parent)
+    assert f"imgtool check --repair all {image}" in done.err
+    assert imgtool_cli("check", "--repair", "all", image).status == 0 and tables(image) == {}
+
+
+def test_the_same_of_an_image_that_holds_nothing_else(tmp_path, imgtool_cli):
+    path = tmp_path / "plain.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, "8M")
+    write(path, "write 0 1M")
+    miscount(path)
+    wrong = tables(path)
+    done = imgtool_cli("check", "--repair", "leaks", path)
+    assert done.status == 3 and "more is wrong with its tables than lost space" in done.err
+    assert tables(path) == wrong != {} and nothing_left(tmp_path)
 
 
 def test_an_interrupted_repair_does_no_more_than_was_asked_for(image, imgtool_cli):
