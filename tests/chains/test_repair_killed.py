@@ -15,6 +15,14 @@ from tests.chains.work import imgtool, start
 from tests.holding import contents, held, leak, miscount, nothing_left, tables, with_both
 
 
+def _lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("kills", [8, pytest.param(60, marks=pytest.mark.long)])
 def test_a_repair_that_is_killed_loses_nothing(tmp_path: Path, kills: int) -> None:
     damaged = with_both(tmp_path / "damaged.qcow2")
@@ -32,6 +40,10 @@ def test_a_repair_that_is_killed_loses_nothing(tmp_path: Path, kills: int) -> No
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+        until = time.monotonic() + 60
+        while _lives(process.pid):  # its QEMU dies with it, or a moment later
+            assert time.monotonic() < until
+            time.sleep(0.002)
         came_in_time += record_path(image).exists()
         status, said = imgtool("recover", image)
         assert status == 0, said
