@@ -15,6 +15,7 @@ from imgtool.errors import (
     RefusedError,
     UsageError,
 )
+from imgtool.image import vmdk
 from imgtool.image.ages import kept_younger
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
@@ -97,6 +98,8 @@ def plan_new(path: Path, size: int, *, format: str = "qcow2") -> Plan:
             str(size),
         ]
         work.qemu_img("create", words, path)
+        if format == "vmdk":
+            vmdk.name_itself(temporary, path.name)
         work.place(temporary, path)
 
     lines = (f"create {printable(path)}, {format}, {size} bytes",)
@@ -137,6 +140,8 @@ def plan_convert(
     words: list[str | Path] = ["convert", "-O", to, *_OPTIONS.get(to, ())]
     if compress:
         words.append("-c")
+        if to == "vmdk":  # the one kind that holds compressed data
+            words += ["-o", "subformat=streamOptimized"]
     lines = [f"copy {printable(path)} into {printable(new)} as {to} (up to {space} bytes)"]
     lines += left_out(len(chain.active.snapshots), len(bitmaps_in(chain.active)))
     if snapshot is None:
@@ -147,6 +152,8 @@ def plan_convert(
         with at_snapshot(chain, snapshot) as then, steady(then) as seen:
             given = [*words, *loaded(seen, snapshot), seen.filename(), temporary]
             work.qemu_img("convert", given, path)
+            if to == "vmdk":
+                vmdk.name_itself(temporary, new.name)
             if snapshot is None:
                 made = Chain((probe(temporary, format=to),)).filename()
                 work.prove_same(seen.filename(), made, "the new image has another content", path)

@@ -13,6 +13,7 @@ import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 SPARSE_MAGIC = b"KDMV"
@@ -31,6 +32,7 @@ _SIZED_EXTENT = re.compile(
     rb"(?:[ \t]+(?P<offset>[0-9]{1,18}))?",
     re.MULTILINE,
 )
+_EXTENT_NAME = re.compile(rb'^(RW [0-9]+ SPARSE ")[^\n\r"]*"', re.MULTILINE)
 _SPARSE = struct.Struct("<4sIIQQQQIQQQ?4sH")
 _SECTOR = 512
 _COMPRESSED_OR_MARKERS = 3 << 16
@@ -125,6 +127,24 @@ def _descriptor_text(file: BinaryIO) -> bytes | None:
         return None
     file.seek(at)
     return file.read(length).partition(b"\0")[0]
+
+
+def name_itself(path: Path, name: str) -> None:
+    """Write into a VMDK that is one file which name it has, as others than QEMU look for.
+
+    A name that its line cannot hold is left out in part. Raises `OSError`.
+    """
+    written = os.fsencode(name).translate(None, b'"\r\n\0')
+    with path.open("r+b") as file:
+        start = file.read(512)
+        text = _descriptor_text(file)
+        if text is None or not start.startswith(SPARSE_MAGIC):
+            return
+        sector, sectors = struct.unpack_from("<QQ", start, 28)
+        new = _EXTENT_NAME.sub(lambda line: line[1] + written + b'"', text, count=1)
+        if len(new) < sectors * _SECTOR:
+            file.seek(sector * _SECTOR)
+            file.write(new.ljust(len(text), b"\0"))
 
 
 def _number(text: bytes | None) -> int:

@@ -285,6 +285,27 @@ def test_a_vhd_is_made_as_large_as_it_should_be(size: int, tmp_path: Path):
     assert probe(tmp_path / "converted.vhd").virtual_size == size
 
 
+# What is made for others
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_vmdk_says_its_own_name(compress: bool, tmp_path: Path):
+    raw = Kind("raw").make(tmp_path / "raw")
+    new = tmp_path / 'a "new" disk.vmdk'
+    plan_convert(raw, new, to="vmdk", compress=compress).run()
+    with new.open("rb") as file:
+        descriptor, sparse = vmdk.read_descriptor(file), vmdk.read_sparse(file)
+    assert descriptor is not None and sparse is not None
+    assert [extent.name for extent in descriptor.extents] == [b"a new disk.vmdk"]
+    assert sparse.compressed is compress
+    assert same_content(open_chain(new).filename(), str(raw))
+    plan_new(tmp_path / "empty.vmdk", 1 << 20, format="vmdk").run()
+    with (tmp_path / "empty.vmdk").open("rb") as file:
+        descriptor = vmdk.read_descriptor(file)
+    assert descriptor is not None
+    assert [extent.name for extent in descriptor.extents] == [b"empty.vmdk"]
+
+
 # Repairs
 
 
