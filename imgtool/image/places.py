@@ -6,6 +6,7 @@ file that this host can read part of the guest's disk.
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 from collections.abc import Sequence
@@ -25,6 +26,13 @@ def printable(name: str | Path) -> str:
     return "".join(
         character if character.isprintable() else ascii(character)[1:-1] for character in str(name)
     )
+
+
+def _is_link(path: Path) -> bool:
+    try:
+        return path.is_symlink()
+    except OSError:
+        return False
 
 
 def typed(path: Path) -> str:
@@ -91,7 +99,9 @@ class Places:
         path = _named(name, of, role)
         try:
             real = path.resolve()
-        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symlinks
+            if _is_link(real):  # so far Python 3.13 gets in a circle of links
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        except (OSError, RuntimeError) as error:  # RuntimeError: as before, in older ones
             raise ImageError(
                 f"its {role} '{shown}' leads nowhere", subject=printable(of)
             ) from error

@@ -36,10 +36,11 @@ def volume(tmp_path: Path) -> Exfat:
     made = Exfat(tmp_path / "exfat", 4 << 20, 512)
     made.fill(
         {
-            "many": {f"a file with a name of some length {n}": b"%d" % n for n in range(40)},
-            "chained directory": {f"x{n}": b"" for n in range(40)},
-            "chained file": _LONG,
+            # First, so that their entries are in one cluster, whatever mkfs.exfat puts before them.
             "plain": _LONG,
+            "chained file": _LONG,
+            "many": {f"a file with a name of some length {n}": b"%d" % n for n in range(40)},
+            "chained folder": {f"x{n}": b"" for n in range(40)},
             "Name.txt": b"name",
         }
     )
@@ -68,7 +69,7 @@ def _changed(volume: Exfat, name: str, offset: int, data: bytes) -> bytearray:
 
 def test_directories_and_files_of_several_clusters_are_read(volume: Exfat) -> None:
     found = _opened(volume.image)
-    for name, count in ((b"many", 40), (b"chained directory", 40)):
+    for name, count in ((b"many", 40), (b"chained folder", 40)):
         directory = found.lookup(found.root, name)
         names = dict(found.names(directory))
         assert len(names) == count
@@ -214,17 +215,17 @@ def test_chains_in_circles_or_out_of_the_volume_end(volume: Exfat) -> None:
         assert 0 < cluster < found.stat(inode).size
         with pytest.raises(ReadFailed):
             found.read(inode, cluster, 10_000)
-    at = _find(volume, "chained directory") + ENTRY + 20
+    at = _find(volume, "chained folder") + ENTRY + 20
     (first,) = struct.unpack_from("<I", volume.image, at)
     image = bytearray(volume.image)
     struct.pack_into("<I", image, volume.table + first * 4, first)
     found = _opened(image)
     with pytest.raises(NeedsAppliance, match="another size than its clusters"):
-        list(found.names(found.lookup(found.root, b"chained directory")))
+        list(found.names(found.lookup(found.root, b"chained folder")))
     struct.pack_into("<I", image, volume.table + first * 4, 0)
     found = _opened(image)
     with pytest.raises(NeedsAppliance, match="leaves the volume"):
-        list(found.names(found.lookup(found.root, b"chained directory")))
+        list(found.names(found.lookup(found.root, b"chained folder")))
 
 
 def test_a_file_that_reaches_past_the_last_cluster_is_left_to_the_appliance(volume: Exfat) -> None:
@@ -254,9 +255,9 @@ def test_a_file_that_reaches_past_the_last_cluster_is_left_to_the_appliance(volu
 def test_directories_that_share_their_clusters_are_left_to_the_appliance(volume: Exfat) -> None:
     at = _find(volume, "many")
     stream = volume.image[at + ENTRY + 20 : at + 2 * ENTRY]
-    image = _changed(volume, "chained directory", ENTRY + 20, stream)
+    image = _changed(volume, "chained folder", ENTRY + 20, stream)
     image = bytearray(image)
-    at = _find(volume, "chained directory")
+    at = _find(volume, "chained folder")
     image[at + ENTRY + 1] = 3
     image[at + ENTRY + 8 : at + ENTRY + 16] = stream[4:]
     end = at + (image[at + 1] + 1) * ENTRY
@@ -264,7 +265,7 @@ def test_directories_that_share_their_clusters_are_left_to_the_appliance(volume:
     found = _opened(image)
     list(found.names(found.lookup(found.root, b"many")))
     with pytest.raises(NeedsAppliance, match="share their clusters"):
-        list(found.names(found.lookup(found.root, b"chained directory")))
+        list(found.names(found.lookup(found.root, b"chained folder")))
 
 
 def test_an_upcase_table_skips_what_is_its_own_upper_case() -> None:
