@@ -38,8 +38,8 @@ def root_archive(release: str, packages: Sequence[str]) -> Path:
 
 @contextlib.contextmanager
 def unpacked(archive: Path) -> Iterator[Path]:
-    """The root in a folder, which is gone with the block."""
-    folder = Path(tempfile.mkdtemp(prefix="imgtool-root-", dir="/var/tmp"))
+    """The root in a folder, gone with the block. Its name is none that imgtool cleans up."""
+    folder = Path(tempfile.mkdtemp(prefix="debian-root-", dir="/var/tmp"))
     try:
         folder.chmod(0o755)
         words = ["tar", "-C", folder, "--exclude=./dev/*", "-xf", archive]
