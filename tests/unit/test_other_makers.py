@@ -268,6 +268,10 @@ def test_what_the_geometry_hides_is_said_and_not_written_to(tmp_path: Path, capf
     """As VirtualBox makes it: of a size that its geometry rounds down, which QEMU goes by."""
     image, size = _of_virtualbox(tmp_path)
     found = probe(image)
+    if found.virtual_size == size:  # a newer QEMU goes by this maker's footer: nothing is hidden
+        assert not found.problems
+        refuse_to_write(open_chain(image))
+        return
     assert found.virtual_size < size
     assert f"its footer says {size} bytes" in " ".join(found.problems)
     assert run("info", image) == 0
@@ -432,7 +436,8 @@ def test_headers_that_end_early_are_no_error_of_ours(kind: Kind, tmp_path: Path)
 
 
 def test_info_in_json_says_what_is_wrong_once(tmp_path: Path, capfd):
-    image, _ = _of_virtualbox(tmp_path)
+    image, size = _of_virtualbox(tmp_path)
+    hidden = probe(image).virtual_size != size  # not by QEMU 10
     assert run("info", "-o", "json", image) == 0
     rows = json.loads(capfd.readouterr().out)
-    assert len(rows[0]["problems"]) == 1
+    assert len(rows[0]["problems"]) == int(hidden)
