@@ -8,7 +8,7 @@ import io
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,12 @@ class Result:
         return self.out.decode()
 
 
+# Commands on whose images a guest may stay open for the next one
+READING = frozenset(
+    ("cat", "copy-out", "df", "diff", "filesystems", "inspect", "ls", "partitions", "info")
+)
+
+
 class OpenGuests:
     """Open guests by image and options; reading commands in one process share them."""
 
@@ -77,6 +83,13 @@ class OpenGuests:
             for line in lines if notice else ():
                 notice(line)
 
+    def forget(self, names: Iterable[str]) -> None:
+        """Close the guests of these images: whoever writes to one may not find it in use."""
+        known = set(names)
+        for image, options in list(self._open):
+            if image in known or any(name in options for name in known if name.startswith("/")):
+                self._open.pop((image, options))[0].close()
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The long form of a suite, which takes minutes, runs where it is asked for."""
@@ -100,6 +113,8 @@ def imgtool_cli(open_guests, monkeypatch):
     monkeypatch.setattr(typer.main, "get_command", _get_command)
 
     def run(*arguments: object, stdin: bytes = b"") -> Result:
+        if arguments[0] not in READING:
+            open_guests.forget(map(str, arguments))
         out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
         err = io.StringIO()
         with monkeypatch.context() as patch, contextlib.redirect_stderr(err):
