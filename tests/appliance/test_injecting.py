@@ -147,6 +147,6 @@ def test_every_filesystem_that_is_written_to_is_checked(tmp_path: Path):
         assert {one.device for one in opened._written_to()} == {sources["/boot"]}
         # What went below a filesystem that is not there would never be seen.
         opened._unshown["/boot"] = "it cannot be mounted"
-        with pytest.raises(RefusedError, match="could not be mounted"):
+        with pytest.raises(RefusedError, match="it cannot be mounted"):
             opened._written_to()
         opened._unshown.clear()

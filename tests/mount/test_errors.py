@@ -152,7 +152,8 @@ def odd_disk(tmp_path_factory):
 )
 def test_what_is_no_filesystem(odd_disk, place, via, number, says):
     words = ("mount", odd_disk, place, "--via", via, "-p", number)
-    fails(1, *words, says=f"{says} (/dev/sda{number})")
+    hint = f"-m /dev/sda{number}:/:OPTIONS:TYPE" if number == 1 else None
+    fails(1, *words, says=f"{says} (/dev/sda{number})", hint=hint)
 
 
 def test_a_damaged_filesystem(images, place, tmp_path):

@@ -42,6 +42,7 @@ from imgtool.guest.hibernation import refuse_sleeping_devices, refuse_sleeping_f
 from imgtool.guest.hidden import hidden_mount
 from imgtool.guest.keys import Key
 from imgtool.guest.layout import NothingMounts, discover, there_is
+from imgtool.guest.mending import mending
 from imgtool.guest.model import (
     Device,
     Entry,
@@ -244,11 +245,11 @@ class LibguestfsGuest(Guest):
         """What to raise for what cannot be mounted: who wants to write is told what to do."""
         if not self.write:
             return error
+        rows = [one for one in self.volumes.filesystems() if error.subject in (None, one.device)]
         return ImageError(
-            error.message,
+            f"{error.message}; its journal does not mend it",
             subject=error.subject,
-            hint="it is damaged beyond what its journal mends; in a copy of the image its guest can"
-            " check it",
+            hint=mending(rows[0].device, rows[0].type) if rows else error.hint,
         )
 
     def unmount_layout(self) -> None:
