@@ -223,8 +223,8 @@ def noted(before: Holdings | None, after: Holdings | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Since:
-    """What became of an image since a record was written, in words for the user: what is `gone`,
-    and the bitmaps that hold no more since their writer was killed, `spoilt`."""
+    """What became of an image since a record was written, in words for the user: snapshots that are
+    `gone`, and bitmaps that are `spoilt`: they hold no more, since their writer was killed."""
 
     gone: tuple[str, ...] = ()
     spoilt: tuple[str, ...] = ()
@@ -239,11 +239,10 @@ def since(note: object, found: Holdings | None) -> Since:
     try:
         rows = [bytes.fromhex(name) for id, name in note.get("snapshots", ()) if id not in ids]
         noted_maps = [(str(name), bool(in_use)) for name, in_use in note.get("bitmaps", ())]
-        gone = [bytes.fromhex(name) for name, _ in noted_maps if name not in maps]
-        spoilt = [bytes.fromhex(name) for name, was in noted_maps if maps.get(name) and not was]
+        # While QEMU writes them down there are none that hold: one that is killed then leaves none.
+        spoilt = [
+            bytes.fromhex(name) for name, was in noted_maps if maps.get(name, True) and not was
+        ]
     except (TypeError, ValueError):
         return Since()
-    return Since(
-        gone=(*_named("snapshot", rows), *_named("bitmap", gone)),
-        spoilt=tuple(_named("bitmap", spoilt)),
-    )
+    return Since(gone=tuple(_named("snapshot", rows)), spoilt=tuple(_named("bitmap", spoilt)))

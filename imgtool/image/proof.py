@@ -79,6 +79,8 @@ def _read(path: Path, user: int) -> bytes | None:
     except FileNotFoundError:
         return None
     try:
+        if os.fstat(descriptor).st_nlink == 2:
+            _remove_first_name(path, os.fstat(descriptor))
         status = os.fstat(descriptor)
         content = os.read(descriptor, _LENGTH + 1)
     finally:
@@ -87,6 +89,14 @@ def _read(path: Path, user: int) -> bytes | None:
     if not own or status.st_mode & 0o077 or len(content) != _LENGTH:
         raise PermissionError(0, "it is not this user's alone, or not whole: remove it")
     return content
+
+
+def _remove_first_name(path: Path, status: os.stat_result) -> None:
+    """Whoever made the secret was killed before its first name went."""
+    for other in path.parent.glob(f"{_NAME}.????????"):
+        with contextlib.suppress(OSError):
+            if (other.lstat().st_dev, other.lstat().st_ino) == (status.st_dev, status.st_ino):
+                other.unlink()
 
 
 def _made(path: Path, user: int) -> bytes | None:
@@ -101,5 +111,5 @@ def _made(path: Path, user: int) -> bytes | None:
             os.link(new, path)
     finally:
         os.close(descriptor)
-        new.unlink()
+        new.unlink(missing_ok=True)  # who came first may have taken it for one that was left
     return _read(path, user)

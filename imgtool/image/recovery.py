@@ -107,10 +107,13 @@ def _was_not_begun(record: Record) -> bool:
 
 def _ended(record: Record, line: str | None) -> str | None:
     """The record of work that was settled goes; the line, and what else became of the image."""
-    now = _since(record)
+    now, operation = _since(record), record.operation
     record.remove()
     _refuse_if_gone(now, record.image)
-    return f"{line}; {_spoilt(now)}" if line and now.spoilt else line
+    if not now.spoilt:
+        return line
+    line = line or f"an interrupted {operation} to {printable(record.image)} was finished"
+    return f"{line}; {_spoilt(now)}"
 
 
 def _since(record: Record) -> Since:

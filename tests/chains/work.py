@@ -260,11 +260,6 @@ def bitmaps(image: Path) -> list[str]:
     return [row["name"] for row in said["format-specific"]["data"].get("bitmaps", ())]
 
 
-def held(image: Path) -> list[str]:
-    """What it holds besides its content."""
-    return [*snapshots(image), *bitmaps(image)]
-
-
 def children_of(pid: int) -> list[list[str]]:
     """The command lines of a process's children."""
     found = []

@@ -12,7 +12,7 @@ import pytest
 
 from imgtool.errors import ImgtoolError
 from imgtool.image import snapshots
-from imgtool.image.holdings import lost
+from imgtool.image.holdings import lost, noted
 from imgtool.image.info import probe
 from imgtool.image.marks import snapshots_of
 from imgtool.image.qcow2 import read_header
@@ -214,6 +214,14 @@ def test_a_bitmap_that_a_killed_writer_has_spoilt_is_said(image, imgtool_cli):
     with pytest.raises(KeyboardInterrupt):
         Plan("resize", image, (), killed, "qcow2").run(notice=said.append)
     assert "a backup by its bitmap 'since' has to begin anew" in said[0]
+
+
+def test_bitmaps_that_were_being_written_down_at_a_kill_are_said(image, imgtool_cli):
+    left(image, operation="resize", format="qcow2", noted={}, **noted(held(image), held(image)))
+    patch(image, AUTOCLEAR, b"\0")  # as QEMU does before it writes them
+    done = imgtool_cli("recover", image)
+    assert done.status == 0 and "its bitmap 'since' has to begin anew" in done.err
+    assert len(contents(image)) == 2 and nothing_left(image.parent)
 
 
 def test_what_an_operation_loses_is_an_error(image):

@@ -248,6 +248,15 @@ def test_the_secret_is_made_on_first_use_and_for_its_owner_alone(secret, disk):
     assert written is not None and written.proved
 
 
+def test_a_secret_whose_maker_was_killed_is_used(secret, disk, monkeypatch):
+    left(disk, operation="resize")
+    secret.with_name("record-secret.0123abcd").hardlink_to(secret)  # its name until it was whole
+    monkeypatch.setattr(proof, "_known", {})
+    written = written_down(disk)
+    assert written is not None and written.proved
+    assert [path.name for path in secret.parent.iterdir()] == ["record-secret"]
+
+
 def test_a_lost_secret_leaves_a_way_out(secret, disk, imgtool_cli, monkeypatch):
     left(disk, operation="resize", format="raw", noted={})
     secret.unlink()
