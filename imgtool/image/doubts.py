@@ -15,8 +15,6 @@ from imgtool.errors import Force, ImageError, Reason, RefusedError
 from imgtool.image import qcow2
 from imgtool.image.ages import newer_bases
 from imgtool.image.chain import Chain
-from imgtool.image.checking import UnsupportedCheck, check_metadata
-from imgtool.image.findings import salvage
 from imgtool.image.host_file import open_host_file
 from imgtool.image.info import ImageInfo
 from imgtool.image.locks import in_use_for_writing
@@ -96,6 +94,10 @@ def refuse_elsewhere(chain: Chain) -> None:
 
 
 def _refuse_damaged(link: ImageInfo) -> None:
+    # Who only reads does not need them.
+    from imgtool.image.checking import UnsupportedCheck, check_metadata
+    from imgtool.image.findings import salvage
+
     shown = printable(link.path)
     if link.dirty:
         raise lagging(link)
