@@ -33,7 +33,7 @@ from imgtool.image.qemu_img import OnPart
 from imgtool.image.recognise import refuse_noise
 from imgtool.image.record import temporary_path
 from imgtool.image.steady import steady
-from imgtool.image.work import Plan, Seen, Work
+from imgtool.image.work import Plan, Seen, Work, made_file
 
 _PIECE = 1 << 20  # read at a time
 _BLOCK = 4096  # what reads as zeros becomes a hole, this much at a time
@@ -91,9 +91,9 @@ def plan_compact(
                 _copy_used(work, path, temporary)
             elif active.format == "raw":
                 words: list[str | Path] = ["convert", "-O", "raw", seen.filename(), temporary]
-                work.qemu_img("compact", words, path)
-                # QEMU makes whole sectors of it.
-                os.truncate(temporary, path.stat().st_size)
+                work.qemu_img("compact", words, path, made=temporary)
+                with made_file(temporary, write=True) as descriptor:
+                    os.ftruncate(descriptor, path.stat().st_size)  # QEMU makes whole sectors of it
             else:
                 named = ("-B", base[0], "-F", base[1]) if base else ()
                 convert(work, "compact", seen, temporary, options, *named)
@@ -137,7 +137,11 @@ def _same_base(chain: Chain) -> tuple[str, str] | None:
 
 def _copy_used(work: Work, path: Path, temporary: Path) -> None:
     """Copy the clusters that are in use to where they were, and prove that they arrived."""
-    with open_host_file(path) as old, temporary.open("r+b") as new:
+    with (
+        open_host_file(path) as old,
+        made_file(temporary, write=True) as descriptor,
+        os.fdopen(os.dup(descriptor), "r+b") as new,
+    ):
         header = qcow2.read_header(old)
         if header is None:
             raise ImageError("its header cannot be read", subject=printable(path))

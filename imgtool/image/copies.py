@@ -55,4 +55,6 @@ def convert(
     words: list[str | Path] = ["convert", "-O", "qcow2", *more]
     if options:
         words += ["-o", options]
-    work.qemu_img(name, [*words, chain.filename(), new], chain.active.path)
+    # QEMU looks for a base by a relative name beside what it writes.
+    made = None if "-B" in more else new
+    work.qemu_img(name, [*words, chain.filename(), new], chain.active.path, made=made)

@@ -80,7 +80,7 @@ def plan_create(
     refuse_encrypted(chain)
     refuse_if_in_use(chain, read_only=True, force=force)
     name, temporary = backing_name(base, new), temporary_path(new)
-    format = chain.active.format
+    format, size = chain.active.format, chain.active.virtual_size
     lines = [f"create {printable(new)} on {printable(name)} ({format})"]
     if protect_base:
         lines.append(f"make {printable(base)} read-only")
@@ -89,8 +89,9 @@ def plan_create(
     def do(work: Work) -> None:
         with kept_as_base(chain):
             work.reserve(temporary)
-            words = ["create", "-f", "qcow2", "-F", format, "-b", name, str(temporary)]
-            work.qemu_img("create", [*words], new)
+            # The chain was looked at: QEMU need not open it to know its size.
+            words = ["create", "-u", "-f", "qcow2", "-F", format, "-b", name, str(temporary)]
+            work.qemu_img("create", [*words, str(size)], new, made=temporary)
             with open_host_file(base) as file:
                 mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
                 if protect_base:

@@ -38,7 +38,7 @@ from imgtool.image.record import temporary_path
 from imgtool.image.repairing import repair_tables
 from imgtool.image.snapshot_view import at_snapshot, loaded
 from imgtool.image.steady import steady
-from imgtool.image.work import Plan, Seen, Work
+from imgtool.image.work import Plan, Seen, Work, made_file
 from imgtool.image.writable import refuse_unmended
 
 Dirs = Sequence[str | Path]
@@ -97,9 +97,10 @@ def plan_new(path: Path, size: int, *, format: str = "qcow2") -> Plan:
             temporary,
             str(size),
         ]
-        work.qemu_img("create", words, path)
+        work.qemu_img("create", words, path, made=temporary)
         if format == "vmdk":
-            vmdk.name_itself(temporary, path.name)
+            with made_file(temporary, write=True) as descriptor:
+                vmdk.name_itself(descriptor, path.name)
         work.place(temporary, path)
 
     lines = (f"create {printable(path)}, {format}, {size} bytes",)
@@ -151,9 +152,10 @@ def plan_convert(
         work.reserve(temporary)
         with at_snapshot(chain, snapshot) as then, steady(then) as seen:
             given = [*words, *loaded(seen, snapshot), seen.filename(), temporary]
-            work.qemu_img("convert", given, path)
+            work.qemu_img("convert", given, path, made=temporary)
             if to == "vmdk":
-                vmdk.name_itself(temporary, new.name)
+                with made_file(temporary, write=True) as descriptor:
+                    vmdk.name_itself(descriptor, new.name)
             if snapshot is None:
                 made = Chain((probe(temporary, format=to),)).filename()
                 work.prove_same(seen.filename(), made, "the new image has another content", path)

@@ -23,10 +23,11 @@ from imgtool.image.places import folders_of, printable
 
 def is_safe_from_others(chain: Chain) -> bool:
     """Whether nobody but this user and root can exchange a file of the chain, or write to it."""
-    return all(_is_ours(path) for path in chain.files)
+    return all(is_out_of_reach(path) for path in chain.files)
 
 
-def _is_ours(path: Path) -> bool:
+def is_out_of_reach(path: Path) -> bool:
+    """Whether nobody but this user and root can write to a file, or put another in its place."""
     users = (0, os.geteuid())
     name = path.absolute()
     folders = {*name.parents, *(p for f in folders_of(path) for p in (f, *f.parents))}

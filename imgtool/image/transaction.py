@@ -38,7 +38,7 @@ from imgtool.image.qemu_img import qemu_img
 from imgtool.image.reading import kept_as_base, no_readers
 from imgtool.image.record import Record, opened, sync_folder, temporary_path
 from imgtool.image.recovery import finish_write, is_untouched, settle
-from imgtool.image.work import Notice, made_file, put_in_place, sync_file
+from imgtool.image.work import Notice, made_file, put_in_place, sync_file, written_as_made
 
 # Of an overlay that holds nothing yet.
 _EMPTY = 4 << 20
@@ -55,11 +55,14 @@ def overlay_on(
     """
     refuse_to_guess(chain)
     active = chain.active
-    words: list[str | Path] = ["create", "-f", "qcow2", "-F", active.format]
+    # The chain was looked at: QEMU need not open it to know its size.
+    words: list[str | Path] = ["create", "-u", "-f", "qcow2", "-F", active.format]
+    words += ["-b", name or active.path.resolve(), path, str(active.virtual_size)]
     path.touch(0o600, exist_ok=False)
     if record is not None:
         record.note(made=identity_of(path))
-    qemu_img([*words, "-b", name or active.path.resolve(), path], image=path)
+    with written_as_made(words, path) as given:
+        qemu_img(given, image=path)
     return open_chain(path, format="qcow2", backing_dirs=[link.path.parent for link in chain.links])
 
 

@@ -13,7 +13,6 @@ import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 SPARSE_MAGIC = b"KDMV"
@@ -129,13 +128,15 @@ def _descriptor_text(file: BinaryIO) -> bytes | None:
     return file.read(length).partition(b"\0")[0]
 
 
-def name_itself(path: Path, name: str) -> None:
-    """Write into a VMDK that is one file which name it has, as others than QEMU look for.
+def name_itself(descriptor: int, name: str) -> None:
+    """Write into a VMDK that is one file, and open, which name it has, as others than QEMU look
+    for.
 
     A name that its line cannot hold is left out in part. Raises `OSError`.
     """
     written = os.fsencode(name).translate(None, b'"\r\n\0')
-    with path.open("r+b") as file:
+    with os.fdopen(os.dup(descriptor), "r+b") as file:
+        file.seek(0)
         start = file.read(512)
         text = _descriptor_text(file)
         if text is None or not start.startswith(SPARSE_MAGIC):

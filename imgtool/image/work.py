@@ -23,6 +23,7 @@ from imgtool.image.places import printable
 from imgtool.image.qemu_img import OnPart, qemu_img, same_content
 from imgtool.image.record import Record, opened, sync_folder
 from imgtool.image.recovery import refuse_if_used_since, settle
+from imgtool.image.steady import is_out_of_reach
 
 # Called with the name of a step and the part of it that is done, between 0 and 1.
 OnStep = Callable[[str, float], None]
@@ -103,10 +104,13 @@ class Work:
                 hint=f"{hint}; please report this",
             )
 
-    def qemu_img(self, name: str, words: list[str | Path], image: Path) -> None:
-        """A step that is one sub-command of qemu-img."""
-        with self.step(name) as on_part:
-            qemu_img(words, image=image, on_part=on_part)
+    def qemu_img(
+        self, name: str, words: Sequence[str | Path], image: Path, *, made: Path | None = None
+    ) -> None:
+        """A step that is one sub-command of qemu-img; `made` is which word is a file that was
+        reserved, and is written to."""
+        with self.step(name) as on_part, written_as_made(words, made) as given:
+            qemu_img(given, image=image, on_part=on_part)
 
     def prove_same(self, first: str, second: str, what: str, image: Path) -> None:
         """Raise `ImgtoolError` unless a guest sees the same in both; `what` says what differs."""
@@ -267,14 +271,29 @@ def keep_attributes(old: Path, new: Path) -> None:
 
 
 @contextlib.contextmanager
-def made_file(path: Path) -> Iterator[int]:
-    """A descriptor of a file that imgtool has made, to change its attributes.
+def written_as_made(
+    words: Sequence[str | Path], made: Path | None
+) -> Iterator[Sequence[str | Path]]:
+    """The words of a program that writes to the file `made`: where another user can put a link in
+    its place, by a descriptor of it."""
+    if made is None or is_out_of_reach(made):
+        yield words
+        return
+    with made_file(made, write=True) as descriptor:
+        name = f"/proc/{os.getpid()}/fd/{descriptor}"
+        yield [name if str(word) == str(made) else word for word in words]
+
+
+@contextlib.contextmanager
+def made_file(path: Path, *, write: bool = False) -> Iterator[int]:
+    """A descriptor of a file that imgtool has made, to change its attributes or to `write` to it.
 
     In a folder of another user that one can put a link to any file at its name, and root would
     change that file. Raises `RefusedError` where it is a link, or has other names.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        access = os.O_RDWR if write else os.O_RDONLY
+        descriptor = os.open(path, access | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         raise _not_as_made(path) from error
     try:

@@ -12,8 +12,9 @@ import pytest
 
 from imgtool import opening
 from imgtool.engines.direct.sandbox import Images
-from imgtool.errors import ExitStatus, RefusedError
+from imgtool.errors import ExitStatus, ImageError, RefusedError
 from imgtool.guest.partitions import partitions_of
+from imgtool.image import compacting, transaction
 from imgtool.image import work as working
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.contents import open_contents
@@ -283,3 +284,106 @@ def test_work_on_images_in_a_folder_of_others_gives_what_it_should(
     out = image.with_name("out")
     subprocess.run(["qemu-img", "convert", "-O", "raw", made, out], check=True)
     assert out.read_bytes() == expected
+
+
+def put_link(folder: Path, target: Path) -> int:
+    """What the owner of the folder does to files that are being made in it; how many."""
+    made = [path for path in folder.glob(".*.imgtool-*") if path.name[-8:].isalnum()]
+    made = [path for path in made if not path.name.endswith("record") and not path.is_symlink()]
+    for number, path in enumerate(made):
+        path.rename(folder / f"aside{number}")
+        path.symlink_to(target)
+    return len(made)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["create", "new.qcow2", "1M"],
+        ["create", "new.raw", "1M", "--to", "raw"],
+        ["convert", "disk.qcow2", "new.qcow2"],
+        ["convert", "disk.qcow2", "new.raw", "--to", "raw"],
+        ["overlay", "create", "disk.qcow2", "new.qcow2"],
+        ["overlay", "flatten", "disk.qcow2"],
+        ["compact", "alone.raw", "--format", "raw"],
+        ["compact", "kept.qcow2"],
+    ],
+    ids=" ".join,
+)
+def test_nothing_is_written_through_a_link_in_the_place_of_a_new_file(
+    image: Path,
+    secret: Path,
+    imgtool_cli: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+) -> None:
+    folder, secret_before = image.parent, secret.read_bytes()
+    (folder / "alone.raw").write_bytes(bytes(MIB))
+    if "kept.qcow2" in words:
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", folder / words[-1], "1M"])
+        subprocess.run(["qemu-img", "snapshot", "-c", "one", folder / words[-1]], check=True)
+    links = []
+    real = working.qemu_img
+
+    def qemu_img(given: Any, **options: Any) -> None:
+        links.append(put_link(folder, secret))
+        real(given, **options)
+
+    real_made = compacting.made_file
+
+    def made_file(path: Path, *, write: bool = False) -> Any:
+        links.append(put_link(folder, secret))
+        return real_made(path, write=write)
+
+    monkeypatch.setattr(working, "qemu_img", qemu_img)
+    monkeypatch.setattr(compacting, "made_file", made_file)
+    done = imgtool_cli(*(folder / word if "." in word else word for word in words))
+    assert sum(links) >= 1
+    assert done.status != 0
+    assert secret.read_bytes() == secret_before
+
+
+def test_an_overlay_to_write_to_is_not_made_through_a_link(
+    image: Path, secret: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, before = transaction.qemu_img, secret.read_bytes()
+    chain = open_chain(image)
+
+    def qemu_img(given: Any, **options: Any) -> None:
+        assert put_link(image.parent, secret) == 1
+        real(given, **options)
+
+    monkeypatch.setattr(transaction, "qemu_img", qemu_img)
+    with pytest.raises(ImageError):
+        transaction.overlay_on(chain, image.with_name(".disk.qcow2.imgtool-01234567"))
+    assert secret.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["create", "new.qcow2", "1M"],
+        ["create", "new.raw", "1M", "--to", "raw"],
+        ["create", "new.vmdk", "1M", "--to", "vmdk"],
+        ["create", "new.vdi", "1M", "--to", "vdi"],
+        ["create", "new.vpc", "1M", "--to", "vpc"],
+        ["create", "new.vhdx", "1M", "--to", "vhdx"],
+        ["convert", "disk.qcow2", "new.raw", "--to", "raw"],
+        ["convert", "disk.qcow2", "new.vmdk", "--to", "vmdk"],
+        ["convert", "disk.qcow2", "new.vdi", "--to", "vdi"],
+        ["convert", "disk.qcow2", "new.vpc", "--to", "vpc"],
+        ["convert", "disk.qcow2", "new.vhdx", "--to", "vhdx"],
+        ["convert", "disk.qcow2", "new.qcow2", "--compress"],
+        ["overlay", "create", "disk.qcow2", "new.qcow2"],
+    ],
+    ids=" ".join,
+)
+def test_every_format_is_made_in_a_folder_of_others(
+    image: Path, imgtool_cli: Any, words: list[str]
+) -> None:
+    done = imgtool_cli(*(image.with_name(word) if "." in word else word for word in words))
+    assert done.status == 0, done.err
+    (new,) = image.parent.glob("new.*")
+    chain = open_chain(new)
+    assert chain.active.virtual_size >= MIB
+    assert content(chain)[:MIB] == (bytes(MIB) if words[0] == "create" else b"1" * MIB)
