@@ -404,6 +404,8 @@ def _settle_commit(record: Record, *, finish: bool, backing_dirs: Dirs, force: F
         if not same_content(chain.filename(), Chain(chain.links[1:]).filename()):
             raise ImgtoolError("the commit did not give the same content", subject=printable(base))
         mend(base, as_named_in=overlay)  # what was counted twice over shows only now
+        if not record.facts.get("remove"):
+            mend(overlay)  # QEMU writes down its bitmaps too
         left = committed(record, overlay, backing_dirs, force)
     return _ended(record, left or f"{name} finished")
 

@@ -221,6 +221,9 @@ class Plan:
                 self.do(work)
                 if repeated:
                     mend(self.image, format=self.format)
+                    for other in self.writes_to:
+                        if other.exists() and not other.samefile(self.image):
+                            mend(other)
                 with interrupt.whole(last=True):
                     work.refuse_if_lost(self.image, "what it lacks is in no copy of imgtool's")
                     record.remove()
