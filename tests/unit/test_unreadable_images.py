@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -38,7 +40,8 @@ def imgtool(*words: str | Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def images(tmp_path: Path) -> dict[str, Path]:
     """One image that may be read, one that may not, and an overlay on that one."""
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+    top = Path(tempfile.gettempdir())  # below it are pytest's own, one more with xdist
+    for folder in (tmp_path, *itertools.takewhile(lambda above: above != top, tmp_path.parents)):
         folder.chmod(0o755)
     made = {"open": raw(tmp_path / "open.img", 2 << 20), "shut": raw(tmp_path / "shut.img")}
     subprocess.run(["mke2fs", "-q", "-F", made["open"]], check=True, capture_output=True)
