@@ -24,6 +24,16 @@ def qemu_img(*words: str | Path) -> None:
     subprocess.run(["qemu-img", *words], check=True, capture_output=True)
 
 
+def create_encrypted(*words: str | Path) -> None:
+    """`qemu-img create` with a key. On a busy machine QEMU cannot measure how long it takes to
+    derive one, and gives up: then again."""
+    for left in reversed(range(50)):
+        done = subprocess.run(["qemu-img", "create", *words], capture_output=True, text=True)
+        if not left or "CPU usage" not in done.stderr:
+            break
+    assert done.returncode == 0, done.stderr
+
+
 def raw(path: Path, size: int = 1 << 20) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:

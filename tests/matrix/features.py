@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.chain_images import create_encrypted
 from tests.matrix.state import options
 
 SIZE = 8 << 20
@@ -40,22 +41,17 @@ def write(image: Path, seed: int, start: int, length: int, *, secret: bool = Fal
     noise.unlink()
 
 
-def _create(folder: Path, how: str = "", *words: str, size: int = SIZE, tries: int = 1) -> Path:
+def _create(folder: Path, how: str = "", *words: str, size: int = SIZE) -> Path:
     image = folder / "disk.qcow2"
-    command = ["qemu-img", "create", "-q", "-f", "qcow2", *(["-o", how] if how else [])]
-    for left in reversed(range(tries)):
-        done = subprocess.run([*command, *words, image, str(size)], capture_output=True, text=True)
-        # On a busy machine QEMU cannot measure how long a key takes to derive.
-        if not left or "CPU usage" not in done.stderr:
-            break
-    assert done.returncode == 0, done.stderr
+    options = ["-f", "qcow2", *(["-o", how] if how else [])]
+    create_encrypted(*options, *words, image, str(size))
     return image
 
 
 def _filled(how: str = "", *, secret: bool = False) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         words = ("--object", "secret,id=key,data=imgtool") if secret else ()
-        image = _create(folder, how, *words, tries=20 if secret else 1)
+        image = _create(folder, how, *words)
         write(image, 1, 0, 3072, secret=secret)
 
     return make

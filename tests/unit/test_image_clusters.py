@@ -14,6 +14,7 @@ import pytest
 
 from imgtool.image.chain import open_chain
 from imgtool.image.clusters import Clusters, plain
+from tests.chain_images import create_encrypted
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -149,12 +150,13 @@ def test_compressed_clusters_are_left_to_qemu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", ["extended_l2=on", "data_file=other", "encrypt.format=luks"])
 def test_what_is_not_plain_is_left_to_qemu(option: str, tmp_path: Path) -> None:
     image = tmp_path / "disk.qcow2"
-    words: list[object] = ["qemu-img", "create", "-f", "qcow2"]
-    if option.startswith("encrypt"):
-        words += ["--object", "secret,id=key,data=secret", "-o", "encrypt.key-secret=key"]
     if option.startswith("data_file"):
         option = f"data_file={tmp_path / 'other'}"
-    _run(*words, "-o", option, image, SIZE)
+    if option.startswith("encrypt"):
+        key = ["--object", "secret,id=key,data=secret", "-o", "encrypt.key-secret=key"]
+        create_encrypted("-f", "qcow2", *key, "-o", option, image, str(SIZE))
+    else:
+        _run("qemu-img", "create", "-f", "qcow2", "-o", option, image, SIZE)
     with _clusters(image) as found:
         assert found is None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from imgtool.image.packed import KINDS
+from tests.chain_images import create_encrypted
 
 MIB = 1 << 20
 
@@ -107,20 +108,6 @@ def test_a_format_that_only_qemu_knows_is_converted_by_it(disk, monkeypatch, img
 
 def test_an_encrypted_disk_of_the_old_kind_is_a_raw_disk(tmp_path, imgtool_cli):
     path = tmp_path / "luks"
-    subprocess.run(
-        [
-            "qemu-img",
-            "create",
-            "-q",
-            "-f",
-            "luks",
-            "--object",
-            "secret,id=s,data=x",
-            "-o",
-            "key-secret=s,iter-time=10",
-            path,
-            "1M",
-        ],
-        check=True,
-    )
+    options = ["-o", "key-secret=s,iter-time=10"]
+    create_encrypted("-f", "luks", "--object", "secret,id=s,data=x", *options, path, "1M")
     assert imgtool_cli("info", path).status == 0

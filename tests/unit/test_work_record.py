@@ -123,13 +123,12 @@ def test_the_record_of_another_user_is_not_believed(image):
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_another_user_reads_the_record_and_is_told_who_can_settle_it(image):
     left(image, operation="resize")
-    image.parent.chmod(0o755)
     for folder in image.parents:
-        if folder.stat().st_uid == 0 and not folder.stat().st_mode & 0o001:
-            pytest.skip("the folder is not open to other users")
+        if "pytest" in str(folder):
+            folder.chmod(0o755)
     os.seteuid(12345)
     try:
-        assert read_facts(image) == {"operation": "resize"}
+        assert read_facts(image)["operation"] == "resize"
         with pytest.raises(RefusedError, match="another user") as caught:
             recover(image)
         assert "root" in str(caught.value.hint)
