@@ -100,7 +100,7 @@ def plan_compact(
             new = replace(seen, links=(probe(temporary, format=active.format), *chain.links[1:]))
             what = "the new file does not have the same content"
             work.prove_same(seen.filename(), new.filename(), what, path)
-            work.swap(temporary, path)
+            work.swap(temporary, active)
 
     return Plan(
         "compact",

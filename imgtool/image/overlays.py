@@ -414,7 +414,7 @@ def plan_flatten(overlay: Path, *, force: Force = (), backing_dirs: Dirs = ()) -
             alone = Chain((probe(temporary, format="qcow2"),)).filename()
             what = "the new file does not have the same content"
             work.prove_same(seen.filename(), alone, what, overlay)
-            work.swap(temporary, overlay)
+            work.swap(temporary, chain.active)
 
     return Plan(
         "flatten",

@@ -16,8 +16,10 @@ from imgtool import interrupt
 from imgtool.errors import Force, HostError, ImgtoolError, RefusedError
 from imgtool.image.changes import marks
 from imgtool.image.holdings import Holdings, holdings_of, lost, noted
+from imgtool.image.host_file import exchanged
+from imgtool.image.info import ImageInfo
 from imgtool.image.locks import held_for_writing
-from imgtool.image.marks import identity_of
+from imgtool.image.marks import identity_of, is_same_file
 from imgtool.image.mending import mend
 from imgtool.image.places import printable
 from imgtool.image.qemu_img import OnPart, qemu_img, same_content
@@ -81,16 +83,21 @@ class Work:
     def place(self, temporary: Path, new: Path, *, like: Path | None = None) -> None:
         """Give a complete file its name; it may be read by those who may read `like`."""
         allowed = stat.S_IMODE(like.stat().st_mode) if like else 0o666
-        with made_file(temporary) as descriptor:
+        with made_file(temporary, made=self._made()) as descriptor:
             os.fchmod(descriptor, (allowed & 0o666 | stat.S_IWUSR) & ~_umask())
-        self.record.note(step="swap", made=identity_of(temporary))
+        self.record.note(step="swap")
         put_in_place(temporary, new)
 
-    def swap(self, temporary: Path, image: Path) -> None:
-        """Put a complete file in the place of another, if it holds what it should."""
+    def swap(self, temporary: Path, image: ImageInfo) -> None:
+        """Put a complete file in the place of the very one that was looked at, if it holds what it
+        should."""
         self.refuse_if_lost(temporary, "nothing was changed")
-        self.record.note(step="swap", made=identity_of(temporary))
-        replace(temporary, image)
+        self.record.note(step="swap")
+        replace(temporary, image, self._made())
+
+    def _made(self) -> object:
+        """The identity of the file that was reserved."""
+        return self.record.facts.get("made")
 
     def refuse_if_lost(self, image: Path, hint: str) -> None:
         """Raise `ImgtoolError` where the image lacks a snapshot, a bitmap or a name that it should
@@ -255,22 +262,21 @@ class Plan:
         )
 
 
-def keep_attributes(old: Path, new: Path) -> None:
-    """Give a file that replaces another the same owner, mode, extended attributes and times.
+def keep_attributes(old: int, new: int) -> None:
+    """Give a file that replaces another the same owner, mode, extended attributes and times; both
+    are descriptors.
 
     The content is the same, so an overlay that stands on it is not older than it.
     """
-    status = old.stat()
-    with made_file(new) as descriptor:
-        made = os.fstat(descriptor)
-        if (status.st_uid, status.st_gid) != (made.st_uid, made.st_gid):
-            with contextlib.suppress(PermissionError):  # the plan refused, or was forced
-                os.fchown(descriptor, status.st_uid, status.st_gid)
-        os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
-        for name in os.listxattr(old):
-            with contextlib.suppress(OSError):  # some are the file system's own
-                os.setxattr(descriptor, name, os.getxattr(old, name))
-        os.utime(descriptor, ns=(status.st_atime_ns, status.st_mtime_ns))
+    status, made = os.fstat(old), os.fstat(new)
+    if (status.st_uid, status.st_gid) != (made.st_uid, made.st_gid):
+        with contextlib.suppress(PermissionError):  # the plan refused, or was forced
+            os.fchown(new, status.st_uid, status.st_gid)
+    os.fchmod(new, stat.S_IMODE(status.st_mode))
+    for name in os.listxattr(old):
+        with contextlib.suppress(OSError):  # some are the file system's own
+            os.setxattr(new, name, os.getxattr(old, name))
+    os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 @contextlib.contextmanager
@@ -288,20 +294,26 @@ def written_as_made(
 
 
 @contextlib.contextmanager
-def made_file(path: Path, *, write: bool = False) -> Iterator[int]:
+def made_file(
+    path: Path, *, write: bool = False, made: object = None, folder: int | None = None
+) -> Iterator[int]:
     """A descriptor of a file that imgtool has made, to change its attributes or to `write` to it.
 
     In a folder of another user that one can put a link to any file at its name, and root would
-    change that file. Raises `RefusedError` where it is a link, or has other names.
+    change that file. Raises `RefusedError` where it is a link, or has other names, or is another
+    file than the one whose identity `made` is. With `folder`, a descriptor, it is looked for there.
     """
     try:
         access = os.O_RDWR if write else os.O_RDONLY
-        descriptor = os.open(path, access | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        flags = access | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(path if folder is None else path.name, flags, dir_fd=folder)
     except OSError as error:
         raise _not_as_made(path) from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            raise _not_as_made(path)
+        if made is not None and not is_same_file(made, Path(f"/proc/self/fd/{descriptor}")):
             raise _not_as_made(path)
         yield descriptor
     finally:
@@ -339,10 +351,37 @@ def put_in_place(temporary: Path, new: Path) -> None:
     sync_folder(new.parent)
 
 
-def replace(temporary: Path, image: Path) -> None:
-    """Put a complete file in the place of another, in one step."""
-    keep_attributes(image, temporary)
-    sync_file(temporary)
-    real = image.resolve()
-    temporary.replace(real)
-    sync_folder(real.parent)
+def replace(temporary: Path, image: ImageInfo, made: object) -> None:
+    """Put a complete file, of the identity `made`, in the place of an image's, in one step.
+
+    Raises `RefusedError` where either is another file by now: who may write to the folder can put
+    a link there. So both are names in one folder that is opened, and no link is followed.
+    """
+    real = image.path.resolve()
+    with contextlib.ExitStack() as opened_files:
+        folder = os.open(real.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        opened_files.callback(os.close, folder)
+        old = opened_files.enter_context(_looked_at(image, real.name, folder))
+        new = opened_files.enter_context(made_file(temporary, made=made, folder=folder))
+        keep_attributes(old, new)
+        os.fsync(new)
+        # Not what the two names lead to: what is exchanged now is exchanged in this folder.
+        os.replace(temporary.name, real.name, src_dir_fd=folder, dst_dir_fd=folder)
+        os.fsync(folder)
+
+
+@contextlib.contextmanager
+def _looked_at(image: ImageInfo, name: str, folder: int) -> Iterator[int]:
+    """A descriptor of an image's file, by its name in a folder."""
+    try:
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(name, flags, dir_fd=folder)
+    except OSError as error:
+        raise exchanged(image.path) from error
+    try:
+        status = os.fstat(descriptor)
+        if (status.st_dev, status.st_ino) != dict(image.inodes).get(image.path):
+            raise exchanged(image.path)
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -387,3 +387,52 @@ def test_every_format_is_made_in_a_folder_of_others(
     chain = open_chain(new)
     assert chain.active.virtual_size >= MIB
     assert content(chain)[:MIB] == (bytes(MIB) if words[0] == "create" else b"1" * MIB)
+
+
+@pytest.mark.parametrize("words", [["overlay", "flatten", "disk.qcow2"], ["compact", "disk.qcow2"]])
+@pytest.mark.parametrize("what", ["image", "new file"])
+def test_nothing_but_the_image_is_replaced_and_by_nothing_but_what_was_made(
+    image: Path,
+    secret: Path,
+    imgtool_cli: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    what: str,
+) -> None:
+    """The owner of the folder exchanges one of the two after the proof."""
+    secret.chmod(0o4755)
+    real, before, old = working.replace, secret.read_bytes(), image.read_bytes()
+    theirs = image.with_name("theirs")
+    theirs.write_bytes(b"forged")
+    theirs.chmod(0o644)
+
+    def replace(temporary: Path, *arguments: Any) -> None:
+        if what == "image":
+            image.rename(image.with_name("aside"))
+            image.symlink_to(secret)
+        else:
+            theirs.replace(temporary)
+        real(temporary, *arguments)
+
+    monkeypatch.setattr(working, "replace", replace)
+    done = imgtool_cli(*(image.with_name(word) if "." in word else word for word in words))
+    assert done.status == 4, done.err
+    assert "exchanged" in done.err if what == "image" else "in the place" in done.err
+    assert not secret.is_symlink() and secret.read_bytes() == before
+    assert (image.with_name("aside") if what == "image" else image).read_bytes() == old
+    for path in image.parent.iterdir():
+        assert path.is_symlink() or not path.stat().st_mode & 0o4000, path
+
+
+@pytest.mark.parametrize("words", [["overlay", "flatten", "link"], ["compact", "link"]])
+def test_an_image_that_is_named_by_a_link_is_replaced_where_it_is(
+    image: Path, tmp_path: Path, imgtool_cli: Any, words: list[str]
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(image)
+    (tmp_path / "base.raw").symlink_to(image.with_name("base.raw"))
+    before = image.stat().st_ino
+    done = imgtool_cli(*(link if word == "link" else word for word in words))
+    assert done.status == 0, done.err
+    assert link.is_symlink() and image.stat().st_ino != before
+    assert content(open_chain(link))[:MIB] == b"1" * MIB

@@ -18,7 +18,7 @@ from imgtool.image.record import (
 )
 from imgtool.image.recovery import recover
 from imgtool.image.unfinished import unfinished_commit
-from imgtool.image.work import keep_attributes
+from imgtool.image.work import keep_attributes, made_file
 from tests.records import left
 
 
@@ -249,7 +249,11 @@ def test_attributes_go_to_no_other_file_that_was_put_in_the_place_of_the_new_one
     else:
         temporary.hardlink_to(precious)
     before = precious.stat()
-    with pytest.raises(RefusedError, match="in the place"):
-        keep_attributes(image, temporary)
+    with (
+        image.open() as old,
+        pytest.raises(RefusedError, match="in the place"),
+        made_file(temporary) as new,
+    ):
+        keep_attributes(old.fileno(), new)
     after = precious.stat()
     assert (after.st_mode, after.st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
