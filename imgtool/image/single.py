@@ -130,6 +130,9 @@ def plan_convert(
     refuse_existing(new)
     refuse_encrypted(chain)
     refuse_if_in_use(chain, read_only=True)  # a copy of what changes meanwhile is torn
+    for link in chain.links:
+        if link.unseen is not None and link.unseen.what == "geometry":
+            raise ImageError(link.unseen.means, subject=printable(link.path), hint=link.unseen.do)
     space = size_of_copy(chain)
     if snapshot is not None:
         with at_snapshot(chain, snapshot) as seen:

@@ -86,6 +86,12 @@ def size_needed(file: BinaryIO, image: Vdi) -> int:
     return image.data_offset + places * image.block_size
 
 
+def counts_too_few(file: BinaryIO, image: Vdi) -> bool:
+    """Whether the next block would be given a place that another one has: QEMU takes the one with
+    the number of those that the header counts."""
+    return image.kind == DYNAMIC and image.counted < _places(file, image)
+
+
 def mend_count(file: BinaryIO) -> None:
     """Make the count of blocks in the header what the map has, as VirtualBox and QEMU expect.
 

@@ -46,8 +46,11 @@ def _vhdx(link: ImageInfo, file: BinaryIO) -> Obstacle:
 
 def _vdi(link: ImageInfo, file: BinaryIO) -> Obstacle:
     image = vdi.read(file)
-    known = image is not None and image.kind in (vdi.DYNAMIC, vdi.STATIC)
-    return None if known else "it is a VDI of a kind that is not known"
+    if image is None or image.kind not in (vdi.DYNAMIC, vdi.STATIC):
+        return "it is a VDI of a kind that is not known"
+    if vdi.counts_too_few(file, image):
+        return "its header counts fewer blocks than its map has, and QEMU would write over the rest"
+    return None
 
 
 def _vhd(link: ImageInfo, file: BinaryIO) -> Obstacle:

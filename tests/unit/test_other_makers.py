@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import struct
 import subprocess
@@ -277,6 +278,33 @@ def test_what_the_geometry_hides_is_said_and_not_written_to(tmp_path: Path, capf
     assert run("info", image) == 0
     assert capfd.readouterr().err.count("its footer says") == 1
     with pytest.raises(RefusedError, match="another size"):
+        refuse_to_write(open_chain(image))
+    with pytest.raises(ImageError, match="its footer says") as refused:
+        plan_convert(image, tmp_path / "new.qcow2")
+    hint = str(refused.value.hint)
+    words = shlex.split(hint[hint.index("qemu-img") :])
+    subprocess.run([*words[:-1], tmp_path / "new.qcow2"], check=True)
+    assert probe(tmp_path / "new.qcow2").virtual_size == size
+
+
+def test_a_vdi_with_a_gap_between_its_blocks_is_not_written_to(tmp_path: Path):
+    """The next block would be given the place of the last one: QEMU counts them."""
+    image = tmp_path / "disk.vdi"
+    qemu_img("create", "-f", "vdi", image, "8M")
+    for block in range(3):
+        command = f"write -P {block + 1} {block}M 1M"
+        subprocess.run(["qemu-io", "-f", "vdi", "-c", command, image], check=True)
+    refuse_to_write(open_chain(image))
+    with image.open("r+b") as file:
+        header = vdi.read(file)
+        assert header is not None and header.counted == 3
+        file.seek(header.data_offset + 2 * header.block_size)
+        last = file.read(header.block_size)
+        file.seek(header.data_offset + 4 * header.block_size)
+        file.write(last)
+        file.seek(header.map_offset + 2 * 4)
+        file.write(struct.pack("<I", 4))
+    with pytest.raises(RefusedError, match="counts fewer blocks than its map has"):
         refuse_to_write(open_chain(image))
 
 
