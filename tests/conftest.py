@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ class OpenGuests:
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack = stack
+        # What a guest is read from ends with the thread that has opened it, and `df` has its own.
+        self._opener = stack.enter_context(ThreadPoolExecutor(1))
         self._open: dict[tuple[Any, ...], Any] = {}
         self._really_open = imgtool.opening.open_guest
 
@@ -73,7 +76,8 @@ class OpenGuests:
                 self._open.pop(next(iter(self._open)))[0].close()
             stack = contextlib.ExitStack()
             lines: list[str] = []
-            guest = stack.enter_context(self._really_open(image, notice=lines.append, **options))
+            opened = self._really_open(image, notice=lines.append, **options)
+            guest = self._opener.submit(stack.enter_context, opened).result()
             self._stack.callback(stack.close)
             self._open[key] = (stack, guest, lines)
         _, guest, lines = self._open[key]
