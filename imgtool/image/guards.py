@@ -6,6 +6,7 @@ import itertools
 import os
 import shlex
 import shutil
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +40,18 @@ def refuse_if_not_writable(path: Path) -> None:
     if not os.access(path, os.W_OK):
         raise HostError(
             "this user may not write to it", subject=shown, hint="run imgtool as its owner"
+        )
+
+
+def refuse_several_names(image: Path) -> None:
+    """Raise `RefusedError` for a file with hard links, which is to be written to: by its other
+    names it would be read, and written to, as if there were no record of that."""
+    status = image.stat()
+    if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+        raise RefusedError(
+            f"its file has {status.st_nlink} names (hard links), and would change under all",
+            subject=printable(image),
+            hint=f"make it a file of its own: cp -p {typed(image)} NEW, then mv NEW {typed(image)}",
         )
 
 

@@ -22,6 +22,7 @@ from imgtool.image.guards import (
     refuse_if_too_little_space,
     refuse_if_unfinished,
     refuse_second_file,
+    refuse_several_names,
     refuse_snapshots,
     refuse_to_guess,
     refuse_to_replace,
@@ -157,10 +158,14 @@ def plan_commit(
     refuse_encrypted(chain)
     refuse_second_file(*chain.links[:2])
     refuse_if_in_use(chain, force=force)
-    refuse_to_write(base, backing_dirs, force=force, but_for=overlay)
-    refuse_snapshots(chain, "to commit it", force=force)
-    # What is to be finished has written to the base already.
+    # What is to be finished has written to the base already: QEMU was killed at it, and its tables
+    # are set right first.
     begun = pending_below(overlay, backing_dirs) is not None
+    allowed = {*force, Reason.DAMAGED} if begun else force
+    refuse_to_write(base, backing_dirs, force=allowed, but_for=overlay)
+    if not begun:
+        refuse_several_names(into)
+    refuse_snapshots(chain, "to commit it", force=force)
     refuse_doubtful(chain, force={*force, Reason.BASE_NEWER} if begun else force)
     if remove:
         what = "to remove it would lose its dirty bitmaps"
@@ -197,7 +202,8 @@ def plan_commit(
                 work.prove_same(chain.filename(), base.filename(), what, into)
                 work.refuse_if_lost(into, "the overlay has all of the content still")
                 sync_file(into)
-            work.say(committed(record, overlay, backing_dirs))
+            # Not a link by which it was given: that would be removed.
+            work.say(committed(record, overlay.resolve(), backing_dirs))
 
     # Named as it will be found if the folder is moved before the work is done.
     named = name_from(into.resolve().parent, overlay.resolve())
@@ -266,6 +272,7 @@ def plan_rebase(
     refuse_second_file(link)
     refuse_if_in_use(below, read_only=True, force=force)
     refuse_if_not_writable(overlay)
+    refuse_several_names(overlay)
     if unsafe:
         return _plan_unsafe(link, below, force=force, backing_dirs=backing_dirs)
     chain = _overlay(overlay, backing_dirs)

@@ -26,6 +26,7 @@ from imgtool.image.guards import (
     refuse_encrypted,
     refuse_existing,
     refuse_if_too_little_space,
+    refuse_several_names,
     refuse_to_resize,
     refuse_to_write,
 )
@@ -202,6 +203,7 @@ def plan_resize(
     refuse_encrypted(chain)
     wanted = parse_size(size, active.virtual_size)
     refuse_to_write(chain, backing_dirs, force=force)
+    refuse_several_names(path)
     refuse_to_resize(active)
     shrinks = wanted < active.virtual_size
     if shrinks:
@@ -257,6 +259,7 @@ def plan_repair(
     # It is for damaged ones, and what stands on it sees no change.
     allowed = {*force, Reason.IS_BASE, Reason.DAMAGED}
     refuse_to_write(_chain_or(link, backing_dirs), backing_dirs, force=allowed, repair=True)
+    refuse_several_names(path)
 
     def do(work: Work) -> None:
         with work.step("repair"), kept_younger(path, backing_dirs):

@@ -15,6 +15,7 @@ from imgtool.image.guards import (
     refuse_bitmaps,
     refuse_encrypted,
     refuse_second_file,
+    refuse_several_names,
     refuse_to_write,
 )
 from imgtool.image.holdings import Holdings, bitmaps_in
@@ -89,6 +90,7 @@ def plan_create(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs 
     _refuse_single_references(chain)
     # What stands on it sees no change.
     refuse_to_write(chain, backing_dirs, force={*force, Reason.IS_BASE})
+    refuse_several_names(path)
     _check_name(chain, name)
 
     def do(work: Work) -> None:
@@ -112,6 +114,7 @@ def plan_delete(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs 
     """Forget an internal snapshot. The file does not shrink; its space is used again."""
     chain = with_snapshots(path, backing_dirs=backing_dirs)
     refuse_to_write(chain, backing_dirs, force={*force, Reason.IS_BASE})
+    refuse_several_names(path)
     snapshot = chain.snapshot(name)
     known_as = _for_delete(chain, snapshot)
 
@@ -154,6 +157,7 @@ def plan_revert(
         raise UsageError("--discard and --save-as contradict each other")
     chain = with_snapshots(path, backing_dirs=backing_dirs)
     refuse_to_write(chain, backing_dirs, force=force)
+    refuse_several_names(path)
     snapshot = chain.snapshot(name)
     what = "QEMU does not revert an image that has dirty bitmaps of a backup program"
     refuse_bitmaps(path, bitmaps_in(chain.active), what)

@@ -25,6 +25,7 @@ from imgtool.image.dependants import refuse_if_base
 from imgtool.image.guards import (
     need_space,
     refuse_existing,
+    refuse_several_names,
     refuse_to_guess,
     refuse_to_write,
 )
@@ -33,7 +34,7 @@ from imgtool.image.info import probe
 from imgtool.image.locks import held_for_writing, refuse_if_in_use
 from imgtool.image.marks import identity_of
 from imgtool.image.overlays import backing_name
-from imgtool.image.places import name_from, printable, typed
+from imgtool.image.places import name_from, printable
 from imgtool.image.qemu_img import qemu_img
 from imgtool.image.reading import kept_as_base, no_readers
 from imgtool.image.record import Record, opened, sync_folder, temporary_path
@@ -202,7 +203,7 @@ def transaction(
         raise HostError(what, subject=printable(tmp_dir), hint="--tmp-dir names one that is there")
     for chain in chains:
         refuse_to_write(chain, backing_dirs, force=force)
-        _refuse_several_names(chain.active.path)
+        refuse_several_names(chain.active.path)
         beside = temporary_path(chain.active.path)
         need_space(tmp_dir or beside.parent, _EMPTY)
     name = secrets.token_hex(8)
@@ -247,15 +248,3 @@ def transaction(
                 line = settle(record, finish=False, backing_dirs=backing_dirs)
                 if line and record.facts:
                     notice(line)
-
-
-def _refuse_several_names(image: Path) -> None:
-    """Raise `RefusedError` for a file with hard links: by its other names it would be read, and
-    written to, as if there were no record."""
-    status = image.stat()
-    if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
-        raise RefusedError(
-            f"its file has {status.st_nlink} names (hard links), and would change under all",
-            subject=printable(image),
-            hint=f"make it a file of its own: cp -p {typed(image)} NEW, then mv NEW {typed(image)}",
-        )

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from imgtool.image.chain import open_chain
+from imgtool.image.info import probe
 from imgtool.image.record import is_ours
 from tests.records import left
 
@@ -439,3 +440,68 @@ def test_encrypted_images_and_those_with_a_data_file_are_refused(tmp_path, imgto
             done = imgtool_cli(*words, image, *(tmp_path / word for word in more))
             assert done.status == 3 and said in done.err, (words, done.err)
     assert nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("overlay", "commit", "top.qcow2"),
+        ("overlay", "rebase", "base.qcow2", "other.qcow2"),
+        ("overlay", "rebase", "--unsafe", "base.qcow2", "other.qcow2"),
+        ("resize", "base.qcow2", "8M", "--force", "is-base"),
+        ("snapshot", "create", "base.qcow2", "new"),
+        ("snapshot", "delete", "base.qcow2", "one"),
+        ("snapshot", "revert", "base.qcow2", "one", "--discard", "--force", "is-base"),
+        ("check", "--repair", "all", "base.qcow2"),
+    ],
+    ids=" ".join,
+)
+def test_a_file_with_other_names_is_not_written_to(folder, imgtool_cli, monkeypatch, words):
+    """By the other name the record of work that is cut off would not be found."""
+    monkeypatch.chdir(folder)
+    if "rebase" in words:
+        words = [word.replace("base.qcow2", "top.qcow2") for word in words]
+    if words[0] == "snapshot":
+        qemu_img("snapshot", "-c", "one", "base.qcow2")
+        os.utime("top.qcow2")
+    written = Path("top.qcow2" if "rebase" in words else "base.qcow2")
+    Path("second name").hardlink_to(written)
+    before = everything(folder)
+    done = imgtool_cli(*words)
+    assert done.status == 4 and "2 names (hard links)" in done.err, done.err
+    assert everything(folder) == before
+    shutil.copy2(written, "NEW")  # as the hint says
+    Path("NEW").replace(written)
+    done = imgtool_cli(*words)
+    assert "hard links" not in done.err and done.status in (0, 4), done.err
+
+
+def test_a_commit_that_was_cut_off_is_finished_by_repeating_it_where_the_tables_lag(
+    tmp_path, imgtool_cli
+):
+    """A base with lazy refcounts, at which QEMU was killed; and somebody linked it since."""
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    options = ("-o", "lazy_refcounts=on")
+    qemu_img("create", "-q", "-f", "qcow2", *options, base, str(SIZE))
+    qemu_img("create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "base.qcow2", top)
+    write(top, "write -P 2 1M 2M")
+    left(base, of_overlay=top, operation="commit", overlay="top.qcow2", remove=False, step="begun")
+    argv = ["qemu-io", "-c", "write -P 2 1M 1M", "-c", "sigraise 9", base]
+    subprocess.run(argv, check=False, capture_output=True)
+    assert probe(base).dirty
+    (tmp_path / "second name").hardlink_to(base)
+    expected = content(top)
+    done = imgtool_cli("overlay", "commit", top)
+    assert done.status == 0, done.err
+    assert content(base) == expected and nothing_left(tmp_path)
+    assert not probe(base).dirty
+
+
+def test_what_is_removed_is_the_overlay_and_not_a_link_to_it(folder, imgtool_cli):
+    link = folder / "link"
+    link.symlink_to("top.qcow2")
+    expected = content(folder / "top.qcow2")
+    done = imgtool_cli("overlay", "commit", "--remove", link)
+    assert done.status == 0, done.err
+    assert not (folder / "top.qcow2").exists() and link.is_symlink()
+    assert content(folder / "base.qcow2") == expected
