@@ -114,6 +114,7 @@ def rebase(
             backing_dirs=backing_dir or (),
         ),
         overlay,
+        base,
         dry_run=dry_run,
         backing_dirs=backing_dir,
     )

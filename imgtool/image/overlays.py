@@ -18,6 +18,7 @@ from imgtool.image.guards import (
     refuse_bitmaps,
     refuse_encrypted,
     refuse_existing,
+    refuse_if_interrupted,
     refuse_if_not_writable,
     refuse_if_too_little_space,
     refuse_if_unfinished,
@@ -75,6 +76,7 @@ def plan_create(
 
     Raises `RefusedError` where `new` is there already or the base is being written.
     """
+    refuse_if_interrupted(base)  # else what holds all of it would be taken for it
     chain = open_chain(base, format=base_format, backing_dirs=backing_dirs)
     refuse_existing(new)
     refuse_to_guess(chain)
@@ -262,6 +264,7 @@ def plan_rebase(
     link = probe(overlay, places=places)
     if link.format != "qcow2":
         raise ImageError(f"it is no qcow2 overlay but {link.format}", subject=printable(overlay))
+    refuse_if_interrupted(base)
     below = open_chain(base, format=base_format, backing_dirs=backing_dirs)
     if any(under.path.samefile(overlay) for under in below.links):
         raise RefusedError(

@@ -505,3 +505,34 @@ def test_what_is_removed_is_the_overlay_and_not_a_link_to_it(folder, imgtool_cli
     assert done.status == 0, done.err
     assert not (folder / "top.qcow2").exists() and link.is_symlink()
     assert content(folder / "base.qcow2") == expected
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("overlay", "create", "b.raw", "new.qcow2", "--base-format", "raw"),
+        ("overlay", "rebase", "top.qcow2", "b.raw"),
+        ("overlay", "rebase", "--unsafe", "--force", "other-base", "top.qcow2", "b.raw"),
+    ],
+    ids=" ".join,
+)
+def test_a_base_of_which_a_write_was_cut_off_is_finished_before_it_is_named(
+    folder, imgtool_cli, monkeypatch, words
+):
+    """What holds all of it until then is not what the overlay is put on."""
+    monkeypatch.chdir(folder)
+    base, pending = Path("b.raw").absolute(), Path(".b.raw.imgtool-0302af8d").absolute()
+    base.write_bytes(bytes(SIZE))
+    qemu_img("create", "-q", "-f", "qcow2", "-F", "raw", "-b", base.name, pending)
+    write(pending, "write -P 5 0 64k")
+    facts = {"operation": "write", "id": "1", "images": [base.name], "overlay": pending.name}
+    left(base, of_overlay=pending, **facts, format="raw", step="commit")
+    refused = imgtool_cli(*words, "--dry-run")
+    assert refused.status == 4 and "imgtool recover" in refused.err, refused.err
+    done = imgtool_cli(*words)
+    assert done.status == 0, done.err
+    made = info(folder / ("new.qcow2" if "create" in words else "top.qcow2"))
+    assert made["backing-filename"] == "b.raw"
+    assert made["backing-filename-format"] == "raw"
+    assert base.read_bytes()[: 64 << 10] == b"\5" * (64 << 10)
+    assert nothing_left(folder)
