@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from imgtool.engines.direct import landlock, opened, sandbox
+from imgtool.engines.direct import confinement, landlock, limits, opened, sandbox
 from imgtool.engines.direct.client import Client, WorkerFailed
 from imgtool.engines.direct.sandbox import Kind
 from imgtool.errors import HostError, ImageError
@@ -486,6 +487,64 @@ def test_threads_are_limited_and_processes_are_none(image, monkeypatch, kind, ne
     most = 200 if ROOT or kind is Kind.NAMESPACES else 1400
     assert 64 < threads < most
     assert processes == 0
+
+
+def in_child(action: Callable[[int], object]) -> str:
+    """What an action of an ordinary user says, in a process of its own; it gets a descriptor that
+    has to stay open.
+    """
+    told, tell = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            if ROOT:
+                os.setgroups([])
+                os.setresgid(61500, 61500, 61500)
+                os.setresuid(61500, 61500, 61500)
+            os.write(tell, repr(action(tell)).encode())
+        except BaseException as error:
+            os.write(tell, repr(error).encode())
+        finally:
+            os._exit(0)
+    os.close(tell)
+    with open(told, "rb") as said:
+        answer = said.read().decode()
+    os.waitpid(pid, 0)
+    return answer
+
+
+def test_a_host_that_limits_processes_itself_is_no_error():
+    def limited(room: int) -> tuple[bool, bool]:
+        hard = limits._threads_now() + room
+        resource.setrlimit(resource.RLIMIT_NPROC, (hard, hard))
+        limits.limit(1)
+        return resource.getrlimit(resource.RLIMIT_NPROC) == (hard, hard), limits._may_have(hard)
+
+    for room in (9, 50):
+        assert in_child(lambda tell, room=room: limited(room)) == "(True, True)"
+
+
+def test_a_host_that_lets_no_more_processes_in_has_no_sandbox():
+    def limited(tell: int) -> None:
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+        limits.require()
+
+    assert "as many threads and processes as the host lets" in in_child(limited)
+
+
+@pytest.mark.parametrize("with_landlock", [True, False])
+def test_who_has_no_user_of_his_own_has_room_for_what_starts_elsewhere(with_landlock):
+    """However little the user does as the limit is set."""
+
+    def limited(tell: int) -> bool:
+        paths: dict[str, int] | None = {} if with_landlock else None
+        confinement.enter(kept=[tell], user=None, paths=paths)
+        limits.limit(1)
+        return resource.getrlimit(resource.RLIMIT_NPROC)[0] > 1024
+
+    if not with_landlock and not ROOT:
+        pytest.skip("how much else this user does is not known")
+    assert in_child(limited) == repr(with_landlock)
 
 
 # Memory, through the only descriptor that can be written to without limit.

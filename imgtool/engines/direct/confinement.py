@@ -102,6 +102,8 @@ def enter(
         end_with_parent()  # which was forgotten with the user
     limits.require()
     if paths is not None:
+        if user is None:
+            limits.share_user()
         with _rules(paths, images) as rules:
             landlock.restrict(rules, newest=newest)
     seccomp.confine(seccomp.reading_filter())

@@ -7,9 +7,19 @@ import resource
 
 # Of QEMU's pool for each disk there are up to 64, and a few besides.
 _THREADS, _THREADS_A_DISK = 32, 80
-# A user who does other things too starts threads elsewhere meanwhile.
+# A user who does other things too starts threads elsewhere meanwhile, and they count here where the
+# sandbox has no user of its own. Old kernels count them in every namespace: more than _ALONE show it.
 _ALONE, _ELSEWHERE = 16, 1024
 _OPEN = 1024
+_ANY = 1 << 30  # more than a kernel has
+
+_shared = False
+
+
+def share_user() -> None:
+    """The user of this process is one who does other things too, now or later."""
+    global _shared
+    _shared = True
 
 
 def _may_have(threads: int) -> bool:
@@ -27,12 +37,17 @@ def _hard(kind: int) -> int:
 
 
 def require() -> None:
-    """Raise `OSError` where no limit on threads holds: root may have any number of them."""
+    """Raise `OSError` where no limit on threads holds: root may have any number of them; and where
+    the host's own limit lets none in.
+    """
     before = resource.getrlimit(resource.RLIMIT_NPROC)
     unlimited = _may_have(0)
+    none = not unlimited and not _may_have(before[1])
     resource.setrlimit(resource.RLIMIT_NPROC, before)
     if unlimited:
         raise OSError("threads cannot be limited here")
+    if none:
+        raise OSError("the user has as many threads and processes as the host lets him have")
 
 
 def _threads_now() -> int:
@@ -40,9 +55,11 @@ def _threads_now() -> int:
     while those end that were started to find out. Raises as `require`.
     """
     require()
-    least, most = 0, 64
-    while not _may_have(most):
-        least, most = most, most * 4
+    hard = _hard(resource.RLIMIT_NPROC)
+    highest = _ANY if hard == resource.RLIM_INFINITY else hard
+    least, most = 0, min(64, highest)
+    while most < highest and not _may_have(most):
+        least, most = most, min(most * 4, highest)
     while most - least > 1:
         middle = (least + most) // 2
         least, most = (least, middle) if _may_have(middle) else (middle, most)
@@ -55,7 +72,7 @@ def limit(disks: int) -> None:
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     now = _threads_now()
-    threads = now + _THREADS + _THREADS_A_DISK * disks + (now > _ALONE) * _ELSEWHERE
+    threads = now + _THREADS + _THREADS_A_DISK * disks + (_shared or now > _ALONE) * _ELSEWHERE
     for kind, most in ((resource.RLIMIT_NPROC, threads), (resource.RLIMIT_NOFILE, _OPEN)):
         hard = _hard(kind)
         if hard == resource.RLIM_INFINITY or hard > most:
