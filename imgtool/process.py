@@ -27,6 +27,7 @@ from imgtool.errors import HostError
 log = logging.getLogger(__name__)
 
 PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
+TimeoutExpired = subprocess.TimeoutExpired
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.engines.direct import confinement, landlock, limits, opened, sandbox
+from imgtool.engines.direct import confinement, identity, landlock, limits, opened, sandbox
 from imgtool.engines.direct.client import Client, WorkerFailed
 from imgtool.engines.direct.sandbox import Kind
 from imgtool.errors import HostError, ImageError
@@ -502,7 +502,7 @@ def in_child(action: Callable[[int], object]) -> str:
                 os.setresgid(61500, 61500, 61500)
                 os.setresuid(61500, 61500, 61500)
             os.write(tell, repr(action(tell)).encode())
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001 - it has no other place to be told
             os.write(tell, repr(error).encode())
         finally:
             os._exit(0)
@@ -731,6 +731,25 @@ def test_without_either_nothing_is_read(image, monkeypatch, without_namespaces):
         pytest.raises(HostError, match=r"namespaces: .*; Landlock: this kernel has no Landlock"),
         open_guest(image, engine="direct"),
     ):
+        pass
+
+
+def test_root_without_proc_has_no_sandbox_and_is_told_why(image, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(identity, "Path", lambda *parts: tmp_path / "none")
+    with pytest.raises(HostError, match="/proc is not mounted"), open_guest(image, engine="direct"):
+        pass
+
+
+def test_who_has_no_proc_has_no_sandbox_of_any_kind(image, monkeypatch):
+    class Elsewhere(type(Path())):  # type: ignore[misc]
+        def is_dir(self) -> bool:
+            return False if str(self).startswith("/proc") else super().is_dir()
+
+    monkeypatch.setattr(sandbox, "Path", Elsewhere)
+    monkeypatch.setattr(opened, "_unavailable", {})
+    both = r"namespaces: /proc is not mounted here; Landlock: /proc is not mounted here"
+    with pytest.raises(HostError, match=both), open_guest(image, engine="direct"):
         pass
 
 

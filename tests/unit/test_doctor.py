@@ -14,7 +14,7 @@ import pytest
 
 from imgtool import doctor
 from imgtool.doctor import Check, Host, examine
-from imgtool.engines.direct import landlock
+from imgtool.engines.direct import landlock, sandbox
 from imgtool.engines.libguestfs.saved import Saved
 from imgtool.errors import HostError, UsageError
 from imgtool.mount import available
@@ -363,6 +363,15 @@ def test_a_host_that_forbids_user_namespaces_names_the_switch(machine: Host) -> 
     assert found.ok is None
     assert "Permission denied" in found.found
     assert found.fix == "sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0"
+
+
+def test_a_sandbox_that_does_not_start_in_time_is_said_to_be_so(
+    machine: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "_MOMENT", 0.2)
+    replace_program(machine, "bwrap", "exec /bin/sleep 60")
+    found = check(machine, "sandbox (bubblewrap)")
+    assert (found.ok, found.found) == (None, "it did not start within 0.2 s")
 
 
 def test_the_sandbox_that_is_used_is_named(machine: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,10 +25,15 @@ _DYNAMIC = range(61184, 65520)
 
 
 def _mapped() -> tuple[list[range], list[range]]:
-    """The users and the groups that there are in this user namespace."""
+    """The users and the groups that there are in this user namespace; `NoSandbox` where that cannot
+    be told.
+    """
     found = []
     for name in ("uid_map", "gid_map"):
-        lines = Path("/proc/self", name).read_text().splitlines()
+        try:
+            lines = Path("/proc/self", name).read_text().splitlines()
+        except OSError as error:
+            raise NoSandbox("/proc is not mounted here") from error
         numbers = [[int(word) for word in line.split()] for line in lines]
         found.append([range(first, first + count) for first, _, count in numbers])
     return found[0], found[1]
@@ -36,7 +41,7 @@ def _mapped() -> tuple[list[range], list[range]]:
 
 def spare_user() -> int | None:
     """For root, the number of a user and a group that nothing else runs as; None for others, and
-    where there is no other user.
+    where there is no other user. Raises `NoSandbox` where that cannot be told.
     """
     if os.geteuid() != 0:
         return None

@@ -7,8 +7,8 @@ import resource
 
 # Of QEMU's pool for each disk there are up to 64, and a few besides.
 _THREADS, _THREADS_A_DISK = 32, 80
-# A user who does other things too starts threads elsewhere meanwhile, and they count here where the
-# sandbox has no user of its own. Old kernels count them in every namespace: more than _ALONE show it.
+# A user who does other things too starts threads elsewhere meanwhile, which count here where the
+# sandbox has no user of its own. Old kernels count them in every namespace: then there are many.
 _ALONE, _ELSEWHERE = 16, 1024
 _OPEN = 1024
 _ANY = 1 << 30  # more than a kernel has

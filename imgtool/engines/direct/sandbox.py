@@ -34,7 +34,7 @@ from imgtool.image.chain import Chain
 from imgtool.image.host_file import node_driver
 from imgtool.image.places import printable
 from imgtool.image.snapshot_view import loaded
-from imgtool.process import PIPE, Limits, find, spawn
+from imgtool.process import PIPE, Limits, TimeoutExpired, find, spawn
 
 if TYPE_CHECKING:
     import subprocess
@@ -297,6 +297,8 @@ def sandboxed(
     """
     if not syscalls.known():
         raise NoSandbox("the sandbox does not know this machine's system calls")
+    if not Path("/proc/self/fd").is_dir():  # by which the images are named
+        raise NoSandbox("/proc is not mounted here")
     given: dict[str, object] = {"kept": list(shared), "user": images.user}
     with contextlib.ExitStack() as stack:
         taken = list(images.descriptors.values())
@@ -330,7 +332,10 @@ def try_kind(kind: Kind) -> None:
     """
     images = Images(())
     with sandboxed(images, kind=kind) as process:
-        said, errors = process.communicate(timeout=_MOMENT)
+        try:
+            said, errors = process.communicate(timeout=_MOMENT)
+        except TimeoutExpired as error:
+            raise SandboxFailed(f"it did not start within {_MOMENT:g} s") from error
     if not said.startswith(READY):
         last = errors.decode(errors="replace").strip().splitlines()[-1:]
         raise SandboxFailed(last[0][:200] if last else "it ended")
