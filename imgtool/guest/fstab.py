@@ -38,6 +38,11 @@ class FstabEntry:
         return None
 
     @property
+    def on_a_disc(self) -> bool:
+        """Whether it names what is put into a drive, and not one of the guest's disks."""
+        return bool({"iso9660", "udf"} & set(self.fstype.split(",")))
+
+    @property
     def at_boot(self) -> bool:
         """Whether the guest misses the filesystem if it is not there."""
         return not {"noauto", "nofail"} & set(self.options)
@@ -68,5 +73,6 @@ def parse_fstab(content: bytes) -> tuple[tuple[FstabEntry, ...], tuple[str, ...]
             if mountpoint not in ("none", "swap"):
                 problems.append(f"fstab line {number} has no absolute mount point")
             continue
+        mountpoint = "/" + "/".join(part for part in mountpoint.split("/") if part)
         entries.append(FstabEntry(spec, mountpoint, fstype, options))
     return tuple(entries), tuple(problems)

@@ -292,7 +292,12 @@ def _btrfs_source(volumes: Volumes, device: str, entry: FstabEntry) -> str | Non
 
 def _device_names(volumes: Volumes, root: Root, findings: Findings) -> DeviceNames:
     entries, _ = parse_fstab(root.fstab)
-    names = DeviceNames(findings.filesystems, volumes.blocks(), parse_crypttab(root.crypttab))
+    names = DeviceNames(
+        findings.filesystems,
+        volumes.blocks(),
+        parse_crypttab(root.crypttab),
+        [entry.spec for entry in entries if not entry.on_a_disc],
+    )
     own = btrfs_device(root.source, findings.filesystems) or root.source
     for entry in entries:
         if entry.mountpoint == "/":
@@ -300,32 +305,70 @@ def _device_names(volumes: Volumes, root: Root, findings: Findings) -> DeviceNam
     return names
 
 
+class _Found:
+    """Which filesystem each line of fstab means."""
+
+    def __init__(self, volumes: Volumes, root: Root, findings: Findings) -> None:
+        self._volumes = volumes
+        self._names = _device_names(volumes, root, findings)
+        self._closed = locked(volumes.blocks())
+        self._asked: dict[FstabEntry, str | None] = {}
+        own = btrfs_device(root.source, findings.filesystems) or root.source
+        # What is shown already, and by which name of it: nothing else than that can mean it.
+        self._taken = dict.fromkeys((own, root.source), "")
+        entries, _ = parse_fstab(root.fstab)
+        for entry in entries:
+            if entry.mountpoint == "/":
+                self._taken = dict.fromkeys(self._taken, entry.spec)
+        for entry in entries:
+            named = self._names.find(entry.spec)
+            if named is not None and not named.guessed:
+                source = self._source(entry, named.device)
+                if source is not None:
+                    self._taken.setdefault(source, entry.spec)
+
+    def _source(self, entry: FstabEntry, device: str) -> str | None:
+        if device in self._closed or entry.fstype != "btrfs":
+            return device
+        if entry not in self._asked:  # the appliance lists all subvolumes for that
+            self._asked[entry] = _btrfs_source(self._volumes, device, entry)
+        return self._asked[entry]
+
+    def source(self, entry: FstabEntry) -> str | Unshown:
+        """What to mount, or why there is nothing."""
+        named = self._names.find(entry.spec)
+        source = None if named is None else self._source(entry, named.device)
+        if source in self._closed:
+            why = f"{source} is encrypted, and no key opens it (--key {source}:file:FILE)"
+            return Unshown(entry.mountpoint, why, entry.at_boot)
+        if named is not None and source is not None:
+            known_as = self._taken.setdefault(source, entry.spec) if named.guessed else entry.spec
+            # A guess that leads to what is there already was wrong: it is on another disk.
+            if known_as == entry.spec:
+                return source
+        why = f"{entry.spec} is on none of the disks given"
+        return Unshown(entry.mountpoint, why, entry.at_boot)
+
+
 def _from_fstab(volumes: Volumes, root: Root, findings: Findings) -> Layout:
     entries, problems = parse_fstab(root.fstab)
-    names = _device_names(volumes, root, findings)
-    closed = locked(volumes.blocks())
+    sources = _Found(volumes, root, findings)
     found = [Mount(root.source, "/")]
     lines = list(problems)
     unshown: dict[str, Unshown] = {}
     taken = {"/"}
     for entry in entries:
-        if entry.mountpoint == "/":
+        mountpoint = entry.mountpoint
+        if mountpoint == "/":
             continue
-        mountpoint = "/" + "/".join(part for part in entry.mountpoint.split("/") if part)
-        device = names.device(entry.spec)
-        why = f"{entry.spec} is on none of the disks given"
-        if device in closed:
-            why = f"{device} is encrypted, and no key opens it (--key {device}:file:FILE)"
-            device = None
-        elif device is not None and entry.fstype == "btrfs":
-            device = _btrfs_source(volumes, device, entry)
+        source = sources.source(entry)
         if mountpoint in taken:
             lines.append(f"fstab mounts two filesystems at {mountpoint}; the first is shown")
-        elif device is None:
-            unshown.setdefault(mountpoint, Unshown(mountpoint, why, entry.at_boot))
+        elif isinstance(source, Unshown):
+            unshown.setdefault(mountpoint, source)
         else:
             taken.add(mountpoint)
-            found.append(Mount(device, mountpoint))
+            found.append(Mount(source, mountpoint))
     found.sort(key=lambda mount: (mount.mountpoint.count("/"), mount.mountpoint != "/"))
     missing = [one for one in unshown.values() if one.mountpoint not in taken]
     lines += [f"{one.mountpoint} is not shown: {one.why}" for one in missing if one.needed]

@@ -35,6 +35,11 @@ CRYPTTAB = parse_crypttab(b"# name device\n\ncr_data UUID=" + LUKS.encode() + b"
 NAMES = DeviceNames(FILESYSTEMS, BLOCKS, CRYPTTAB)
 
 
+def device_of(names: DeviceNames, spec: str) -> str | None:
+    found = names.find(spec)
+    return None if found is None else found.device
+
+
 @pytest.mark.parametrize(
     ("spec", "device"),
     [
@@ -75,7 +80,7 @@ NAMES = DeviceNames(FILESYSTEMS, BLOCKS, CRYPTTAB)
 def test_a_name_leads_to_its_device(spec, device):
     if "CRYPT" in spec:
         device = "/dev/mapper/imgtool-luks0"
-    assert NAMES.device(spec) == device
+    assert device_of(NAMES, spec) == device
 
 
 def test_a_name_of_hardware_is_told_by_the_roots_own_name():
@@ -85,10 +90,75 @@ def test_a_name_of_hardware_is_told_by_the_roots_own_name():
     ]
     names = DeviceNames([Device("filesystem", b.device, b.type) for b in blocks], blocks)
     stem = "/dev/disk/by-id/scsi-0QEMU_"
-    assert names.device(f"{stem}b-part2") is None
+    assert device_of(names, f"{stem}b-part2") is None
     names.learn(f"{stem}b-part1", "/dev/sdb1")
-    assert names.device(f"{stem}b-part2") == "/dev/sdb2"
-    assert names.device(f"{stem}a-part1") is None
+    assert device_of(names, f"{stem}b-part2") == "/dev/sdb2"
+    assert device_of(names, f"{stem}a-part1") is None
+
+
+BY_ID = "/dev/disk/by-id/scsi-0QEMU_QEMU_HARDDISK_drive-scsi"
+BY_PATH = "/dev/disk/by-path/pci-0000:00:04.0-scsi-0:0:"
+
+
+@pytest.mark.parametrize(
+    "fstab",
+    [
+        # The root is told by its UUID, and nothing else tells which disk a name means.
+        f"UUID=b007 / ext4\n{BY_ID}1-part1 /data ext4\n",
+        f"UUID=b007 / ext4\n{BY_PATH}1:0-part1 /data ext4\n",
+        "UUID=b007 / ext4\n/dev/sda1 /data ext4\n",
+        f"{BY_ID}1-part1 /data ext4\n",
+        # What another line names already
+        f"UUID=b007 / ext4\nUUID=da7a /srv ext4\n{BY_ID}1-part2 /data ext4\n",
+        f"UUID=b007 / ext4\n{BY_ID}1-part2 /data ext4\nUUID=da7a /srv ext4\n",
+        f"UUID=b007 / ext4\n/dev/vda2 /srv ext4\n{BY_ID}1-part2 /data ext4\n",
+        # Two disks, of which one is given
+        f"{BY_ID}0-part1 / ext4\n{BY_ID}1-part2 /data ext4\n",
+        f"{BY_PATH}0:0-part1 / ext4\n{BY_PATH}1:0-part2 /data ext4\n",
+        f"UUID=b007 / ext4\n{BY_ID}0-part2 /data ext4\n{BY_ID}1-part3 /data ext4\n",
+        "/dev/sdb1 / ext4\n/dev/sda2 /data ext4\n",
+        # What is encrypted would look like it.
+        "/dev/mapper/cr /data ext4\n",
+    ],
+)
+def test_a_name_of_a_disk_that_is_not_given_is_not_the_one_that_is(fstab):
+    crypttab = f"cr {BY_ID}1-part2 none luks\n".encode()
+    guest = FakeGuest(
+        {
+            "/dev/sda1": ("ext4", {**linux(fstab), "/etc/crypttab": crypttab}),
+            "/dev/sda2": ("ext4", {}),
+        },
+        ids={("uuid", "b007"): "/dev/sda1", ("uuid", "da7a"): "/dev/sda2"},
+    )
+    layout = discover(guest)
+    assert "/data" not in {mount.mountpoint for mount in layout.mounts}
+    assert "/data" in layout.missed
+
+
+@pytest.mark.parametrize(
+    "name", [f"{BY_ID}1", f"{BY_PATH}1:0", "/dev/sda", "/dev/disk/by-id/dm-name-v-w"]
+)
+def test_a_disk_without_partitions_is_not_another_disk_either(name):
+    fstab = f"UUID=b007 / ext4\n{name} /data ext4\n/dev/disk/by-id/dm-name-v-gone /srv ext4\n"
+    guest = FakeGuest({"/dev/sda": ("ext4", linux(fstab))}, ids={("uuid", "b007"): "/dev/sda"})
+    assert mounts(guest) == {"/": "/dev/sda"}
+
+
+def test_one_name_may_be_mounted_twice_and_a_subvolume_by_any_name():
+    fstab = f"LABEL=r / btrfs subvol=@\n{BY_ID}0-part1 /home btrfs subvol=@home\n" + "".join(
+        f"{BY_ID}0-part2 {at} ext4\n" for at in ("/one", "/two")
+    )
+    root = "btrfsvol:/dev/sda1/@"
+    guest = FakeGuest(
+        {"/dev/sda1": ("btrfs", {}), root: ("btrfs", linux(fstab)), "/dev/sda2": ("ext4", {})},
+        ids={("label", "r"): "/dev/sda1"},
+    )
+    assert mounts(guest) == {
+        "/": root,
+        "/home": "btrfsvol:/dev/sda1/@home",
+        "/one": "/dev/sda2",
+        "/two": "/dev/sda2",
+    }
 
 
 def test_quoted_blanks_are_part_of_a_label():
