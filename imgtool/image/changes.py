@@ -67,11 +67,15 @@ def _used(record: Record, path: Path, which: str) -> str | None:
         return f"{name} was replaced"
     if before.get("snapshots") != snapshots_of(path):
         return f"the internal snapshots of {name} were changed"
-    status = path.stat()
+    status, then = path.stat(), before.get("mtime")
     ended = record.touched if record.witnessed else record.touched + _MARGIN
     # When a device was written to last nobody knows.
-    if stat.S_ISREG(status.st_mode) and status.st_mtime_ns > ended:
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    if status.st_mtime_ns > ended:
         return f"{name} was written to"
+    if isinstance(then, int) and status.st_mtime_ns < then:  # an older one, copied over it
+        return f"{name} was replaced"
     return None
 
 

@@ -4,12 +4,13 @@ command: what was written since is never lost, and what was to be done is done o
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -278,6 +279,44 @@ def test_what_was_written_after_the_kill_is_not_lost(tmp_path, imgtool_cli, name
             if used.exists():
                 assert [one for one in names(used) if one in listed] or not listed, where
     pytest.fail("it never ends")
+
+
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [one for one in USED if one[0] in ("commit", "commit --remove", "write")],
+)
+def test_an_older_backup_that_is_put_back_in_place_is_not_written_over(
+    tmp_path, imgtool_cli, name, which
+):
+    """By `cp -p`: the file stays the same, and its time is one from before the work."""
+    job = JOBS[name]
+    used = job.image if which == "IMAGE" else job.other
+    backup = tmp_path / "backup"
+
+    def make(folder: Path) -> None:
+        job.make(folder)
+        shutil.copy2(folder / used, backup)
+        os.utime(backup, (10**9, 10**9))
+        write(folder / used, f"write -P {SINCE} 3584k 64k")
+        os.utime(folder / job.other)  # which stands on it
+
+    refused = 0
+    for number in range(1, 40):
+        folder = tmp_path / str(number)
+        if not killed(replace(job, make=make), folder, number, after=True):
+            break
+        image, path = folder / job.image, folder / used
+        if not record_path(image).exists() or not path.exists():
+            continue
+        subprocess.run(["cp", "-p", backup, path], check=True)
+        kept = list(folder.iterdir())
+        done = imgtool_cli("recover", image)
+        assert path.read_bytes() == backup.read_bytes(), (number, done.err)
+        assert done.status in (0, 4), done.err
+        if done.status == 4:
+            assert all(other.exists() for other in kept), done.err
+            refused += "was replaced since" in done.err and "--force changed" in done.err
+    assert refused
 
 
 @pytest.mark.parametrize("name", JOBS)
