@@ -15,6 +15,7 @@ import pytest
 from imgtool import doctor
 from imgtool.doctor import Check, Host, examine
 from imgtool.engines.direct import landlock, sandbox
+from imgtool.engines.libguestfs import launch
 from imgtool.engines.libguestfs.saved import Saved
 from imgtool.errors import HostError, UsageError
 from imgtool.mount import available
@@ -319,6 +320,18 @@ def test_without_kvm_a_saved_appliance_is_looked_for(machine, monkeypatch, state
     found = check(machine, "saved appliance")
     assert (found.ok, found.required, found.fix) == (ok, False, fix)
     assert said in found.found
+
+
+def test_what_the_last_launch_found_counts_in_the_boot_that_it_was_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    launch._remember("tcg")
+    assert launch.remembered() == "tcg"
+    # A rescue system without /proc does not know which boot it is.
+    elsewhere = lambda name: Path("/none" if name.startswith("/proc") else name)  # noqa: E731
+    monkeypatch.setattr(launch, "Path", elsewhere)
+    assert launch.remembered() is None
 
 
 def test_too_little_memory_stops_the_main_job(machine: Host) -> None:

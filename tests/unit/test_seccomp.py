@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import socket
 import subprocess
 import sys
 
@@ -71,7 +72,17 @@ def test_the_numbers_are_those_of_the_kernel():
     harmless = [
         *("accept", "bind", "close", "connect", "dup", "epoll_ctl", "faccessat2", "fstat"),
         *("fstatfs", "ftruncate", "getcwd", "landlock_restrict_self", "lseek", "newfstatat"),
-        *("preadv", "readlinkat", "setsockopt", "signalfd4", "statfs", "statx", "wait4"),
+        *(
+            "preadv",
+            "readlinkat",
+            "recvmmsg",
+            "sendmmsg",
+            "setsockopt",
+            "signalfd4",
+            "statfs",
+            "statx",
+            "wait4",
+        ),
     ]
     done = subprocess.run(
         ["strace", "-qq", sys.executable, "-c", program % [known[name] for name in harmless]],
@@ -136,6 +147,30 @@ PATH = ctypes.c_char_p(b"/dev/null")
 def test_arguments_decide_where_a_call_does_more_than_one_thing(call, error):
     (found,) = tried(seccomp.reading_filter(), call)
     assert found == error or (error == -1 and found in (0, errno.ENOTTY))
+
+
+@pytest.mark.parametrize(
+    ("program", "calls"),
+    [
+        (seccomp.reading_filter, ("sendto", "recvfrom", "sendmsg", "recvmsg")),
+        (seccomp.worker_filter, ("sendto", "recvfrom")),
+        (
+            seccomp.replay_filter,
+            ("sendto", "recvfrom", "sendmsg", "recvmsg", "sendmmsg", "recvmmsg"),
+        ),
+    ],
+)
+def test_nothing_is_sent_out_of_band(program, calls):
+    """Local sockets would do it, in a part of the kernel that nothing needs."""
+    for call in calls:
+        place = 2 if call in ("sendmsg", "recvmsg") else 3
+        told = [(call, -1, *(0,) * (place - 1), flags, 0) for flags in (1, 0x4001, 0, 0x4000)]
+        assert tried(program(), *told) == [errno.EPERM, errno.EPERM, errno.EBADF, errno.EBADF]
+    ours, other = socket.socketpair()
+    with ours, other:
+        sent = ("sendto", ours.fileno(), PATH, 4)
+        assert tried(program(), (*sent, socket.MSG_OOB, 0, 0), (*sent, 0, 0, 0)) == [errno.EPERM, 0]
+        assert other.recv(100) == b"/dev"
 
 
 def test_what_replays_a_journal_may_neither_mount_nor_trace_nor_connect():

@@ -7,7 +7,8 @@ run than a list of what they need could name. Nothing of it can be taken back.
 
 A filter sees the numbers that a call is given, not what its pointers lead to.
 
-Source: seccomp(2), linux/filter.h, linux/seccomp.h; linux/fcntl.h, asm/ioctls.h, linux/prctl.h.
+Source: seccomp(2), linux/filter.h, linux/seccomp.h; linux/fcntl.h, asm/ioctls.h, linux/prctl.h,
+linux/socket.h.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _EPERM, _ENOSYS = _ERRNO | errno.EPERM, _ERRNO | errno.ENOSYS
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16
 _X32 = 0x40000000
 _AF_UNIX = 1
+_MSG_OOB = 1
 _THREAD = 0x00010000  # of clone(2): no process of its own
 # Flags of clone(2) for new namespaces: mount, cgroup, UTS, IPC, user, PID, network.
 _NAMESPACES = (
@@ -274,7 +276,8 @@ class Without(NamedTuple):
 
 # Without a PID namespace another process would be at hand; what is signalled for a file's owner
 # (F_SETOWN), what a file's owner may change (FS_IOC_SETFLAGS), and O_TRUNC, which the first
-# versions of Landlock do not see, is left out here.
+# versions of Landlock do not see, is left out here. MSG_OOB between local sockets is a part of the
+# kernel that nothing needs, and that had CVE-2025-38236.
 ARGUMENTS: Mapping[str, Only | Without] = {
     "clone": Without(0, _NAMESPACES),
     "socket": Only(0, (_AF_UNIX,)),
@@ -285,7 +288,15 @@ ARGUMENTS: Mapping[str, Only | Without] = {
     "fcntl": Only(1, (0, 1, 2, 3, 4, 36, 37, 1030)),
     "open": Without(1, os.O_TRUNC),
     "openat": Without(2, os.O_TRUNC),
+    "sendto": Without(3, _MSG_OOB),
+    "recvfrom": Without(3, _MSG_OOB),
+    "sendmsg": Without(2, _MSG_OOB),
+    "recvmsg": Without(2, _MSG_OOB),
+    "sendmmsg": Without(3, _MSG_OOB),
+    "recvmmsg": Without(3, _MSG_OOB),
 }
+# Of them, those that something in the sandbox for journals needs in part.
+_PARTS = ("clone", "sendto", "recvfrom", "sendmsg", "recvmsg", "sendmmsg", "recvmmsg")
 
 
 def _statement(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
@@ -355,8 +366,8 @@ def worker_filter() -> bytes:
 
 
 def replay_filter(*, mounts: bool = False) -> bytes:
-    """All but NEVER, which gets EPERM, and but new namespaces and sockets that are not local. With
-    `mounts` it may mount(2).
+    """All but NEVER, which gets EPERM, and but new namespaces, sockets that are not local and data
+    out of band. With `mounts` it may mount(2).
     """
     program = _start()
     program += _on("clone3", [_statement(_RETURN, _ENOSYS)])
@@ -365,7 +376,8 @@ def replay_filter(*, mounts: bool = False) -> bytes:
             continue
         condition = ARGUMENTS.get(name)
         program += _on(name, _allowed(condition) if condition else [_give(errno.EPERM)])
-    program += _on("clone", _allowed(ARGUMENTS["clone"]))
+    for name in _PARTS:
+        program += _on(name, _allowed(ARGUMENTS[name]))
     return b"".join((*program, _statement(_RETURN, _ALLOW)))
 
 

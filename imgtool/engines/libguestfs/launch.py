@@ -75,9 +75,10 @@ def remembered() -> str | None:
     """`kvm` or `tcg`: what the last launch on this machine, as it is now, ended with."""
     try:
         note = json.loads((cache_dir() / "acceleration.json").read_text())
-    except (OSError, ValueError):
+        machine = _machine()
+    except (OSError, ValueError):  # without /proc it is not known which boot this is
         return None
-    if not isinstance(note, dict) or note.get("machine") != _machine():
+    if not isinstance(note, dict) or note.get("machine") != machine:
         return None
     outcome = note.get("outcome")
     return outcome if outcome in ("kvm", "tcg") else None
