@@ -203,7 +203,8 @@ def _known_better(looked: Looked, expected: Mapping[str, Any], folder: Path) -> 
     if listed and listed.status == 0 and _is_sound(looked.image, probed.get("TYPE")):
         theirs = _of_the_kernel(looked.image, folder)
         looked.compared = theirs is not None
-        yield from _differences(listed, theirs or {})
+        if theirs is not None:
+            yield from _differences(listed, theirs)
 
 
 def _probe(image: Path) -> dict[str, str]:
@@ -242,8 +243,6 @@ def _of_the_kernel(image: Path, folder: Path) -> dict[bytes, _Content] | None:
 
 
 def _differences(listed: Answer, theirs: Mapping[bytes, _Content]) -> Iterator[str]:
-    if not theirs:
-        return
     ours = {
         _path(row): (row["size"] if row["type"] == "file" else None, row.get("checksum"))
         for row in listed.rows()
