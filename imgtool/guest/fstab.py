@@ -44,8 +44,13 @@ class FstabEntry:
 
     @property
     def at_boot(self) -> bool:
-        """Whether the guest misses the filesystem if it is not there."""
-        return not {"noauto", "nofail"} & set(self.options)
+        """Whether the guest mounts the filesystem by itself, where it finds it."""
+        return "noauto" not in self.options
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether the guest starts without the filesystem too."""
+        return "nofail" in self.options
 
 
 def _unescape(word: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container, Mapping
+
 from imgtool.errors import Reason, RefusedError
 
 
@@ -14,3 +16,16 @@ def hidden_mount(mountpoint: str, why: str) -> RefusedError:
         hint="show it: give the --key of an encrypted device, -A for a further disk, or -m",
         reason=Reason.HIDDEN_MOUNT,
     )
+
+
+def refuse_hidden(
+    unshown: Mapping[str, str], optional: Container[str], notice: Callable[[str], None]
+) -> None:
+    """Raise `RefusedError` where all of a guest is to be written to, and not all of it is shown.
+
+    Without what is `optional` the guest works too: of that there is a notice.
+    """
+    for mountpoint, why in unshown.items():
+        if mountpoint not in optional:
+            raise hidden_mount(mountpoint, why)
+        notice(f"{mountpoint} is not shown: {why}; what is written there would lie hidden below it")

@@ -340,14 +340,14 @@ class _Found:
         source = None if named is None else self._source(entry, named.device)
         if source in self._closed:
             why = f"{source} is encrypted, and no key opens it (--key {source}:file:FILE)"
-            return Unshown(entry.mountpoint, why, entry.at_boot)
+            return Unshown(entry.mountpoint, why, entry.at_boot, entry.is_optional)
         if named is not None and source is not None:
             known_as = self._taken.setdefault(source, entry.spec) if named.guessed else entry.spec
             # A guess that leads to what is there already was wrong: it is on another disk.
             if known_as == entry.spec:
                 return source
         why = f"{entry.spec} is on none of the disks given"
-        return Unshown(entry.mountpoint, why, entry.at_boot)
+        return Unshown(entry.mountpoint, why, entry.at_boot, entry.is_optional)
 
 
 def _from_fstab(volumes: Volumes, root: Root, findings: Findings) -> Layout:
@@ -371,7 +371,7 @@ def _from_fstab(volumes: Volumes, root: Root, findings: Findings) -> Layout:
             found.append(Mount(source, mountpoint))
     found.sort(key=lambda mount: (mount.mountpoint.count("/"), mount.mountpoint != "/"))
     missing = [one for one in unshown.values() if one.mountpoint not in taken]
-    lines += [f"{one.mountpoint} is not shown: {one.why}" for one in missing if one.needed]
+    lines += [f"{one.mountpoint} is not shown: {one.why}" for one in missing if one.is_said]
     if len(lines) > _MOST_LINES:
         lines[_MOST_LINES:] = [f"and {len(lines) - _MOST_LINES} more lines of fstab like these"]
     lines += _what_to_type(found, missing, findings)
@@ -391,7 +391,7 @@ def _what_to_type(
         and one.device not in findings.failures
         and (btrfs_device(one.device, findings.filesystems) or one.device) not in used
     ]
-    asked = [one.mountpoint for one in missing if one.needed]
+    asked = [one.mountpoint for one in missing if one.is_said]
     if not (free and asked):
         return []
     words = [f"-m {m.source}" + (f":{m.mountpoint}" if m.mountpoint != "/" else "") for m in mounts]

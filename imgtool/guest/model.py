@@ -143,11 +143,21 @@ class Mount:
 
 @dataclass(frozen=True)
 class Unshown:
-    """A mount point whose filesystem is not shown, and why; `needed` if the guest would miss it."""
+    """A mount point whose filesystem is not shown, and why.
+
+    `needed` if the guest mounts it by itself, so that what lies in the folder is hidden there;
+    `optional` if the guest starts without it too (`nofail`).
+    """
 
     mountpoint: str
     why: str
     needed: bool = True
+    optional: bool = False
+
+    @property
+    def is_said(self) -> bool:
+        """Whether it is worth a warning to who has not asked for it."""
+        return self.needed and not self.optional
 
 
 @dataclass(frozen=True)
@@ -168,8 +178,13 @@ class Layout:
 
     @property
     def missed(self) -> dict[str, str]:
-        """The mount points where the guest would miss what is not shown, and why."""
+        """The mount points where the guest mounts what is not shown, and why it is not."""
         return {one.mountpoint: one.why for one in self.unshown if one.needed}
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Those of `missed` without which the guest starts too."""
+        return frozenset(one.mountpoint for one in self.unshown if one.optional)
 
 
 @dataclass(frozen=True)

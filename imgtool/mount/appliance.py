@@ -132,7 +132,7 @@ def unmount(target: str) -> None:
 
 
 def _serve(request: dict[str, Any], ready: Path) -> None:
-    from imgtool.guest.hidden import hidden_mount
+    from imgtool.guest.hidden import refuse_hidden
     from imgtool.guest.model import Mount
     from imgtool.opening import open_guest, open_guest_in_place
 
@@ -149,8 +149,7 @@ def _serve(request: dict[str, Any], ready: Path) -> None:
     def serve(guest: LibguestfsGuest) -> None:
         guest.mount_layout()
         if request["writable"] and Reason.HIDDEN_MOUNT not in request["force"]:
-            for mountpoint, why in guest.unshown().items():
-                raise hidden_mount(mountpoint, why)
+            refuse_hidden(guest.unshown(), guest.layout.optional, common["notice"])
         options = [
             *([] if request["writable"] else ["ro"]),
             *([] if request["executable"] else ["noexec"]),

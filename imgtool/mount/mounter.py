@@ -6,7 +6,7 @@ import dataclasses
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from imgtool.errors import (
     RefusedError,
     listed,
 )
-from imgtool.guest.hidden import hidden_mount
+from imgtool.guest.hidden import refuse_hidden
 from imgtool.guest.mending import has_errors
 from imgtool.guest.model import Mount
 from imgtool.mount import filesystems, kernel, mapper_steps, steps
@@ -56,11 +56,10 @@ class Wanted:
     backing_dirs: Sequence[Path] = ()
     notice: Callable[[str], None] = field(default=lambda line: log.warning("%s", line))
 
-    def refuse_hidden(self, unshown: Mapping[str, str]) -> None:
+    def refuse_hidden(self, unshown: Mapping[str, str], optional: Container[str] = ()) -> None:
         """Raise `RefusedError` where it is to be written to, and not all of it is shown."""
         if self.writable and Reason.HIDDEN_MOUNT not in self.force:
-            for mountpoint, why in unshown.items():
-                raise hidden_mount(mountpoint, why)
+            refuse_hidden(unshown, optional, self.notice)
 
 
 class NeedsOverlay(Exception):

@@ -200,7 +200,7 @@ def _items(wanted: Wanted, disks: Sequence[Disk]) -> list[Item]:
         backing_dirs=wanted.backing_dirs,
         notice=wanted.notice,
     ) as guest:
-        wanted.refuse_hidden(guest.layout.missed)
+        wanted.refuse_hidden(guest.layout.missed, guest.layout.optional)
         return plan.items_of(guest.layout, disks, [row.device for row in guest.devices()])
 
 

@@ -51,3 +51,23 @@ def test_a_guest_of_which_not_all_is_shown_is_not_mounted_to_be_written(
     assert not os.path.ismount(place) and image.read_bytes() == before
     good("mount", image, place, "--via", via, "--rw", "--force", "hidden-mount")
     good("umount", place)
+
+
+@pytest.mark.parametrize("via", ["loop", "export"])
+def test_a_guest_that_starts_without_a_filesystem_is_written_to_with_a_warning(
+    tmp_path: Path, via: str
+) -> None:
+    tree, image, place = tmp_path / "tree", tmp_path / "disk.raw", tmp_path / "place"
+    place.mkdir()
+    for folder in ("etc", "mnt"):
+        (tree / folder).mkdir(parents=True)
+    (tree / "etc/os-release").write_text("ID=debian\n")
+    (tree / "etc/fstab").write_text("UUID=0000-dead /mnt ext4 defaults,nofail 0 2\n")
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tree, image, "16M"], check=True)
+    done = good("mount", image, place, "--via", via)
+    assert "/mnt" not in done.err
+    good("umount", place)
+    done = good("mount", image, place, "--via", via, "--rw")
+    good("umount", place)
+    assert "/mnt is not shown: UUID=0000-dead is on none" in done.err
+    assert "would lie hidden below it" in done.err

@@ -187,9 +187,12 @@ def test_what_cannot_be_told_is_said_once_with_what_to_type():
     )
     assert [(one.mountpoint, one.needed) for one in layout.unshown] == [
         ("/home", True),
-        ("/media/usb", False),
+        ("/media/usb", True),
         ("/mnt", False),
     ]
+    # Nobody misses a stick, but what lies in its folder is hidden as soon as it is there.
+    assert set(layout.missed) == {"/home", "/media/usb"}
+    assert layout.optional == {"/media/usb"}
 
 
 def test_a_thousand_lines_that_say_nothing_are_a_few_words():

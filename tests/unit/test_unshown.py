@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from imgtool import cli
+from imgtool.errors import RefusedError
+from imgtool.mount.mounter import Wanted
 
 SUMMED = ("--engine", "direct", "--checksum", "sha256")
 MIB = 1 << 20
@@ -76,11 +78,37 @@ def good(bad: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def optional(bad: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A guest that starts without /home."""
+    folder = tmp_path_factory.mktemp("optional")
+    return disk(folder, f"UUID={WRONG} /home ext4 defaults,nofail 0 2\n")
+
+
 @pytest.mark.parametrize("at", ["/home", "/home/alice"])
 def test_a_path_in_what_is_not_shown_is_no_empty_folder(bad, capfd, at):
     status, out, err = run(capfd, "ls", bad, at, "--engine", "direct")
     assert (status, out) == (5, "")
     assert f"its filesystem is not shown: UUID={WRONG} is on none of the disks given" in err
+
+
+def test_what_a_guest_starts_without_is_said_to_who_asks_for_it(optional, capfd):
+    status, out, err = run(capfd, "ls", optional, "/home", "--engine", "direct")
+    assert (status, out) == (5, "")
+    assert f"its filesystem is not shown: UUID={WRONG}" in err
+    status, out, err = run(capfd, "ls", optional, "/", "--engine", "direct")
+    assert (status, err) == (0, "")
+    words = ["--engine", "direct", "-m", "/dev/sda1"]
+    assert run(capfd, "ls", optional, "/home", *words)[:2] == (0, "README\n")
+
+
+def test_a_guest_that_is_written_to_as_a_whole_is_said_to_lack_what_it_starts_without(tmp_path):
+    said: list[str] = []
+    wanted = Wanted(tmp_path, tmp_path, writable=True, notice=said.append)
+    wanted.refuse_hidden({"/mnt": "WHY"}, {"/mnt"})
+    assert said == ["/mnt is not shown: WHY; what is written there would lie hidden below it"]
+    with pytest.raises(RefusedError, match="WHY"):
+        wanted.refuse_hidden({"/mnt": "WHY"}, {"/srv"})
 
 
 def test_what_the_warning_says_to_type_shows_it(bad, capfd):
