@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,15 @@ from imgtool.errors import Force, Reason, RefusedError
 from imgtool.image import qcow2
 from imgtool.image.dependants import overlays_on
 from imgtool.image.host_file import open_host_file
-from imgtool.image.marks import Mark, is_as_noted, is_same_file, mark_of, snapshots_of
+from imgtool.image.marks import (
+    Mark,
+    is_as_noted,
+    is_same_file,
+    mark_of,
+    parts_of,
+    same_identity,
+    snapshots_of,
+)
 from imgtool.image.places import printable, typed
 from imgtool.image.qcow2_snapshots import read_snapshots, same_as_active
 from imgtool.image.record import Record
@@ -62,20 +69,37 @@ def _used(record: Record, path: Path, which: str) -> str | None:
     before = noted(record, which)
     if is_as_noted(before, path) or (which == "image" and not isinstance(before, dict)):
         return None
+    if which == "image" and is_as_noted(record.facts.get("left"), path):
+        return None
     name = "it" if which == "image" else printable(path)
     if not isinstance(before, dict) or not is_same_file(before.get("identity"), path):
         return f"{name} was replaced"
     if before.get("snapshots") != snapshots_of(path):
         return f"the internal snapshots of {name} were changed"
-    status, then = path.stat(), before.get("mtime")
+    now = mark_of(path)
+    then_parts, now_parts = parts_of(before), parts_of(now)
+    if len(then_parts) != len(now_parts):
+        return f"a file that holds the data of {name} was replaced"
+    for then, there in zip([before, *then_parts], [now, *now_parts], strict=True):
+        whose = name if there is now else f"a file that holds the data of {name}"
+        if what := _what_became(record, then, there):
+            return f"{whose} {what}"
+    return None
+
+
+def _what_became(record: Record, then: Mark, now: Mark) -> str | None:
+    """What somebody did to one file, by its mark from before and the one of now."""
+    if not same_identity(then.get("identity"), now["identity"]):
+        return "was replaced"
+    if "written" in now:  # when nobody knows
+        same = now["written"] is not None and now["written"] == then.get("written")
+        return None if same else "may have been written to"
     ended = record.touched if record.witnessed else record.touched + _MARGIN
-    # When a device was written to last nobody knows.
-    if not stat.S_ISREG(status.st_mode):
-        return None
-    if status.st_mtime_ns > ended:
-        return f"{name} was written to"
-    if isinstance(then, int) and status.st_mtime_ns < then:  # an older one, copied over it
-        return f"{name} was replaced"
+    if now["mtime"] > ended:
+        return "was written to"
+    mtime = then.get("mtime")
+    if isinstance(mtime, int) and now["mtime"] < mtime:  # an older one, copied over it
+        return "was replaced"
     return None
 
 

@@ -22,6 +22,7 @@ from typing import Any, TypeGuard
 
 from imgtool import interrupt
 from imgtool.errors import HostError, RefusedError
+from imgtool.image.marks import mark_of, parts_of
 from imgtool.image.places import printable
 from imgtool.image.proof import proof_of, proves
 from imgtool.image.witness import is_marked, witnessed
@@ -135,9 +136,19 @@ class Record:
         try:
             with witnessed(self.path):
                 yield
+        except BaseException:
+            self._note_what_is_left()
+            raise
         finally:
             ended.set()
             thread.join()
+
+    def _note_what_is_left(self) -> None:
+        """Of a device that work failed on, how much was written to it: it has no time to tell."""
+        with contextlib.suppress(HostError, OSError):
+            mark = mark_of(self.image)
+            if any("written" in file for file in (mark, *parts_of(mark))):
+                self.note(left=mark)
 
     def note(self, **facts: Any) -> None:
         """Write down more, before it is done; raises `HostError` where there is no room for it."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import pytest
 from imgtool.errors import HostError, ImageError, Reason, RefusedError
 from imgtool.image import recovery, transaction
 from imgtool.image.chain import open_chain
+from imgtool.image.marks import is_as_noted, mark_of
 from imgtool.image.qemu_img import Locked
 from imgtool.image.record import read_facts, record_path
 from imgtool.image.recovery import recover
@@ -192,6 +194,122 @@ def test_a_disk_that_is_in_the_way_leaves_no_record_of_the_first(disk):
     ):
         write(disk, second)
     assert left_over(disk.parent) == []
+
+
+# Images whose data are not, or not only, in the file of that name
+
+
+@pytest.fixture(params=["data file", "device"])
+def apart(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Apart]:
+    """An image of which the data are in another file, or of which no time tells when it was
+    written to."""
+    data = tmp_path / "data.raw"
+    data.write_bytes(bytes([OLD]) * (4 << 20))
+    if request.param == "data file":
+        image = tmp_path / "image.qcow2"
+        options = f"data_file={data},data_file_raw=on,preallocation=metadata"
+        words = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, image, "4M"]
+        subprocess.run(words, check=True)
+        fill(image, "qcow2", OLD)
+        yield Apart(image, data, "qcow2")
+        return
+    if os.geteuid() != 0 or not Path("/dev/loop-control").exists():
+        pytest.skip("needs root and loop devices")
+    with attached(data) as device:
+        yield Apart(device, device, "raw")
+
+
+@dataclass(frozen=True)
+class Apart:
+    image: Path
+    data: Path
+    format: str
+
+    def write(self, end: Callable[[], None]) -> None:
+        """A write that QEMU does a part of; how it comes to its `end`."""
+
+        def part(words: object, **options: object) -> None:
+            self.put(NEW, 0)
+            end()
+
+        chain = open_chain(self.image, format=self.format)
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            transaction.transaction([chain], notice=lambda line: None) as writing,
+        ):
+            fill(writing.chains[0].active.path, "qcow2", NEW)
+            patch.setattr(recovery, "qemu_img", part)
+            writing.commit()
+
+    def put(self, value: int, at: int) -> None:
+        with self.data.open("r+b") as file:
+            file.seek(at)
+            file.write(bytes([value]) * 4096)
+
+
+@contextlib.contextmanager
+def attached(file: Path) -> Iterator[Path]:
+    """A loop device on a file."""
+    words = ["losetup", "--find", "--show", file]
+    made = subprocess.run(words, check=True, capture_output=True, text=True)
+    device = Path(made.stdout.strip())
+    try:
+        yield device
+    finally:
+        for path in (
+            record_path(device),
+            *record_path(device).parent.glob(f".dev-{device.name}.*"),
+        ):
+            path.unlink(missing_ok=True)
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+def test_a_part_that_is_in_another_file_or_not_yet_on_the_disk_is_seen(apart):
+    def fails() -> None:
+        raise ImageError("QEMU died")
+
+    with pytest.raises(ImageError, match="QEMU died"):
+        apart.write(fails)
+    assert read_facts(apart.image)["step"] == "commit"
+    assert "finished" in recover(apart.image)
+    assert pattern(apart.image, apart.format, NEW)
+
+
+def test_what_was_written_since_to_a_data_file_or_a_device_is_kept(apart, tmp_path):
+    assert in_child(lambda: apart.write(lambda: os._exit(KILLED))) == KILLED
+    apart.put(0x77, 1 << 20)
+    status = apart.data.stat()
+    os.utime(apart.data, ns=(status.st_atime_ns, status.st_mtime_ns + 2_000_000_000))
+    with pytest.raises(RefusedError, match="written to since a write") as caught:
+        recover(apart.image)
+    assert "--force changed" in str(caught.value.hint)
+    with apart.data.open("rb") as file:
+        file.seek(1 << 20)
+        assert file.read(4096) == bytes([0x77]) * 4096
+    assert "finished" in recover(apart.image, force=[Reason.CHANGED])
+    assert pattern(apart.image, apart.format, NEW)
+
+
+@pytest.mark.parametrize("apart", ["data file"], indirect=True)
+def test_a_data_file_of_before_put_back_is_not_written_over(tmp_path, apart):
+    backup = tmp_path / "backup"
+    shutil.copyfile(apart.data, backup)
+    os.utime(backup, (10**9, 10**9))
+    assert in_child(lambda: apart.write(lambda: os._exit(KILLED))) == KILLED
+    subprocess.run(["cp", "-p", backup, apart.data], check=True)
+    with pytest.raises(RefusedError, match="holds the data of it was replaced"):
+        recover(apart.image)
+
+
+def test_the_extents_of_a_vmdk_are_part_of_its_mark(tmp_path):
+    image = tmp_path / "disk.vmdk"
+    words = ["qemu-img", "create", "-q", "-f", "vmdk", "-o", "subformat=twoGbMaxExtentFlat", image]
+    subprocess.run([*words, "4M"], check=True)
+    before = mark_of(image)
+    assert is_as_noted(before, image)
+    with (tmp_path / "disk-f001.vmdk").open("r+b") as file:
+        file.write(b"since")
+    assert not is_as_noted(before, image)
 
 
 # Other users
