@@ -99,6 +99,38 @@ def copied(guest: Any, source: str, dest: Path) -> list[str]:
     return said
 
 
+# Reasons
+
+
+@pytest.mark.parametrize(
+    ("said", "means"),
+    [
+        ("'x' * (2 << 20)", "the filesystem cannot be mounted: xxxx"),
+        ("'\\x1b[2J' * (1 << 17)", "the filesystem cannot be mounted: \\x1b[2J"),
+        ("5", "its answer makes no sense"),
+    ],
+)
+@pytest.mark.parametrize("given", [True, False])
+def test_a_reason_is_one_line_whatever_is_said(image, monkeypatch, said, means, given):
+    lies = f"""
+def mount(self, mounts): return [{said}]
+Worker.do_mount = mount
+"""
+    monkeypatch.setattr(sandbox, "_START", LIAR.format(lies=_braced(lies)))
+    told: list[str] = []
+    options: Any = {"mounts": [Mount("/dev/sda", "/")]} if given else {}
+    with open_guest(image, engine="direct", notice=told.append, **options) as guest:
+        if given or said == "5":
+            with pytest.raises((EngineError, ImageError)) as failed:
+                guest.lstat("/small")
+            told.append(failed.value.message)
+        else:
+            with contextlib.suppress(NotInGuestError):
+                guest.lstat("/small")
+    assert len(told) == 1 and means in told[0]
+    assert len(told[0]) < 400 and told[0].isprintable()
+
+
 # Names
 
 

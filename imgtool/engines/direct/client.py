@@ -21,7 +21,7 @@ from imgtool.engines.direct import protocol
 from imgtool.engines.direct.filesystem import NeedsAppliance, SandboxFailed
 from imgtool.engines.direct.pipes import Patience, Pipes
 from imgtool.engines.direct.ring import Ring
-from imgtool.errors import EngineError, ImageError, ImgtoolError, NotInGuestError
+from imgtool.errors import EngineError, ImageError, ImgtoolError, NotInGuestError, shortened
 from imgtool.guest.blocks import Block
 from imgtool.guest.model import FILE_TYPES, Application, Entry, OperatingSystem
 from imgtool.guest.xattrs import Xattrs, ordered
@@ -302,6 +302,18 @@ def string(value: object) -> str:
     if not isinstance(value, str) or len(value) > _LONGEST_LINE:
         raise protocol.BadMessage("no string")
     return value.encode("utf-8", "replace").decode()
+
+
+def reasons(rows: Any, count: int) -> list[str | None]:
+    """For each of so many things why it is not there, on one line of usual length; None if it is.
+
+    A reason may name what the guest wrote, of any length.
+    """
+    if not isinstance(rows, list) or len(rows) != count:
+        raise protocol.BadMessage("not what was asked for")
+    if not all(row is None or isinstance(row, str) for row in rows):
+        raise protocol.BadMessage("no reason")
+    return [None if row is None else shortened(printable(row[:_LONGEST_LINE])) for row in rows]
 
 
 def _optional(value: object) -> str | None:

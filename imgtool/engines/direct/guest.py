@@ -93,10 +93,10 @@ class DirectGuest(Guest):
             rows = self._client.one("journals")
         found: list[replay.Place] = []
         for device, places in self._client.checked(
-            lambda: [(string, list(p)) for string, p in rows]
+            lambda: [(wire.string(string), list(p)) for string, p in rows]
         ):
             if len(places) != 1:
-                raise NeedsAppliance(f"the journal of {printable(str(device))} lies in pieces")
+                raise NeedsAppliance(f"the journal of {printable(device)} lies in pieces")
             disk, offset, size = self._client.checked(partial(_numbers, places[0], 3))
             if disk >= len(self.disk_sizes) or offset + size > self.disk_sizes[disk]:
                 raise self._client.failure("a place on no disk")
@@ -158,7 +158,7 @@ class DirectGuest(Guest):
         said = self._mount(mounts)
         for mount, reason in zip(mounts, said, strict=True):
             if reason is not None:
-                line = f"the filesystem cannot be mounted: {printable(str(reason))}"
+                line = f"the filesystem cannot be mounted: {reason}"
                 if self._given:
                     raise EngineError(line, subject=mount.source)
                 if reason != protocol.NO_PLACE:  # else the guest does not mount it either
@@ -166,14 +166,12 @@ class DirectGuest(Guest):
                 self._notice(f"{mount.mountpoint} is not shown: {line} ({mount.source})")
         self._mounted = True
 
-    def _mount(self, mounts: Sequence[Mount]) -> list[object]:
+    def _mount(self, mounts: Sequence[Mount]) -> list[str | None]:
         """Mount in the worker; for each mount None, or why it is not there."""
         said = self._client.one(
             "mount", mounts=[[mount.source, mount.mountpoint] for mount in mounts]
         )
-        if not isinstance(said, list) or len(said) != len(mounts):
-            raise self._client.failure("not what was asked for")
-        return said
+        return cast("list[str | None]", self._client.checked(wire.reasons, said, len(mounts)))
 
     # Reading
 
