@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 from imgtool.guest.blocks import LOCKED, Block, contents
 from imgtool.guest.model import Device
+from imgtool.guest.numbers import whole_number
 
 _PLAIN = re.compile(r"(/dev/(?:[hsv]d|xvd|ubd))([a-z])([0-9]*)$")
-_NUMBERED = re.compile(r"(/dev/(?:nvme(?=[0-9]+n1)|mmcblk))([0-9]{1,9})(?:n1)?(?:p([0-9]+))?$")
+_NUMBERED = re.compile(r"(/dev/(?:nvme(?=[0-9]+n1)|mmcblk))([0-9]+)(?:n1)?(?:p([0-9]+))?$")
 # Not what stands on a disk, such as a volume: that has no place.
 _HARDWARE = re.compile(
     r"(/dev/disk/by-(?:id|path)/(?!dm-(?!uuid-mpath)|md-|lvm-).+?)(?:-part([0-9]+))?$"
@@ -58,8 +59,9 @@ class _Place:
 def _place(spec: str) -> _Place | None:
     if plain := _PLAIN.match(spec):
         return _Place(plain[1] + plain[2], plain[1], ord(plain[2]) - ord("a"), plain[3])
-    if numbered := _NUMBERED.match(spec):
-        return _Place(numbered[1] + numbered[2], numbered[1], int(numbered[2]), numbered[3] or "")
+    numbered = _NUMBERED.match(spec)
+    if numbered and (index := whole_number(numbered[2])) is not None:
+        return _Place(numbered[1] + numbered[2], numbered[1], index, numbered[3] or "")
     if (hardware := _HARDWARE.match(spec)) and (scheme := _SCHEME.match(spec)):
         return _Place(hardware[1], scheme[0], None, hardware[2] or "")
     return None

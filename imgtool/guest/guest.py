@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from imgtool.errors import EngineError, NotInGuestError
 from imgtool.guest.model import Device, Entry, Layout, OperatingSystem, SpaceUsage
+from imgtool.guest.numbers import whole_number
 from imgtool.guest.paths import guest_path
 from imgtool.guest.xattrs import Xattrs
 
@@ -41,12 +42,13 @@ class Owners:
     groups: dict[int, str]
 
 
-def _names(content: bytes | None) -> dict[int, str]:
+def user_names(content: bytes | None) -> dict[int, str]:
+    """The names of a passwd or group by their numbers."""
     names: dict[int, str] = {}
     for line in (content or b"").decode("utf-8", "replace").splitlines():
         fields = line.split(":")
-        if len(fields) > 2 and fields[2].isdigit():
-            names.setdefault(int(fields[2]), fields[0])
+        if len(fields) > 2 and (number := whole_number(fields[2])) is not None:
+            names.setdefault(number, fields[0])
     return names
 
 
@@ -248,5 +250,5 @@ class Guest(ABC):
                     contents.append(self.read_bytes(name, 4 << 20))
                 except (NotInGuestError, EngineError):
                     contents.append(None)
-            self._owners = Owners(_names(contents[0]), _names(contents[1]))
+            self._owners = Owners(user_names(contents[0]), user_names(contents[1]))
         return self._owners

@@ -23,6 +23,7 @@ from imgtool.guest.blocks import LOCKED, UNKNOWN, Block, locked
 from imgtool.guest.device_names import DeviceNames, parse_crypttab
 from imgtool.guest.fstab import FstabEntry, parse_fstab
 from imgtool.guest.model import Device, Layout, Mount, Unshown
+from imgtool.guest.numbers import whole_number
 from imgtool.image.foreign_tables import SUFFIX, TITLES
 
 SMALL_FILE = 256 * 1024
@@ -282,9 +283,10 @@ def _data_layout(findings: Findings, closed: Sequence[str]) -> Layout:
 
 def _btrfs_source(volumes: Volumes, device: str, entry: FstabEntry) -> str | None:
     path = entry.option("subvol")
-    if path is None and (number := entry.option("subvolid")) and number.isdigit():
-        path = volumes.subvolume_by_id(device, int(number))
-        if path is None and number != "5":
+    if path is None and (id := entry.option("subvolid")):
+        number = whole_number(id)
+        path = None if number is None else volumes.subvolume_by_id(device, number)
+        if path is None and number != 5:
             return None
     path = (path or "").strip("/")
     return f"{BTRFS_VOLUME}{device}/{path}" if path else device

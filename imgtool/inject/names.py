@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from imgtool.errors import ImgtoolError, NotInGuestError
+from imgtool.guest.numbers import whole_number
 from imgtool.inject.changes import Owner
 from imgtool.inject.view import View
 
 PASSWD, GROUP = "/etc/passwd", "/etc/group"
 SHADOW, GSHADOW = "/etc/shadow", "/etc/gshadow"
-# Python would take other digits, and refuse a hundred thousand of them with an error of its own.
-_NUMBER = re.compile(r"[0-9]{1,10}")
 _LARGEST = 0xFFFFFFFE
 
 
 def id_of(text: str) -> int | None:
     """The number of a user or group that a field says; None for what is none, or too large."""
-    if not _NUMBER.fullmatch(text):
-        return None
-    found = int(text)
-    return found if found <= _LARGEST else None
+    found = whole_number(text)
+    return found if found is not None and found <= _LARGEST else None
 
 
 def used_ids(view: View, path: str) -> set[int]:

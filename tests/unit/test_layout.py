@@ -11,8 +11,10 @@ from imgtool.errors import EngineError, NotInGuestError
 from imgtool.guest.blocks import Block
 from imgtool.guest.device_names import mapper_to_volume
 from imgtool.guest.fstab import parse_fstab
+from imgtool.guest.guest import user_names
 from imgtool.guest.layout import discover, there_is
 from imgtool.guest.model import Device, Mount
+from imgtool.guest.numbers import whole_number
 
 
 class FakeVolume:
@@ -72,6 +74,52 @@ def linux(fstab: str = "", name: str = "Debian 12") -> dict[str, bytes]:
 
 def mounts(guest: FakeGuest, **options) -> dict[str, str]:
     return {m.mountpoint: m.source for m in discover(guest, **options).mounts}
+
+
+@pytest.mark.parametrize("digits", ["2" * 5000, "²", "٣", "", "-1", "0x5"])
+def test_numbers_of_a_guest_are_decimal_digits_and_few(digits):
+    assert whole_number(digits) is None
+    assert whole_number("9" * 18) == 10**18 - 1
+    fstab = (
+        f"LABEL=r / ext4\nLABEL=b /b btrfs subvolid={digits or 'x'}\n/dev/nvme{digits}n1p1 /n x\n"
+    )
+    guest = FakeGuest(
+        {"/dev/sda1": ("ext4", linux(fstab)), "/dev/sda2": ("btrfs", {})},
+        ids={("label", "r"): "/dev/sda1", ("label", "b"): "/dev/sda2"},
+    )
+    assert mounts(guest) == {"/": "/dev/sda1"}
+    assert set(discover(guest).missed) == {"/b", "/n"}
+    assert user_names(f"b:x:{digits}:0::/:/bin/sh\na:x:7:0::/:/bin/sh\n".encode()) == {7: "a"}
+
+
+@pytest.mark.parametrize(
+    "crypttab",
+    [
+        "x /dev/mapper/x\n",
+        "x /dev/mapper/y\ny /dev/disk/by-id/dm-name-x\n",
+        "x /dev/mapper/n0\n" + "".join(f"n{n} /dev/mapper/n{n + 1}\n" for n in range(5000)),
+    ],
+)
+def test_a_crypttab_in_a_circle_leads_nowhere(crypttab):
+    files = {**linux("/dev/mapper/x /home ext4\n"), "/etc/crypttab": crypttab.encode()}
+    layout = discover(FakeGuest({"/dev/sda1": ("ext4", files)}))
+    assert set(layout.missed) == {"/home"}
+
+
+def test_encryption_in_encryption_is_told_by_crypttab():
+    crypttab = b"in /dev/mapper/out\nout UUID=l0\n"
+    files = {**linux("/dev/mapper/in /home ext4\n"), "/etc/crypttab": crypttab}
+    guest = FakeGuest(
+        {
+            "/dev/sda1": ("ext4", files),
+            "/dev/sda2": ("crypto_LUKS", None),
+            "/dev/mapper/a": ("crypto_LUKS", None),
+            "/dev/mapper/b": ("ext4", {}),
+        },
+        ids={("uuid", "l0"): "/dev/sda2"},
+        parents={"/dev/mapper/a": ("/dev/sda2",), "/dev/mapper/b": ("/dev/mapper/a",)},
+    )
+    assert mounts(guest)["/home"] == "/dev/mapper/b"
 
 
 def test_the_roots_fstab_is_followed_through_every_kind_of_spec():

@@ -51,7 +51,7 @@ def test_a_check_that_came_to_nothing_does_not_make_a_filesystem_sound():
         assert str(status) in unsound("e2fsck 1.47.0 (5-Feb-2023)\n", status).said
     for kind in ("xfs", "vfat"):
         assert unsound("", 137, Filesystem("/dev/sda", "/dev/sda", kind)).faults
-    for numbers in ([], [""], ["0"], ["", "12"]):
+    for numbers in ([], [""], ["0"], ["", "12"], ["²", "1"], ["1", "7" * 5000]):
         found = judged(ROOT, numbers, "")
         assert found is not None and "did not end" in found.said
 

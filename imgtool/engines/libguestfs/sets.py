@@ -18,6 +18,7 @@ from typing import Any
 
 from imgtool.errors import listed
 from imgtool.guest.blocks import Block
+from imgtool.guest.numbers import whole_number
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def parsed(said: str, blocks: Sequence[Block]) -> Sets:
 
 
 def _count(word: str) -> int:
-    return int(word) if word.isdigit() else 0
+    return whole_number(word) or 0
 
 
 def _array(sets: Sets, words: list[str], blocks: Sequence[Block]) -> None:

@@ -24,6 +24,7 @@ from imgtool.errors import (
 )
 from imgtool.guest.mending import has_errors
 from imgtool.guest.model import Mount
+from imgtool.guest.numbers import whole_number
 
 log = logging.getLogger(__name__)
 
@@ -123,8 +124,9 @@ def _ext_headers(
 
 
 def _few_inodes(header: dict[str, str]) -> bool:
-    count, free = header.get("Inode count", ""), header.get("Free inodes", "")
-    return count.isdigit() and free.isdigit() and int(count) - int(free) <= _MOST_INODES
+    count = whole_number(header.get("Inode count", ""))
+    free = whole_number(header.get("Free inodes", ""))
+    return count is not None and free is not None and count - free <= _MOST_INODES
 
 
 def check(handle: Any, filesystems: Iterable[Filesystem]) -> tuple[Unsound, ...]:
@@ -164,9 +166,10 @@ def judged(one: Filesystem, numbers: Sequence[str], text: str) -> Unsound | None
 
     One that could not do its work (8 of e2fsck, 137 if it was killed) has found nothing sound.
     """
-    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+    known = [whole_number(number) for number in numbers]
+    if len(known) != 2 or known[0] is None or known[1] is None:
         return Unsound(one.device, ("its checker did not end",))
-    status, size = map(int, numbers)
+    status, size = known[0], known[1]
     if status == 0 or (one.is_ext and status in _EXT_SOUND):
         return None
     # The kernel's name of a disk may be another one the next time.
