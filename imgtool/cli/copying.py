@@ -64,7 +64,8 @@ def copy_out(
         if sys.stdout.isatty():
             raise UsageError("a tar stream is not written to a terminal")
         with request.opened() as guest:
-            outward.tar_out(guest, sources[0], sys.stdout.buffer)
+            outward.tar_out(guest, sources[0], sys.stdout.buffer, failures.problem)
+        failures.finish()
         return
     outward.check_destination(sources, dest, overwrite=overwrite)
     with request.opened() as guest, progress("copy-out") as bar:

@@ -187,10 +187,17 @@ class ChosenGuest(Guest):
         return self._streamed(lambda guest: guest.open(path))
 
     def tar(
-        self, path: str | bytes, excludes: Sequence[bytes] = (), *, xattrs: bool = False
+        self,
+        path: str | bytes,
+        excludes: Sequence[bytes] = (),
+        *,
+        xattrs: bool = False,
+        on_problem: OnProblem | None = None,
     ) -> AbstractContextManager[BinaryIO]:
         """A directory's content (names relative to it) as a stream in tar format."""
-        return self._streamed(lambda guest: guest.tar(path, excludes, xattrs=xattrs))
+        return self._streamed(
+            lambda guest: guest.tar(path, excludes, xattrs=xattrs, on_problem=on_problem)
+        )
 
     def data_ranges(self, path: str | bytes) -> Sequence[tuple[int, int]]:
         """Where a sparse file has data: (offset, length) in bytes, ascending."""

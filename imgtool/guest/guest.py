@@ -170,12 +170,18 @@ class Guest(ABC):
 
     @abstractmethod
     def tar(
-        self, path: str | bytes, excludes: Sequence[bytes] = (), *, xattrs: bool = False
+        self,
+        path: str | bytes,
+        excludes: Sequence[bytes] = (),
+        *,
+        xattrs: bool = False,
+        on_problem: OnProblem | None = None,
     ) -> AbstractContextManager[BinaryIO]:
         """A directory's content (names relative to it) as a stream in tar format.
 
         `excludes` are patterns of tar(1), such as `./name`. With `xattrs` all extended attributes
-        and ACLs are in it, as GNU tar has them.
+        and ACLs are in it, as GNU tar has them; those that cannot be read are left out where
+        `on_problem` is told of it, before the stream begins, and an error where there is none.
         """
 
     @abstractmethod

@@ -100,13 +100,15 @@ def refuse_guest_files(guest: Guest, sources: Sequence[str], dest: str | Path) -
             kept.refuse(place)
 
 
-def tar_out(guest: Guest, source: str, out: BinaryIO) -> None:
-    """Write a directory's content to `out` as a tar stream, untouched, with all attributes."""
+def tar_out(guest: Guest, source: str, out: BinaryIO, on_problem: OnProblem | None = None) -> None:
+    """Write a directory's content to `out` as a tar stream, untouched, with all attributes; of
+    those that cannot be read `on_problem` is told.
+    """
     path = guest.resolve(guest.path(source))
     if guest.lstat(path).type != "directory":
         raise UsageError("a tar stream is made of a directory", subject=source)
     GuestFiles(guest.chains).refuse_output(out)
-    with guest.tar(path, xattrs=True) as stream:
+    with guest.tar(path, xattrs=True, on_problem=on_problem) as stream:
         while block := stream.read(BLOCK):
             out.write(block)
     out.flush()

@@ -20,6 +20,7 @@ from imgtool import open_guest
 from imgtool.engines.direct import tar_headers
 from imgtool.engines.direct.client import xattrs as received
 from imgtool.engines.direct.protocol import BadMessage
+from imgtool.errors import EngineError
 from imgtool.guest.model import Entry
 from imgtool.guest.xattrs import ACL_ACCESS, ACL_DEFAULT, acl, acl_text, ordered
 from imgtool.process import environment
@@ -387,6 +388,51 @@ def test_the_tar_stream_has_all_of_them_for_gnu_tar(guest, tmp_path) -> None:
     assert _on_host(out / "link") == LINK
     assert _on_host(out) == FOLDER
     assert _on_host(out / "plain") == {}
+
+
+def test_damaged_attributes_are_left_out_of_the_tar_stream_alone(image, tmp_path):
+    raw = bytearray(image.read_bytes())
+    raw[raw.index(LONG) + 1] ^= 1  # the block has a checksum
+    broken = tmp_path / "broken.img"
+    broken.write_bytes(raw)
+    reason = "a block of extended attributes has a wrong checksum"
+    said: list[tuple[bytes, str]] = []
+    stream = io.BytesIO()
+    with open_guest(broken, engine="direct") as guest:
+        tar_out(guest, "/d", stream, lambda path, line: said.append((path, line)))
+        assert said == [(b"/d/file", reason), (b"/d/second", reason)]
+        with pytest.raises(EngineError) as failed:
+            tar_out(guest, "/d", io.BytesIO())
+        assert str(failed.value.subject) == "/d/file"
+    with tarfile.open(fileobj=io.BytesIO(stream.getvalue())) as archive:
+        records = {member.name: member.pax_headers for member in archive}
+        assert archive.extractfile("./file").read() == b"content"  # type: ignore[union-attr]
+    assert {"./file", "./plain", "./link", "."} <= set(records)
+    assert records["./file"] == {} and records["."]["SCHILY.acl.default"] == TEXT
+    done = subprocess.run(
+        [sys.executable, "-m", "imgtool", "copy-out", "--engine", "direct", broken, "/d", "-"],
+        capture_output=True,
+    )
+    assert done.stdout == stream.getvalue()
+    assert done.returncode == 1
+    assert f"{reason} (/d/file)" in done.stderr.decode()
+
+
+def test_what_only_the_appliance_can_read_is_found_out_before_a_tar_stream(guest, monkeypatch):
+    """A worker whose attributes need the appliance says so when it is asked for them."""
+    asked: list[bool] = []
+    worker = guest._guest
+    listed = worker._listed
+
+    def note(path, deep, checksum, on_problem, xattrs, written=None):
+        asked.append(xattrs)
+        return listed(path, deep, checksum, on_problem, xattrs, written)
+
+    monkeypatch.setattr(worker, "_listed", note)
+    tar_out(guest, "/d", io.BytesIO())
+    with guest.tar("/d") as stream:
+        assert stream.read(1)
+    assert asked == [True, False]
 
 
 def test_a_record_of_pax_counts_the_digits_of_its_own_length() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+import re
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -12,6 +14,8 @@ from typing import Any
 from imgtool.engines.direct import protocol
 from imgtool.engines.direct.client import Client
 from imgtool.errors import EngineError
+from imgtool.guest.guest import Guest, OnProblem
+from imgtool.image.places import printable
 from imgtool.scratch import large_files
 
 _BUFFER = 2 << 20
@@ -105,3 +109,28 @@ def spooled(client: Client, frames: Iterator[bytes]) -> Iterator[Iterator[Any]]:
                 yield from batch
 
         yield rows()
+
+
+def survey_for_tar(guest: Guest, top: str, xattrs: bool, on_problem: OnProblem | None) -> None:
+    """Look at all that a tar stream of a directory will hold, so that what has to be refused is
+    refused before it begins, and say whose attributes will be missing in it.
+    """
+    last = (b"", "")
+
+    def keep(path: bytes, reason: str) -> None:
+        nonlocal last
+        last = path, reason
+
+    first = [guest.attributed(guest.lstat(top), keep)] if xattrs else []
+    for entry in itertools.chain(first, guest.walk(top, xattrs=xattrs, on_problem=keep)):
+        if not xattrs or entry.xattrs is not None or last[0] != entry.path:
+            continue  # what else cannot be read ends the stream, which says so
+        if on_problem is None:
+            raise EngineError(last[1], subject=printable(protocol.text(entry.path)))
+        on_problem(*last)
+
+
+def excluded(top: str, pattern: bytes) -> bytes:
+    """The path that an exclusion of `tar` means: a literal name, its wildcards escaped."""
+    relative = re.sub(rb"\\(.)", rb"\1", pattern.removeprefix(b"./"), flags=re.DOTALL)
+    return protocol.name(top).rstrip(b"/") + b"/" + relative

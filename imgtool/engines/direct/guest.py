@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from imgtool.engines.direct import client as wire
 from imgtool.engines.direct import protocol, replay
-from imgtool.engines.direct.answers import AnswerStream, Contents, spooled
+from imgtool.engines.direct.answers import AnswerStream, Contents, excluded, spooled, survey_for_tar
 from imgtool.engines.direct.client import Client, WorkerFailed
 from imgtool.engines.direct.devices_client import Devices, devices
 from imgtool.engines.direct.filesystem import NeedsAppliance
@@ -346,13 +345,18 @@ class DirectGuest(Guest):
             yield cast(BinaryIO, Contents(stream))
 
     def tar(
-        self, path: str | bytes, excludes: Sequence[bytes] = (), *, xattrs: bool = False
+        self,
+        path: str | bytes,
+        excludes: Sequence[bytes] = (),
+        *,
+        xattrs: bool = False,
+        on_problem: OnProblem | None = None,
     ) -> AbstractContextManager[BinaryIO]:
         """A directory's content (names relative to it) as a stream in tar format."""
         at = protocol.text(self.resolve(path))
-        for _ in self.walk(path, on_problem=lambda name, line: None):
-            pass  # what has to be refused is refused before the stream begins
-        names = [protocol.text(_excluded(at, pattern)) for pattern in excludes]
+        # What has to be refused is refused before the stream begins.
+        survey_for_tar(self, at, xattrs, on_problem)
+        names = [protocol.text(excluded(at, pattern)) for pattern in excludes]
         return self._streamed(at, "tar", excluded=names, xattrs=xattrs)
 
     def data_ranges(self, path: str | bytes) -> Sequence[tuple[int, int]]:
@@ -490,9 +494,3 @@ def _stretches(rows: Any, count: int) -> list[list[tuple[int, int]] | None]:
     if len(found) != count:
         raise protocol.BadMessage("more or fewer disks than were asked for")
     return found
-
-
-def _excluded(top: str, pattern: bytes) -> bytes:
-    """The path that an exclusion of `tar` means: a literal name, its wildcards escaped."""
-    relative = re.sub(rb"\\(.)", rb"\1", pattern.removeprefix(b"./"), flags=re.DOTALL)
-    return protocol.name(top).rstrip(b"/") + b"/" + relative

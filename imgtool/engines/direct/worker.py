@@ -424,7 +424,8 @@ class Worker:
     def do_tar(self, path: str, excluded: list[str], xattrs: bool) -> None:
         """A directory's content as a tar stream, names relative to it; `excluded` paths left out.
 
-        A file that cannot be read ends the stream with an error, as tar(1) would end it.
+        A file that cannot be read ends the stream with an error, as tar(1) would end it; attributes
+        that cannot be read are not in it.
         """
         from imgtool.engines.direct import tar_headers
 
@@ -440,7 +441,10 @@ class Worker:
             raise ReadFailed(f"{protocol.text(at)}: {reason}")
 
         def attributes(found: Found) -> bytes:
-            return tar_headers.attributes(self._xattrs(found)) if xattrs else b""
+            try:
+                return tar_headers.attributes(self._xattrs(found)) if xattrs else b""
+            except ReadFailed:  # the walk before, which asks for all of them, says so
+                return b""
 
         top = tree.lstat(real)
         held = bytearray(attributes(top) + tar_headers.header(b"./", top, None))

@@ -361,9 +361,16 @@ class LibguestfsGuest(Guest):
         return self._streamed(lambda name: self.calls.download_range(found, name, offset, length))
 
     def tar(
-        self, path: str | bytes, excludes: Sequence[bytes] = (), *, xattrs: bool = False
+        self,
+        path: str | bytes,
+        excludes: Sequence[bytes] = (),
+        *,
+        xattrs: bool = False,
+        on_problem: OnProblem | None = None,
     ) -> AbstractContextManager[BinaryIO]:
-        """A directory's content (names relative to it) as a stream in tar format."""
+        """A directory's content (names relative to it) as a stream in tar format; what cannot be
+        read is an error at its end.
+        """
         found = self.resolve(path)
 
         def call(name: str) -> None:
