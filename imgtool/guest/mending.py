@@ -1,8 +1,30 @@
-"""What to do about a filesystem that has errors."""
+"""What to do about a filesystem that has errors, or cannot be written to."""
 
 from __future__ import annotations
 
 from imgtool.errors import Reason, RefusedError
+
+# What is made once, and has no way of being changed; as kernels and libblkid call it.
+FOR_READING = frozenset(("squashfs", "erofs", "iso9660", "cramfs", "romfs"))
+
+
+def refuse_only_read(device: str, mountpoint: str, type: str | None) -> None:
+    """Raise `RefusedError` for what can only be read though it was to be written to.
+
+    Not for what is so by its nature, as long as it is not the root.
+    """
+    if type not in FOR_READING:
+        raise RefusedError(
+            "its filesystem can only be read: it is hibernated, or damaged",
+            subject=device,
+            hint="shut the guest down properly (Windows: without fast start-up), or check it",
+        )
+    if mountpoint == "/":
+        raise RefusedError(
+            f"its filesystem is of a kind that can only be read ({type})",
+            subject=device,
+            hint="mount it without --rw, or copy its files out and make a new one of them",
+        )
 
 
 def mending(device: str, type: str | None) -> str:

@@ -21,7 +21,7 @@ from imgtool.errors import (
     listed,
 )
 from imgtool.guest.hidden import refuse_hidden
-from imgtool.guest.mending import has_errors
+from imgtool.guest.mending import FOR_READING, has_errors, refuse_only_read
 from imgtool.guest.model import Mount
 from imgtool.mount import filesystems, kernel, mapper_steps, steps
 from imgtool.mount.mechanisms import Mechanism
@@ -179,23 +179,27 @@ class Mounter:
         alone = "degraded" not in item.options.split(",")
         if kind.type == "btrfs" and alone and filesystems.btrfs_devices(device) > 1:
             raise only_the_appliance(subject)
-        careful = self._wanted.writable and Reason.DAMAGED not in self._wanted.force
+        writable = self._wanted.writable and "ro" not in item.options.split(",")
+        if writable and kind.type in FOR_READING:
+            refuse_only_read(subject, item.at, kind.type)
+            writable = False
+        careful = writable and Reason.DAMAGED not in self._wanted.force
         if careful and kind.type == "ext4" and filesystems.ext_has_errors(device):
             raise has_errors(subject)
         flags = kernel.MS_NOSUID | kernel.MS_NODEV
         flags |= 0 if self._wanted.executable else kernel.MS_NOEXEC
-        flags |= 0 if self._wanted.writable else kernel.MS_RDONLY
+        flags |= 0 if writable else kernel.MS_RDONLY
         data = [kind.data, *self._data(item)]
         make = steps.Filesystem
         if kind.type == "ntfs3" and not filesystems.has_type("ntfs3") and find("ntfs-3g"):
             log.info("%s: the kernel has no driver for NTFS: by ntfs-3g", source)
             make, data = steps.NtfsProgram, data[1:]
-            if self._wanted.writable and Reason.HIBERNATED in self._wanted.force:
+            if writable and Reason.HIBERNATED in self._wanted.force:
                 data.append("remove_hiberfile")
         step = make(device, str(place), kind.type, flags, ",".join(word for word in data if word))
         try:
             must_be_awake = Reason.HIBERNATED not in self._wanted.force
-            if self._wanted.writable and kind.type == "ntfs3" and must_be_awake:
+            if writable and kind.type == "ntfs3" and must_be_awake:
                 self._refuse_hibernated(step)
             self._journal.do(step)
         except OSError as error:
@@ -208,12 +212,8 @@ class Mounter:
             if dirty and not (self._mechanism.overlays or self._wanted.writable):
                 raise NeedsOverlay from error
             raise filesystems.refusal(error, kind, subject) from error
-        if self._wanted.writable and os.statvfs(place).f_flag & os.ST_RDONLY:
-            raise RefusedError(
-                "its filesystem can only be read: it is hibernated, or damaged",
-                subject=subject,
-                hint="shut the guest down properly (Windows: without fast start-up), or check it",
-            )
+        if writable and os.statvfs(place).f_flag & os.ST_RDONLY:
+            refuse_only_read(subject, item.at, kind.type)
 
     def _refuse_hibernated(self, step: steps.Filesystem) -> None:
         looked = dataclasses.replace(step, flags=step.flags | kernel.MS_RDONLY)

@@ -71,3 +71,48 @@ def test_a_guest_that_starts_without_a_filesystem_is_written_to_with_a_warning(
     good("umount", place)
     assert "/mnt is not shown: UUID=0000-dead is on none" in done.err
     assert "would lie hidden below it" in done.err
+
+
+def divided(folder: Path, *pieces: Path) -> Path:
+    """A disk with a partition of 16 MiB of each."""
+    disk, mib = folder / "disk.raw", 1 << 20
+    with disk.open("wb") as file:
+        file.truncate((1 + 16 * len(pieces)) * mib + mib)
+        for number, piece in enumerate(pieces):
+            file.seek((1 + 16 * number) * mib)
+            file.write(piece.read_bytes())
+    lines = ["label: gpt"]
+    lines += [f"start={2048 + 32768 * n}, size=32768, name=p{n}" for n in range(len(pieces))]
+    subprocess.run(["sfdisk", "-q", disk], input="\n".join(lines).encode(), check=True)
+    return disk
+
+
+@pytest.mark.parametrize("via", ["loop", "export"])
+def test_a_part_that_can_only_be_read_does_not_keep_the_rest_from_being_written(
+    tmp_path: Path, via: str
+) -> None:
+    tree, packed, place = tmp_path / "tree", tmp_path / "packed", tmp_path / "place"
+    for folder in (tree / "etc", tree / "rec", packed, place):
+        folder.mkdir(parents=True)
+    (tree / "etc/os-release").write_text("ID=debian\n")
+    (tree / "etc/fstab").write_text("PARTLABEL=p1 /rec squashfs ro 0 0\n")
+    (packed / "word").write_text("packed")
+    root, recovery = tmp_path / "root", tmp_path / "recovery"
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tree, root, "16M"], check=True)
+    subprocess.run(["mksquashfs", packed, recovery, "-quiet", "-no-progress"], check=True)
+    disk = divided(tmp_path, root, recovery)
+    good("mount", disk, place, "--via", via, "--rw")
+    try:
+        assert (place / "rec/word").read_text() == "packed"
+        (place / "new").write_text("new")
+    finally:
+        good("umount", place)
+    good("mount", disk, place, "--via", via, "--rw", "-m", "/dev/sda1:/:ro", "-m", "/dev/sda2:/rec")
+    try:
+        assert (place / "new").read_text() == "new"
+        with pytest.raises(OSError, match="Read-only"):
+            (place / "newer").write_text("newer")
+    finally:
+        good("umount", place)
+    done = imgtool("mount", disk, place, "--via", via, "--rw", "--partition", "2")
+    assert done.status == 4 and "of a kind that can only be read (squashfs)" in done.err

@@ -2,7 +2,49 @@
 
 from __future__ import annotations
 
-from imgtool.engines.libguestfs.soundness import Filesystem, Unsound, judged, new_faults
+import pytest
+
+from imgtool.engines.libguestfs.soundness import (
+    Filesystem,
+    Unsound,
+    judged,
+    new_faults,
+    refuse_unless_writable,
+)
+from imgtool.errors import RefusedError
+from imgtool.guest.model import Mount
+
+
+class Handle:
+    """An appliance with these mounts, as its kernel lists them."""
+
+    def __init__(self, *rows: str) -> None:
+        self._rows = rows
+
+    def debug(self, _: str, __: list[str]) -> str:
+        return "\n".join(self._rows)
+
+
+ROOT_ROW = "/dev/sda1 /sysroot ext4 rw,relatime 0 0"
+MOUNTS = (Mount("/dev/sda1", "/"), Mount("/dev/sda2", "/rec"))
+
+
+@pytest.mark.parametrize("type", ["squashfs", "erofs", "iso9660"])
+def test_what_can_only_be_read_by_its_nature_keeps_nobody_from_writing_elsewhere(type):
+    handle = Handle(ROOT_ROW, f"/dev/sda2 /sysroot/rec {type} ro,relatime 0 0")
+    refuse_unless_writable(handle, MOUNTS, ())
+    with pytest.raises(RefusedError, match=f"of a kind that can only be read .{type}"):
+        handle = Handle(f"/dev/sda1 /sysroot {type} ro 0 0")
+        refuse_unless_writable(handle, MOUNTS[:1], ())
+
+
+def test_what_can_only_be_read_though_it_could_be_written_to_is_refused():
+    handle = Handle(ROOT_ROW, "/dev/sda2 /sysroot/rec ext4 ro,relatime 0 0")
+    with pytest.raises(RefusedError, match="hibernated, or damaged"):
+        refuse_unless_writable(handle, MOUNTS, ())
+    asked = (MOUNTS[0], Mount("/dev/sda2", "/rec", "noatime,ro"))
+    refuse_unless_writable(handle, asked, ())
+
 
 ROOT = Filesystem("/dev/sda1", "/dev/sdb1", "ext4")
 SAID = """\

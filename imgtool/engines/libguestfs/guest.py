@@ -234,7 +234,8 @@ class LibguestfsGuest(Guest):
                     self._unshown[mount.mountpoint] = str(error)  # else the guest cannot either
                 self._notice(f"{mount.mountpoint} is not shown: {error}")
         if self.write:
-            known = soundness.filesystems(self.volumes, [mount.source for mount in mounts])
+            written = [mount.source for mount in mounts if "ro" not in mount.options.split(",")]
+            known = soundness.filesystems(self.volumes, written)
             soundness.refuse_unless_writable(self.handle, mounts, known, self._force)
         if must_be_awake:
             refuse_sleeping_files(ApplianceVolume(self.handle, self.calls).read)

@@ -20,9 +20,8 @@ from imgtool.errors import (
     EngineError,
     Force,
     Reason,
-    RefusedError,
 )
-from imgtool.guest.mending import has_errors
+from imgtool.guest.mending import has_errors, refuse_only_read
 from imgtool.guest.model import Mount
 from imgtool.guest.numbers import whole_number
 
@@ -205,21 +204,18 @@ def refuse_unless_writable(
     """Raise `RefusedError` for a mounted filesystem that should not be written to.
 
     That is one that the kernel, or ntfs-3g, mounted for reading only though it was to be written
-    to (hibernated, or damaged), and an ext that says of itself that it has errors, which `force`
-    overrides.
+    to (hibernated, or damaged, but not for it is of such a kind), and an ext that says of itself
+    that it has errors, which `force` overrides.
     """
-    modes = {}
+    modes: dict[str, tuple[str, list[str]]] = {}
     for row in _shell(handle, "cat /proc/mounts").splitlines():
         words = row.split()
         if len(words) > 3 and words[1].startswith("/sysroot"):
-            modes[words[1].removeprefix("/sysroot") or "/"] = words[3].split(",")
+            modes[words[1].removeprefix("/sysroot") or "/"] = (words[2], words[3].split(","))
     for mount in mounts:
-        if "ro" in modes.get(mount.mountpoint, ()) and "ro" not in mount.options.split(","):
-            raise RefusedError(
-                "its filesystem can only be read: it is hibernated, or damaged",
-                subject=mount.source,
-                hint="shut the guest down properly (Windows: without fast start-up), or check it",
-            )
+        type, options = modes.get(mount.mountpoint, ("", []))
+        if "ro" in options and "ro" not in mount.options.split(","):
+            refuse_only_read(mount.source, mount.mountpoint, type)
     headers = {} if Reason.DAMAGED in force else _ext_headers(handle, filesystems)
     for one, header in headers.items():
         if "errors" in header.get("Filesystem state", ""):
