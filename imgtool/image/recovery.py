@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +22,14 @@ from imgtool.image.changes import (
 )
 from imgtool.image.holdings import Since, holdings_of, since
 from imgtool.image.info import probe
+from imgtool.image.keeping import is_made, keep
 from imgtool.image.locks import PATIENCE, held_for_writing, refuse_if_in_use
 from imgtool.image.marks import is_as_noted, is_same_file
 from imgtool.image.mending import mend
 from imgtool.image.places import Places, printable, typed
 from imgtool.image.qemu_img import Locked, qemu_img, same_content
 from imgtool.image.reading import remove_unread
-from imgtool.image.record import Record, is_name, is_temporary_of, opened, written_down
+from imgtool.image.record import Record, is_temporary_of, opened, written_down
 from imgtool.image.repairing import repair_tables
 from imgtool.image.reverting import settle_revert
 from imgtool.image.unfinished import (
@@ -151,7 +151,7 @@ def _settle_write(record: Record, *, finish: bool, backing_dirs: Dirs, force: Fo
     temporary, line = _overlay(record, backing_dirs, force), None
     if os.path.lexists(temporary):
         line = f"an interrupted write to {name} was undone"
-        if _is_made(record, temporary, force):
+        if is_made(record, temporary, force) and _is_of(record, temporary, force):
             temporary.unlink()
         else:
             line += f"; {printable(temporary)} stays, since it is not the file that was made for it"
@@ -159,36 +159,12 @@ def _settle_write(record: Record, *, finish: bool, backing_dirs: Dirs, force: Fo
     return line
 
 
-def _is_made(record: Record, path: Path, force: Force = ()) -> bool:
-    """Whether a file is the one that was made for the work: nothing else is removed.
-
-    Before its identity is noted it is empty.
-    """
-    status = path.lstat()
-    if not stat.S_ISREG(status.st_mode):
-        return False
-    if Reason.COPY in force or not status.st_size:
+def _is_of(record: Record, overlay: Path, force: Force) -> bool:
+    """Whether an overlay is that of this very image, and not of the one that it is a copy of."""
+    if Reason.COPY not in force:
         return True
-    return is_same_file(record.facts.get("made"), path)
-
-
-def keep(record: Record) -> str:
-    """End work without finishing or undoing it: the record goes, and what was made for it gets a
-    name of its own. A line that says so."""
-    image = record.image
-    line = f"the record of a {record.operation} of {printable(image)} is gone, and nothing else"
-    if record.operation == "commit" and record.facts.get("step") != "proved":
-        line += "; by itself it may hold a part of what was to be committed"
-    made = [record.facts.get(fact) for fact in ("temporary", "overlay") if fact in record.facts]
-    if record.proved and record.operation != "commit" and made and is_name(made[0]):
-        path = overlay_of(image, record.facts) or record.path.with_name(Path(made[0]).name)
-        if is_temporary_of(image, path.name) and os.path.lexists(path) and _is_made(record, path):
-            end = ".qcow2" if record.operation == "write" else ""
-            kept = path.with_name(f"{image.name}.kept-{path.name.rpartition('-')[2]}{end}")
-            path.rename(kept)
-            line = f"the record of a {record.operation} is gone; what was made is {printable(kept)}"
-    record.remove()
-    return line
+    beside = overlay.resolve().parent == record.path.parent.resolve()
+    return stands_on(overlay, record.image) or (beside and not overlay.stat().st_size)
 
 
 def _settle_others_first(record: Record, backing_dirs: Dirs, force: Force) -> None:
@@ -295,7 +271,8 @@ def finish_write(
             record.note(step="written", noted=marks(image, overlay))
     line = None
     if os.path.lexists(overlay):
-        if Reason.COPY in force or is_as_noted(noted(record, "overlay"), overlay):
+        same = Reason.COPY in force or is_as_noted(noted(record, "overlay"), overlay)
+        if same and _is_of(record, overlay, force):
             remove_unread(overlay)
         else:
             line = f"{printable(image)} is whole; {printable(overlay)} was changed, and stays"
@@ -347,7 +324,7 @@ def _settle_file(record: Record, force: Force) -> str | None:
             refuse_another_file(image, record.facts, force=force)
     if not there:
         return None  # not begun
-    if not _is_made(record, temporary, force):
+    if not is_made(record, temporary, force):
         return (
             f"{what} is over; {printable(temporary)} is not the file that was made for it: it stays"
         )

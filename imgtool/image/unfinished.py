@@ -92,10 +92,20 @@ def refuse_another_file(
 ) -> None:
     """Raise `RefusedError` if the record was written of another file that had the same name, or
     with another overlay."""
+    same = is_same_file(facts.get("identity"), image)
+    if not same and image.is_block_device():
+        # Its record is found by a name that does not last, and no device is a copy by itself.
+        raise RefusedError(
+            f"a {operation_of(facts)} was interrupted, of another device that had this name then,"
+            " or before the host was started anew",
+            subject=printable(image),
+            hint="attach that one by this name again, if it has a name in /dev/disk/by-id;"
+            f" {to_keep(image)}",
+        )
     if Reason.COPY in force:
         return
     what = None
-    if not is_same_file(facts.get("identity"), image):
+    if not same:
         what = "of another file that had this name then"
     elif overlay is not None and os.path.lexists(overlay) and not is_noted_overlay(overlay, facts):
         what = f"with another file that had the name {printable(overlay)} then"
@@ -243,6 +253,14 @@ def is_unfinished(image: Path, facts: dict[str, Any]) -> bool:
     if facts.get("operation") == "commit":
         return facts.get("step") != "proved"
     return is_committed(image, facts) and facts.get("step") != "written"
+
+
+def may_be_torn(image: Path, facts: dict[str, Any]) -> bool:
+    """`is_unfinished`, also where the record that would know is not there."""
+    try:
+        return is_unfinished(image, facts)
+    except RefusedError:
+        return True
 
 
 def is_committed(image: Path, facts: dict[str, Any], *, proved: bool = True) -> bool:

@@ -312,6 +312,84 @@ def test_the_extents_of_a_vmdk_are_part_of_its_mark(tmp_path):
     assert not is_as_noted(before, image)
 
 
+# A copy of what was left beside the original
+
+
+def cut(image: Path, tmp_dir: Path, *, step: str | None) -> Path:
+    """Write to a raw image, and be killed at a step; the overlay."""
+
+    def dies(*words: object, **options: object) -> None:
+        os._exit(KILLED)
+
+    def work() -> None:
+        if step is None:
+            transaction.Transaction.commit = dies
+        else:
+            recovery.remove_unread = dies
+        write(image, tmp_dir=tmp_dir)
+
+    assert in_child(work) == KILLED
+    assert read_facts(image).get("step") == step
+    (overlay,) = tmp_dir.glob(".*imgtool-*")
+    return overlay
+
+
+@pytest.mark.parametrize("step", [None, "written"])
+def test_what_is_done_to_a_copy_leaves_the_overlay_of_the_original(disk, tmp_path, step):
+    elsewhere = tmp_path / "tmp"
+    elsewhere.mkdir()
+    overlay = cut(disk, elsewhere, step=step)
+    copies = [
+        Path(shutil.copytree(disk.parent, tmp_path / name)) / disk.name for name in ("one", "two")
+    ]
+    said = recover(copies[0], force=[Reason.COPY])
+    assert "stays" in said and overlay.exists() and not record_path(copies[0]).exists()
+    recover(copies[1], end=True)
+    assert overlay.exists() and not record_path(copies[1]).exists()
+    recover(disk)
+    assert left_over(elsewhere) == [] and left_over(disk.parent) == []
+
+
+@pytest.mark.parametrize("which", ["unproved", "copy", "own"])
+def test_what_is_kept_is_said_to_have_all_of_a_torn_image(disk, tmp_path, imgtool_cli, which):
+    torn(disk)
+    image = disk
+    if which == "unproved":
+        lines = record_path(disk).read_text()
+        record_path(disk).write_text(lines.replace('"proof"', '"prove"'))
+    elif which == "copy":
+        image = Path(shutil.copytree(disk.parent, tmp_path / "copy")) / disk.name
+    done = imgtool_cli("recover", image, "--keep")
+    (kept,) = image.parent.glob(f"{image.name}.kept-*.qcow2")
+    assert done.status == 0
+    assert f"by itself {image} may hold a part" in done.err
+    said = f"all of it is in {kept}: imgtool overlay commit {kept} --force base-newer"
+    assert said in done.err
+    assert left_over(image.parent) == []
+    done = imgtool_cli("overlay", "commit", kept, "--force", "base-newer")
+    assert done.status == 0, done.err
+    assert pattern(image, "raw", NEW)
+
+
+@needs_root
+def test_no_other_device_of_that_name_is_a_copy(tmp_path, imgtool_cli):
+    if not Path("/dev/loop-control").exists():
+        pytest.skip("needs loop devices")
+    files = [tmp_path / "first.raw", tmp_path / "second.raw"]
+    for file in files:
+        file.write_bytes(bytes([OLD]) * (4 << 20))
+    with attached(files[0]) as device:
+        apart = Apart(device, device, "raw")
+        assert in_child(lambda: apart.write(lambda: os._exit(KILLED))) == KILLED
+        subprocess.run(["losetup", "--detach", device], check=True)
+        subprocess.run(["losetup", device, files[1]], check=True)
+        for words in ((), ("--force", "copy"), ("--force", "copy", "--force", "changed")):
+            done = imgtool_cli("recover", device, *words)
+            assert done.status == 4 and "of another device" in done.err, done.err
+            assert "--force copy" not in done.err and "--keep" in done.err
+        assert files[1].read_bytes() == bytes([OLD]) * (4 << 20)
+
+
 # Other users
 
 
