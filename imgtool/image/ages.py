@@ -13,8 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from imgtool.image import headers
+from imgtool.image.changes import ended
 from imgtool.image.dependants import overlays_on
 from imgtool.image.info import ImageInfo
+from imgtool.image.places import name_from
+from imgtool.image.record import Record, is_name
 
 
 def changed(link: ImageInfo) -> int:
@@ -51,12 +54,60 @@ def kept_younger(image: Path, backing_dirs: Sequence[str | Path] = ()) -> Iterat
     Where this user may not set the time of an overlay, `chain check` takes its base for changed.
     """
     above = list(_in_order(image, backing_dirs))
-    yield
-    for base, overlay in above:
+    try:
+        yield
+    finally:
+        for base, overlay in above:
+            _make_younger(base, overlay)
+
+
+def _make_younger(base: Path, overlay: Path) -> None:
+    with contextlib.suppress(OSError):  # not this user's, or removed by the work
         before, after = overlay.stat(), base.stat().st_mtime_ns
         if headers.is_newer(after, before.st_mtime_ns):
-            with contextlib.suppress(OSError):
-                os.utime(overlay, ns=(before.st_atime_ns, after))
+            os.utime(overlay, ns=(before.st_atime_ns, after))
+
+
+@contextlib.contextmanager
+def kept_as_noted(
+    record: Record, image: Path, backing_dirs: Sequence[str | Path] = ()
+) -> Iterator[None]:
+    """As `kept_younger`, for work on an image that may have been cut off before: overlays that its
+    record notes as younger are so after it, where nobody but the work has written to the image.
+
+    Where the block raises, those stay as they are for whoever settles it.
+    """
+    noted = _noted_as_younger(record, image)
+    with kept_younger(image, backing_dirs):
+        yield
+    for overlay in noted:
+        with kept_younger(overlay, backing_dirs):
+            _make_younger(image, overlay)
+
+
+def younger(image: Path, backing_dirs: Sequence[str | Path] = ()) -> list[str]:
+    """What a record notes before the work: the overlays that are not older than their base."""
+    folder = image.resolve().parent
+    return [
+        name_from(folder, overlay.resolve())
+        for base, overlay in _in_order(image, backing_dirs)
+        if base == image
+    ]
+
+
+def _noted_as_younger(record: Record, image: Path) -> list[Path]:
+    names, found = record.facts.get("younger"), []
+    with contextlib.suppress(OSError):
+        if not isinstance(names, list) or image.stat().st_mtime_ns > ended(record):
+            return []
+    for name in filter(is_name, names or ()):
+        overlay = image.resolve().parent / name
+        with contextlib.suppress(OSError, ValueError):
+            header = headers.read(overlay)
+            base = headers.base_of(header) if header is not None else None
+            if base is not None and base.samefile(image):
+                found.append(overlay)
+    return found
 
 
 def _in_order(

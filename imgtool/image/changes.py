@@ -64,6 +64,12 @@ def _what_changed(
     return None
 
 
+def ended(record: Record) -> int:
+    """When the work of a record that was cut off wrote for the last time, at the latest, in
+    nanoseconds."""
+    return record.touched if record.witnessed else record.touched + _MARGIN
+
+
 def _used(record: Record, path: Path, which: str) -> str | None:
     """What somebody did to a file that QEMU had open for writing when it was killed."""
     before = noted(record, which)
@@ -94,8 +100,7 @@ def _what_became(record: Record, then: Mark, now: Mark) -> str | None:
     if "written" in now:  # when nobody knows
         same = now["written"] is not None and now["written"] == then.get("written")
         return None if same else "may have been written to"
-    ended = record.touched if record.witnessed else record.touched + _MARGIN
-    if now["mtime"] > ended:
+    if now["mtime"] > ended(record):
         return "was written to"
     mtime = then.get("mtime")
     if isinstance(mtime, int) and now["mtime"] < mtime:  # an older one, copied over it

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from imgtool.errors import Force, HostError, ImageError, ImgtoolError, Reason, RefusedError
-from imgtool.image.ages import changed, kept_younger
+from imgtool.image.ages import changed
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.changes import is_intact, noted
 from imgtool.image.copies import convert, options_like, size_of_copy
@@ -220,6 +220,7 @@ def plan_commit(
         seen=Seen.of(*chain.files),
         writes_to=(overlay, into),
         repeatable=("overlay", "remove"),
+        same_in=overlay,
         after=lambda holdings: holdings.resized(
             max(chain.active.virtual_size, base.active.virtual_size)
         ),
@@ -296,10 +297,6 @@ def plan_rebase(
     )
 
     def do(work: Work) -> None:
-        with kept_younger(overlay, backing_dirs):
-            put_on_base(work)
-
-    def put_on_base(work: Work) -> None:
         work.qemu_img("rebase", _rebase(overlay, name, below.active.format), overlay)
         now = probe(overlay, backing_dirs=backing_dirs)
         what = "the overlay had another content on its new base, and was put back on its old one"
@@ -319,6 +316,8 @@ def plan_rebase(
         "qcow2",
         space=space,
         seen=Seen.of(*chain.files, *below.files),
+        same_in=overlay,
+        backing_dirs=backing_dirs,
         after=lambda holdings: holdings.on(name, below.active.format),
     )
 
@@ -344,11 +343,10 @@ def _plan_unsafe(link: ImageInfo, below: Chain, *, force: Force, backing_dirs: D
 
     def do(work: Work) -> None:
         status = overlay.stat()
-        with kept_younger(overlay, backing_dirs):
-            work.qemu_img("rebase", _rebase(overlay, name, base.format, "-u"), overlay)
-            if is_newer(changed(base), status.st_mtime_ns):
-                # That the base may be another is to be seen afterwards too.
-                os.utime(overlay, ns=(status.st_atime_ns, status.st_mtime_ns))
+        work.qemu_img("rebase", _rebase(overlay, name, base.format, "-u"), overlay)
+        if is_newer(changed(base), status.st_mtime_ns):
+            # That the base may be another is to be seen afterwards too.
+            os.utime(overlay, ns=(status.st_atime_ns, status.st_mtime_ns))
 
     return Plan(
         "rebase",
@@ -357,6 +355,8 @@ def _plan_unsafe(link: ImageInfo, below: Chain, *, force: Force, backing_dirs: D
         do,
         "qcow2",
         seen=Seen.of(overlay),
+        same_in=overlay,
+        backing_dirs=backing_dirs,
         after=lambda holdings: holdings.on(name, base.format),
     )
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from imgtool.errors import Force, ImageError, ImgtoolError, Reason, RefusedError
 from imgtool.image import headers
-from imgtool.image.ages import kept_younger
+from imgtool.image.ages import kept_as_noted
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.changes import (
     is_intact,
@@ -201,13 +201,27 @@ def recover(
             settled = keep(record)
         elif record is not None:
             try:
-                settled = settle(record, finish=True, backing_dirs=backing_dirs, force=force)
+                with _kept_younger(record, backing_dirs):
+                    settled = settle(record, finish=True, backing_dirs=backing_dirs, force=force)
             except RefusedError:
                 raise  # which says what to do
             except ImgtoolError as error:
                 error.hint = "; ".join(filter(None, (error.hint, to_keep(image))))
                 raise
     return "; ".join(part for part in (line, settled) if part) or None
+
+
+@contextlib.contextmanager
+def _kept_younger(record: Record, backing_dirs: Dirs) -> Iterator[None]:
+    """What is settled in the block changes nothing for overlays, where the work was such."""
+    image: Path | None = record.image
+    if record.operation == "commit":
+        image = overlay_of(record.image, record.facts)
+    if "younger" not in record.facts or image is None or not image.exists():
+        yield
+        return
+    with kept_as_noted(record, image, backing_dirs):
+        yield
 
 
 def pending_below(overlay: Path, backing_dirs: Dirs = ()) -> Path | None:
@@ -401,8 +415,7 @@ def committed(
         return None
     if not record.facts.get("remove"):
         if is_intact(record, overlay):
-            with kept_younger(overlay):
-                os.utime(overlay)  # its base is newer, and still fits
+            os.utime(overlay)  # its base is newer, and still fits
         return None
     try:
         with held_for_writing([overlay, base]):

@@ -16,7 +16,6 @@ from imgtool.errors import (
     UsageError,
 )
 from imgtool.image import vmdk
-from imgtool.image.ages import kept_younger
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.checking import check_metadata
 from imgtool.image.copies import size_of_copy
@@ -262,7 +261,7 @@ def plan_repair(
     refuse_several_names(path)
 
     def do(work: Work) -> None:
-        with work.step("repair"), kept_younger(path, backing_dirs):
+        with work.step("repair"):
             result = repair_tables(link, what)
         if not result.sound:
             work.record.note(step="done")
@@ -285,4 +284,6 @@ def plan_repair(
         facts={"what": what},
         seen=Seen.of(path),
         writes_to=(path,),
+        same_in=path,
+        backing_dirs=backing_dirs,
     )

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from imgtool.errors import Force, ImageError, NotInGuestError, Reason, RefusedError, UsageError
 from imgtool.image import qcow2
-from imgtool.image.ages import kept_younger
 from imgtool.image.chain import Chain, open_chain
 from imgtool.image.changes import marks
 from imgtool.image.guards import (
@@ -94,7 +93,7 @@ def plan_create(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs 
     _check_name(chain, name)
 
     def do(work: Work) -> None:
-        with work.step("create"), kept_younger(path, backing_dirs):
+        with work.step("create"):
             on_snapshots(path, "-c", name)
 
     lines = (f"keep the present state of {printable(path)} as '{printable(name)}'",)
@@ -106,6 +105,8 @@ def plan_create(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs 
         "qcow2",
         seen=Seen.of(path),
         writes_to=(path,),
+        same_in=path,
+        backing_dirs=backing_dirs,
         after=lambda holdings: holdings.with_snapshot(name),
     )
 
@@ -119,7 +120,7 @@ def plan_delete(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs 
     known_as = _for_delete(chain, snapshot)
 
     def do(work: Work) -> None:
-        with work.step("delete"), kept_younger(path, backing_dirs):
+        with work.step("delete"):
             on_snapshots(path, "-d", known_as)
 
     lines = (
@@ -134,6 +135,8 @@ def plan_delete(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs 
         "qcow2",
         seen=Seen.of(path),
         writes_to=(path,),
+        same_in=path,
+        backing_dirs=backing_dirs,
         after=lambda holdings: holdings.without_snapshot(snapshot.id),
     )
 

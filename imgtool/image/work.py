@@ -14,6 +14,7 @@ from typing import Any
 
 from imgtool import interrupt
 from imgtool.errors import Force, HostError, ImgtoolError, RefusedError
+from imgtool.image.ages import kept_as_noted, younger
 from imgtool.image.changes import marks
 from imgtool.image.holdings import Holdings, holdings_of, lost, noted
 from imgtool.image.host_file import exchanged
@@ -181,8 +182,10 @@ class Plan:
     record says besides what every record says, and `seen` the files that were looked at to make it.
     On the files that it `writes_to` no other QEMU works from the first step to the last. What is
     `repeatable` is finished by doing it again, which is the same where the facts named in it are.
-    `doubts` are lines on what is only read. `after` gives what the image holds besides its content
-    afterwards, of what it held before: the plan is not done where something of it is missing.
+    `same_in` is the image that is written to and in which a guest sees the same afterwards:
+    overlays on it stay younger than it. `doubts` are lines on what is only read. `after` gives what
+    the image holds besides its content afterwards, of what it held before: the plan is not done
+    where something of it is missing.
     """
 
     operation: str
@@ -195,6 +198,7 @@ class Plan:
     seen: Seen = field(default_factory=Seen)
     writes_to: tuple[Path, ...] = ()
     repeatable: tuple[str, ...] = ()
+    same_in: Path | None = None
     backing_dirs: Sequence[str | Path] = ()
     force: Force = ()
     doubts: tuple[str, ...] = ()
@@ -221,22 +225,17 @@ class Plan:
             expected = None if before is None else self.after(before)
             work = Work(record, on_step, expected, notice=notice)
             try:
-                if repeated:
-                    mend(self.image, format=self.format)
-                else:
+                if not repeated:
                     record.note(operation=self.operation, **self._known(before), **self.facts)
-                self.do(work)
-                if repeated:
-                    mend(self.image, format=self.format)
-                    for other in self.writes_to:
-                        if other.exists() and not other.samefile(self.image):
-                            mend(other)
+                with self._kept_younger(record):
+                    self._do(work, repeated)
                 with interrupt.whole(last=True):
                     work.refuse_if_lost(self.image, "what it lacks is in no copy of imgtool's")
                     record.remove()
             except BaseException as stopped:
                 try:
-                    line = settle(record, finish=False)
+                    with self._kept_younger(record):
+                        line = settle(record, finish=False)
                 except ImgtoolError as error:
                     line = f"{error}: to be settled by imgtool recover {printable(self.image)}"
                 if line and notice:
@@ -245,11 +244,33 @@ class Plan:
                 raise
             return work
 
+    def _do(self, work: Work, repeated: bool) -> None:
+        if not repeated:
+            self.do(work)
+            return
+        mend(self.image, format=self.format)
+        self.do(work)
+        mend(self.image, format=self.format)
+        for other in self.writes_to:
+            if other.exists() and not other.samefile(self.image):
+                mend(other)
+
+    @contextlib.contextmanager
+    def _kept_younger(self, record: Record) -> Iterator[None]:
+        if self.same_in is None:
+            yield
+            return
+        # Who wrote to it later than that was somebody else, and its overlays may not fit.
+        with record.at_work(), kept_as_noted(record, self.same_in, self.backing_dirs):
+            yield
+
     def _known(self, before: Holdings | None) -> dict[str, Any]:
         """What a record says of an image that is there already."""
         known: dict[str, Any] = {} if self.format is None else {"format": self.format}
         if self.image.exists():
             known |= {"identity": identity_of(self.image), "noted": marks(self.image)}
+        if self.same_in is not None:
+            known |= {"younger": younger(self.same_in, self.backing_dirs)}
         after = None if before is None else self.after(before)
         return {**known, **noted(before, after)}
 

@@ -3,6 +3,7 @@ command: what was written since is never lost, and what was to be done is done o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -26,6 +27,8 @@ from imgtool.image import (
     snapshots,
     work,
 )
+from imgtool.image.ages import newer_bases
+from imgtool.image.chain import open_chain
 from imgtool.image.marks import is_as_noted
 from imgtool.image.record import is_ours, record_path
 from tests.fault import writes
@@ -567,3 +570,70 @@ def test_what_is_written_to_a_device_is_seen_by_the_kernels_count(tmp_path, imgt
 def content_of_device(device: Path, folder: Path) -> bytes:
     qemu_img("convert", "-U", "-f", "qcow2", "-O", "raw", device, folder / "flat")
     return (folder / "flat").read_bytes()
+
+
+# Overlays on an image in which a guest sees the same after the work
+
+
+def _with_overlays(folder: Path) -> None:
+    """base <- top <- above <- higher; top has a dirty bitmap, which QEMU writes down."""
+    _pair(folder)
+    top = folder / "top.qcow2"
+    qemu_img("bitmap", "--add", top, "dirty")
+    for name, below in (("above", "top"), ("higher", "above")):
+        words = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", f"{below}.qcow2"]
+        qemu_img(*words, folder / f"{name}.qcow2")
+
+
+KEPT = {
+    "commit": _commit(remove=False),
+    "snapshot create": lambda folder: snapshots.plan_create(folder / "top.qcow2", "new").run(),
+    "repair": lambda folder: single.plan_repair(folder / "top.qcow2", "all").run(),
+}
+
+
+def in_order(folder: Path) -> bool:
+    return not list(newer_bases(open_chain(folder / "higher.qcow2").links))
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_overlays_stay_younger_than_an_image_that_is_the_same_for_them(tmp_path, name):
+    _with_overlays(tmp_path)
+    KEPT[name](tmp_path)
+    assert in_order(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "then"), [*((name, "recover") for name in KEPT), ("commit", "repeat")]
+)
+def test_so_they_do_where_the_work_was_cut_off(tmp_path, name, then):
+    for number in range(1, 40):
+        folder = tmp_path / str(number)
+        if not killed(Job(_with_overlays, KEPT[name], "", ""), folder, number, True):
+            break
+        if then == "repeat":
+            KEPT[name](folder)
+        else:
+            recovery.recover(folder / "top.qcow2")
+            recovery.recover(folder / "base.qcow2")
+        assert in_order(folder), number
+    assert number > 3
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_they_do_not_where_somebody_wrote_to_it_since(tmp_path, name):
+    """Killed after the first step of QEMU; what stands on the image may not fit any more."""
+    found = 0
+    for number in range(1, 9):
+        folder = tmp_path / str(number)
+        if not killed(Job(_with_overlays, KEPT[name], "", ""), folder, number, True):
+            break
+        if not record_path(folder / ("base.qcow2" if name == "commit" else "top.qcow2")).exists():
+            continue
+        _guest(folder / "top.qcow2")
+        for image in ("top", "base"):
+            with contextlib.suppress(RefusedError):
+                recovery.recover(folder / f"{image}.qcow2")
+        assert not in_order(folder), number
+        found += 1
+    assert found
