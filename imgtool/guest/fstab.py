@@ -19,6 +19,8 @@ _REMOVABLE = re.compile(r"/dev/(sr|cdrom|dvd|fd|floppy)\w*$")
 # A field; the value of a tag may be quoted, with blanks in it.
 _WORD = re.compile(r'(?:[A-Z]+=)?"[^"]*"|\S+')
 
+_LONGEST_PATH = 4096  # bytes with the NUL at the end: PATH_MAX in Linux's limits.h
+
 
 @dataclass(frozen=True)
 class FstabEntry:
@@ -77,6 +79,9 @@ def parse_fstab(content: bytes) -> tuple[tuple[FstabEntry, ...], tuple[str, ...]
         if not mountpoint.startswith("/") or ".." in mountpoint.split("/"):
             if mountpoint not in ("none", "swap"):
                 problems.append(f"fstab line {number} has no absolute mount point")
+            continue
+        if "\0" in mountpoint or len(mountpoint.encode()) >= _LONGEST_PATH:
+            problems.append(f"fstab line {number} has a mount point that is no path")
             continue
         mountpoint = "/" + "/".join(part for part in mountpoint.split("/") if part)
         entries.append(FstabEntry(spec, mountpoint, fstype, options))

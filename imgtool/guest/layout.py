@@ -32,6 +32,8 @@ SMALL_FILE = 256 * 1024
 _CONTAINERS = frozenset(("swap", "swsuspend", "ldm")) | LOCKED
 _PARTS = ("_member", SUFFIX)
 _MOST_LINES = 10
+_MOST_SAID = 200  # characters of a name in fstab
+_MOST_TYPED = 1000  # characters that are worth being typed
 BUILT_IN = frozenset(("ext2", "ext3", "ext4"))
 BTRFS_VOLUME = "btrfsvol:"
 
@@ -336,6 +338,13 @@ class _Found:
             self._asked[entry] = _btrfs_source(self._volumes, device, entry)
         return self._asked[entry]
 
+    def _or_locked(self) -> str:
+        if not self._closed:
+            return ""
+        are = "is" if len(self._closed) == 1 else "are"
+        key = f"--key {self._closed[0]}:file:FILE"
+        return f", or in {listed(self._closed)}, which {are} encrypted ({key})"
+
     def source(self, entry: FstabEntry) -> str | Unshown:
         """What to mount, or why there is nothing."""
         named = self._names.find(entry.spec)
@@ -348,7 +357,9 @@ class _Found:
             # A guess that leads to what is there already was wrong: it is on another disk.
             if known_as == entry.spec:
                 return source
-        why = f"{entry.spec} is on none of the disks given"
+        why = (
+            f"{shortened(entry.spec, _MOST_SAID)} is on none of the disks given{self._or_locked()}"
+        )
         return Unshown(entry.mountpoint, why, entry.at_boot, entry.is_optional)
 
 
@@ -373,7 +384,11 @@ def _from_fstab(volumes: Volumes, root: Root, findings: Findings) -> Layout:
             found.append(Mount(source, mountpoint))
     found.sort(key=lambda mount: (mount.mountpoint.count("/"), mount.mountpoint != "/"))
     missing = [one for one in unshown.values() if one.mountpoint not in taken]
-    lines += [f"{one.mountpoint} is not shown: {one.why}" for one in missing if one.is_said]
+    lines += [
+        f"{shortened(one.mountpoint, _MOST_SAID)} is not shown: {one.why}"
+        for one in missing
+        if one.is_said
+    ]
     if len(lines) > _MOST_LINES:
         lines[_MOST_LINES:] = [f"and {len(lines) - _MOST_LINES} more lines of fstab like these"]
     lines += _what_to_type(found, missing, findings)
@@ -399,8 +414,10 @@ def _what_to_type(
     words = [f"-m {m.source}" + (f":{m.mountpoint}" if m.mountpoint != "/" else "") for m in mounts]
     sure = len(free) == len(asked) == 1
     words.append(f"-m {free[0] if sure else 'DEVICE'}:{asked[0]}")
+    if len(typed := " ".join(words)) > _MOST_TYPED:
+        return []
     where = "" if sure else f", DEVICE being one of {', '.join(free[:_MOST_LINES])}"
-    return [f"to show {asked[0]} all the same, say what is where: {' '.join(words)}{where}"]
+    return [f"to show {asked[0]} all the same, say what is where: {typed}{where}"]
 
 
 def discover(volumes: Volumes, *, root: str | None = None) -> Layout:

@@ -202,6 +202,20 @@ def test_a_thousand_lines_that_say_nothing_are_a_few_words():
     assert "990 more" in layout.problems[-1]
 
 
+@pytest.mark.parametrize(("length", "missed"), [(4000, 1), (50000, 0)])
+def test_a_line_of_fstab_that_goes_on_and_on_is_said_in_a_few_words(length, missed):
+    fstab = f"UUID={'x' * length} /{'y' * length} ext4 defaults 0 2\n"
+    layout = discover(FakeGuest({"/dev/sda1": ("ext4", linux(fstab)), "/dev/sda2": ("xfs", {})}))
+    assert len(layout.missed) == missed
+    assert 20 < sum(map(len, layout.problems)) < 1000
+
+
+def test_a_mount_point_with_a_nul_is_none():
+    entries, problems = parse_fstab(b"LABEL=a /a\\000b ext4\nLABEL=b /b ext4\n")
+    assert [one.mountpoint for one in entries] == ["/b"]
+    assert problems == ("fstab line 1 has a mount point that is no path",)
+
+
 def test_what_a_missing_key_hides_is_said_with_the_key_to_type():
     guest = FakeGuest(
         {
@@ -221,6 +235,23 @@ def test_what_a_missing_key_hides_is_said_with_the_key_to_type():
         "/home is not shown: /dev/sda2 is encrypted, and no key opens it "
         "(--key /dev/sda2:file:FILE)"
     )
+
+
+@pytest.mark.parametrize("spec", ["/dev/mapper/vg-home", "UUID=gone", "/dev/vg/home"])
+def test_what_may_be_in_something_locked_is_not_said_to_be_nowhere(spec):
+    fstab = f"{spec} /home ext4 defaults 0 2\n"
+    filesystems = {"/dev/sda1": ("ext4", linux(fstab)), "/dev/sda2": ("crypto_LUKS", None)}
+    (line,) = discover(FakeGuest(filesystems)).problems
+    assert line == (
+        f"/home is not shown: {spec} is on none of the disks given, or in /dev/sda2, which is "
+        "encrypted (--key /dev/sda2:file:FILE)"
+    )
+    many = {f"/dev/sda{n}": ("crypto_LUKS", None) for n in range(2, 40)}
+    (line,) = discover(FakeGuest({**filesystems, **many})).problems
+    assert "or in /dev/sda2, /dev/sda3, " in line and " more, which are encrypted" in line
+    opened = {**filesystems, "/dev/mapper/x": ("ext4", {})}
+    guest = FakeGuest(opened, parents={"/dev/mapper/x": ["/dev/sda2"]})
+    assert not any("encrypted" in line for line in discover(guest).problems)
 
 
 @pytest.mark.parametrize("kind", ["crypto_LUKS", "BitLocker"])
