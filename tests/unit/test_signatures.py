@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import binascii
 import json
+import random
 import struct
 import subprocess
 
 import pytest
 
 from imgtool import cli
+from imgtool.engines.direct import signatures
 from imgtool.engines.direct.far_places import far_places
 from imgtool.engines.direct.signatures import identify
 from imgtool.guest.partition_table import read_table
@@ -134,6 +136,58 @@ def test_a_mark_of_two_bytes_does_not_hide_another(tmp_path):
     told = subprocess.run(["blkid", "-p", raw], capture_output=True, check=False)
     assert told.returncode == 8, "the situation is not what it should be"
     assert identify(volume).type == "erofs"
+
+
+@pytest.mark.parametrize("at", [1 * MIB, 2 * MIB, 4 * MIB])
+def test_a_header_of_luks_far_from_the_start_is_known_without_the_first_one(at, tmp_path):
+    raw = tmp_path / "raw"
+    with raw.open("wb") as file:
+        file.truncate(12 * MIB)
+    words = ["cryptsetup", "-q", "luksFormat", "--type", "luks2", "--pbkdf", "pbkdf2"]
+    words += ["--pbkdf-force-iterations", "1000", "--luks2-metadata-size", f"{at // 1024}k"]
+    words += ["--luks2-keyslots-size", "1m", "--offset", str(11 * MIB // 512), "--key-file", "-"]
+    subprocess.run([*words, raw], input=b"key", check=True, capture_output=True)
+    volume = Volume(12 * MIB)
+    volume.data[:] = raw.read_bytes()
+    volume.write(0, bytes(4096))
+    assert identify(volume).type == "crypto_LUKS"
+
+
+@pytest.mark.parametrize("sectors", [63, 951, 2000, 3087])
+def test_a_raid_of_promise_is_known_wherever_its_header_lies(sectors, tmp_path):
+    size = 8 * MIB
+    volume = Volume(size).write(size - sectors * 512, b"Promise Technology, Inc.".ljust(512, b"\1"))
+    raw = tmp_path / "raw"
+    raw.write_bytes(volume.data)
+    words = ["blkid", "-p", "-o", "value", "-s", "TYPE", raw]
+    told = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    assert (identify(volume).type or "") == told
+    assert (told == "promise_fasttrack_raid_member") == (sectors != 2000)
+
+
+def test_what_is_unknown_is_looked_at_once_and_in_few_places(monkeypatch):
+    """Disks may have hundreds of partitions without a known type."""
+    looked: list[int] = []
+    probed = signatures._probed
+
+    def counted(size, parts):
+        parts = list(parts)
+        looked.append(sum(len(data) for _, data in parts))
+        return probed(size, parts)
+
+    class Counted(Volume):
+        taken = 0
+
+        def read(self, offset: int, length: int) -> bytes:
+            self.taken += length
+            return super().read(offset, length)
+
+    monkeypatch.setattr(signatures, "_probed", counted)
+    volume = Counted(8 * MIB)
+    volume.data[:] = random.Random(1).randbytes(8 * MIB)
+    assert identify(volume).type is None
+    assert len(looked) == 1
+    assert volume.taken < 2 * MIB
 
 
 def test_noise_is_nothing():

@@ -3,8 +3,8 @@
 Each of these superblocks says where the next thing is that a probe wants to see. What they say is
 hostile: every place is bounded, and whoever reads it cuts it off at the end of the volume.
 
-Sources: util-linux, libblkid/src/superblocks (udf.c, bitlocker.c, ddf.c, hfs.c, luks.c, vmfs.c);
-ECMA-167 3/10.2 (anchors of UDF).
+Sources: util-linux, libblkid/src/superblocks (udf.c, bitlocker.c, ddf.c, hfs.c, luks.c, vmfs.c,
+promise_raid.c); ECMA-167 3/10.2 (anchors of UDF).
 """
 
 from __future__ import annotations
@@ -12,10 +12,15 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
-# The secondary headers of LUKS2 lie up to 4 MiB from the start, VMFS at 2 MiB, the anchors of UDF
-# 256 blocks of up to 4096 bytes from either end.
-FAR_HEAD = (4 << 20) + (64 << 10)
-FAR_TAIL = 2 << 20
+# The anchors of UDF lie 256 blocks of up to 4096 bytes from either end, secondary headers of LUKS2
+# up to 4 MiB from the start, VMFS at 1 and 2 MiB.
+FAR_ANCHOR = (1 << 20, 64 << 10)
+_WINDOWS = (FAR_ANCHOR, (2 << 20, 64 << 10), (4 << 20, 64 << 10))
+_PROMISE = 3087  # sectors from the end: the farthest of the places that Promise's RAID uses
+FAR_MARKS = (
+    *(b"SKUL\xba\xbe", b"\x0d\xd0\x01\xc0", b"\x5e\xf1\xab\x2f"),
+    b"Promise Technology, Inc.",
+)
 _WINDOW = 128 << 10
 _UDF_BLOCKS = (512, 1024, 2048, 4096)
 _UDF_ANCHOR, _UDF_AT = 2, 256
@@ -26,6 +31,11 @@ _BITLOCKER = b"-FVE-FS-"
 Places = list[tuple[int, int]]
 
 
+def far_windows(size: int) -> Places:
+    """The places where something may begin, with one of FAR_MARKS, in a volume of `size` bytes."""
+    return [*_WINDOWS, (max(size - _PROMISE * 512, 0), 4096)]
+
+
 def far_places(head: bytes, tail: bytes, size: int) -> Places:
     """The places (offset, length) that the superblocks in `head` and `tail`, the two ends of a
     volume of `size` bytes, lead to.
@@ -33,9 +43,8 @@ def far_places(head: bytes, tail: bytes, size: int) -> Places:
     found: Places = []
 
     def at(offset: int, length: int) -> bytes:
-        start = offset if offset + length <= len(head) else offset - (size - len(tail))
-        source = head if offset + length <= len(head) else tail
-        return source[start : start + length] if start >= 0 else b""
+        start = offset - (size - len(tail))
+        return tail[start : start + length] if start >= 0 else head[offset : offset + length]
 
     found += _udf(at, size)
     for sectors in _DDF_ENDS:

@@ -2,7 +2,7 @@
 
 libblkid wants a file. It gets a sparse copy of the places that its probes look at: both ends of the
 volume, and for the filesystems whose label is elsewhere that place too. A volume in which nothing
-is found that way is looked at once more, at all that its probes could lead to (`far_places`).
+is found that way is looked at once more if anything in it leads elsewhere (`far_places`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-from imgtool.engines.direct.far_places import FAR_HEAD, FAR_TAIL, far_places
+from imgtool.engines.direct.far_places import FAR_ANCHOR, FAR_MARKS, far_places, far_windows
 from imgtool.engines.direct.filesystem import NeedsAppliance, ReadFailed, Source
 from imgtool.engines.direct.sources import excerpt
 
 _HEAD = 640 << 10  # the probes farthest from the start: ZFS at 256 KiB, UDF at 512 KiB
-_TAIL = 1 << 20
+_TAIL = (1 << 20) + (64 << 10)  # what lies farthest from the end: an anchor of UDF
 _MOST_FAT = 24 << 20
 _RECORDS = 64 << 10
 
@@ -102,19 +102,21 @@ def _elsewhere(boot: bytes) -> list[tuple[int, int]]:
 def identify(source: Source) -> Signature:
     """The signature on a volume; nothing where libblkid finds several that exclude each other."""
     head = source.read(0, min(_HEAD, source.size))
-    windows = [(max(len(head), source.size - _TAIL), _TAIL)]
-    if len(head) >= 512:
-        windows += _elsewhere(head[:512])
-    found = _probed(source.size, itertools.chain([(0, head)], _read(source, windows)))
+    tail_at = max(len(head), source.size - _TAIL)
+    tail = source.read(tail_at, source.size - tail_at)
+    parts = [(0, head), (tail_at, tail)]
+    windows = _elsewhere(head[:512]) if len(head) >= 512 else []
+    found = _probed(source.size, itertools.chain(parts, _read(source, windows)))
     if found.type is not None:
         return found
     # What its probes look at far from both ends, which few volumes need.
     try:
-        head = source.read(0, min(FAR_HEAD, source.size))
-        tail_at = max(len(head), source.size - FAR_TAIL)
-        tail = source.read(tail_at, source.size - tail_at)
-        places = far_places(head, tail, source.size)
-        parts = [(0, head), (tail_at, tail), *_read(source, places)]
+        far = list(_read(source, far_windows(source.size)))
+        anchored = head.ljust(FAR_ANCHOR[0], b"\0") + far[0][1]
+        places = far_places(anchored, tail, source.size)
+        if not places and not any(data.startswith(FAR_MARKS) for _, data in far):
+            return found
+        parts += [*far, *_read(source, places)]
     except ReadFailed:  # it would have been something else that says so
         return found
     return _probed(source.size, parts)
