@@ -418,6 +418,36 @@ def test_damaged_attributes_are_left_out_of_the_tar_stream_alone(image, tmp_path
     assert f"{reason} (/d/file)" in done.stderr.decode()
 
 
+def test_a_stream_of_ntfs_that_is_no_attribute_costs_no_other(tmp_path):
+    disk, host = tmp_path / "ntfs.img", tmp_path / "host"
+    with disk.open("wb") as file:
+        file.truncate(16 << 20)
+    subprocess.run(["mkntfs", "-q", "-Q", "-F", disk], check=True, capture_output=True)
+    for name, stream, size in (
+        *(("file", "", 5), ("other", "", 5)),
+        *(("file", "short", 10), ("file", "long", 100_000), ("other", "short", 10)),
+    ):
+        host.write_bytes(b"x" * size)
+        named = ["-N", stream] if stream else []
+        words = ["ntfscp", "-f", *named, disk, host, name]
+        subprocess.run(words, check=True, capture_output=True)
+    short = ((b"user.short", b"x" * 10),)
+    reason = "a named stream is longer than an extended attribute can be"
+    said: list[tuple[bytes, str]] = []
+    stream = io.BytesIO()
+    with open_guest(disk, engine="direct") as guest:
+        found = list(
+            guest.walk("/", xattrs=True, on_problem=lambda path, line: said.append((path, line)))
+        )
+        tar_out(guest, "/", stream, lambda path, line: said.append((path, line)))
+    assert {entry.path: entry.xattrs for entry in found} == {b"/file": short, b"/other": short}
+    assert said == [(b"/file", reason)] * 2
+    with tarfile.open(fileobj=io.BytesIO(stream.getvalue())) as archive:
+        for name in ("./file", "./other"):
+            assert archive.getmember(name).pax_headers == {"SCHILY.xattr.user.short": "x" * 10}
+            assert archive.extractfile(name).read() == b"xxxxx"  # type: ignore[union-attr]
+
+
 def test_what_only_the_appliance_can_read_is_found_out_before_a_tar_stream(guest, monkeypatch):
     """A worker whose attributes need the appliance says so when it is asked for them."""
     asked: list[bool] = []

@@ -123,7 +123,7 @@ def survey_for_tar(guest: Guest, top: str, xattrs: bool, on_problem: OnProblem |
 
     first = [guest.attributed(guest.lstat(top), keep)] if xattrs else []
     for entry in itertools.chain(first, guest.walk(top, xattrs=xattrs, on_problem=keep)):
-        if not xattrs or entry.xattrs is not None or last[0] != entry.path:
+        if not xattrs or last[0] != entry.path:
             continue  # what else cannot be read ends the stream, which says so
         if on_problem is None:
             raise EngineError(last[1], subject=printable(protocol.text(entry.path)))

@@ -34,6 +34,14 @@ class ReadFailed(Exception):
     """This one thing cannot be read, by the appliance either: damage. The message is the reason."""
 
 
+class TooLarge(ReadFailed):
+    """Some extended attributes of a file are larger than any can be; `kept` are the others."""
+
+    def __init__(self, reason: str, kept: Xattrs) -> None:
+        super().__init__(reason)
+        self.kept = kept
+
+
 class NoSuchName(Exception):
     """A directory has no entry of this name."""
 

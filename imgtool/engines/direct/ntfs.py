@@ -15,6 +15,7 @@ from imgtool.engines.direct.filesystem import (
     NoSuchName,
     ReadFailed,
     Source,
+    TooLarge,
     Usage,
 )
 from imgtool.engines.direct.ntfs_boot import INDEX_BLOCK, Geometry, read_geometry
@@ -144,23 +145,30 @@ class NtfsFilesystem(Filesystem):
         return target.encode()
 
     def xattrs(self, inode: int) -> Xattrs:
-        """The named streams of files and directories, which are user attributes to ntfs-3g."""
+        """The named streams of files and directories, which are user attributes to ntfs-3g;
+        `TooLarge` if some are longer than those can be.
+        """
         file = self._sound(inode)
         found: list[tuple[bytes, bytes]] = []
-        given = 0
+        given, too_large = 0, False
         for kind, name in file.attributes:
             if kind != DATA or not name:
                 continue
             stream = self._stream(file, DATA, name)
             if stream.size > _LARGEST_XATTR:
-                raise ReadFailed("a named stream is longer than an extended attribute can be")
+                too_large = True
+                continue
             given += stream.size
             if given > MOST_XATTRS:
                 raise ReadFailed("its extended attributes are too large")
             found.append((b"user." + ntfs_index.utf8(name), stream.read(0, stream.size)))
         # The kernel gives user attributes of nothing else.
-        if found and S_IFMT(self.stat(inode).mode) not in (S_IFREG, S_IFDIR):
+        if (found or too_large) and S_IFMT(self.stat(inode).mode) not in (S_IFREG, S_IFDIR):
             return ()
+        if too_large:
+            raise TooLarge(
+                "a named stream is longer than an extended attribute can be", ordered(found)
+            )
         return ordered(found)
 
     def read(self, inode: int, offset: int, length: int) -> bytes:

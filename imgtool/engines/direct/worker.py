@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from imgtool.engines.direct import protocol, seccomp
 from imgtool.engines.direct.contents import LARGE, Contents, mapped
-from imgtool.engines.direct.filesystem import Filesystem, NeedsAppliance, ReadFailed
+from imgtool.engines.direct.filesystem import Filesystem, NeedsAppliance, ReadFailed, TooLarge
 from imgtool.engines.direct.requests import Requests, Stopped
 from imgtool.engines.direct.ring import SLOT, Slots
 from imgtool.engines.direct.runs import Run
@@ -314,9 +314,11 @@ class Worker:
                 row.append(None)
                 try:
                     row[-1] = protocol.pairs(self._xattrs(child))
-                    length += sum(len(name) + len(value) for name, value in row[-1])
                 except ReadFailed as error:
+                    if isinstance(error, TooLarge):
+                        row[-1] = protocol.pairs(error.kept)
                     problem(child.path, str(error))
+                length += sum(len(name) + len(value) for name, value in row[-1] or ())
             give(row, length)
         if batch:
             self._json(batch)
@@ -443,7 +445,9 @@ class Worker:
         def attributes(found: Found) -> bytes:
             try:
                 return tar_headers.attributes(self._xattrs(found)) if xattrs else b""
-            except ReadFailed:  # the walk before, which asks for all of them, says so
+            except TooLarge as error:  # the walk before, which asks for all of them, says so
+                return tar_headers.attributes(error.kept)
+            except ReadFailed:
                 return b""
 
         top = tree.lstat(real)
