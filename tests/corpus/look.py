@@ -32,6 +32,8 @@ _CHECKERS: Mapping[str, Sequence[str]] = {
 }
 # imgtool's names of what blkid calls otherwise.
 _TABLES = {"dos": "msdos"}
+# What has a kind of its own has no type besides.
+_KINDS = {"pv": "LVM2_member"}
 _PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
 
 COMMANDS: Mapping[str, Sequence[str]] = {
@@ -190,7 +192,8 @@ def _known_better(looked: Looked, expected: Mapping[str, Any], folder: Path) -> 
     probed = _probe(looked.image)
     filesystems = looked.answers.get("filesystems")
     if filesystems and filesystems.status == 0 and "filesystems" not in expected:
-        kinds = {row["type"] for row in filesystems.rows()}
+        rows = filesystems.rows()
+        kinds = {row["type"] for row in rows} | {_KINDS.get(row["kind"]) for row in rows}
         if probed.get("TYPE") and probed["TYPE"] not in kinds:
             yield f"filesystems: blkid says {probed['TYPE']}, not {sorted(map(str, kinds))}"
     partitions = looked.answers.get("partitions")
