@@ -78,6 +78,14 @@ def find(program: str) -> str | None:
     return shutil.which(program, path=environment()["PATH"])
 
 
+def _lower(kind: int, soft: int, hard: int) -> None:
+    """Set a limit, which nobody may raise: a lower one of the host's stays."""
+    there = resource.getrlimit(kind)[1]
+    if there != resource.RLIM_INFINITY:
+        soft, hard = min(soft, there), min(hard, there)
+    resource.setrlimit(kind, (soft, hard))
+
+
 def _prepare_child(
     limits: Limits, parent: int, before: Callable[[], None] | None = None
 ) -> Callable[[], None]:
@@ -87,11 +95,11 @@ def _prepare_child(
             os._exit(127)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if limits.memory is not None:
-            resource.setrlimit(resource.RLIMIT_AS, (limits.memory, limits.memory))
+            _lower(resource.RLIMIT_AS, limits.memory, limits.memory)
         if limits.cpu is not None:
-            resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu, limits.cpu + 1))
+            _lower(resource.RLIMIT_CPU, limits.cpu, limits.cpu + 1)
         if limits.file_size is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_size, limits.file_size))
+            _lower(resource.RLIMIT_FSIZE, limits.file_size, limits.file_size)
         if before is not None:
             before()
 
