@@ -199,8 +199,8 @@ def _known_better(looked: Looked, expected: Mapping[str, Any], folder: Path) -> 
     partitions = looked.answers.get("partitions")
     if partitions and partitions.status == 0 and "partitions" not in expected:
         tables = {row["table"] for row in partitions.rows()} or {"none"}
-        table = probed.get("PTTYPE", "none")
-        if "TYPE" not in probed and _TABLES.get(table, table) not in tables:
+        table = probed.get("PTTYPE")  # where it names none there may be one that it does not know
+        if table and "TYPE" not in probed and _TABLES.get(table, table) not in tables:
             yield f"partitions: blkid says {table}, not {sorted(map(str, tables))}"
     listed = looked.answers.get("ls")
     if listed and listed.status == 0 and _is_sound(looked.image, probed.get("TYPE")):
