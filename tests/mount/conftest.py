@@ -20,6 +20,7 @@ def needed() -> None:
     for path in ("/dev/loop-control", "/dev/fuse"):
         if not Path(path).exists():
             pytest.fail(f"the tests of host mounts need {path}")
+    host.imgtool("cleanup")  # of what commands that other tests have killed have left
     types = Path("/proc/filesystems").read_text().split()
     for name in ("ext4", "xfs", "btrfs"):
         if name not in types:

@@ -240,13 +240,17 @@ def test_nothing_was_mounted_there(place):
 def test_it_is_busy(image, place, via):
     here("mount", image.path, place, "--via", via, *image.chosen)
     with subprocess.Popen(["sleep", "600"], cwd=place / "one") as sleeper:
-        says = f"in use by sleep (process {sleeper.pid})"
-        fails(4, "umount", place, says=says, hint="then try again")
-        (row,) = here("mounts", "-o", "jsonl").rows
-        assert row["state"] == "healthy"  # as it was before
-        assert (place / "noise").exists()
-        assert here("cleanup").out == ""
-        sleeper.kill()
+        try:
+            says = f"in use by sleep (process {sleeper.pid})"
+            fails(4, "umount", place, says=says, hint="then try again")
+            (row,) = here("mounts", "-o", "jsonl").rows
+            assert row["state"] == "healthy"  # as it was before
+            assert (place / "noise").exists()
+            # What other commands have left on this machine may go, and this may not.
+            assert str(place) not in here("cleanup").out
+            assert (place / "noise").exists()
+        finally:
+            sleeper.kill()
     here("umount", place)
     fails(1, "umount", place, says="mounted nothing there", hint="imgtool mounts")
 
