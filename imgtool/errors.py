@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from enum import IntEnum, StrEnum
+from typing import Self
 
 
 class ExitStatus(IntEnum):
@@ -83,6 +84,13 @@ class ImgtoolError(Exception):
         self.message = message
         self.subject = subject
         self.hint = hint
+
+    def add_context(self, where: str) -> Self:
+        """Put where it happened before what happened. The error itself: its type, its status and
+        whatever else it knows stay, which a new one of its type could not be given."""
+        self.message = f"{where}: {self.message}"
+        self.args = (self.message, *self.args[1:])
+        return self
 
     def __str__(self) -> str:
         return self.message if self.subject is None else f"{self.message} ({self.subject})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from imgtool.errors import Force, ImageError, NotInGuestError, Reason, RefusedError, UsageError
@@ -83,6 +83,29 @@ def _refuse_single_references(chain: Chain) -> None:
         )
 
 
+def _plan_on_list(
+    operation: str,
+    path: Path,
+    lines: tuple[str, ...],
+    do: Callable[[Work], None],
+    after: Callable[[Holdings], Holdings],
+    backing_dirs: Dirs,
+) -> Plan:
+    """A plan for the list of snapshots alone: a guest sees the same afterwards."""
+    return Plan(
+        operation,
+        path.absolute(),
+        lines,
+        do,
+        "qcow2",
+        seen=Seen.of(path),
+        writes_to=(path,),
+        same_in=path,
+        backing_dirs=backing_dirs,
+        after=after,
+    )
+
+
 def plan_create(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs = ()) -> Plan:
     """Keep the present state under a name."""
     chain = with_snapshots(path, backing_dirs=backing_dirs)
@@ -96,18 +119,13 @@ def plan_create(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs 
         with work.step("create"):
             on_snapshots(path, "-c", name)
 
-    lines = (f"keep the present state of {printable(path)} as '{printable(name)}'",)
-    return Plan(
+    return _plan_on_list(
         "snapshot create",
-        path.absolute(),
-        lines,
+        path,
+        (f"keep the present state of {printable(path)} as '{printable(name)}'",),
         do,
-        "qcow2",
-        seen=Seen.of(path),
-        writes_to=(path,),
-        same_in=path,
-        backing_dirs=backing_dirs,
-        after=lambda holdings: holdings.with_snapshot(name),
+        lambda holdings: holdings.with_snapshot(name),
+        backing_dirs,
     )
 
 
@@ -123,21 +141,16 @@ def plan_delete(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs 
         with work.step("delete"):
             on_snapshots(path, "-d", known_as)
 
-    lines = (
-        f"delete the snapshot '{printable(snapshot.name)}' of {printable(path)};"
-        " the file does not shrink",
-    )
-    return Plan(
+    return _plan_on_list(
         "snapshot delete",
-        path.absolute(),
-        lines,
+        path,
+        (
+            f"delete the snapshot '{printable(snapshot.name)}' of {printable(path)};"
+            " the file does not shrink",
+        ),
         do,
-        "qcow2",
-        seen=Seen.of(path),
-        writes_to=(path,),
-        same_in=path,
-        backing_dirs=backing_dirs,
-        after=lambda holdings: holdings.without_snapshot(snapshot.id),
+        lambda holdings: holdings.without_snapshot(snapshot.id),
+        backing_dirs,
     )
 
 

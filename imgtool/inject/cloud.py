@@ -54,9 +54,8 @@ class CloudInit(Step):
                 try:
                     _CHECKS[name](self._content(name))
                 except UsageError as error:
-                    raise UsageError(
-                        f"{name}: {error.message}", subject=error.subject, hint=error.hint
-                    ) from error
+                    error.add_context(name)
+                    raise
 
     def apply(self, site: Site) -> bool:
         """Write the parts; user-data for root alone, since there may be secrets in them."""

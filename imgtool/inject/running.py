@@ -61,18 +61,12 @@ def check(steps: Sequence[Placed], variables: Mapping[str, str]) -> list[Imgtool
         try:
             placed.step.check(variables)
         except ImgtoolError as error:
-            found = at(placed.where, error)
+            found = error
             if type(found) is ImgtoolError:  # what the spec names cannot be used: its own fault
-                found = UsageError(found.message, subject=found.subject, hint=found.hint)
-            errors.append(found)
+                found = UsageError(error.message, subject=error.subject, hint=error.hint)
+                found.__cause__ = error
+            errors.append(found.add_context(placed.where))
     return errors
-
-
-def at(where: str, error: ImgtoolError) -> ImgtoolError:
-    """The same error, with the place in the spec before it."""
-    found = type(error)(f"{where}: {error.message}", subject=error.subject, hint=error.hint)
-    found.__cause__ = error
-    return found
 
 
 def image_variables(image: Path, variables: Mapping[str, str]) -> dict[str, str]:
@@ -99,7 +93,7 @@ def plan(
             status = "changed" if placed.step.apply(site) else "unchanged"
             outcomes.append(Outcome(placed, subject, status))
         except ImgtoolError as error:
-            outcomes.append(Outcome(placed, subject, "failed", at(placed.where, error)))
+            outcomes.append(Outcome(placed, subject, "failed", error.add_context(placed.where)))
         touched.append(view.touched)
     changes = view.changes()
     # What a later step puts back has not changed: a file that is written and then added to.
