@@ -19,6 +19,7 @@ import typer
 
 import imgtool.opening
 from imgtool import cli
+from imgtool.engines.choice import FATAL_VARIABLE
 
 # A command that is found only where the environment is on the PATH is not tested: all start
 # `python -m imgtool` with the Python that runs the tests.
@@ -31,6 +32,10 @@ os.environ["PATH"] = os.pathsep.join(
 # that `imgtool cleanup` takes for a folder that was left behind.
 _STATE = tempfile.TemporaryDirectory(prefix="state-of-imgtool-tests-")
 os.environ["IMGTOOL_STATE_DIR"] = _STATE.name
+
+# A worker that fails is a defect, which the appliance would hide; also of the commands that tests
+# start as programs.
+os.environ[FATAL_VARIABLE] = "1"
 
 # Half of the time of a quick command goes into this.
 _get_command = functools.cache(typer.main.get_command)
@@ -102,6 +107,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("long") is not None:
             item.add_marker(pytest.mark.skip(reason="takes minutes; run it with -m long"))
+
+
+@pytest.fixture
+def worker_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that have the direct engine's worker fail, and see what is made of it."""
+    monkeypatch.delenv(FATAL_VARIABLE)
 
 
 @pytest.fixture(scope="session")

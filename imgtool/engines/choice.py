@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import BinaryIO, TypeVar
@@ -18,6 +19,8 @@ from imgtool.guest.xattrs import Xattrs
 
 log = logging.getLogger(__name__)
 
+FATAL_VARIABLE = "IMGTOOL_WORKER_FAILURE_IS_FATAL"
+
 _Answer = TypeVar("_Answer")
 Opener = Callable[[], AbstractContextManager[Guest]]
 
@@ -29,6 +32,12 @@ def _too_late(error: Exception) -> ImgtoolError:
     return EngineError(
         f"the direct engine cannot go on: {error}", hint="read it with --engine libguestfs"
     )
+
+
+def _failure_is_fatal() -> bool:
+    """Whether a worker that fails ends the command, as where imgtool is tested: the appliance would
+    hide the defect."""
+    return bool(os.environ.get(FATAL_VARIABLE))
 
 
 class ChosenGuest(Guest):
@@ -67,7 +76,7 @@ class ChosenGuest(Guest):
     def _switch(self, error: Exception) -> None:
         if interrupt.pending():  # no appliance is started after Ctrl-C
             raise Interrupted("interrupted") from error
-        if self._direct is None:
+        if self._direct is None or (isinstance(error, WorkerFailed) and _failure_is_fatal()):
             raise error
         self._direct.close()
         self._direct = None

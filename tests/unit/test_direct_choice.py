@@ -89,6 +89,7 @@ def test_no_appliance_is_started_where_none_is_needed(made):
     assert chosen.launches == []
 
 
+@pytest.mark.usefixtures("worker_may_fail")
 @pytest.mark.parametrize(
     "reason", [NeedsAppliance("it is btrfs"), WorkerFailed("it died")], ids=["refusal", "failure"]
 )
@@ -99,6 +100,19 @@ def test_a_refusal_is_answered_by_the_appliance(made, reason):
             assert stream.read() == b"libguestfs"
         assert chosen.guest.engine == "libguestfs"
         assert len(chosen.launches) == 1
+
+
+@pytest.mark.parametrize("appliance", [True, False])
+def test_where_imgtool_is_tested_a_worker_that_fails_ends_the_command(made, appliance):
+    reason = WorkerFailed("it died")
+    with pytest.raises(WorkerFailed, match="it died"):
+        made(opening=reason, appliance=appliance)
+    chosen = made(refuses=reason, appliance=appliance)
+    with pytest.raises(WorkerFailed, match="it died"):
+        chosen.guest.lstat("/x")
+    with pytest.raises(WorkerFailed, match="it died"):
+        list(chosen.guest.walk("/"))
+    assert chosen.launches == []
 
 
 def test_the_sandbox_is_gone_before_the_appliance_starts(made):

@@ -6,6 +6,7 @@ The liar is the real worker in its sandbox, with some of its answers replaced.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import itertools
@@ -14,7 +15,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,16 +26,27 @@ import pytest
 from imgtool import interrupt, open_guest
 from imgtool.compare.differences import Walk
 from imgtool.engines.direct import client as wire
+from imgtool.engines.direct import (
+    devices_client,
+    messages,
+    pipes,
+    plain,
+    protocol,
+    sandbox,
+    worker,
+)
 from imgtool.engines.direct import guest as direct_guest
-from imgtool.engines.direct import pipes, protocol, sandbox, worker
 from imgtool.engines.direct.client import Client, WorkerFailed
 from imgtool.engines.direct.pipes import Patience, Pipes
 from imgtool.engines.direct.protocol import BadMessage
 from imgtool.engines.direct.volumes_client import WorkerVolume
+from imgtool.engines.libguestfs import launch
 from imgtool.errors import EngineError, ImageError, Interrupted, NotInGuestError
 from imgtool.guest.model import Entry, Mount
 from imgtool.process import environment
 from imgtool.transfer.copy_out import Report, copy_out
+
+pytestmark = pytest.mark.usefixtures("worker_may_fail")
 
 LIAR = """
 import sys; sys.path[:0] = {{paths!r}}
@@ -355,6 +368,91 @@ Worker.do_read = read
 """
     with lying(lies) as guest, pytest.raises(ImageError, match="QEMU has gone away"):
         guest.open("/large").__enter__()
+
+
+# Answers without sense
+
+ROW = ["/etc/x", 0, 12, 0o100644, 0, 0, 1, 5, 8, 1, 0, "/target", "0" * 64, "0" * 64]
+XATTRS = [["user.a", "YQ=="], ["user.b", ""]]
+BLOCK = ["/dev/sda", "device", 1 << 25, "ext4", "l", "u", "p", "n", "t", "d", []]
+PART = ["/dev/sda1", "partition", 1 << 24, "ext4", None, None, None, None, "", "", ["/dev/sda"]]
+GROUP = ["g", "u", 5, [["u", "/dev/sda1", 5]], [["v", "u", 5]]]
+LINES = {
+    *("root", "type", "distribution", "version", "product_name", "architecture", "hostname"),
+    *("package_format", "package_management"),
+}
+SYSTEM: dict[str, Any] = dict.fromkeys(LINES, "x") | {
+    "mountpoints": {"/": "/dev/sda"},
+    "kernels": ["6.1"],
+    "applications": [["bash", "5", "1", 0, "amd64"]],
+}
+# What each answer looks like, and what reads it.
+DECODED: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "an entry": (ROW, partial(messages.entry_at, b"/etc/x")),
+    "an entry below": ([*ROW, XATTRS], partial(messages.entry_below, b"/etc", False)),
+    "a problem": (["/etc/x", "damaged"], partial(messages.problem_below, b"/etc", True)),
+    "attributes": (XATTRS, messages.xattrs),
+    "a system": (SYSTEM, messages.operating_system),
+    "devices": (
+        {"blocks": [BLOCK, PART], "groups": [GROUP]},
+        lambda answer: devices_client.devices(answer, 1),
+    ),
+    "reasons": (["why", None], lambda answer: messages.reasons(answer, 2)),
+    "a path": ("/etc/x", messages.real_path),
+    "a spelling": ("/ETC", lambda answer: messages.spelling(answer, "/etc")),
+    "a checksum": ("0" * 32, messages.digest),
+    "numbers": ([1, 2, 3], lambda answer: messages.numbers(answer, 3)),
+    "a place of a journal": (["/dev/sda", [[0, 1, 2]]], direct_guest._places_of_journal),
+    "ranges": ([[0, 5], [6, 2]], lambda answer: direct_guest._ranges(answer, 100)),
+    "stretches": ([[[0, 5], [6, 9]], None], lambda answer: direct_guest._stretches(answer, 2)),
+    "runs": ([[0, 5, 0, 7], [5, 6, 0, 99]], lambda answer: plain.runs(answer, [100])),
+}
+NONSENSE = (
+    *(None, True, 0, -1, 1.5, float("nan"), 1 << 70, "", "x", "\0", "\ud800", "\udcff", "\u20ac"),
+    *("x" * 5000, [], [[]], {}, {"x": 1}, [1, 2, 3], ["/etc/x", []]),
+)
+
+
+def distorted(answer: Any) -> Iterator[Any]:
+    """The answer with nonsense in the place of each of its parts, with one more and one fewer."""
+    yield from NONSENSE
+    if isinstance(answer, list):
+        yield from (answer[:-1], [*answer, None], [*answer, *answer], answer[::-1])
+        for number, part in enumerate(answer):
+            for other in distorted(part):
+                yield [*answer[:number], other, *answer[number + 1 :]]
+    if isinstance(answer, dict):
+        yield from (answer | {"more": 1}, dict(list(answer.items())[1:]))
+        for name, part in answer.items():
+            for other in distorted(part):
+                yield answer | {name: other}
+
+
+@pytest.mark.parametrize("kind", DECODED)
+def test_an_answer_without_sense_is_called_that_and_nothing_else(kind):
+    answer, decode = DECODED[kind]
+    decode(copy.deepcopy(answer))
+    refused = 0
+    for other in distorted(answer):
+        try:
+            decode(copy.deepcopy(other))
+        except BadMessage:
+            refused += 1
+    assert refused > 10
+
+
+@pytest.mark.parametrize("defect", [AttributeError, TypeError, KeyError, ValueError])
+def test_a_defect_of_imgtool_is_not_taken_for_a_lying_worker(image, monkeypatch, defect):
+    def broken(*_: object) -> Entry:
+        raise defect("ours")
+
+    monkeypatch.setattr(messages, "entry_at", broken)
+    launched: list[str] = []
+    monkeypatch.setattr(launch, "launched", lambda *_, **__: launched.append("appliance"))
+    mounts = [Mount("/dev/sda", "/")]
+    with open_guest(image, mounts=mounts) as guest, pytest.raises(defect, match="ours"):
+        guest.lstat("/small")
+    assert launched == []
 
 
 # Time

@@ -753,6 +753,7 @@ def test_who_has_no_proc_has_no_sandbox_of_any_kind(image, monkeypatch):
         pass
 
 
+@pytest.mark.usefixtures("worker_may_fail")
 def test_a_worker_that_ends_after_it_was_closed_in_is_not_tried_again(image, monkeypatch):
     """What an image does to its worker must not choose the sandbox."""
     closed = "import sys; sys.stdout.buffer.write(b'!' + bytes(4)); sys.stdout.flush(); "

@@ -18,7 +18,7 @@ import pytest
 
 from imgtool import open_guest
 from imgtool.engines.direct import tar_headers
-from imgtool.engines.direct.client import xattrs as received
+from imgtool.engines.direct.messages import xattrs as received
 from imgtool.engines.direct.protocol import BadMessage
 from imgtool.errors import EngineError
 from imgtool.guest.model import Entry

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import ctypes
-import dataclasses
 import json
 import math
 import os
-import re
-import stat
 from collections.abc import Callable, Generator, Iterator
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imgtool import interrupt, said
 from imgtool.engines.direct import protocol
 from imgtool.engines.direct.filesystem import NeedsAppliance, SandboxFailed
+from imgtool.engines.direct.messages import LONGEST_LINE
 from imgtool.engines.direct.pipes import Patience, Pipes
 from imgtool.engines.direct.ring import Ring
-from imgtool.errors import EngineError, ImageError, ImgtoolError, NotInGuestError, shortened
-from imgtool.guest.blocks import Block
-from imgtool.guest.model import FILE_TYPES, Application, Entry, OperatingSystem
-from imgtool.guest.xattrs import Xattrs, ordered
+from imgtool.errors import EngineError, ImageError, ImgtoolError, NotInGuestError
 from imgtool.image.places import printable, typed
 
 if TYPE_CHECKING:
@@ -39,14 +33,7 @@ _PATIENCE_FOR_LAYOUT = {"start": 300.0, "least": math.inf, "answer": 0.0}
 # Sums, of which the parent sees nothing but that somebody is at work: a day, a minute more for each
 # row and each answer, and a week in all.
 _PATIENCE_FOR_SUMS = {"start": 24 * 3600.0, "least": 2.0, "answer": 60.0, "most": 7 * 24 * 3600.0}
-_LARGEST = (1 << 63) - 1
-_LONGEST_LINE = 4096
-_LONGEST_BELOW = 20 << 10  # of a path, more than a walk goes down
 _MOST_WORDS = 1 << 20
-_WITHOUT_XATTRS = 14  # what a row has that has none
-_LONGEST_ATTRIBUTE = 255 + 32  # of a name, with its prefix
-# What is in no path: a NUL, and components that are empty, `.` or `..`
-_ODD = re.compile(rb"\0|/(?:\.\.?)?(?:/|\Z)")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -236,7 +223,7 @@ class Client:
             os.set_blocking(self._process.stderr.fileno(), False)
             words = os.read(self._process.stderr.fileno(), _MOST_WORDS)
         lines = words.decode("utf-8", "replace").strip().splitlines()
-        return printable(lines[-1][:_LONGEST_LINE]) if lines else ""
+        return printable(lines[-1][:LONGEST_LINE]) if lines else ""
 
     def _told(self, error: Any) -> Exception:
         if not isinstance(error, dict):
@@ -244,7 +231,7 @@ class Client:
         kind, message = error.get("kind"), error.get("message")
         if not isinstance(message, str):
             raise protocol.BadMessage("an error of no known form")
-        message = printable(message[:_LONGEST_LINE])
+        message = printable(message[:LONGEST_LINE])
         if kind == "missing":
             return NotInGuestError(message)
         if kind == "appliance":
@@ -270,196 +257,13 @@ class Client:
             found.append(value)
         return found[0] if found else None
 
-    # Values with a form
-
     def checked(self, make: Callable[..., Any], *arguments: object) -> Any:
-        """What `make` makes of an answer; nonsense in it is the worker's failure."""
+        """What `make` makes of an answer; nonsense in it is the worker's failure.
+
+        `make` looks at each value before it uses it, and says `BadMessage`: any other exception is
+        a defect of imgtool, which the appliance is not to hide.
+        """
         try:
             return make(*arguments)
-        except (
-            *(protocol.BadMessage, TypeError, ValueError, LookupError),
-            *(AttributeError, OverflowError),
-        ) as error:
+        except protocol.BadMessage as error:
             raise self.failure("its answer makes no sense") from error
-
-
-def whole(value: object, least: int = 0, most: int = _LARGEST) -> int:
-    """A whole number within limits."""
-    if type(value) is not int or not least <= value <= most:
-        raise protocol.BadMessage("a number out of its limits")
-    return value
-
-
-def digest(value: object) -> str:
-    """A checksum in hexadecimal."""
-    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{32,64}", value):
-        raise protocol.BadMessage("no checksum")
-    return value
-
-
-def string(value: object) -> str:
-    """A string of reasonable length."""
-    if not isinstance(value, str) or len(value) > _LONGEST_LINE:
-        raise protocol.BadMessage("no string")
-    return value.encode("utf-8", "replace").decode()
-
-
-def reasons(rows: Any, count: int) -> list[str | None]:
-    """For each of so many things why it is not there, on one line of usual length; None if it is.
-
-    A reason may name what the guest wrote, of any length.
-    """
-    if not isinstance(rows, list) or len(rows) != count:
-        raise protocol.BadMessage("not what was asked for")
-    if not all(row is None or isinstance(row, str) for row in rows):
-        raise protocol.BadMessage("no reason")
-    return [None if row is None else shortened(printable(row[:_LONGEST_LINE])) for row in rows]
-
-
-def _optional(value: object) -> str | None:
-    return None if value is None else string(value)
-
-
-def block(row: Any) -> Block:
-    """A block device as the worker tells of it."""
-    device, kind, size, *texts, parents = row
-    type, label, uuid, partuuid, partlabel, parttype, dm_uuid = texts
-    if kind not in ("device", "partition", "lv") or not string(device).startswith("/dev/"):
-        raise protocol.BadMessage("no block device")
-    return Block(
-        device=string(device),
-        kind=kind,
-        size=whole(size),
-        type=_optional(type),
-        label=_optional(label),
-        uuid=_optional(uuid),
-        partuuid=_optional(partuuid),
-        partlabel=_optional(partlabel),
-        parttype=string(parttype),
-        dm_uuid=string(dm_uuid),
-        parents=tuple(string(parent) for parent in parents),
-    )
-
-
-def real_path(value: object) -> bytes:
-    """An absolute path without odd components."""
-    raw = protocol.name(value)
-    if not raw.startswith(b"/") or (raw != b"/" and _ODD.search(raw)):
-        raise protocol.BadMessage("no path")
-    return raw
-
-
-def entry(row: Any) -> Entry:
-    """An entry as the worker tells of it; one object for rows that are equal, one soon after the
-    other, as in two guests that are compared.
-    """
-    if len(row) == _WITHOUT_XATTRS:
-        return _entry(*row)
-    *others, attributes = row
-    return dataclasses.replace(
-        _entry(*others), xattrs=None if attributes is None else xattrs(attributes)
-    )
-
-
-def xattrs(rows: Any) -> Xattrs:
-    """Extended attributes as the worker tells of them."""
-    found = []
-    for key, value in rows:
-        named = protocol.name(key)
-        if not named or b"\0" in named or len(named) > _LONGEST_ATTRIBUTE:
-            raise protocol.BadMessage("no name of an attribute")
-        found.append((named, base64.b64decode(value, validate=True)))
-    if ordered(found) != tuple(found):
-        raise protocol.BadMessage("attributes that are not in order")
-    return tuple(found)
-
-
-def spelling(value: object, typed: str) -> bytes:
-    """A path that differs from the one that was typed in the case of its letters alone."""
-    found = real_path(value)
-    if protocol.text(found).upper() != typed.upper():
-        raise protocol.BadMessage("another path")
-    return found
-
-
-def entry_at(path: bytes, row: Any) -> Entry:
-    """An entry that is the one at this path: its name may become one of the host's."""
-    found = entry(row)
-    if found.path != path:
-        raise protocol.BadMessage("a name that is elsewhere")
-    return found
-
-
-def _check_below(directory: bytes, deep: bool, path: bytes) -> None:
-    start = len(directory) if directory.endswith(b"/") else len(directory) + 1
-    if (
-        not path.startswith(directory)
-        or path[start - 1 : start] != b"/"
-        or not start < len(path) <= start + _LONGEST_BELOW
-        or (not deep and path.find(b"/", start) >= 0)
-    ):
-        raise protocol.BadMessage("a name that is elsewhere")
-
-
-def entry_below(directory: bytes, deep: bool, row: Any) -> Entry:
-    """An entry of a directory, or with `deep` of anywhere below it."""
-    found = entry(row)
-    _check_below(directory, deep, found.path)
-    return found
-
-
-def problem_below(directory: bytes, deep: bool, row: Any) -> tuple[bytes, str]:
-    """A path that cannot be read, as `entry_below` or the directory itself, and why."""
-    path, reason = row
-    found = real_path(path)
-    if found != directory:
-        _check_below(directory, deep, found)
-    return found, printable(string(reason))
-
-
-@lru_cache(16)
-def _entry(*row: Any) -> Entry:
-    path, mount, inode, mode, uid, gid, size, mtime, *others = row
-    blocks, nlink, rdev, target, checksum, place = others
-    if target is not None and "\0" in target:
-        raise protocol.BadMessage("no target")
-    if stat.S_IFMT(whole(mode, most=0o177777)) not in FILE_TYPES:
-        raise protocol.BadMessage("of no known type")
-    return Entry(
-        path=real_path(path),
-        mode=mode,
-        uid=whole(uid, most=0xFFFFFFFF),
-        gid=whole(gid, most=0xFFFFFFFF),
-        size=whole(size),
-        mtime_ns=whole(mtime, -_LARGEST * 1000, _LARGEST * 1000),
-        blocks=whole(blocks),
-        nlink=whole(nlink),
-        inode=whole(inode, most=(1 << 64) - 1),
-        device=whole(mount),
-        rdev=whole(rdev, most=(1 << 64) - 1),
-        target=None if target is None else protocol.name(target),
-        checksum=None if checksum is None else digest(checksum),
-        place=None if place is None else digest(place),
-    )
-
-
-def operating_system(answer: Any) -> OperatingSystem:
-    """An operating system as the worker tells of it."""
-    applications = answer.pop("applications")
-    mountpoints = {
-        string(path): string(device) for path, device in answer.pop("mountpoints").items()
-    }
-    kernels = tuple(string(kernel) for kernel in answer.pop("kernels"))
-    rows = None
-    if applications is not None:
-        rows = tuple(
-            Application(string(name), string(version), string(release), whole(epoch), string(arch))
-            for name, version, release, epoch, arch in applications
-        )
-    plain = {name: _optional(value) for name, value in answer.items()}
-    return OperatingSystem(
-        **plain,  # type: ignore[arg-type]
-        mountpoints=mountpoints,
-        kernels=kernels,
-        applications=rows,
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from imgtool.engines.direct import client as wire
+from imgtool.engines.direct import messages as wire
 from imgtool.engines.direct.protocol import MOST_DEVICES, BadMessage
 from imgtool.guest.blocks import Block
 from imgtool.guest.model import Device
@@ -26,8 +26,9 @@ class Devices:
 
 
 def devices(answer: Any, disks: int) -> Devices:
-    """What the worker found on so many disks; `BadMessage` and the like for nonsense."""
-    rows = answer["blocks"]
+    """What the worker found on so many disks; `BadMessage` for nonsense."""
+    told = wire.mapping(answer, frozenset(("blocks", "groups")))
+    rows = wire.items(told["blocks"])
     if len(rows) > MOST_DEVICES:
         raise BadMessage("more devices than there can be")
     blocks = tuple(wire.block(row) for row in rows)
@@ -39,17 +40,20 @@ def devices(answer: Any, disks: int) -> Devices:
     known = {block.device for block in blocks}
     if any(parent not in known for block in blocks for parent in block.parents):
         raise BadMessage("a device on nothing")
-    return Devices(blocks, tuple(_group_rows(answer["groups"])))
+    return Devices(blocks, tuple(_group_rows(told["groups"])))
 
 
 def _group_rows(groups: Any) -> list[Device]:
     """Logical volumes, volume groups and physical volumes, in this order."""
-    if sum(1 + len(group[3]) + len(group[4]) for group in groups) > MOST_DEVICES:
+    rows_of = [wire.items(group, 5) for group in wire.items(groups)]
+    if sum(1 + len(wire.items(group[3])) + len(wire.items(group[4])) for group in rows_of) > (
+        MOST_DEVICES
+    ):
         raise BadMessage("more volume groups than there can be")
     volumes, rows, physical = [], [], []
-    for name, uuid, size, members, logical in groups:
+    for name, uuid, size, members, logical in rows_of:
         device = f"/dev/{wire.string(name)}"
-        for volume, identity, length in logical:
+        for volume, identity, length in (wire.items(row, 3) for row in logical):
             volumes.append(
                 Device(
                     "lv",
@@ -59,12 +63,13 @@ def _group_rows(groups: Any) -> list[Device]:
                     parents=(device,),
                 )
             )
+        members = [wire.items(member, 3) for member in members]
         under = tuple(wire.string(member) for _, member, _ in members)
         rows.append(
             Device("vg", device, uuid=wire.string(uuid), size=wire.whole(size), parents=under)
         )
         physical += [
             Device("pv", m, uuid=wire.string(u), size=wire.whole(s), parents=(m,))
-            for u, m, s in members
+            for (u, _, s), m in zip(members, under, strict=True)
         ]
     return [*volumes, *rows, *physical]

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from imgtool.engines.direct import client as wire
+from imgtool.engines.direct import messages as wire
 from imgtool.engines.direct import protocol, replay
 from imgtool.engines.direct.answers import AnswerStream, Contents, excluded, spooled, survey_for_tar
 from imgtool.engines.direct.client import Client, WorkerFailed
@@ -92,11 +92,11 @@ class DirectGuest(Guest):
             rows = self._client.one("journals")
         found: list[replay.Place] = []
         for device, places in self._client.checked(
-            lambda: [(wire.string(string), list(p)) for string, p in rows]
+            lambda: [_places_of_journal(row) for row in wire.items(rows)]
         ):
             if len(places) != 1:
                 raise NeedsAppliance(f"the journal of {printable(device)} lies in pieces")
-            disk, offset, size = self._client.checked(partial(_numbers, places[0], 3))
+            disk, offset, size = places[0]
             if disk >= len(self.disk_sizes) or offset + size > self.disk_sizes[disk]:
                 raise self._client.failure("a place on no disk")
             found.append((disk, offset, size))
@@ -428,7 +428,7 @@ class DirectGuest(Guest):
                 continue
             numbers = self._client.one("usage", device=device)
             size, used, available, inodes, inodes_used = self._client.checked(
-                partial(_numbers, numbers, 5)
+                partial(wire.numbers, numbers, 5)
             )
             rows.append(
                 SpaceUsage(
@@ -469,28 +469,26 @@ class DirectGuest(Guest):
         return tuple(found)
 
 
-def _numbers(row: Any, count: int) -> list[int]:
-    if len(row) != count:
-        raise protocol.BadMessage("more or fewer numbers than were asked for")
-    return [wire.whole(number) for number in row]
+def _places_of_journal(row: Any) -> tuple[str, list[list[int]]]:
+    device, places = wire.items(row, 2)
+    return wire.string(device), [wire.numbers(place, 3) for place in wire.items(places)]
 
 
 def _ranges(rows: Any, size: int) -> list[tuple[int, int]]:
     found: list[tuple[int, int]] = []
     end = 0
-    for start, length in (_numbers(row, 2) for row in rows):
+    for start, length in (wire.numbers(row, 2) for row in wire.items(rows)):
         end = wire.whole(start, least=end, most=size) + wire.whole(length, most=size - start)
         found.append((start, length))
     return found
 
 
 def _stretches(rows: Any, count: int) -> list[list[tuple[int, int]] | None]:
-    found: list[list[tuple[int, int]] | None] = []
-    for row in rows:
-        pairs: list[tuple[int, int]] = []
-        for start, end in (_numbers(pair, 2) for pair in row or ()):
-            pairs.append((wire.whole(start, least=pairs[-1][1] if pairs else 0, most=end), end))
-        found.append(None if row is None else pairs)
-    if len(found) != count:
-        raise protocol.BadMessage("more or fewer disks than were asked for")
-    return found
+    return [None if row is None else _ascending(row) for row in wire.items(rows, count)]
+
+
+def _ascending(row: Any) -> list[tuple[int, int]]:
+    pairs: list[tuple[int, int]] = []
+    for start, end in (wire.numbers(pair, 2) for pair in wire.items(row)):
+        pairs.append((wire.whole(start, least=pairs[-1][1] if pairs else 0, most=end), end))
+    return pairs

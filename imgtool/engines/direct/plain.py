@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 from imgtool import interrupt
-from imgtool.engines.direct import client as wire
+from imgtool.engines.direct import messages as wire
 from imgtool.engines.direct.protocol import BadMessage
 from imgtool.engines.direct.runs import Run
 from imgtool.errors import EngineError, Interrupted
@@ -28,8 +28,8 @@ def runs(rows: Any, sizes: Sequence[int]) -> list[Run]:
     """What the worker says of a file, on disks of these sizes; nonsense raises `BadMessage`."""
     found: list[Run] = []
     least = 0
-    for row in rows:
-        start, end, disk, at = (wire.whole(number) for number in row)
+    for row in wire.items(rows):
+        start, end, disk, at = wire.numbers(row, 4)
         if not least <= start < end or disk >= len(sizes) or at + end - start > sizes[disk]:
             raise BadMessage("a file that lies nowhere")
         found.append(Run(start, end, disk, at))
