@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The inner loop: style, types, scripts and the unit tests, in under a minute. Needs set-up only.
-# Runs every check even if one fails; the exit status is 0 if all passed.
+# The inner loop: style, types, scripts, the documentation and the unit tests, in about a minute.
+# Needs set-up only. Runs every check even if one fails; the exit status is 0 if all passed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -22,6 +22,7 @@ check "ruff check" "$python" -m ruff check .
 check "ruff format" "$python" -m ruff format --check --quiet .
 check "mypy" "$python" -m mypy
 check "shellcheck" shellcheck "${shell_scripts[@]}"
+check "documentation" scripts/build-docs
 check "unit tests" "$python" -m pytest -q -n auto --dist worksteal tests/unit
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -64,7 +64,7 @@ if [ $with_tests = yes ]; then
         cryptsetup-bin libhivex-bin python3-hivex fdisk parted psmisc attr strace shellcheck
         hyperfine zstd mtools xorriso genisoimage
         kpartx kmod busybox-static file udev iproute2 openssh-client
-        runc golang-github-containers-common unzip acl gdisk squashfs-tools lz4 xxd bzip2 xz-utils
+        runc golang-github-containers-common unzip acl gdisk squashfs-tools lz4 xxd bzip2 xz-utils mandoc
     )
 fi
 
@@ -179,7 +179,7 @@ if ! venv_is_current; then
     fi
     say "installing imgtool and its development tools in $venv"
     (cd "$root" && "$venv/bin/python" -m pip install -q --no-warn-script-location \
-        --config-settings editable_mode=compat -e '.[dev]') >&2
+        --config-settings editable_mode=compat -e '.[dev,docs]') >&2
     "$venv/bin/python" -c 'import guestfs, nbd, parted' \
         || die "$venv does not see the bindings that the system's Python has"
     # The worker of the direct engine runs where nothing can be compiled into a cache.

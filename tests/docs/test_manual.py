@@ -1,0 +1,44 @@
+"""The manual pages: what mandoc and man say of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from imgtool.cli.commands import COMMANDS, GROUPS
+from tests.documentation import DOCS
+
+# docutils writes a paragraph as one long line.
+_STYLE = ("STYLE: input text line longer than 80 bytes",)
+
+
+@pytest.fixture(scope="module")
+def manual(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("manual")
+    build = [sys.executable, "-m", "sphinx", "-q", "-W", "-d", folder / "read", "-b", "man"]
+    subprocess.run([*build, DOCS, folder], check=True)
+    return folder / "man1"
+
+
+def test_there_is_a_page_for_imgtool_and_for_each_command(manual):
+    assert {page.name for page in manual.iterdir()} == {
+        "imgtool.1",
+        *(f"imgtool-{name}.1" for name in (*COMMANDS, *GROUPS)),
+    }
+
+
+def test_mandoc_finds_nothing_wrong(manual):
+    lint = ["mandoc", "-T", "lint", *sorted(manual.iterdir())]
+    said = subprocess.run(lint, capture_output=True, text=True, check=False).stdout
+    assert [line for line in said.splitlines() if not any(one in line for one in _STYLE)] == []
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, *GROUPS])
+def test_a_page_has_the_sections_that_readers_look_for(manual, name):
+    page = (manual / f"imgtool-{name}.1").read_text()
+    assert f".SH NAME\nimgtool\\-{name} \\- " in page or f".SH NAME\nimgtool-{name} \\- " in page
+    for section in ("SYNOPSIS", "DESCRIPTION"):
+        assert f".SH {section}\n" in page

@@ -1,0 +1,99 @@
+"""What the documentation says of the program is so: commands, options, statuses, names."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from imgtool.cli.commands import COMMANDS, GROUPS
+from tests.documentation import (
+    DOCS,
+    Block,
+    blocks,
+    invocations,
+    mistakes,
+    name_of,
+    options,
+    pages,
+    spans,
+    typed,
+)
+
+# Options of other programs that the prose names by themselves.
+_OF_OTHERS: set[str] = set()
+
+
+def _reference_pages():
+    spec = importlib.util.spec_from_file_location("reference_pages", DOCS / "reference_pages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_each_command_has_a_page_and_each_page_a_command():
+    known = {page.stem for page in (DOCS / "reference/commands").glob("*.md")} - {"index"}
+    assert known == {*COMMANDS, *GROUPS}
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, *GROUPS])
+def test_the_page_of_a_command_is_made_of_the_program(name):
+    source = (DOCS / f"reference/commands/{name}.md").read_text()
+    assert source.startswith(f"# imgtool {name}\n\n<!-- generated: command {name} -->\n")
+    page = _reference_pages().generated(source)
+    for full, known in options().items():
+        if full == name or full.startswith(f"{name} "):
+            assert f"**imgtool {full}**" in page or name in GROUPS
+            for option in known:
+                assert re.search(rf"^:::{{option}} (.*, )?{option}\b", page, re.M), option
+
+
+def test_a_page_of_no_command_stops_the_build():
+    with pytest.raises(ValueError, match="nothing is generated for this"):
+        _reference_pages().generated("<!-- generated: command nonsense -->")
+
+
+@pytest.mark.parametrize("page", pages(), ids=name_of)
+def test_the_commands_and_options_that_a_page_names_exist(page: Path):
+    wrong = []
+    for block in blocks(page):
+        if block.language == "console":
+            for one in typed(block):
+                for words in invocations(one.command):
+                    wrong += [f"line {one.line}: {text}" for text in mistakes(words)]
+    everywhere = set().union(*options().values()) | _OF_OTHERS
+    for span in spans(page):
+        for words in invocations(span):
+            wrong += list(mistakes(words))
+        if re.fullmatch(r"--[a-z][a-z-]*", span.split()[0].split("=")[0]):
+            option = span.split()[0].split("=")[0]
+            wrong += [] if option in everywhere else [f"no such option: {span}"]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("imgtool ls guest.qcow2 -lR /etc | head", []),
+        ("sudo imgtool overlay commit --remove x", []),
+        ("imgtool resize disk.qcow2 -- -5G", []),
+        ("A=1 imgtool lss x", ["no such command: imgtool lss"]),
+        ("imgtool overlay merge x", ["no such command: imgtool overlay merge"]),
+        ("true; imgtool ls --sort x", ["no such option: imgtool ls --sort"]),
+        ("imgtool ls -lq x", ["no such option: imgtool ls -lq"]),
+        ("imgtool --nonsense", ["no such option: imgtool  --nonsense"]),
+        ("imgtool COMMAND --help", []),
+    ],
+)
+def test_a_command_that_is_not_there_is_found(line, wrong):
+    assert [text for words in invocations(line) for text in mistakes(words)] == wrong
+
+
+def test_what_is_printed_belongs_to_the_command_above_it():
+    block = Block("console", 7, "$ one \\\n    more\nout\n\n# two\n", None)
+    assert [(one.command, one.line, one.output) for one in typed(block)] == [
+        ("one \\\n    more", 8, ["out", ""]),
+        ("two", 12, []),
+    ]
