@@ -152,6 +152,7 @@ def open_guest(
             read = stack.enter_context(appliance())
             read.chains = chains
             yield read
+            _tell_left_out(read, notice)
             return
 
         from imgtool.engines.choice import ChosenGuest
@@ -167,6 +168,12 @@ def open_guest(
         )
         chosen.chains = chains
         yield chosen
+        _tell_left_out(chosen, notice)
+
+
+def _tell_left_out(guest: Guest, notice: Callable[[str], None]) -> None:
+    if count := guest.oversized_xattrs:
+        notice(f"extended attributes (streams of NTFS) of more than 64 KiB are left out: {count}")
 
 
 def _refuse_lost(chains: Sequence[Chain]) -> None:

@@ -73,6 +73,11 @@ class ChosenGuest(Guest):
         """The engine that answers now."""
         return self._guest.engine
 
+    @property
+    def oversized_xattrs(self) -> int:
+        """How many extended attributes were left out so far, being longer than Linux gives any."""
+        return self._guest.oversized_xattrs
+
     def _switch(self, error: Exception) -> None:
         if interrupt.pending():  # no appliance is started after Ctrl-C
             raise Interrupted("interrupted") from error

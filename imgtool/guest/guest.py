@@ -63,6 +63,12 @@ class Guest(ABC):
         self._owners: Owners | None = None
         # Mount points whose filesystems are not there though they should be, and why.
         self._unshown: dict[str, str] = {}
+        self._oversized_xattrs = 0
+
+    @property
+    def oversized_xattrs(self) -> int:
+        """How many extended attributes were left out so far, being longer than Linux gives any."""
+        return self._oversized_xattrs
 
     def unshown(self) -> Mapping[str, str]:
         """The mount points whose filesystems are not shown, and why; known once a path was looked

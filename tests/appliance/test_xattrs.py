@@ -125,3 +125,21 @@ def test_a_tar_stream_has_them_as_gnu_tar_takes_them(guest, made, tmp_path) -> N
     for name in names:
         path = os.fsencode(tmp_path / name)
         assert matrix_xattrs.of_kernel(path) == said[os.fsencode(name[1:])]
+
+
+def test_a_stream_of_ntfs_that_is_no_attribute_is_counted(tmp_path):
+    disk, host = tmp_path / "ntfs.img", tmp_path / "host"
+    with disk.open("wb") as file:
+        file.truncate(16 << 20)
+    subprocess.run(["mkntfs", "-q", "-Q", "-F", disk], check=True, capture_output=True)
+    odd = "a=b 'c'"
+    for stream, size in (("", 5), (odd, 10), ("long", 100_000), ("longer", 200_000)):
+        host.write_bytes(b"x" * size)
+        named = ["-N", stream] if stream else []
+        words = ["ntfscp", "-f", *named, disk, host, "it's"]
+        subprocess.run(words, check=True, capture_output=True)
+    told: list[str] = []
+    with open_guest(disk, engine="libguestfs", notice=told.append) as guest:
+        (entry,) = guest.entries("/", xattrs=True)
+        assert guest.xattrs("/it's") == entry.xattrs == ((f"user.{odd}".encode(), b"x" * 10),)
+    assert told[-1] == "extended attributes (streams of NTFS) of more than 64 KiB are left out: 4"

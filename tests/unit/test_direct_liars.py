@@ -391,7 +391,9 @@ DECODED: dict[str, tuple[Any, Callable[[Any], Any]]] = {
     "an entry": (ROW, partial(messages.entry_at, b"/etc/x")),
     "an entry below": ([*ROW, XATTRS], partial(messages.entry_below, b"/etc", False)),
     "a problem": (["/etc/x", "damaged"], partial(messages.problem_below, b"/etc", True)),
+    "a count": (["/etc/x", 3], partial(messages.problem_below, b"/etc", True)),
     "attributes": (XATTRS, messages.xattrs),
+    "attributes of one": ([XATTRS, 1], messages.xattrs_of_one),
     "a system": (SYSTEM, messages.operating_system),
     "devices": (
         {"blocks": [BLOCK, PART], "groups": [GROUP]},

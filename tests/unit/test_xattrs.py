@@ -432,20 +432,31 @@ def test_a_stream_of_ntfs_that_is_no_attribute_costs_no_other(tmp_path):
         words = ["ntfscp", "-f", *named, disk, host, name]
         subprocess.run(words, check=True, capture_output=True)
     short = ((b"user.short", b"x" * 10),)
-    reason = "a named stream is longer than an extended attribute can be"
-    said: list[tuple[bytes, str]] = []
+    told: list[str] = []
     stream = io.BytesIO()
-    with open_guest(disk, engine="direct") as guest:
-        found = list(
-            guest.walk("/", xattrs=True, on_problem=lambda path, line: said.append((path, line)))
-        )
-        tar_out(guest, "/", stream, lambda path, line: said.append((path, line)))
+    with open_guest(disk, engine="direct", notice=told.append) as guest:
+        found = list(guest.walk("/", xattrs=True))
+        tar_out(guest, "/", stream)
+        assert guest.xattrs("/file") == short
+        assert guest.oversized_xattrs == 3
     assert {entry.path: entry.xattrs for entry in found} == {b"/file": short, b"/other": short}
-    assert said == [(b"/file", reason)] * 2
+    assert told == ["extended attributes (streams of NTFS) of more than 64 KiB are left out: 3"]
     with tarfile.open(fileobj=io.BytesIO(stream.getvalue())) as archive:
         for name in ("./file", "./other"):
             assert archive.getmember(name).pax_headers == {"SCHILY.xattr.user.short": "x" * 10}
             assert archive.extractfile(name).read() == b"xxxxx"  # type: ignore[union-attr]
+    for words in (
+        ("ls", "--xattrs", disk, "/file"),
+        ("copy-out", disk, "/file", tmp_path / "copy"),
+        ("copy-out", disk, "/", "-"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "imgtool", *words, "--engine", "direct"], capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert b"more than 64 KiB are left out: 1\n" in done.stderr
+        if words[0] == "ls":
+            assert done.stdout == b'file\n    user.short="xxxxxxxxxx"\n'
 
 
 def test_what_only_the_appliance_can_read_is_found_out_before_a_tar_stream(guest, monkeypatch):

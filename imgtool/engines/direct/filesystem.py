@@ -34,14 +34,6 @@ class ReadFailed(Exception):
     """This one thing cannot be read, by the appliance either: damage. The message is the reason."""
 
 
-class TooLarge(ReadFailed):
-    """Some extended attributes of a file are larger than any can be; `kept` are the others."""
-
-    def __init__(self, reason: str, kept: Xattrs) -> None:
-        super().__init__(reason)
-        self.kept = kept
-
-
 class NoSuchName(Exception):
     """A directory has no entry of this name."""
 
@@ -123,6 +115,10 @@ class Filesystem(ABC):
     def xattrs(self, inode: int) -> Xattrs:
         """The extended attributes of whatever it is, as the kernel gives them to root."""
         return ()
+
+    def oversized_xattrs(self, inode: int) -> int:
+        """How many attributes `xattrs` leaves out: they are longer than the kernel gives any."""
+        return 0
 
     @abstractmethod
     def read(self, inode: int, offset: int, length: int) -> bytes:

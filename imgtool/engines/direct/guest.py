@@ -226,6 +226,9 @@ class DirectGuest(Guest):
             for row in rows:
                 if isinstance(row, list) and len(row) == 2:
                     name, reason = self._client.checked(wire.problem_below, top, deep, row)
+                    if isinstance(reason, int):
+                        self._oversized_xattrs += reason
+                        continue
                     if on_problem is None:
                         raise EngineError(reason, subject=printable(protocol.text(name)))
                     on_problem(name, reason)
@@ -276,7 +279,9 @@ class DirectGuest(Guest):
         at = self._at(path)
         with self._about(at):
             found = self._client.one("xattrs", path=at)
-        return cast(Xattrs, self._client.checked(lambda: wire.xattrs(found)))
+        xattrs, oversized = self._client.checked(lambda: wire.xattrs_of_one(found))
+        self._oversized_xattrs += oversized
+        return cast(Xattrs, xattrs)
 
     def checksum(self, kind: str, path: str | bytes) -> str:
         """The md5, sha1 or sha256 of a regular file, in hexadecimal."""

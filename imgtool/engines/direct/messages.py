@@ -141,6 +141,12 @@ def entry(row: Any) -> Entry:
     return found if attributes is None else dataclasses.replace(found, xattrs=xattrs(attributes))
 
 
+def xattrs_of_one(answer: Any) -> tuple[Xattrs, int]:
+    """Extended attributes, and how many others are too large to be given."""
+    rows, oversized = items(answer, 2)
+    return xattrs(rows), whole(oversized)
+
+
 def xattrs(rows: Any) -> Xattrs:
     """Extended attributes as the worker tells of them."""
     found = []
@@ -188,13 +194,15 @@ def entry_below(directory: bytes, deep: bool, row: Any) -> Entry:
     return found
 
 
-def problem_below(directory: bytes, deep: bool, row: Any) -> tuple[bytes, str]:
-    """A path that cannot be read, as `entry_below` or the directory itself, and why."""
+def problem_below(directory: bytes, deep: bool, row: Any) -> tuple[bytes, str | int]:
+    """A path that cannot be read, as `entry_below` or the directory itself, and why; or how many
+    attributes of it are too large to be given.
+    """
     path, reason = items(row, 2)
     found = real_path(path)
     if found != directory:
         _check_below(directory, deep, found)
-    return found, printable(string(reason))
+    return found, whole(reason) if isinstance(reason, int) else printable(string(reason))
 
 
 @lru_cache(16)

@@ -15,7 +15,6 @@ from imgtool.engines.direct.filesystem import (
     NoSuchName,
     ReadFailed,
     Source,
-    TooLarge,
     Usage,
 )
 from imgtool.engines.direct.ntfs_boot import INDEX_BLOCK, Geometry, read_geometry
@@ -145,31 +144,26 @@ class NtfsFilesystem(Filesystem):
         return target.encode()
 
     def xattrs(self, inode: int) -> Xattrs:
-        """The named streams of files and directories, which are user attributes to ntfs-3g;
-        `TooLarge` if some are longer than those can be.
-        """
+        """The named streams of files and directories, which are user attributes to ntfs-3g."""
+        fitting = [(n, s) for n, s in self._named_streams(inode) if s.size <= _LARGEST_XATTR]
+        if sum(stream.size for _, stream in fitting) > MOST_XATTRS:
+            raise ReadFailed("its extended attributes are too large")
+        return ordered(
+            (b"user." + ntfs_index.utf8(name), stream.read(0, stream.size))
+            for name, stream in fitting
+        )
+
+    def oversized_xattrs(self, inode: int) -> int:
+        """The named streams that are longer than an attribute can be."""
+        return sum(stream.size > _LARGEST_XATTR for _, stream in self._named_streams(inode))
+
+    def _named_streams(self, inode: int) -> list[tuple[bytes, Stream]]:
         file = self._sound(inode)
-        found: list[tuple[bytes, bytes]] = []
-        given, too_large = 0, False
-        for kind, name in file.attributes:
-            if kind != DATA or not name:
-                continue
-            stream = self._stream(file, DATA, name)
-            if stream.size > _LARGEST_XATTR:
-                too_large = True
-                continue
-            given += stream.size
-            if given > MOST_XATTRS:
-                raise ReadFailed("its extended attributes are too large")
-            found.append((b"user." + ntfs_index.utf8(name), stream.read(0, stream.size)))
+        names = [name for kind, name in file.attributes if kind == DATA and name]
         # The kernel gives user attributes of nothing else.
-        if (found or too_large) and S_IFMT(self.stat(inode).mode) not in (S_IFREG, S_IFDIR):
-            return ()
-        if too_large:
-            raise TooLarge(
-                "a named stream is longer than an extended attribute can be", ordered(found)
-            )
-        return ordered(found)
+        if not names or S_IFMT(self.stat(inode).mode) not in (S_IFREG, S_IFDIR):
+            return []
+        return [(name, self._stream(file, DATA, name)) for name in names]
 
     def read(self, inode: int, offset: int, length: int) -> bytes:
         """Bytes of a regular file."""

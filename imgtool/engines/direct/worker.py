@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from imgtool.engines.direct import protocol, seccomp
 from imgtool.engines.direct.contents import LARGE, Contents, mapped
-from imgtool.engines.direct.filesystem import Filesystem, NeedsAppliance, ReadFailed, TooLarge
+from imgtool.engines.direct.filesystem import Filesystem, NeedsAppliance, ReadFailed
 from imgtool.engines.direct.requests import Requests, Stopped
 from imgtool.engines.direct.ring import SLOT, Slots
 from imgtool.engines.direct.runs import Run
@@ -314,9 +314,9 @@ class Worker:
                 row.append(None)
                 try:
                     row[-1] = protocol.pairs(self._xattrs(child))
+                    if left_out := self._oversized_xattrs(child):
+                        give([protocol.text(child.path), left_out], len(child.path))
                 except ReadFailed as error:
-                    if isinstance(error, TooLarge):
-                        row[-1] = protocol.pairs(error.kept)
                     problem(child.path, str(error))
                 length += sum(len(name) + len(value) for name, value in row[-1] or ())
             give(row, length)
@@ -326,9 +326,14 @@ class Worker:
     def _xattrs(self, found: Found) -> Xattrs:
         return self._mounted.filesystem(found.place).xattrs(found.place.inode)
 
-    def do_xattrs(self, path: str) -> list[list[str]]:
-        """The extended attributes of a path; a symbolic link is not followed."""
-        return protocol.pairs(self._xattrs(self._mounted.lstat(protocol.name(path))))
+    def _oversized_xattrs(self, found: Found) -> int:
+        return self._mounted.filesystem(found.place).oversized_xattrs(found.place.inode)
+
+    def do_xattrs(self, path: str) -> list[Any]:
+        """The extended attributes of a path, and how many others are too large to be given; a
+        symbolic link is not followed."""
+        found = self._mounted.lstat(protocol.name(path))
+        return [protocol.pairs(self._xattrs(found)), self._oversized_xattrs(found)]
 
     # Contents
 
@@ -445,9 +450,7 @@ class Worker:
         def attributes(found: Found) -> bytes:
             try:
                 return tar_headers.attributes(self._xattrs(found)) if xattrs else b""
-            except TooLarge as error:  # the walk before, which asks for all of them, says so
-                return tar_headers.attributes(error.kept)
-            except ReadFailed:
+            except ReadFailed:  # the walk before, which asks for all of them, says so
                 return b""
 
         top = tree.lstat(real)

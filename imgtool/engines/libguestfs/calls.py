@@ -10,6 +10,9 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import errno
+import os
+import re
+import shlex
 from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_uint32, c_uint64, c_void_p
 from itertools import islice
@@ -21,6 +24,7 @@ from imgtool.guest.xattrs import Xattrs, ordered
 
 # All that the library says when a program in the appliance fails while it sends.
 _GAVE_UP = "file receive cancelled by daemon"
+_OCTAL = re.compile(rb"\\([0-7]{3})")
 
 
 class _Statns(ctypes.Structure):
@@ -130,6 +134,7 @@ def _load() -> ctypes.CDLL:
         ("case_sensitive_path", c_void_p, [c_char_p]),
         ("checksum", c_void_p, [c_char_p, c_char_p]),
         ("getxattr", c_void_p, [c_char_p, c_char_p, POINTER(ctypes.c_size_t)]),
+        ("lgetxattr", c_void_p, [c_char_p, c_char_p, POINTER(ctypes.c_size_t)]),
         ("lgetxattrs", POINTER(_XattrList), [c_char_p]),
         ("lxattrlist", POINTER(_XattrList), [c_char_p, strings]),
         ("lstatns", POINTER(_Statns), [c_char_p]),
@@ -215,6 +220,8 @@ class Calls:
         # What was written to: paths of files and folders.
         self.touched: set[bytes] = set()
         self._errors = 0
+        # Extended attributes that were left out: they are longer than the kernel gives any.
+        self.oversized_xattrs = 0
 
     def _change(self, name: str, path: bytes, *arguments: Any) -> None:
         self.touched.add(path)
@@ -255,8 +262,11 @@ class Calls:
 
     def getxattr(self, path: bytes, name: bytes) -> bytes:
         """One extended attribute; symbolic links are followed."""
+        return self._xattr("getxattr", path, name)
+
+    def _xattr(self, call: str, path: bytes, name: bytes) -> bytes:
         size = ctypes.c_size_t()
-        pointer = self._call("getxattr", path, path, name, ctypes.byref(size))
+        pointer = self._call(call, path, path, name, ctypes.byref(size))
         try:
             return ctypes.string_at(pointer, size.value)
         finally:
@@ -269,12 +279,32 @@ class Calls:
         except CallFailed as error:
             if error.errno == errno.EOPNOTSUPP:  # a filesystem that has none
                 return ()
+            if error.errno == errno.E2BIG:  # one of them: a long stream of NTFS
+                return self._fitting_xattrs(path)
             raise
         try:
             found = answer.contents
             return ordered((x.name, x.content) for x in found.val[: found.len])
         finally:
             self._library.guestfs_free_xattr_list(answer)
+
+    def _fitting_xattrs(self, path: bytes) -> Xattrs:
+        """Those extended attributes that are not too large, one by one; the others are counted."""
+        quoted = os.fsencode(shlex.quote(os.fsdecode(b"/sysroot" + path)))
+        listing = self.shell(path, [b"getfattr", b"-h", b"--absolute-names", b"-m-", b"--", quoted])
+        found = []
+        # The first line is the path. Source: attr, tools/getfattr.c and libmisc/quote.c.
+        for line in listing.split(b"\n")[1:]:
+            if not line:
+                continue
+            name = _OCTAL.sub(lambda match: bytes([int(match[1], 8)]), line)
+            try:
+                found.append((name, self._xattr("lgetxattr", path, name)))
+            except CallFailed as error:
+                if error.errno != errno.E2BIG:
+                    raise
+                self.oversized_xattrs += 1
+        return ordered(found)
 
     def xattrs_in(self, directory: bytes, names: Sequence[bytes]) -> list[Xattrs | None]:
         """The extended attributes of names in a directory, which have to fit into one message;

@@ -328,6 +328,11 @@ class LibguestfsGuest(Guest):
         except CallFailed as error:
             raise self._missing(error, found) from error
 
+    @property
+    def oversized_xattrs(self) -> int:
+        """How many extended attributes were left out so far, being longer than Linux gives any."""
+        return self.calls.oversized_xattrs
+
     def checksum(self, kind: str, path: str | bytes) -> str:
         """The md5, sha1 or sha256 of a regular file, in hexadecimal."""
         if kind not in CHECKSUMS:
