@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import struct
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from imgtool import open_guest
-from imgtool.engines.direct import cluster_chains
-from imgtool.engines.direct.cluster_chains import END_OF_CHAIN, Chain, Owners, follow
+from imgtool.engines.direct import cluster_users
+from imgtool.engines.direct.cluster_chains import END_OF_CHAIN, Chain, follow
+from imgtool.engines.direct.cluster_users import Owners
 from imgtool.engines.direct.exfat import ExfatFilesystem
 from imgtool.engines.direct.fat import FatFilesystem
 from imgtool.engines.direct.filesystem import Filesystem, ReadFailed
@@ -71,6 +73,14 @@ def test_a_chain_is_sound_up_to_the_first_cluster_of_another_file() -> None:
     assert owners.checked(one).pieces == [(2, 3), (9, 1)]
     assert owners.checked(other).pieces == [(12, 1)]
     assert SHARED in str(owners.checked(other).problem)
+
+
+@pytest.fixture(autouse=True, params=["of one file", "of the volume"])
+def look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether a file is looked at alone first, as in a volume with many names."""
+    monkeypatch.setattr(cluster_users, "_FEW_NAMES", 0)
+    monkeypatch.setattr(cluster_users, "_FEW_FILES", 99 if request.param == "of one file" else 0)
+    return str(request.param)
 
 
 class Fat:
@@ -222,7 +232,7 @@ def test_two_entries_with_one_chain_on_fat_are_errors(fat: Fat) -> None:
 
 
 def test_volumes_with_too_many_files_are_read_without_a_list_of_owners(fat, monkeypatch) -> None:
-    monkeypatch.setattr(cluster_chains, "MOST_NAMES", 2)
+    monkeypatch.setattr(cluster_users, "MOST_NAMES", 2)
     first, second = fat.start(b"first"), fat.start(b"second")
     found = FatFilesystem.open(Padded(fat.linked(first + 2, first), fat.size))
     assert _contents(found) == _damaged("first", 3, CIRCLE)
@@ -295,3 +305,23 @@ def test_many_files_with_one_long_chain_end_the_search_for_owners() -> None:
         owners.claim([(2, 10)])
     owners.claim([(2, 10)])
     assert owners.is_futile
+
+
+def test_sound_files_are_read_without_a_look_at_all_others(fat, exfat, look, monkeypatch) -> None:
+    for found, names in (
+        (FatFilesystem.open(Padded(fat.head, fat.size)), tuple(SOUND)),
+        (ExfatFilesystem.open(Bytes(exfat.image)), _EXFAT),
+    ):
+        surveyed: list[Filesystem] = []
+        monkeypatch.setattr(found._sharing, "_survey", partial(surveyed.append, found))
+        assert _contents(found, names) == dict.fromkeys(names, True)
+        assert surveyed == ([] if look == "of one file" else [found])
+
+
+def test_what_lies_in_the_upper_bits_of_fat32_leads_nowhere_else(fat: Fat) -> None:
+    if fat.bits != 32:
+        pytest.skip("only FAT32 has them")
+    first, second = fat.start(b"first"), fat.start(b"second")
+    found = FatFilesystem.open(Padded(fat.linked(first, 0xF0000000 | second + 1), fat.size))
+    reason = f"its clusters are {SHARED}"
+    assert _contents(found) == {**SOUND, "first": (1, reason), "second": (1, reason)}

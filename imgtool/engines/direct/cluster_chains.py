@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from imgtool.engines.direct.exfat_boot import numbers
@@ -18,15 +18,10 @@ from imgtool.engines.direct.filesystem import NeedsAppliance, ReadFailed, Source
 
 FIRST_CLUSTER = 2
 END_OF_CHAIN = -1
-# Who uses a cluster is found out on volumes up to these, 128 GiB in clusters of 32 KiB: once, in
-# 1.5 s where all are in use.
-MOST_CLUSTERS = 4 << 20
-MOST_NAMES = 100_000
 
 _MOST_PIECES = 500_000
 _TABLE_CHUNK = 16 * 1024
-_FREE, _USED, _SHARED = 0, 1, 2
-_ONE_MORE = bytes([_USED, _SHARED, _SHARED]).ljust(256, b"\0")
+_LARGE_CHUNK = 1024 * 1024
 
 Piece = tuple[int, int]  # clusters side by side: the first one, and how many
 
@@ -50,6 +45,21 @@ class Table:
             length = min(_TABLE_CHUNK, self._source.size - start) // self._width * self._width
             self._chunk = (chunk, numbers(self._source.read(start, length), self._type))
         return self._chunk[1][at % _TABLE_CHUNK // self._width]
+
+    def parts(self, end: int, mask: int = 0xFFFFFFFF) -> Iterator[tuple[int, array[int]]]:
+        """The entries of the clusters before `end`, in parts, each with the number of its first
+        cluster; without parts in which nothing is in use. Of each entry only the bits of `mask`.
+        """
+        step = _LARGE_CHUNK // self._width
+        for cluster in range(0, end, step):
+            length = min(step, end - cluster) * self._width
+            data = self._source.read(self._start + cluster * self._width, length)
+            if not data.strip(b"\0"):
+                continue
+            entries = numbers(data, self._type)
+            if self._width == 4 and max(data[3::4]) > mask >> 24:
+                entries = array(entries.typecode, (number & mask for number in entries))
+            yield cluster, entries
 
 
 class Chain(NamedTuple):
@@ -152,39 +162,6 @@ class Runs(NamedTuple):
         if not parts and length > 0 and self.problem is not None:
             raise ReadFailed(self.problem)
         return b"".join(parts)
-
-
-class Owners:
-    """How many files and directories use each cluster of a volume: none, one, or more."""
-
-    def __init__(self, end: int) -> None:
-        self._users = bytearray(end)
-        self._claims = 0
-
-    @property
-    def is_futile(self) -> bool:
-        """Whether so many clusters are in use by several that to go on would not end."""
-        return self._claims > 2 * len(self._users)
-
-    def claim(self, pieces: Iterable[Piece]) -> None:
-        """A file or directory uses these clusters."""
-        for first, count in pieces:
-            self._claims += count
-            part = self._users[first : first + count]
-            if part.count(_FREE) == len(part):
-                self._users[first : first + count] = bytes([_USED]) * len(part)
-            else:
-                self._users[first : first + count] = part.translate(_ONE_MORE)
-
-    def checked(self, chain: Chain) -> Chain:
-        """A chain up to the first cluster that something else uses too."""
-        done = 0
-        for first, count in chain.pieces:
-            shared = self._users.find(_SHARED, first, first + count)
-            if shared >= 0:
-                return chain.cut(done + shared - first, "its clusters are in use by another file")
-            done += count
-        return chain
 
 
 def runs(chain: Chain, place: Callable[[int], int], cluster_size: int) -> Runs:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from stat import S_IFDIR, S_IFREG
 
-from imgtool.engines.direct import cluster_chains, exfat_directory
+from imgtool.engines.direct import cluster_chains, cluster_users, exfat_directory
 from imgtool.engines.direct.cluster_chains import (
     END_OF_CHAIN,
     FIRST_CLUSTER,
     Chain,
-    Owners,
     Runs,
     Table,
 )
+from imgtool.engines.direct.cluster_users import Owners, Sharing
 from imgtool.engines.direct.exfat_boot import Geometry, read_geometry
 from imgtool.engines.direct.exfat_directory import DIRECTORY, ENTRY, READ_ONLY, Content, Upcase
 from imgtool.engines.direct.filesystem import (
@@ -56,6 +55,12 @@ class ExfatFilesystem(Filesystem):
         self._last_listed: tuple[int, list[tuple[bytes, int]], dict[bytes, int]] = (-1, [], {})
         self._last_runs: tuple[int, Runs] = (-1, Runs([], [], None))
         self._table = Table(self._source, geometry.table, 4)
+        self._sharing = Sharing(
+            geometry.clusters,
+            self._survey,
+            self._beginnings,
+            lambda: self._table.parts(geometry.end),
+        )
         system = list(exfat_directory.primaries(self._directory(_ROOT)))
         self._upcase = self._read_upcase(system)
         self._bitmap = self._find_bitmap(system)
@@ -159,9 +164,7 @@ class ExfatFilesystem(Filesystem):
         found: dict[bytes, int] = {}
         for entry in exfat_directory.entries(data, self._upcase, inode == _ROOT):
             child = (places[entry.position // cluster] + entry.position % cluster) // ENTRY
-            stream = entry.position + ENTRY
-            if stream % cluster == 0:
-                self._stream_of[child] = places[stream // cluster]
+            self._note_stream(child, entry.position, places)
             listed.append((entry.name, child))
             if found.setdefault(entry.folded, child) != child:
                 raise NeedsAppliance("a directory on exFAT has two entries of one name")
@@ -209,9 +212,7 @@ class ExfatFilesystem(Filesystem):
         if entry.attributes & DIRECTORY:
             raise ReadFailed("not a regular file")
         if self._last_runs[0] != inode:
-            chain = self._file_chain(entry)
-            if self._owners is not None:
-                chain = self._owners.checked(chain)
+            chain = self._sharing.checked(inode, self._file_chain(entry))
             runs = cluster_chains.runs(chain, self._place, self._geometry.cluster_size)
             self._last_runs = (inode, runs)
         return self._last_runs[1]
@@ -226,12 +227,35 @@ class ExfatFilesystem(Filesystem):
             return Chain([(entry.cluster, wanted)], None)
         return cluster_chains.follow(entry.cluster, wanted, self._geometry.end, following)
 
-    @cached_property
-    def _owners(self) -> Owners | None:
+    def _beginnings(self) -> Iterator[tuple[int, int, int]]:
+        """Where the clusters of files and directories begin, and of those that are no chain how
+        many they are.
+        """
+        size = self._geometry.cluster_size
+        yield _ROOT, self._geometry.root_cluster, 1
+        waiting = [_ROOT]
+        while waiting:
+            directory = waiting.pop()
+            try:
+                data, places = self._directory(directory), self._places(directory)
+            except (NeedsAppliance, ReadFailed):
+                continue
+            for at, cluster, length, is_directory in exfat_directory.beginnings(data):
+                child = (places[at // size] + at % size) // ENTRY
+                yield child, cluster, max(1, -(-length // size))
+                if is_directory:
+                    self._note_stream(child, at, places)
+                    waiting.append(child)
+
+    def _note_stream(self, inode: int, position: int, places: Sequence[int]) -> None:
+        """Remember where the set that begins at this position of a directory goes on."""
+        stream = position + ENTRY
+        if stream % self._geometry.cluster_size == 0:
+            self._stream_of[inode] = places[stream // self._geometry.cluster_size]
+
+    def _survey(self) -> Owners | None:
         """Who uses which clusters; None on volumes where it would take long to find out."""
         geometry = self._geometry
-        if geometry.clusters > cluster_chains.MOST_CLUSTERS:
-            return None
         owners = Owners(geometry.end)
         waiting, names = [_ROOT], 0
         while waiting:
@@ -244,7 +268,7 @@ class ExfatFilesystem(Filesystem):
             size = geometry.cluster_size
             owners.claim(((at - geometry.data) // size + FIRST_CLUSTER, 1) for at in places)
             names += len(listed)
-            if names > cluster_chains.MOST_NAMES:
+            if names > cluster_users.MOST_NAMES:
                 return None
             for _, child in listed:
                 try:

@@ -95,6 +95,22 @@ def subdirectories(data: bytes) -> int:
     return sum(kind == FILE and bool(raw[4] & DIRECTORY) for kind, raw in primaries(data))
 
 
+def beginnings(data: bytes) -> Iterator[tuple[int, int, int, bool]]:
+    """What `entries` gives, and perhaps more: of each the position, the first cluster, of those
+    that are no chain the size in bytes, and whether it is a directory.
+    """
+    kinds = data[: len(data) - len(data) % ENTRY : ENTRY].split(b"\0", 1)[0]
+    index = kinds.find(FILE)
+    while index >= 0:
+        if kinds[index + 1 : index + 2] == bytes([_STREAM]):
+            at = index * ENTRY
+            stream = at + ENTRY
+            cluster, size = struct.unpack_from("<IQ", data, stream + 20)
+            length = size if data[stream + 1] == NO_FAT_CHAIN else 0
+            yield at, cluster, length, bool(data[at + 4] & DIRECTORY)
+        index = kinds.find(FILE, index + 1)
+
+
 def entries(data: bytes, upcase: Upcase, is_root: bool) -> Iterator[Entry]:
     """What a directory lists, in order. Raises `NeedsAppliance` for anything odd."""
     at, end = 0, len(data) - len(data) % ENTRY

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from stat import S_IFDIR, S_IFREG
 
-from imgtool.engines.direct import cluster_chains, fat_directory
-from imgtool.engines.direct.cluster_chains import END_OF_CHAIN, Chain, Owners, Runs, Table
+from imgtool.engines.direct import cluster_chains, cluster_users, fat_directory
+from imgtool.engines.direct.cluster_chains import END_OF_CHAIN, Chain, Runs, Table
+from imgtool.engines.direct.cluster_users import Owners, Sharing
 from imgtool.engines.direct.exfat_boot import numbers
 from imgtool.engines.direct.fat_boot import FIRST_CLUSTER, Geometry, read_geometry
 from imgtool.engines.direct.fat_directory import DIRECTORY, ENTRY, READ_ONLY, Content, Entry
@@ -42,6 +43,9 @@ class FatFilesystem(Filesystem):
         self._directory_of_cluster: dict[int, int] = {}
         self._last_directory: tuple[int, bytes] = (-1, b"")
         self._last_runs: tuple[int, Runs] = (-1, Runs([], [], None))
+        self._sharing = Sharing(
+            geometry.clusters, self._survey, self._beginnings, self._parts_of_table
+        )
 
     @classmethod
     def open(cls, source: Source) -> FatFilesystem:
@@ -179,9 +183,7 @@ class FatFilesystem(Filesystem):
             raise ReadFailed("not a regular file")
         if entry.cluster == 0:
             raise NeedsAppliance("a file on FAT has a size and no clusters")
-        chain = self._chain(entry)
-        if self._owners is not None:
-            chain = self._owners.checked(chain)
+        chain = self._sharing.checked(inode, self._chain(entry))
         runs = cluster_chains.runs(chain, self._place, self._geometry.cluster_size)
         self._last_runs = (inode, runs)
         return runs
@@ -190,11 +192,34 @@ class FatFilesystem(Filesystem):
         wanted = -(-entry.size // self._geometry.cluster_size)
         return cluster_chains.follow(entry.cluster, wanted, self._geometry.end, self._next)
 
-    @cached_property
-    def _owners(self) -> Owners | None:
+    def _beginnings(self) -> Iterator[tuple[int, int, int]]:
+        """Where the chains of files and directories begin."""
+        geometry, size = self._geometry, self._geometry.cluster_size
+        if geometry.bits == 32:
+            yield _ROOT, geometry.root_cluster, 1
+        waiting = [_ROOT]
+        while waiting:
+            directory = waiting.pop()
+            try:
+                data, places = self._directory(directory), self._places(directory)
+            except (NeedsAppliance, ReadFailed):
+                continue
+            step = len(data) if directory == _ROOT and geometry.bits != 32 else size
+            for position, cluster, is_directory in fat_directory.beginnings(data, geometry.bits):
+                child = (places[position // step] + position % step) // ENTRY
+                yield child, cluster, 1
+                if is_directory:
+                    waiting.append(child)
+
+    def _parts_of_table(self) -> Iterator[tuple[int, array[int]]]:
+        end = self._geometry.end
+        if self._geometry.bits == 12:
+            yield 0, array("i", map(self._next, range(end)))
+        else:
+            yield from self._table.parts(end, 0x0FFFFFFF)
+
+    def _survey(self) -> Owners | None:
         """Who uses which clusters; None on volumes where it would take long to find out."""
-        if self._geometry.clusters > cluster_chains.MOST_CLUSTERS:
-            return None
         owners = Owners(self._geometry.end)
         waiting, names = [_ROOT], 0
         while waiting:
@@ -206,7 +231,7 @@ class FatFilesystem(Filesystem):
                 continue  # whoever lists it will hear of it
             owners.claim(clusters)
             names += len(listed)
-            if names > cluster_chains.MOST_NAMES:
+            if names > cluster_users.MOST_NAMES:
                 return None
             for entry, child in listed:
                 content = fat_directory.content(entry.raw, self._geometry.bits)

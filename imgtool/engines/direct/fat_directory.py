@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from imgtool.engines.direct.exfat_boot import numbers
 from imgtool.engines.direct.filesystem import NeedsAppliance
 
 ENTRY = 32
@@ -73,6 +74,21 @@ def subdirectories(data: bytes) -> int:
         for at in range(0, len(data), ENTRY)
         if data[at] not in (0, _DELETED) and data[at + 11] & (VOLUME | DIRECTORY) == DIRECTORY
     )
+
+
+def beginnings(data: bytes, bits: int) -> Iterator[tuple[int, int, bool]]:
+    """What `entries` gives but for `.` and `..`, and perhaps more: of each the position, the first
+    cluster, and whether it is a directory.
+    """
+    words = numbers(data[: len(data) - len(data) % ENTRY], "H")
+    upper = words[10::16] if bits == 32 else bytes(len(words) // 16)
+    fields = zip(data[::ENTRY], data[11::ENTRY], words[13::16], upper, strict=False)
+    for index, (first, attributes, low, high) in enumerate(fields):
+        if first in (0, _DELETED) or attributes & VOLUME:
+            continue
+        at = index * ENTRY
+        if data[at : at + 11] not in _DOTS:
+            yield at, low | high << 16, bool(attributes & DIRECTORY)
 
 
 def entries(data: bytes) -> Iterator[Entry]:
