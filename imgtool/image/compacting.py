@@ -26,6 +26,7 @@ from imgtool.image.holdings import Holdings, holdings_of
 from imgtool.image.host_file import open_host_file
 from imgtool.image.info import probe
 from imgtool.image.locks import kept_from_writers
+from imgtool.image.made import made_file
 from imgtool.image.overlays import backing_name
 from imgtool.image.places import printable
 from imgtool.image.qcow2_refcounts import used_ranges
@@ -33,7 +34,7 @@ from imgtool.image.qemu_img import OnPart
 from imgtool.image.recognise import refuse_noise
 from imgtool.image.record import temporary_path
 from imgtool.image.steady import steady
-from imgtool.image.work import Plan, Seen, Work, made_file
+from imgtool.image.work import Plan, Seen, Work
 
 _PIECE = 1 << 20  # read at a time
 _BLOCK = 4096  # what reads as zeros becomes a hole, this much at a time

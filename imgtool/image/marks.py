@@ -4,60 +4,27 @@ file, and whether anybody has written to it since."""
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from imgtool.errors import ImgtoolError
-from imgtool.image import qcow2, vmdk
+from imgtool.image import devices, qcow2, vmdk
 from imgtool.image.host_file import open_host_file
 from imgtool.image.qcow2_snapshots import read_snapshots
-
-# An inode's number is given to the next file once it is free; its generation is another then.
-# ioctl of ext4, XFS, btrfs and others (linux/fs.h, _IOR('v', 1, long)).
-_GET_GENERATION = 0x8008_7601
 
 Mark = dict[str, Any]
 
 
 def identity_of(image: Path) -> list[int | str]:
     """What tells an image from another one that has its name by now: of a file the inode and,
-    where it has one, its generation; of a block device the names that go with the hardware, or else
-    which attachment of which boot it is.
+    where it has one, its generation; of a block device see `imgtool.image.devices`.
     """
     status = image.stat()
     if not stat.S_ISBLK(status.st_mode):
-        return [status.st_ino, *_generation(image)]
-    real = image.resolve()
-    names: list[int | str] = []
-    with contextlib.suppress(OSError):
-        links = Path("/dev/disk/by-id").iterdir()
-        names += sorted(link.name for link in links if link.resolve() == real)
-    if names:
-        return names
-    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-    node = Path("/sys/dev/block", number).resolve()
-    for kept in (
-        node / "diskseq",
-        node.parent / "diskseq",
-        Path("/proc/sys/kernel/random/boot_id"),
-    ):
-        with contextlib.suppress(OSError):
-            names.append(kept.read_text().strip())
-    return [number, *names]
-
-
-def _generation(image: Path) -> list[int]:
-    with contextlib.suppress(OSError):  # a file system without, or a file that may not be read
-        descriptor = os.open(image, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            answer = fcntl.ioctl(descriptor, _GET_GENERATION, bytes(8))
-            return [int.from_bytes(answer[:4], "little")]
-        finally:
-            os.close(descriptor)
-    return []
+        return [status.st_ino, *devices.generation(image)]
+    return [*devices.identity(image)]
 
 
 def is_same_file(noted: object, image: Path) -> bool:
@@ -72,7 +39,7 @@ def same_identity(noted: object, now: list[int | str]) -> bool:
     if not isinstance(noted, list) or not noted:
         return False
     if isinstance(now[0], str):  # a device
-        return noted == now
+        return devices.same_device(noted, [str(one) for one in now]) is True
     known = min(len(noted), len(now))  # another machine of a shared folder may see less
     return noted[:known] == now[:known]
 

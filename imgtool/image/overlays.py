@@ -36,7 +36,7 @@ from imgtool.image.host_file import open_host_file
 from imgtool.image.info import ImageInfo, probe
 from imgtool.image.locks import kept_from_writers, refuse_if_in_use
 from imgtool.image.marks import mark_of
-from imgtool.image.places import Places, in_same_tree, name_from, printable
+from imgtool.image.places import Places, in_same_tree, name_beside, printable
 from imgtool.image.qcow2_bitmaps import Bitmap
 from imgtool.image.qemu_img import same_content
 from imgtool.image.reading import kept_as_base, no_readers
@@ -208,7 +208,7 @@ def plan_commit(
             work.say(committed(record, overlay.resolve(), backing_dirs))
 
     # Named as it will be found if the folder is moved before the work is done.
-    named = name_from(into.resolve().parent, overlay.resolve())
+    named = name_beside(into.resolve(), overlay.resolve())
     return Plan(
         "commit",
         into,

@@ -60,6 +60,12 @@ def name_from(folder: Path, path: Path) -> str:
     return os.path.relpath(path, folder) if in_same_tree(path, folder) else str(path)
 
 
+def name_beside(image: Path, path: Path) -> str:
+    """How a record of work on an image names the file at `path`; neither is a symlink. A device has
+    names in several folders, and for it no name is relative."""
+    return str(path) if image.is_block_device() else name_from(image.parent, path)
+
+
 def protocol_of(name: str) -> str | None:
     """The protocol of a file name, by QEMU's rule: what stands before a colon before any slash."""
     head, colon, _ = name.partition("/")[0].partition(":")

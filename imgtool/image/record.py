@@ -1,6 +1,7 @@
 """What is being done to an image, written down beside it before it is begun.
 
-A record is a file `.NAME.imgtool-record` in the image's folder, of JSON objects one a line, each
+A record is a file `.NAME.imgtool-record` in the image's folder, or of a block device in /var/tmp
+by what lasts of its identity (`imgtool.image.devices`), of JSON objects one a line, each
 written whole and synced, with what proves that this user's imgtool wrote it and what came before
 it (`imgtool.image.proof`). Whoever works on the image holds a lock on it; a record without a lock
 was left by somebody who was killed, and tells `imgtool.image.recovery` what to finish or undo.
@@ -22,6 +23,7 @@ from typing import Any, TypeGuard
 
 from imgtool import interrupt
 from imgtool.errors import HostError, RefusedError
+from imgtool.image import devices
 from imgtool.image.marks import mark_of, parts_of
 from imgtool.image.places import printable
 from imgtool.image.proof import proof_of, proves
@@ -34,11 +36,12 @@ _LONGEST_WORD = 40
 _BEAT = 0.1  # seconds
 _LONGEST = 1 << 20
 _LONGEST_NAME = 200  # in bytes; with what is added it has to stay below 255
-_FOR_DEVICES = Path("/var/tmp")  # kept over a reboot
+FOR_DEVICES = Path("/var/tmp")  # kept over a reboot
 
 
 def record_path(image: Path) -> Path:
-    """Where the record of an image is; a link to an image has none of its own."""
+    """Where the record of an image is; a link to an image has none of its own, nor has a device by
+    another of its names."""
     beside = _beside(image)
     return beside.with_name(f"{_PREFIX}{beside.name}{_SUFFIX}")
 
@@ -51,21 +54,63 @@ def temporary_path(image: Path) -> Path:
 
 def is_temporary_of(image: Path, name: str) -> bool:
     """Whether a file of this name can have been made for work on an image."""
-    start = f"{_PREFIX}{_beside(image).name}.imgtool-"
-    return name.startswith(start) and name != record_path(image).name and "/" not in name
+    beside = _beside(image).name
+    start = f"{_PREFIX}{beside}.imgtool-"
+    return name.startswith(start) and name != f"{_PREFIX}{beside}{_SUFFIX}" and "/" not in name
 
 
 def _beside(image: Path) -> Path:
     """The image, or what stands for it: a device in a folder with room, a name that is too long."""
     real = image.resolve()
     if real.is_block_device():
-        real = _FOR_DEVICES / str(real).strip("/").replace("/", "-")
+        return FOR_DEVICES / _name_of_device(real)
     name = os.fsencode(real.name)
     if len(name) > _LONGEST_NAME:
         import hashlib  # seldom needed, and slow to load
 
         real = real.with_name(hashlib.sha256(name).hexdigest())
     return real
+
+
+def _name_of_device(device: Path) -> str:
+    """What stands for a device: the name of its record, where there is one.
+
+    That was written when less was known of the device, or more, or by imgtool 0.1, which went by
+    the device's name. A record there of what cannot be told from it has to be looked at.
+    """
+    ids = devices.identity(device)
+    own = devices.key_of(ids, device)
+    if os.path.lexists(_of_name(own)):
+        return own
+    for name, written in records_of_devices(device):
+        if devices.same_device(written.facts.get("identity"), ids):
+            return name
+    for name in devices.names_of(device):
+        if os.path.lexists(path := _of_name(name)):
+            there = _written_at(path, device)
+            noted = None if there is None else there.facts.get("identity")
+            if devices.same_device(noted, ids) is not False:
+                return name
+    return own
+
+
+def _of_name(name: str) -> Path:
+    return FOR_DEVICES / f"{_PREFIX}{name}{_SUFFIX}"
+
+
+def records_of_devices(device: Path) -> Iterator[tuple[str, Written]]:
+    """The records of work on devices by those who are believed on this one; each with the name of
+    what stands for its device."""
+    with contextlib.suppress(OSError), os.scandir(FOR_DEVICES) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if not (entry.name.startswith(f"{_PREFIX}dev-") and entry.name.endswith(_SUFFIX)):
+                continue
+            with contextlib.suppress(OSError):
+                if not _is_believed(entry.stat(follow_symlinks=False), device):
+                    continue
+                written = _written_at(Path(entry.path), device)
+                if written is not None and written.believed:
+                    yield entry.name.removeprefix(_PREFIX).removesuffix(_SUFFIX), written
 
 
 class Record:
@@ -278,8 +323,16 @@ class Written:
 def written_down(image: Path) -> Written | None:
     """What the record of an image says; None where there is none."""
     try:
+        path = record_path(image)
+    except (OSError, ValueError):
+        return None
+    return _written_at(path, image)
+
+
+def _written_at(path: Path, image: Path) -> Written | None:
+    try:
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(record_path(image), flags)
+        descriptor = os.open(path, flags)
     except (OSError, ValueError):
         return None
     try:

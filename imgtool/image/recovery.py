@@ -29,7 +29,8 @@ from imgtool.image.mending import mend
 from imgtool.image.places import Places, printable, typed
 from imgtool.image.qemu_img import Locked, qemu_img, same_content
 from imgtool.image.reading import remove_unread
-from imgtool.image.record import Record, is_temporary_of, opened, written_down
+from imgtool.image.record import Record, is_temporary_of, opened, records_of_devices, written_down
+from imgtool.image.renaming import name_anew
 from imgtool.image.repairing import repair_tables
 from imgtool.image.reverting import settle_revert
 from imgtool.image.unfinished import (
@@ -170,13 +171,23 @@ def _is_of(record: Record, overlay: Path, force: Force) -> bool:
 def _settle_others_first(record: Record, backing_dirs: Dirs, force: Force) -> None:
     """The record of the first of several disks goes last: what it says goes for the others."""
     folder, own = record.image.resolve().parent, record.image.resolve()
-    first, *others = [(folder / name).resolve() for name in record.texts("images")]
-    if own != first:
+    images = [(folder / name).resolve() for name in record.texts("images")]
+    number = record.facts.get("number")
+    if (own != images[0]) if number is None else (number != 0):
         return
-    for other in others:
-        written = written_down(other)
+    for other in images:
+        written = written_down(other) if other != own else None
         if written is not None and written.facts.get("id") == record.facts.get("id"):
             recover(other, backing_dirs=backing_dirs, below=False, force=force)
+    for name, written in records_of_devices(record.image):
+        of_another = f".{name}." not in record.path.name
+        if of_another and written.facts.get("id") == record.facts.get("id"):
+            raise RefusedError(
+                "a write to it and to other devices was interrupted, which have other names now",
+                subject=printable(record.image),
+                hint="first, for each of the others: imgtool recover DEVICE;"
+                f" {to_keep(record.image)}",
+            )
 
 
 def recover(
@@ -271,6 +282,7 @@ def finish_write(
     """
     image, overlay = record.image, _overlay(record, backing_dirs, force)
     if record.facts.get("step") != "written":
+        name_anew(record, overlay, backing_dirs, force)
         if not stands_on(overlay, image):
             raise lost(image, record.facts)
         if cut_off:
@@ -385,6 +397,7 @@ def _settle_commit(record: Record, *, finish: bool, backing_dirs: Dirs, force: F
             f"{printable(base)} holds a part of what was to be committed, {printable(overlay)} all"
             " of it: repeat the command to finish"
         )
+    name_anew(record, overlay, backing_dirs, force)
     if not stands_on(overlay, base):
         raise _no_longer(base, overlay)
     refuse_another_file(base, record.facts, overlay, force=force)

@@ -32,13 +32,14 @@ from imgtool.image.guards import (
 from imgtool.image.holdings import bitmaps_in, left_out
 from imgtool.image.info import ImageInfo, probe
 from imgtool.image.locks import refuse_if_in_use
+from imgtool.image.made import made_file
 from imgtool.image.places import printable, typed
 from imgtool.image.recognise import refuse_noise
 from imgtool.image.record import temporary_path
 from imgtool.image.repairing import repair_tables
 from imgtool.image.snapshot_view import at_snapshot, loaded
 from imgtool.image.steady import steady
-from imgtool.image.work import Plan, Seen, Work, made_file
+from imgtool.image.work import Plan, Seen, Work
 from imgtool.image.writable import refuse_unmended
 
 Dirs = Sequence[str | Path]

@@ -32,14 +32,15 @@ from imgtool.image.guards import (
 from imgtool.image.holdings import holdings_of, noted
 from imgtool.image.info import probe
 from imgtool.image.locks import held_for_writing, refuse_if_in_use
+from imgtool.image.made import made_file, written_as_made
 from imgtool.image.marks import identity_of
 from imgtool.image.overlays import backing_name
-from imgtool.image.places import name_from, printable
+from imgtool.image.places import name_beside, printable
 from imgtool.image.qemu_img import qemu_img
 from imgtool.image.reading import kept_as_base, no_readers
 from imgtool.image.record import Record, opened, sync_folder, temporary_path
 from imgtool.image.recovery import finish_write, is_untouched, settle
-from imgtool.image.work import Notice, made_file, put_in_place, sync_file, written_as_made
+from imgtool.image.work import Notice, put_in_place, sync_file
 
 # Of an overlay that holds nothing yet.
 _EMPTY = 4 << 20
@@ -209,7 +210,8 @@ def transaction(
     name = secrets.token_hex(8)
     images = [chain.active.path.resolve() for chain in chains]
     with contextlib.ExitStack() as stack:
-        records, overlays = [], []
+        records: list[Record] = []
+        overlays = []
         try:
             for chain, image in zip(chains, images, strict=True):
                 record = stack.enter_context(opened(image, create=True))
@@ -223,13 +225,13 @@ def transaction(
                 overlay = temporary_path(image)
                 if tmp_dir is not None:
                     overlay = tmp_dir.resolve() / overlay.name
-                folder = image.parent
                 held = holdings_of(image, chain.active.format)
                 record.note(
                     operation="write",
                     id=name,
-                    images=[name_from(folder, other) for other in images],
-                    overlay=name_from(folder, overlay),
+                    images=[name_beside(image, other) for other in images],
+                    number=len(records),
+                    overlay=name_beside(image, overlay),
                     identity=identity_of(image),
                     **noted(held, held),
                 )

@@ -22,6 +22,7 @@ from imgtool.image.record import (
     not_believed,
     operation_of,
     record_path,
+    records_of_devices,
     worker_on,
     written_down,
 )
@@ -50,6 +51,26 @@ def overlay_of(image: Path, facts: dict[str, Any]) -> Path | None:
     if not is_name(name):
         return None
     return image.resolve().parent / name
+
+
+def has_another_name(image: Path, facts: dict[str, Any], overlay: Path) -> bool:
+    """Whether an overlay is the one that a record was written of, and only the name in it of the
+    device that it stands on is no longer that one's."""
+    if not image.is_block_device() or not os.path.lexists(overlay):
+        return False
+    if not is_noted_overlay(overlay, facts) or not is_same_file(facts.get("identity"), image):
+        return False
+    try:
+        header = headers.read(overlay)
+        below = headers.base_of(header) if header is not None else None
+        there = None if below is None else below.stat()
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
+    if there is None or not stat.S_ISBLK(there.st_mode):
+        return False
+    return there.st_rdev != image.stat().st_rdev
 
 
 def refuse_strange_overlay(image: Path, facts: dict[str, Any], owner: int) -> None:
@@ -94,13 +115,12 @@ def refuse_another_file(
     with another overlay."""
     same = is_same_file(facts.get("identity"), image)
     if not same and image.is_block_device():
-        # Its record is found by a name that does not last, and no device is a copy by itself.
+        # Nothing tells the two apart but a name, and no device is a copy by itself.
         raise RefusedError(
-            f"a {operation_of(facts)} was interrupted, of another device that had this name then,"
-            " or before the host was started anew",
+            f"a {operation_of(facts)} was interrupted, of a device that had this name then; it may"
+            " be another one, since neither has a serial number or the like that says which it is",
             subject=printable(image),
-            hint="attach that one by this name again, if it has a name in /dev/disk/by-id;"
-            f" {to_keep(image)}",
+            hint=f"if it is another one, nothing is lost without the record: {to_keep(image)}",
         )
     if Reason.COPY in force:
         return
@@ -224,6 +244,15 @@ def _holding_all(image: Path, written: Written) -> Path | None:
         raise unproved(image, facts, written.owner)
     refuse_strange_overlay(image, facts, written.owner)
     overlay = overlay_of(image, facts)
+    if image.is_block_device():
+        refuse_another_file(image, facts)
+    if overlay is not None and has_another_name(image, facts, overlay):
+        raise RefusedError(
+            f"a {operation_of(facts)} to it was interrupted when it had another name, by which"
+            f" {printable(overlay)} knows it still",
+            subject=printable(image),
+            hint=f"imgtool recover {typed(image)} finishes it",
+        )
     try:
         if overlay is None or not stands_on(overlay, image):
             raise lost(image, facts)
@@ -278,7 +307,7 @@ def is_committed(image: Path, facts: dict[str, Any], *, proved: bool = True) -> 
     if not is_name(first):
         return False
     folder = image.resolve().parent
-    of_first = written_down(folder / first)
+    of_first = _record_of_first(image, folder / first, facts)
     if of_first is None or of_first.facts.get("id") != facts.get("id"):
         raise RefusedError(
             "a write to it was interrupted, and whether it was to be kept only the record of"
@@ -289,3 +318,15 @@ def is_committed(image: Path, facts: dict[str, Any], *, proved: bool = True) -> 
     if proved and not of_first.proved:
         raise unproved(folder / first, of_first.facts, of_first.owner)
     return of_first.facts.get("step") == "commit"
+
+
+def _record_of_first(image: Path, first: Path, facts: dict[str, Any]) -> Written | None:
+    """The record of the first of the images that a write is to. Of devices that have exchanged
+    their names it is not the one at the first one's name."""
+    of_first = written_down(first)
+    if of_first is not None and of_first.facts.get("number", 0) == 0:
+        return of_first
+    for _, written in records_of_devices(image) if image.is_block_device() else ():
+        if written.facts.get("id") == facts.get("id") and written.facts.get("number") == 0:
+            return written
+    return None

@@ -20,13 +20,13 @@ from imgtool.image.holdings import Holdings, holdings_of, lost, noted
 from imgtool.image.host_file import exchanged
 from imgtool.image.info import ImageInfo
 from imgtool.image.locks import held_for_writing
-from imgtool.image.marks import identity_of, is_same_file
+from imgtool.image.made import made_file, written_as_made
+from imgtool.image.marks import identity_of
 from imgtool.image.mending import mend
 from imgtool.image.places import printable
 from imgtool.image.qemu_img import OnPart, qemu_img, same_content
 from imgtool.image.record import Record, opened, sync_folder
 from imgtool.image.recovery import refuse_if_used_since, settle
-from imgtool.image.steady import is_out_of_reach
 
 # Called with the name of a step and the part of it that is done, between 0 and 1.
 OnStep = Callable[[str, float], None]
@@ -298,55 +298,6 @@ def keep_attributes(old: int, new: int) -> None:
         with contextlib.suppress(OSError):  # some are the file system's own
             os.setxattr(new, name, os.getxattr(old, name))
     os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-@contextlib.contextmanager
-def written_as_made(
-    words: Sequence[str | Path], made: Path | None
-) -> Iterator[Sequence[str | Path]]:
-    """The words of a program that writes to the file `made`: where another user can put a link in
-    its place, by a descriptor of it."""
-    if made is None or is_out_of_reach(made):
-        yield words
-        return
-    with made_file(made, write=True) as descriptor:
-        name = f"/proc/{os.getpid()}/fd/{descriptor}"
-        yield [name if str(word) == str(made) else word for word in words]
-
-
-@contextlib.contextmanager
-def made_file(
-    path: Path, *, write: bool = False, made: object = None, folder: int | None = None
-) -> Iterator[int]:
-    """A descriptor of a file that imgtool has made, to change its attributes or to `write` to it.
-
-    In a folder of another user that one can put a link to any file at its name, and root would
-    change that file. Raises `RefusedError` where it is a link, or has other names, or is another
-    file than the one whose identity `made` is. With `folder`, a descriptor, it is looked for there.
-    """
-    try:
-        access = os.O_RDWR if write else os.O_RDONLY
-        flags = access | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(path if folder is None else path.name, flags, dir_fd=folder)
-    except OSError as error:
-        raise _not_as_made(path) from error
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-            raise _not_as_made(path)
-        if made is not None and not is_same_file(made, Path(f"/proc/self/fd/{descriptor}")):
-            raise _not_as_made(path)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _not_as_made(path: Path) -> RefusedError:
-    return RefusedError(
-        "somebody put something else in the place of a file that was made",
-        subject=printable(path),
-        hint="work on a copy in a folder that only you can write to",
-    )
 
 
 def sync_file(path: Path) -> None:

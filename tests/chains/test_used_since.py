@@ -563,8 +563,8 @@ def test_what_is_written_to_a_device_is_seen_by_the_kernels_count(tmp_path, imgt
         assert content_of_device(device, tmp_path) == seen
         assert names(device) == ["one", "saved"]
     finally:
-        subprocess.run(["/sbin/losetup", "-d", device], check=True)
         record_path(device).unlink(missing_ok=True)
+        subprocess.run(["/sbin/losetup", "-d", device], check=True)
 
 
 def content_of_device(device: Path, folder: Path) -> bytes:

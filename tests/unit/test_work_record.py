@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from imgtool.errors import HostError, ImageError, RefusedError
+from imgtool.image.made import made_file
 from imgtool.image.marks import identity_of
 from imgtool.image.record import (
     is_temporary_of,
@@ -18,7 +19,7 @@ from imgtool.image.record import (
 )
 from imgtool.image.recovery import recover
 from imgtool.image.unfinished import unfinished_commit
-from imgtool.image.work import keep_attributes, made_file
+from imgtool.image.work import keep_attributes
 from tests.records import left
 
 
