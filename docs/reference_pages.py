@@ -4,12 +4,15 @@ A page has a comment where it goes:
 
     <!-- generated: command ls -->    synopsis, description, arguments and options of a command
     <!-- generated: commands -->      every command with its one line
+    <!-- generated: spec -->          the steps of a spec of inject
 
-Pages and manual pages have the same text. A comment that names no command stops the build.
+`imgtool-ls(1)` is made a link to the page of that command. Pages and manual pages have the same
+text. A comment that names no command stops the build.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -17,8 +20,10 @@ from typing import Any
 import typer
 
 from imgtool.cli.commands import COMMANDS, GROUPS, app_with
+from imgtool.inject.spec import schema_text
 
 _MARK = re.compile(r"^<!-- generated: (\w+)(?: ([\w-]+))? -->$", re.MULTILINE)
+_MANUAL = re.compile(r"\bimgtool-([a-z-]+)\(1\)")
 _SPECIAL = re.compile(r"([\\*_<>\[\]{}#|~$])")
 # Where the page of a command is, by its name.
 PAGE = "reference/commands/{}"
@@ -138,6 +143,25 @@ def command_list() -> str:
     return "\n\n".join(lines)
 
 
+def _keys(step: dict[str, Any]) -> str:
+    """The keys of a step in words; those without which it cannot be are bold."""
+    forms = [step, *step.get("anyOf", ())]
+    keys = {key: form for form in forms for key in form.get("properties", {})}
+    words = [f"**{key}**" if key in form.get("required", ()) else key for key, form in keys.items()]
+    constant = step.get("const")
+    return f"`{constant}`" if constant else ", ".join(words)
+
+
+def spec_steps() -> str:
+    """Each step with what it does, and its keys."""
+    steps = json.loads(schema_text())["$defs"]["step"]["properties"]
+    lines = ["| step | what | keys |", "| --- | --- | --- |"]
+    for name, step in steps.items():
+        text = escaped(step.get("description", ""))
+        lines.append(f"| `{name}` | {text} | {_keys(step)} |")
+    return "\n".join(lines) + "\n\nBold keys have to be there."
+
+
 def generated(source: str) -> str:
     """A page with its comments replaced."""
 
@@ -145,11 +169,14 @@ def generated(source: str) -> str:
         kind, name = mark[1], mark[2]
         if kind == "commands":
             return command_list()
+        if kind == "spec":
+            return spec_steps()
         if kind != "command" or name not in app().commands:
             raise ValueError(f"nothing is generated for this: {mark[0]}")
         return command_page(name)
 
-    return _MARK.sub(replaced, source)
+    linked = _MANUAL.sub(lambda name: f"[{name[0]}](/{PAGE.format(name[1])}.md)", source)
+    return _MARK.sub(replaced, linked)
 
 
 def _read(_app: Any, _page: str, source: list[str]) -> None:
@@ -160,7 +187,13 @@ def setup(app: Any) -> dict[str, bool]:
     from sphinx.writers.manpage import ManualPageTranslator  # tests do without Sphinx
 
     class ManualPage(ManualPageTranslator):
-        """Without the space after a heading, which mandoc(1) complains about."""
+        """Without the space after a heading, which mandoc(1) complains about, and without the
+        addresses of links: those between pages have none here."""
+
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            # docutils has put its own on the translator itself.
+            self.visit_reference = self.depart_reference = lambda node: None
 
         def astext(self) -> str:
             return re.sub(r"^(\.S[HS] .*\n)(\.sp\n)+", r"\1", super().astext(), flags=re.M)

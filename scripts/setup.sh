@@ -64,7 +64,7 @@ if [ $with_tests = yes ]; then
         cryptsetup-bin libhivex-bin python3-hivex fdisk parted psmisc attr strace shellcheck
         hyperfine zstd mtools xorriso genisoimage
         kpartx kmod busybox-static file udev iproute2 openssh-client
-        runc golang-github-containers-common unzip acl gdisk squashfs-tools lz4 xxd bzip2 xz-utils mandoc
+        runc golang-github-containers-common unzip acl gdisk squashfs-tools lz4 xxd bzip2 xz-utils mandoc jq
     )
 fi
 

@@ -92,19 +92,17 @@ class Typed:
 
 
 def typed(block: Block) -> list[Typed]:
-    """The commands of a block of console; a line that ends with a backslash goes on."""
+    """The commands of a block of console; a line that begins with `> ` goes on with a command."""
     every: list[Typed] = []
-    goes_on = False
     for number, line in enumerate(block.text.splitlines(), block.line + 1):
-        if goes_on:
-            every[-1].command += "\n" + line.removeprefix("> ")
-        elif _PROMPT.match(line):
+        if _PROMPT.match(line):
             every.append(Typed(line[2:], number))
-        else:
-            assert every, f"output before any command, line {number}"
-            every[-1].output.append(line)
             continue
-        goes_on = line.endswith("\\")
+        assert every, f"output before any command, line {number}"
+        if line.startswith("> ") and not every[-1].output:
+            every[-1].command += "\n" + line[2:]
+        else:
+            every[-1].output.append(line)
     return every
 
 

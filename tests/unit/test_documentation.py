@@ -92,7 +92,7 @@ def test_a_command_that_is_not_there_is_found(line, wrong):
 
 
 def test_what_is_printed_belongs_to_the_command_above_it():
-    block = Block("console", 7, "$ one \\\n    more\nout\n\n# two\n", None)
+    block = Block("console", 7, "$ one \\\n>     more\nout\n\n# two\n", None)
     assert [(one.command, one.line, one.output) for one in typed(block)] == [
         ("one \\\n    more", 8, ["out", ""]),
         ("two", 12, []),

@@ -1,0 +1,211 @@
+"""Tables of the documentation are those of the code: nothing is missing, and nothing is there that
+the code does not know."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+
+import pytest
+
+from imgtool.cli import (
+    appliance,
+    chain_checks,
+    chains,
+    diffing,
+    images,
+    injected,
+    inspecting,
+    listing,
+    mounting,
+    single,
+    snapshotting,
+    space,
+)
+from imgtool.engines.direct import volumes
+from imgtool.errors import ExitStatus, Reason
+from imgtool.image.info import FORMATS
+from tests.documentation import DOCS, ROOT
+
+CODE = sorted((ROOT / "imgtool").rglob("*.py"))
+
+
+def section(page: str, heading: str) -> str:
+    """What a page says below a heading, up to the next one of its level or higher."""
+    level = heading.split()[0]
+    text = (DOCS / page).read_text()
+    assert f"\n{heading}\n" in text, f"{page} has no {heading}"
+    below = text.split(f"\n{heading}\n", 1)[1]
+    return re.split(rf"\n#{{1,{len(level)}}} ", below)[0]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of the rows of the tables in a text, without the heads."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    heads = [at for at, row in enumerate(cells) if set(row[0]) == {"-"}]
+    return [row for at, row in enumerate(cells) if at not in heads and at + 1 not in heads]
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+def test_exit_statuses():
+    numbers = {int(status) for status in ExitStatus}
+    assert {int(row[0]) for row in rows((DOCS / "reference/exit-status.md").read_text())} == numbers
+    manual = section("reference/imgtool.md", "## Exit status")
+    assert {int(number) for number in re.findall(r"^(\d+)$", manual, re.M)} == numbers
+
+
+def test_reasons_of_force():
+    page = (DOCS / "reference/reasons.md").read_text()
+    assert [words(row[0])[0] for row in rows(page)] == [str(reason) for reason in Reason]
+
+
+def test_variables_of_the_environment():
+    named = set(words((DOCS / "reference/environment.md").read_text()))
+    read = {
+        variable
+        for path in CODE
+        for variable in re.findall(r"\"(IMGTOOL_[A-Z_]+)\"", path.read_text())
+    }
+    assert read - {"IMGTOOL_COMPLETE"} <= named  # the parser's own
+    own = {word for word in named if re.fullmatch(r"IMGTOOL_[A-Z_]+", word)}
+    assert own - {"IMGTOOL_GUESTS"} <= read  # of scripts
+
+
+def test_image_formats():
+    table = rows(section("reference/formats.md", "## Image formats"))
+    assert {words(row[0])[0] for row in table} == set(FORMATS)
+    made = section("reference/formats.md", "## Image formats").split("`imgtool convert` make ")[1]
+    assert set(words(made.split("\n\n")[0])) == {str(one) for one in single.MadeFormat}
+
+
+def test_formats_that_are_written_in_place():
+    """The table says yes where the code has a way, and names each kind of VMDK."""
+    from imgtool.image import writable
+
+    listed = rows(section("reference/formats.md", "## Image formats"))
+    table = {words(row[0])[0]: row[2] for row in listed}
+    for format in FORMATS:
+        refused = writable._TABLE[format] in (writable._qcow, writable._vhdx)
+        assert (table[format] == "no") == refused, format
+    assert set(writable._VMDK_KINDS) <= set(re.findall(r"\w+", table["vmdk"]))
+
+
+def test_filesystems_that_are_read_directly():
+    table = rows(section("reference/formats.md", "## Filesystems"))
+    directly = {words(row[0])[0] for row in table if row[1].startswith("yes")}
+    assert directly == set(volumes._READERS)
+
+
+def test_mechanisms_of_mount():
+    page = (DOCS / "howto/mount-on-the-host.md").read_text()
+    assert {words(row[0])[0] for row in rows(page)} == {str(one) for one in mounting.Via} - {"auto"}
+
+
+def test_findings_of_chain_check():
+    """Every `what` of a finding, with its severity where the code has one for it."""
+    found: dict[str, set[str]] = {}
+    for path in CODE:
+        for severity, what in re.findall(
+            r"\"(risk|warning|note)\",\s*\"([a-z]+(?:-[a-z]+)*)\",", path.read_text()
+        ):
+            if what not in ("risk", "warning", "note"):
+                found.setdefault(what, set()).add(severity)
+    assert len(found) > 15
+    text = section("reference/commands/chain.md", "## What is found")
+    said = dict(re.findall(r"^`([a-z-]+)` \((\w+)\)$", text, re.M))
+    for what, severities in found.items():
+        assert said.get(what) in severities, what
+    code = "\n".join(path.read_text() for path in CODE)
+    assert [what for what in said if f'"{what}"' not in code] == []
+
+
+FIELDS = {
+    ("df", "## Fields"): space.DF_FIELDS,
+    ("filesystems", "## Fields"): space.FILESYSTEM_FIELDS,
+    ("partitions", "## Fields"): space.PARTITION_FIELDS,
+    ("ls", "## Fields"): (*listing.FIELDS, "xattrs"),
+    ("inspect", "## Fields"): inspecting.FIELDS,
+    ("doctor", "## Fields"): inspecting.DOCTOR_FIELDS,
+    ("diff", "## Fields"): (*diffing.FIELDS, *diffing.XATTRS),
+    ("inject", "## Fields"): injected.FIELDS,
+    ("mounts", "## Fields"): mounting.FIELDS,
+    ("info", "## Fields"): images.FIELDS,
+    ("check", "## Fields"): single.CHECK_FIELDS,
+    ("snapshot", "## Fields of snapshot list"): snapshotting.FIELDS,
+    ("appliance", "## Fields of appliance list"): appliance.FIELDS,
+    ("chain", "## Fields of chain show"): chains.SHOW_FIELDS,
+    ("chain", "## Fields of chain tree"): chains.TREE_FIELDS,
+    ("chain", "## Fields of chain check"): chain_checks.FIELDS,
+}
+
+
+@pytest.mark.parametrize("where", FIELDS, ids=lambda where: f"{where[0]}-{where[1].split()[-1]}")
+def test_fields(where):
+    text = section(f"reference/commands/{where[0]}.md", where[1])
+    terms = [line for line in text.splitlines() if re.fullmatch(r"(`\w+` ?)+", line)]
+    assert sorted(words(" ".join(terms))) == sorted(FIELDS[where])
+
+
+def _templates(node: ast.expr) -> list[str]:
+    """What an expression may be as text, with `...` for what is filled in."""
+    match node:
+        case ast.Constant(value=str() as text):
+            return [text]
+        case ast.JoinedStr(values=parts):
+            every = [_templates(part) or ["..."] for part in parts]
+            return ["".join(one) for one in itertools.product(*every)]
+        case ast.FormattedValue(value=value):
+            return _templates(value) if isinstance(value, ast.IfExp) else ["..."]
+        case ast.IfExp(body=first, orelse=second):
+            return _templates(first) + _templates(second)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            pairs = itertools.product(_templates(left) or [""], _templates(right) or [""])
+            return ["".join(pair) for pair in pairs]
+        case _:
+            return ["..."]
+
+
+def texts() -> set[str]:
+    """Every text in the code."""
+    kinds = (ast.Constant, ast.JoinedStr, ast.BinOp)
+    return {
+        " ".join(template.split())
+        for path in CODE
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, kinds)
+        for template in _templates(node)
+    }
+
+
+def _headings() -> list[str]:
+    return re.findall(r"^### `(.+)`$", (DOCS / "messages.md").read_text(), re.M)
+
+
+@pytest.fixture(scope="module")
+def every_text() -> set[str]:
+    return texts()
+
+
+@pytest.mark.parametrize("message", _headings())
+def test_a_message_is_one_of_the_code(every_text, message):
+    """Word for word; `...` stands for what is filled in, or for words that the code has a choice
+    of. What the code puts together of a variable and an end is found by the end."""
+    pattern = re.compile(r".+".join(re.escape(part) for part in message.split("...")))
+    ends = {f"...{message[at:]}" for at in range(len(message) - 9)}
+    assert any(pattern.fullmatch(text) for text in every_text) or ends & every_text
+
+
+def test_a_message_that_is_not_in_the_code_is_found(every_text):
+    assert "the disk is on fire" not in every_text
+
+
+@pytest.mark.parametrize("name", ["SECURITY.md", "CONTRIBUTING.md"])
+def test_links_to_files_lead_somewhere(name):
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / name).read_text())
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
