@@ -13,7 +13,7 @@ from typing import Any
 
 from imgtool.errors import Force, ImageError, Reason, RefusedError
 from imgtool.image import headers
-from imgtool.image.marks import is_same_file
+from imgtool.image.marks import is_as_noted, is_same_file
 from imgtool.image.places import printable, typed
 from imgtool.image.record import (
     Written,
@@ -280,8 +280,15 @@ def lost(image: Path, facts: dict[str, Any]) -> ImageError:
 def is_unfinished(image: Path, facts: dict[str, Any]) -> bool:
     """Whether an image may hold a part of what an overlay has all of."""
     if facts.get("operation") == "commit":
+        if facts.get("step") is None and _is_untouched(image, facts):
+            return False  # killed before the first byte
         return facts.get("step") != "proved"
     return is_committed(image, facts) and facts.get("step") != "written"
+
+
+def _is_untouched(image: Path, facts: dict[str, Any]) -> bool:
+    noted = facts.get("noted")
+    return isinstance(noted, dict) and is_as_noted(noted.get("image"), image)
 
 
 def may_be_torn(image: Path, facts: dict[str, Any]) -> bool:

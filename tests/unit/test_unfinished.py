@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from imgtool.errors import HostError, ImageError, Reason, RefusedError
-from imgtool.image import recovery, transaction
+from imgtool.image import overlays, recovery, transaction
 from imgtool.image.chain import open_chain
 from imgtool.image.marks import is_as_noted, mark_of
 from imgtool.image.qemu_img import Locked
@@ -32,6 +32,7 @@ from tests.fault.writes import (
     left_over,
     made,
     pattern,
+    qemu_img,
     reads_as,
 )
 from tests.records import left, planted
@@ -463,6 +464,27 @@ def test_senseless_names_in_a_record_are_refused_in_words(disk, names):
 
 
 # What comes while it is being written
+
+
+def test_a_commit_that_is_killed_before_its_first_byte_leaves_what_was_there(tmp_path):
+    base, overlay = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", base, "4M")
+    fill(base, "qcow2", OLD)
+    qemu_img("create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base.name, overlay)
+    fill(overlay, "qcow2", NEW)
+
+    def work() -> None:
+        overlays.mark_of = lambda path: os._exit(KILLED)  # the step before the first
+        overlays.plan_commit(overlay).run()
+
+    assert in_child(work) == KILLED
+    assert record_path(base).exists()
+    assert open_chain(base).active.path == base  # and not what is on it
+    assert reads_as(str(base), OLD) and reads_as(str(overlay), NEW)
+    assert "undone: nothing had been written yet" in str(recover(base))
+    assert left_over(tmp_path) == []
+    overlays.plan_commit(overlay).run()
+    assert reads_as(str(base), NEW)
 
 
 def test_a_reader_that_locks_for_a_moment_makes_the_commit_wait(disk, monkeypatch):
