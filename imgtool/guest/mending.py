@@ -27,6 +27,30 @@ def refuse_only_read(device: str, mountpoint: str, type: str | None) -> None:
         )
 
 
+# With what the kernel shows a filesystem without its journal, or log, having been replayed.
+_UNREPLAYED = {
+    **dict.fromkeys(("ext3", "ext4"), "noload"),
+    **dict.fromkeys(("xfs", "f2fs"), "norecovery"),
+    "btrfs": "rescue=nologreplay",
+}
+
+
+def keeps_journal(type: str | None) -> bool:
+    """Whether a filesystem of this type may have a journal to replay."""
+    return type in _UNREPLAYED
+
+
+def needs_replay(device: str, mountpoint: str, type: str) -> RefusedError:
+    """The refusal to show a filesystem read-only, among others that are written to, of which the
+    journal would be written out first.
+    """
+    return RefusedError(
+        "it is to be shown read-only, and the kernel would replay its journal, which writes to it",
+        subject=device,
+        hint=f"without what is in the journal: -m {device}:{mountpoint}:ro,{_UNREPLAYED[type]}",
+    )
+
+
 def mending(device: str, type: str | None) -> str:
     """How a filesystem of an image of any format is mended in a copy, in words for a hint."""
     if type in ("ext2", "ext3", "ext4"):

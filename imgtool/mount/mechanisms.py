@@ -56,6 +56,7 @@ class Mechanism:
     def __post_init__(self) -> None:
         self._loops: list[steps.Loop] = []
         self._blocks: dict[Place, str] = {}
+        self._read_only: dict[str, str] = {}
 
     @classmethod
     def missing(cls, *, load: bool = True) -> str | None:
@@ -81,17 +82,33 @@ class Mechanism:
 
     def _make_block(self, place: Place) -> str:
         """Here a loop device over the disk's file."""
-        whole = place.number is None
         path = self.disk(place.disk)
-        step = steps.Loop(
+        return self._loop(
             path,
             offset=place.offset,
-            size=0 if whole else place.size,
+            size=0 if place.number is None else place.size,
             writable=self.writable or self.overlays,
-            mark=f"imgtool {self.journal.id} {len(self._loops)}",
-            id=self.journal.id,
             noted=dict(self.chains[place.disk].active.inodes).get(Path(path)),
         )
+
+    def read_only(self, device: str) -> str:
+        """A device through which the kernel cannot write to this one, not even what is in a
+        journal."""
+        if device not in self._read_only:
+            self._read_only[device] = self._loop(device, offset=0, size=0, writable=False)
+        return self._read_only[device]
+
+    def _loop(
+        self,
+        path: str,
+        *,
+        offset: int,
+        size: int,
+        writable: bool,
+        noted: Sequence[int] | None = None,
+    ) -> str:
+        mark = f"imgtool {self.journal.id} {len(self._loops)}"
+        step = steps.Loop(path, offset, size, writable, mark, self.journal.id, noted=noted)
         self.journal.do(step)
         self._loops.append(step)
         return step.device

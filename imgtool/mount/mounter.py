@@ -21,11 +21,17 @@ from imgtool.errors import (
     listed,
 )
 from imgtool.guest.hidden import refuse_hidden
-from imgtool.guest.mending import FOR_READING, has_errors, refuse_only_read
+from imgtool.guest.mending import (
+    FOR_READING,
+    has_errors,
+    keeps_journal,
+    needs_replay,
+    refuse_only_read,
+)
 from imgtool.guest.model import Mount
 from imgtool.mount import filesystems, kernel, mapper_steps, steps
 from imgtool.mount.mechanisms import Mechanism
-from imgtool.mount.plan import Item, Volume, only_the_appliance
+from imgtool.mount.plan import Item, Place, Volume, only_the_appliance
 from imgtool.process import find
 
 log = logging.getLogger(__name__)
@@ -75,6 +81,7 @@ class Mounter:
         self._journal = mechanism.journal
         self._target = target
         self._groups: dict[str, mapper_steps.Group] = {}
+        self._written: set[Place | Volume] = set()
 
     def mount(self, items: Sequence[Item], host: set[str]) -> None:
         """All items; `host` are names and UUIDs of the host's own volume groups."""
@@ -83,6 +90,7 @@ class Mounter:
         needed = dict.fromkeys(i.source.group for i in items if isinstance(i.source, Volume))
         if needed:
             self._activate(list(needed), host)
+        self._written = {item.source for item in items if "ro" not in item.options.split(",")}
         for number, item in enumerate(items):
             try:
                 self._mount(item)
@@ -183,6 +191,9 @@ class Mounter:
         if writable and kind.type in FOR_READING:
             refuse_only_read(subject, item.at, kind.type)
             writable = False
+        only_shown = self._wanted.writable and not writable and source not in self._written
+        if only_shown:  # or the kernel would replay its journal
+            device = self._mechanism.read_only(device)
         careful = writable and Reason.DAMAGED not in self._wanted.force
         if careful and kind.type == "ext4" and filesystems.ext_has_errors(device):
             raise has_errors(subject)
@@ -211,6 +222,9 @@ class Mounter:
             )
             if dirty and not (self._mechanism.overlays or self._wanted.writable):
                 raise NeedsOverlay from error
+            if dirty and only_shown and keeps_journal(found):
+                named = subject if isinstance(source, Place) else f"/dev/{subject}"
+                raise needs_replay(named, item.at, str(found)) from error
             raise filesystems.refusal(error, kind, subject) from error
         if writable and os.statvfs(place).f_flag & os.ST_RDONLY:
             refuse_only_read(subject, item.at, kind.type)

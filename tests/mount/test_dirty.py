@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.host import good, here, mount_at, run, state_of
+from tests.mount.host import good, here, imgtool, mount_at, run, state_of
 from tests.mount.images import blank, divide, make_filesystem, mounted, put, to_qcow2
 
 MIB = 1 << 20
 START = 2 * MIB
+_APPLIANCE = pytest.mark.appliance
 
 
 def _force_out(path: Path) -> None:
@@ -120,3 +121,27 @@ def test_a_crashed_filesystem_can_be_written_to(dirty, place, tmp_path):
     assert (place / "new").read_bytes() == b"new\n"
     assert (place / "link").read_bytes() == b"7\n" * 500
     here("umount", place)
+
+
+@pytest.mark.parametrize("via", ["loop", "export", pytest.param("fuse", marks=_APPLIANCE)])
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+def test_what_is_only_shown_beside_what_is_written_keeps_its_journal(
+    dirty, place, tmp_path, kind, via
+):
+    """The hint is followed to the letter."""
+    disk = Path(shutil.copy(dirty(kind), tmp_path))
+    before = disk.read_bytes()
+    words = ["mount", disk, place, "--via", via, "--rw"]
+    done = imgtool(*words, "-m", "/dev/sda1:/:ro")
+    assert done.status == 4
+    assert "the kernel would replay its journal, which writes to it (/dev/sda1)" in done.err
+    shown = done.err.split("hint: without what is in the journal: ")[1].split()
+    assert shown[1].startswith("/dev/sda1:/:ro,")
+    good(*words, *shown)
+    try:
+        assert via == "fuse" or "ro" in mount_at(place).options
+        with pytest.raises(OSError, match=r"Read-only|Input/output"):
+            (place / "newer").write_text("newer")
+    finally:
+        good("umount", place)
+    assert disk.read_bytes() == before

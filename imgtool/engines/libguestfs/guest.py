@@ -41,8 +41,8 @@ from imgtool.guest.guest_files import GuestFiles
 from imgtool.guest.hibernation import refuse_sleeping_devices, refuse_sleeping_files
 from imgtool.guest.hidden import hidden_mount
 from imgtool.guest.keys import Key
-from imgtool.guest.layout import NothingMounts, discover, there_is
-from imgtool.guest.mending import mending
+from imgtool.guest.layout import NothingMounts, btrfs_device, discover, there_is
+from imgtool.guest.mending import keeps_journal, mending, needs_replay
 from imgtool.guest.model import (
     Device,
     Entry,
@@ -58,6 +58,8 @@ from imgtool.guest.xattrs import Xattrs
 log = logging.getLogger(__name__)
 
 _EXTENT = re.compile(rb"^\s*\d+:\s*(\d+)\.\.\s*(\d+):\s*\d+\.\.\s*\d+:\s*(\d+):(.*)$", re.MULTILINE)
+# What mount(8) says where the kernel would have to write; btrfs has an I/O error for it.
+_WRITE_REFUSED = re.compile("read-only|write-protected|Input/output error|can't read superblock")
 # After Ctrl-C a call that is no transfer gets this long before the appliance is stopped.
 GRACE = 5.0
 
@@ -170,11 +172,15 @@ class LibguestfsGuest(Guest):
         return self._layout
 
     def _given_layout(self) -> Layout:
+        blocks = {block.device for block in self.volumes.blocks()}
+        for device in {self._device(mount) for mount in self._given if self._only_shown(mount)}:
+            if device in blocks:
+                # Or the kernel would replay its journal, of a btrfs when its volumes are listed.
+                self.handle.blockdev_setro(device)
         known = {filesystem.device for filesystem in self.volumes.filesystems()}
-        devices = {block.device for block in self.volumes.blocks()}
         for mount in self._given:
             # Of a damaged one it is the user who knows that it is a filesystem.
-            told = mount.source in devices and (mount.options or mount.fstype)
+            told = mount.source in blocks and (mount.options or mount.fstype)
             if mount.source not in known and not told:
                 raise NotInGuestError(
                     "the image has no such filesystem",
@@ -196,6 +202,16 @@ class LibguestfsGuest(Guest):
         except CallFailed:
             return False
 
+    def _only_shown(self, mount: Mount) -> bool:
+        """Whether nothing may be written to its device, though it could be."""
+        shown = [one for one in self._given if "ro" in one.options.split(",")]
+        written = {self._device(one) for one in self._given if one not in shown}
+        return self.write and mount in shown and self._device(mount) not in written
+
+    def _device(self, mount: Mount) -> str:
+        blocks = [Device("device", block.device) for block in self.volumes.blocks()]
+        return btrfs_device(mount.source, blocks) or mount.source
+
     def _mount(self, mount: Mount) -> None:
         options = [mount.options] if mount.options else []
         if not self.write:
@@ -209,6 +225,10 @@ class LibguestfsGuest(Guest):
                 self.volumes.mount(mount.source, mount.mountpoint, ",".join(options))
         except RuntimeError as error:
             told = said.by_mount(str(error))
+            shown = self._only_shown(mount)
+            block = self.volumes.block(self._device(mount)) if shown else None
+            if block and keeps_journal(block.type) and _WRITE_REFUSED.search(str(error)):
+                raise needs_replay(mount.source, mount.mountpoint, str(block.type)) from error
             raise EngineError(
                 f"the filesystem cannot be mounted: {told.means}",
                 subject=mount.source,
