@@ -56,6 +56,15 @@ def test_a_page_of_no_command_stops_the_build():
 
 
 @pytest.mark.parametrize("page", pages(), ids=name_of)
+def test_examples_are_where_they_are_found(page: Path):
+    """A block in a list would never be run; a reason above no block is for nothing."""
+    source = page.read_text()
+    assert re.findall(r"^[ >]+(?:```|:::).*", source, re.M) == []
+    skipped = [block for block in blocks(page) if block.not_run is not None]
+    assert len(re.findall(r"^<!-- not run: ", source, re.M)) == len(skipped)
+
+
+@pytest.mark.parametrize("page", pages(), ids=name_of)
 def test_the_commands_and_options_that_a_page_names_exist(page: Path):
     wrong = []
     for block in blocks(page):
