@@ -116,6 +116,11 @@ def _prepare(folder: Path, page: Path) -> dict[str, str]:
     }
 
 
+def _has_namespaces() -> bool:
+    probe = ["unshare", "--mount", "mount", "--bind", "/tmp", SHOWN]
+    return subprocess.run(probe, capture_output=True, check=False).returncode == 0
+
+
 def run(page: Path) -> Iterator[tuple[Typed, list[str]]]:
     """Each example of a page with the lines that it printed."""
     every = examples(page)
@@ -128,7 +133,7 @@ def run(page: Path) -> Iterator[tuple[Typed, list[str]]]:
             for number, one in enumerate(every)
         )
         shell = ["bash", "--noprofile", "--norc", "-c", script]
-        if os.geteuid() == 0:  # tables are as wide as their paths
+        if _has_namespaces():  # then tables are as wide as their paths
             inside = 'mount --bind "$0" "$1" && cd "$1" && shift && exec "$@"'
             shell = ["unshare", "--mount", "sh", "-c", inside, str(folder), SHOWN, *shell]
         done = subprocess.run(
