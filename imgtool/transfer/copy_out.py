@@ -298,8 +298,10 @@ class _Copy:
                     self._untar([self._pattern(path) for path in sparse])
                     self._one_by_one(records, only=sparse)
             except EngineError as error:
+                what = f"{error.subject}: " if error.subject else ""
                 self._report.skipped(
-                    self._top.path, f"something cannot be read ({error.message}); file by file"
+                    self._top.path,
+                    f"something cannot be read ({what}{error.message}); file by file",
                 )
                 self._done = 0
                 self._one_by_one(records)

@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from imgtool.engines.direct.tree import Found, Place
 from imgtool.engines.direct.tree_files import pieces
 from imgtool.errors import EngineError
 from imgtool.process import environment
-from imgtool.transfer.copy_out import Report, copy_out
+from imgtool.transfer.copy_out import Report, copy_out, tar_out
 
 BLOCK = 1024
 NAMES = [f"name-{number:03}".encode() for number in range(200)]  # in several blocks
@@ -210,6 +211,58 @@ def test_a_file_of_which_nothing_can_be_read_is_kept_as_an_empty_one(sound, tmp_
         (b"/mapped", "cannot be read (a block map is damaged); what could be read was kept")
     ]
     assert (tmp_path / "mapped").read_bytes() == b""
+
+
+def _unmapped(image: Path, path: str) -> None:
+    """Have a file's first block lie past the end of the filesystem."""
+    words = ["debugfs", "-w", "-R", f"set_inode_field {path} block[0] {1 << 30}", image]
+    subprocess.run(words, check=True, env=environment(), capture_output=True)
+
+
+def test_a_tar_stream_has_all_but_what_cannot_be_read_and_names_that(sound, tmp_path) -> None:
+    at, lost = _entries(sound)[1][5]
+    image = _changed(sound, tmp_path / "disk.img", at, b"\xff\xff\xff\x7f")
+    words = ["debugfs", "-w", "-R", "link /mapped /other", image]
+    subprocess.run(words, check=True, env=environment(), capture_output=True)
+    words = ["debugfs", "-w", "-R", "set_inode_field /mapped links_count 2", image]
+    subprocess.run(words, check=True, env=environment(), capture_output=True)
+    _unmapped(image, "/mapped")
+    lines, stream = Lines(), io.BytesIO()
+    damaged = "a block map is damaged"
+    with open_guest(image, engine="direct") as guest:
+        tar_out(guest, "/", stream, lines.problem)
+        assert lines.problems == [
+            *((b"/many", BAD_ENTRY), (b"/mapped", damaged), (b"/other", damaged)),
+        ]
+        with pytest.raises(EngineError, match="a directory entry is damaged") as failed:
+            tar_out(guest, "/", io.BytesIO())
+        assert failed.value.subject == "/many"
+    done = subprocess.run(["tar", "-tf", "-"], input=stream.getvalue(), capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    names = {f"./many/{name.decode()}" for name in NAMES if name != lost}
+    assert set(done.stdout.decode().split()) == names | {
+        *("./", "./beside", "./lost+found/", "./many/"),
+    }
+    with tarfile.open(fileobj=io.BytesIO(stream.getvalue())) as archive:
+        assert archive.extractfile("./beside").read() == b"beside"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("block", [0, 5])
+def test_a_large_file_that_cannot_be_read_ends_a_tar_stream_within_it(tmp_path, block) -> None:
+    root, image = tmp_path / "root", tmp_path / "disk.img"
+    root.mkdir()
+    (root / "large").write_bytes(os.urandom(2 << 20))
+    (root / "small").write_bytes(b"small")
+    words = ["mke2fs", "-q", "-t", "ext2", "-b", str(BLOCK), "-d", root, image, "8M"]
+    subprocess.run(words, check=True, env=environment(), capture_output=True)
+    words = ["debugfs", "-w", "-R", f"set_inode_field /large block[{block}] {1 << 30}", image]
+    subprocess.run(words, check=True, env=environment(), capture_output=True)
+    words = [sys.executable, "-m", "imgtool", "copy-out", "--engine", "direct", image, "/", "-"]
+    done = subprocess.run(words, capture_output=True)
+    assert done.returncode == 1
+    assert done.stderr == b"imgtool: error: a block map is damaged (/large)\n"
+    told = subprocess.run(["tar", "-tf", "-"], input=done.stdout, capture_output=True)
+    assert told.returncode == 2 and b"Unexpected EOF" in told.stderr
 
 
 def test_a_damaged_block_of_an_xfs_directory_takes_only_its_own_names(tmp_path: Path) -> None:

@@ -405,9 +405,9 @@ DECODED: dict[str, tuple[Any, Callable[[Any], Any]]] = {
     "a spelling": ("/ETC", lambda answer: messages.spelling(answer, "/etc")),
     "a checksum": ("0" * 32, messages.digest),
     "numbers": ([1, 2, 3], lambda answer: messages.numbers(answer, 3)),
-    "a place of a journal": (["/dev/sda", [[0, 1, 2]]], direct_guest._places_of_journal),
-    "ranges": ([[0, 5], [6, 2]], lambda answer: direct_guest._ranges(answer, 100)),
-    "stretches": ([[[0, 5], [6, 9]], None], lambda answer: direct_guest._stretches(answer, 2)),
+    "a place of a journal": (["/dev/sda", [[0, 1, 2]]], messages.places_of_journal),
+    "ranges": ([[0, 5], [6, 2]], lambda answer: messages.ranges(answer, 100)),
+    "stretches": ([[[0, 5], [6, 9]], None], lambda answer: messages.stretches(answer, 2)),
     "runs": ([[0, 5, 0, 7], [5, 6, 0, 99]], lambda answer: plain.runs(answer, [100])),
 }
 NONSENSE = (

@@ -7,12 +7,13 @@ import io
 import itertools
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 from imgtool.engines.direct import protocol
 from imgtool.engines.direct.client import Client
+from imgtool.engines.direct.messages import problem_below
 from imgtool.errors import EngineError
 from imgtool.guest.guest import Guest, OnProblem
 from imgtool.image.places import printable
@@ -23,10 +24,19 @@ _MOST_ROWS = 8 << 30  # bytes: some fifty million entries
 
 
 class AnswerStream(io.RawIOBase):
-    """Frames of data as a file, of no more than `most` bytes if that is known."""
+    """Frames of data as a file, of no more than `most` bytes if that is known. Other values among
+    them are told to `on_row`.
+    """
 
-    def __init__(self, client: Client, frames: Iterator[Any], most: int | None = None) -> None:
+    def __init__(
+        self,
+        client: Client,
+        frames: Iterator[Any],
+        most: int | None = None,
+        on_row: Callable[[Any], None] | None = None,
+    ) -> None:
         self._client = client
+        self._on_row = on_row
         self._frames = frames
         self._most = most
         self._held = memoryview(b"")
@@ -42,6 +52,9 @@ class AnswerStream(io.RawIOBase):
             if frame is None:
                 return 0
             if not isinstance(frame, (bytes, bytearray, memoryview)):
+                if self._on_row is not None:
+                    self._on_row(frame)
+                    continue
                 raise self._client.failure("no data")
             if self._most is not None:
                 self._most -= len(frame)
@@ -111,6 +124,16 @@ def spooled(client: Client, frames: Iterator[bytes]) -> Iterator[Iterator[Any]]:
         yield rows()
 
 
+def problems_below(client: Client, top: str, on_problem: OnProblem) -> Callable[[Any], None]:
+    """What tells `on_problem` of the paths below a directory that the worker says it left out."""
+
+    def tell(row: Any) -> None:
+        path, reason = client.checked(problem_below, protocol.name(top), True, row)
+        on_problem(path, str(reason))
+
+    return tell
+
+
 def survey_for_tar(guest: Guest, top: str, xattrs: bool, on_problem: OnProblem | None) -> None:
     """Look at all that a tar stream of a directory will hold, so that what has to be refused is
     refused before it begins, and say whose attributes will be missing in it.
@@ -124,7 +147,7 @@ def survey_for_tar(guest: Guest, top: str, xattrs: bool, on_problem: OnProblem |
     first = [guest.attributed(guest.lstat(top), keep)] if xattrs else []
     for entry in itertools.chain(first, guest.walk(top, xattrs=xattrs, on_problem=keep)):
         if not xattrs or last[0] != entry.path:
-            continue  # what else cannot be read ends the stream, which says so
+            continue  # what else cannot be read, the stream says
         if on_problem is None:
             raise EngineError(last[1], subject=printable(protocol.text(entry.path)))
         on_problem(*last)

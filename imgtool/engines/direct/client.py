@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from imgtool import interrupt, said
 from imgtool.engines.direct import protocol
 from imgtool.engines.direct.filesystem import NeedsAppliance, SandboxFailed
-from imgtool.engines.direct.messages import LONGEST_LINE
+from imgtool.engines.direct.messages import LONGEST_LINE, string
 from imgtool.engines.direct.pipes import Patience, Pipes
 from imgtool.engines.direct.ring import Ring
 from imgtool.errors import EngineError, ImageError, ImgtoolError, NotInGuestError
@@ -245,7 +245,8 @@ class Client:
             told = said.by_qemu(words or message, typed(Path(self._image)))
             return ImageError(told.means, subject=self._image, hint=told.step)
         if kind == "failed":
-            return EngineError(message)
+            path = error.get("path")
+            return EngineError(message, subject=None if path is None else printable(string(path)))
         raise protocol.BadMessage("an error of no known kind")
 
     def one(self, do: str, **arguments: object) -> Any:

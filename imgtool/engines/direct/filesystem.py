@@ -31,7 +31,13 @@ class SandboxFailed(NoSandbox):
 
 
 class ReadFailed(Exception):
-    """This one thing cannot be read, by the appliance either: damage. The message is the reason."""
+    """This one thing cannot be read, by the appliance either: damage. The message is the reason,
+    `path` the file where it is not the one that was asked for.
+    """
+
+    def __init__(self, reason: str, path: bytes | None = None) -> None:
+        super().__init__(reason)
+        self.path = path
 
 
 class NoSuchName(Exception):

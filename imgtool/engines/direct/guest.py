@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from imgtool.engines.direct import messages as wire
 from imgtool.engines.direct import protocol, replay
-from imgtool.engines.direct.answers import AnswerStream, Contents, excluded, spooled, survey_for_tar
+from imgtool.engines.direct.answers import (
+    AnswerStream,
+    Contents,
+    excluded,
+    problems_below,
+    spooled,
+    survey_for_tar,
+)
 from imgtool.engines.direct.client import Client, WorkerFailed
 from imgtool.engines.direct.devices_client import Devices, devices
 from imgtool.engines.direct.filesystem import NeedsAppliance
@@ -92,7 +99,7 @@ class DirectGuest(Guest):
             rows = self._client.one("journals")
         found: list[replay.Place] = []
         for device, places in self._client.checked(
-            lambda: [_places_of_journal(row) for row in wire.items(rows)]
+            lambda: [wire.places_of_journal(row) for row in wire.items(rows)]
         ):
             if len(places) != 1:
                 raise NeedsAppliance(f"the journal of {printable(device)} lies in pieces")
@@ -260,7 +267,7 @@ class DirectGuest(Guest):
             for disk, number in enumerate(links)
         ]
         rows = self._client.one("written", links=above)
-        return cast(Stretches, self._client.checked(lambda: _stretches(rows, len(links))))
+        return cast(Stretches, self._client.checked(lambda: wire.stretches(rows, len(links))))
 
     def walk_unshared(
         self,
@@ -303,13 +310,19 @@ class DirectGuest(Guest):
 
     @contextlib.contextmanager
     def _streamed(
-        self, at: str, do: str, *, most: int | None = None, **arguments: object
+        self,
+        at: str,
+        do: str,
+        *,
+        most: int | None = None,
+        on_row: Callable[[Any], None] | None = None,
+        **arguments: object,
     ) -> Iterator[BinaryIO]:
         frames = self._client.request(do, path=at, **arguments)
         with self._about(at), contextlib.closing(frames):
             # A refusal comes now, not when somebody reads.
             first = list(itertools.islice(frames, 1))
-            stream = AnswerStream(self._client, itertools.chain(first, frames), most)
+            stream = AnswerStream(self._client, itertools.chain(first, frames), most, on_row)
             yield cast(BinaryIO, Contents(stream))
 
     def open(self, path: str | bytes) -> AbstractContextManager[BinaryIO]:
@@ -362,7 +375,10 @@ class DirectGuest(Guest):
         # What has to be refused is refused before the stream begins.
         survey_for_tar(self, at, xattrs, on_problem)
         names = [protocol.text(excluded(at, pattern)) for pattern in excludes]
-        return self._streamed(at, "tar", excluded=names, xattrs=xattrs)
+        on_row = problems_below(self._client, at, on_problem) if on_problem else None
+        return self._streamed(
+            at, "tar", on_row=on_row, excluded=names, xattrs=xattrs, passes_over=on_row is not None
+        )
 
     def data_ranges(self, path: str | bytes) -> Sequence[tuple[int, int]]:
         """Where a sparse file has data: (offset, length) in bytes, ascending."""
@@ -371,7 +387,7 @@ class DirectGuest(Guest):
         with self._about(at):
             rows = self._client.one("ranges", path=at)
         return cast(
-            Sequence[tuple[int, int]], self._client.checked(lambda: _ranges(rows, file.size))
+            Sequence[tuple[int, int]], self._client.checked(lambda: wire.ranges(rows, file.size))
         )
 
     # Whole guests
@@ -472,28 +488,3 @@ class DirectGuest(Guest):
             found.append(self._client.checked(partial(wire.operating_system, answer)))
         self._mounted = False
         return tuple(found)
-
-
-def _places_of_journal(row: Any) -> tuple[str, list[list[int]]]:
-    device, places = wire.items(row, 2)
-    return wire.string(device), [wire.numbers(place, 3) for place in wire.items(places)]
-
-
-def _ranges(rows: Any, size: int) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
-    end = 0
-    for start, length in (wire.numbers(row, 2) for row in wire.items(rows)):
-        end = wire.whole(start, least=end, most=size) + wire.whole(length, most=size - start)
-        found.append((start, length))
-    return found
-
-
-def _stretches(rows: Any, count: int) -> list[list[tuple[int, int]] | None]:
-    return [None if row is None else _ascending(row) for row in wire.items(rows, count)]
-
-
-def _ascending(row: Any) -> list[tuple[int, int]]:
-    pairs: list[tuple[int, int]] = []
-    for start, end in (wire.numbers(pair, 2) for pair in wire.items(row)):
-        pairs.append((wire.whole(start, least=pairs[-1][1] if pairs else 0, most=end), end))
-    return pairs

@@ -249,3 +249,31 @@ def operating_system(answer: Any) -> OperatingSystem:
 def _application(row: object) -> Application:
     name, version, release, epoch, arch = items(row, 5)
     return Application(string(name), string(version), string(release), whole(epoch), string(arch))
+
+
+def places_of_journal(row: Any) -> tuple[str, list[list[int]]]:
+    """A device, and where the parts of its journal are."""
+    device, places = items(row, 2)
+    return string(device), [numbers(place, 3) for place in items(places)]
+
+
+def ranges(rows: Any, size: int) -> list[tuple[int, int]]:
+    """Where a file of this size has data."""
+    found: list[tuple[int, int]] = []
+    end = 0
+    for start, length in (numbers(row, 2) for row in items(rows)):
+        end = whole(start, least=end, most=size) + whole(length, most=size - start)
+        found.append((start, length))
+    return found
+
+
+def stretches(rows: Any, count: int) -> list[list[tuple[int, int]] | None]:
+    """Of so many disks which stretches are meant; None for all of one."""
+    return [None if row is None else _ascending(row) for row in items(rows, count)]
+
+
+def _ascending(row: Any) -> list[tuple[int, int]]:
+    pairs: list[tuple[int, int]] = []
+    for start, end in (numbers(pair, 2) for pair in items(row)):
+        pairs.append((whole(start, least=pairs[-1][1] if pairs else 0, most=end), end))
+    return pairs

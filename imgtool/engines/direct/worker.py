@@ -32,7 +32,6 @@ _NAMES = 256 << 10
 _MOST_RANGES = 150_000  # what fits in one frame
 _LARGEST_SMALL = 1 << 20
 _MOST_RUNS = 100_000  # what fits in one frame
-_PART = 1 << 20
 _LEAST_LENT = 64 << 10  # a pipe is as good for less
 _SIGN_OF_LIFE = 5.0  # seconds, far less than the parent's patience with silence
 
@@ -73,15 +72,17 @@ class Worker:
             self._error("appliance", str(error))
         except (ReadFailed, CannotOpen) as error:
             kind = "image" if isinstance(error, CannotOpen) else "failed"
-            self._error(kind, str(error))
+            self._error(kind, str(error), getattr(error, "path", None))
         except Lost as error:
             self._error("lost", str(error))
         except (MemoryError, RecursionError):
             self._error("appliance", "it takes too much memory")
         self._out.flush()
 
-    def _error(self, kind: str, message: str) -> None:
-        protocol.send_json(self._out, protocol.ERROR, {"kind": kind, "message": message})
+    def _error(self, kind: str, message: str, path: bytes | None = None) -> None:
+        error = {"kind": kind, "message": message}
+        more = {} if path is None else {"path": protocol.text(path)}
+        protocol.send_json(self._out, protocol.ERROR, error | more)
 
     def _json(self, value: object) -> None:
         protocol.send_json(self._out, protocol.JSON, value)
@@ -428,24 +429,26 @@ class Worker:
             raise NeedsAppliance(f"inspection: {error}") from error
         return answer
 
-    def do_tar(self, path: str, excluded: list[str], xattrs: bool) -> None:
+    def do_tar(
+        self, path: str, excluded: list[str], xattrs: bool, passes_over: bool = False
+    ) -> None:
         """A directory's content as a tar stream, names relative to it; `excluded` paths left out.
 
-        A file that cannot be read ends the stream with an error, as tar(1) would end it; attributes
-        that cannot be read are not in it.
+        What cannot be read ends the stream with an error, or is not in it, and told, where that
+        `passes_over` it; attributes that cannot be read are not in it.
         """
-        from imgtool.engines.direct import tar_headers
+        from imgtool.engines.direct import tar_headers, tar_stream
 
         raw = protocol.name(path).rstrip(b"/")
         tree = self._mounted
-        real, place = tree.resolve(raw or b"/")
+        real, _ = tree.resolve(raw or b"/")
         if reason := tree.touches_refused(real):
             raise NeedsAppliance(reason)
-        left_out = {protocol.name(text) for text in excluded}
-        linked: dict[tuple[int, int], bytes] = {}
 
         def problem(at: bytes, reason: str) -> None:
-            raise ReadFailed(f"{protocol.text(at)}: {reason}")
+            if not passes_over:
+                raise ReadFailed(reason, at)
+            self._json([protocol.text(at), reason])
 
         def attributes(found: Found) -> bytes:
             try:
@@ -453,41 +456,11 @@ class Worker:
             except ReadFailed:  # the walk before, which asks for all of them, says so
                 return b""
 
-        top = tree.lstat(real)
-        held = bytearray(attributes(top) + tar_headers.header(b"./", top, None))
-        for child in tree.walk(raw or b"/", place, problem):
-            if child.path in left_out:
-                continue
-            relative = b"." + child.path[len(raw) :]
-            regular = stat.S_ISREG(child.node.mode)
-            first = None
-            if child.node.nlink > 1 and not stat.S_ISDIR(child.node.mode):
-                first = linked.get(child.place)
-                linked.setdefault(child.place, relative)
-            if stat.S_ISSOCK(child.node.mode):
-                continue
-            if first is None:
-                held += attributes(child)
-            held += tar_headers.header(relative, child, first)
-            if len(held) >= _PART:
-                self._data(held)
-                held = bytearray()
-            if regular and first is None:
-                size = 0
-                filesystem = tree.filesystem(child.place)
-                if child.node.size >= LARGE:
-                    self._data(held)
-                    held = bytearray(tar_headers.padding(child.node.size))
-                    self._contents(filesystem, child, 0, child.node.size)
-                    continue
-                for piece in pieces(filesystem, child, 0, child.node.size):
-                    held += piece
-                    size += len(piece)
-                    if len(held) >= _PART:
-                        self._data(held)
-                        held = bytearray()
-                held += tar_headers.padding(size)
-        self._data(held + tar_headers.END)
+        def contents(found: Found) -> None:
+            self._contents(tree.filesystem(found.place), found, 0, found.node.size)
+
+        left_out = frozenset(protocol.name(text) for text in excluded)
+        tar_stream.write(tree, raw, left_out, attributes, problem, self._data, contents)
 
 
 def _row(found: Found, checksum: str | None = None, at: str | None = None) -> list[Any]:
