@@ -15,9 +15,9 @@ NOT_ON_DISK = frozenset(
     securityfs efivarfs fuse.sshfs sshfs 9p virtiofs ceph glusterfs none autofs
     """.split()  # noqa: SIM905 - twenty words read better than twenty strings
 )
-_REMOVABLE = re.compile(r"/dev/(sr|cdrom|dvd|fd|floppy)\w*$")
+_REMOVABLE = re.compile(r"/dev/(sr|cdrom|dvd|fd|floppy)\w*")
 # A field; the value of a tag may be quoted, with blanks in it.
-_WORD = re.compile(r'(?:[A-Z]+=)?"[^"]*"|\S+')
+_WORD = re.compile(r'(?:[A-Z]+=)?"[^"]*"|[^ \t\r]+')
 
 _LONGEST_PATH = 4096  # bytes with the NUL at the end: PATH_MAX in Linux's limits.h
 
@@ -59,11 +59,17 @@ def _unescape(word: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), word)
 
 
+def named_devices(content: bytes) -> list[str]:
+    """What every line calls its device, also that of swap space or of a removable disk."""
+    words = (_WORD.findall(line) for line in content.decode("utf-8", "replace").split("\n"))
+    return [_unescape(line[0]) for line in words if len(line) > 2 and not line[0].startswith("#")]
+
+
 def parse_fstab(content: bytes) -> tuple[tuple[FstabEntry, ...], tuple[str, ...]]:
     """The entries that name a filesystem on a disk, and a line on each line that makes no sense."""
     entries: list[FstabEntry] = []
     problems: list[str] = []
-    for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(content.decode("utf-8", "replace").split("\n"), 1):
         words = _WORD.findall(line)
         if not words or words[0].startswith("#"):
             continue
@@ -74,7 +80,7 @@ def parse_fstab(content: bytes) -> tuple[tuple[FstabEntry, ...], tuple[str, ...]
         options = tuple((words[3] if len(words) > 3 else "defaults").split(","))
         if fstype in NOT_ON_DISK or "bind" in options or "rbind" in options:
             continue
-        if _REMOVABLE.match(spec):
+        if _REMOVABLE.fullmatch(spec):
             continue
         if not mountpoint.startswith("/") or ".." in mountpoint.split("/"):
             if mountpoint not in ("none", "swap"):

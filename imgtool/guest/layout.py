@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from imgtool.errors import (
@@ -21,10 +22,11 @@ from imgtool.errors import (
 )
 from imgtool.guest.blocks import LOCKED, UNKNOWN, Block, locked
 from imgtool.guest.device_names import DeviceNames, parse_crypttab
-from imgtool.guest.fstab import FstabEntry, parse_fstab
+from imgtool.guest.fstab import FstabEntry, named_devices, parse_fstab
 from imgtool.guest.model import Device, Layout, Mount, Unshown
 from imgtool.guest.numbers import whole_number
 from imgtool.image.foreign_tables import SUFFIX, TITLES
+from imgtool.image.places import typed
 
 SMALL_FILE = 256 * 1024
 
@@ -111,6 +113,11 @@ def there_is(known: Collection[str]) -> str:
     if known:
         return "it has: " + listed(sorted(known))
     return "it has none that can be read; 'imgtool filesystems --all' shows what it holds"
+
+
+def _word(name: str) -> str:
+    """What a guest calls something, as one word of a shell: it is for somebody to type."""
+    return typed(Path(name))
 
 
 def holds_files(type: str | None) -> bool:
@@ -251,7 +258,9 @@ def _choose_root(findings: Findings, wanted: str | None) -> Root | None:
             hint=f"operating systems in the image: {choices}",
         )
     if len(roots) > 1:
-        choices = listed((f"--root {root.source}  ({root.title})" for root in roots), "  or  ")
+        choices = listed(
+            (f"--root {_word(root.source)}  ({root.title})" for root in roots), "  or  "
+        )
         raise NotInGuestError("the image has several operating systems", hint=f"add {choices}")
     return roots[0] if roots else None
 
@@ -279,7 +288,7 @@ def _data_layout(findings: Findings, closed: Sequence[str]) -> Layout:
         )
     raise NotInGuestError(
         "no operating system was found; filesystems: " + _described(findings),
-        hint="say which one to use: " + "  or  ".join(f"-m {f.device}" for f in usable),
+        hint="say which one to use: " + "  or  ".join(f"-m {_word(f.device)}" for f in usable),
     )
 
 
@@ -300,12 +309,13 @@ def _device_names(volumes: Volumes, root: Root, findings: Findings) -> DeviceNam
         findings.filesystems,
         volumes.blocks(),
         parse_crypttab(root.crypttab),
-        [entry.spec for entry in entries if not entry.on_a_disc],
+        # What is put into a drive is on no disk.
+        set(named_devices(root.fstab)) - {entry.spec for entry in entries if entry.on_a_disc},
     )
     own = btrfs_device(root.source, findings.filesystems) or root.source
-    for entry in entries:
-        if entry.mountpoint == "/":
-            names.learn(entry.spec, own)
+    specs = {entry.spec for entry in entries if entry.mountpoint == "/"}
+    if len(specs) == 1:  # of several nobody knows which one the guest starts from
+        names.learn(specs.pop(), own)
     return names
 
 
@@ -357,9 +367,10 @@ class _Found:
             # A guess that leads to what is there already was wrong: it is on another disk.
             if known_as == entry.spec:
                 return source
-        why = (
-            f"{shortened(entry.spec, _MOST_SAID)} is on none of the disks given{self._or_locked()}"
-        )
+        said = shortened(entry.spec, _MOST_SAID)
+        why = f"{said} is on none of the disks given{self._or_locked()}"
+        if several := self._names.several(entry.spec):
+            why = f"{said} may be each of these: {listed(several)}"
         return Unshown(entry.mountpoint, why, entry.at_boot, entry.is_optional)
 
 
@@ -411,13 +422,19 @@ def _what_to_type(
     asked = [one.mountpoint for one in missing if one.is_said]
     if not (free and asked):
         return []
-    words = [f"-m {m.source}" + (f":{m.mountpoint}" if m.mountpoint != "/" else "") for m in mounts]
     sure = len(free) == len(asked) == 1
-    words.append(f"-m {free[0] if sure else 'DEVICE'}:{asked[0]}")
-    if len(typed := " ".join(words)) > _MOST_TYPED:
+    given = [(m.source, m.mountpoint) for m in mounts]
+    given.append((free[0] if sure else "DEVICE", asked[0]))
+    if any(":" in mountpoint or not mountpoint.isprintable() for _, mountpoint in given):
+        return []  # nobody can type that
+    words = [
+        "-m " + _word(source if mountpoint == "/" else f"{source}:{mountpoint}")
+        for source, mountpoint in given
+    ]
+    if len(line := " ".join(words)) > _MOST_TYPED:
         return []
     where = "" if sure else f", DEVICE being one of {', '.join(free[:_MOST_LINES])}"
-    return [f"to show {asked[0]} all the same, say what is where: {typed}{where}"]
+    return [f"to show {asked[0]} all the same, say what is where: {line}{where}"]
 
 
 def discover(volumes: Volumes, *, root: str | None = None) -> Layout:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from imgtool.errors import NotInGuestError
@@ -267,3 +269,251 @@ def test_an_open_boot_is_not_taken_for_the_guest_whose_root_is_locked(kind):
         parents={"/dev/mapper/x": ["/dev/sda2"]},
     )
     assert mounts(opened) == {"/": "/dev/mapper/x"}
+
+
+# What is ambiguous, and what only looks like a name
+
+
+def guest_with(fstab: str, *names: str, **more) -> FakeGuest:
+    disks = more.pop("disks", ("/dev/sda", "/dev/sdb"))
+    filesystems: dict = {"/dev/sda1": ("ext4", linux(f"UUID=b007 / ext4\n{fstab}"))}
+    filesystems |= {name: ("ext4", {}) for name in names}
+    ids = {("uuid", "b007"): "/dev/sda1", **more.pop("ids", {})}
+    return FakeGuest(filesystems, disks=disks, ids=ids, **more)
+
+
+def named_blocks(*blocks: Block, **options) -> DeviceNames:
+    filesystems = [Device("filesystem", block.device, block.type) for block in blocks]
+    return DeviceNames(filesystems, blocks, **options)
+
+
+def disk(name: str, *parts: int) -> list[Block]:
+    """A disk with partitions of these numbers."""
+    return [
+        Block(name, "device", 1),
+        *(Block(f"{name}{n}", "partition", 1, "ext4", parents=(name,)) for n in parts),
+    ]
+
+
+@pytest.mark.parametrize("tag", ["UUID=A-B", "LABEL=data", "PARTUUID=a-b", "PARTLABEL=data"])
+def test_a_name_that_two_filesystems_have_is_said_and_leads_to_neither(tag):
+    kind, value = tag.lower().split("=")
+    blocks = [Block(f"/dev/sd{n}1", "partition", 1, "ext4", **{kind: value}) for n in "ab"]
+    names = named_blocks(*blocks)
+    for spec in (tag, f"/dev/disk/by-{kind}/{value}"):
+        assert names.find(spec) is None
+        assert names.several(spec) == ["/dev/sda1", "/dev/sdb1"]
+    assert named_blocks(blocks[0]).find(tag) is not None
+    assert named_blocks(blocks[0]).several(tag) == []
+
+
+def test_the_line_about_a_name_that_two_have_names_both():
+    guest = guest_with("LABEL=data /data ext4\n", "/dev/sda2", "/dev/sdb1")
+    guest.blocks = lambda: [  # type: ignore[method-assign]
+        Block("/dev/sda1", "partition", 1, "ext4", uuid="b007"),
+        Block("/dev/sda2", "partition", 1, "ext4", label="data"),
+        Block("/dev/sdb1", "partition", 1, "ext4", label="data"),
+    ]
+    layout = discover(guest)
+    assert {mount.mountpoint for mount in layout.mounts} == {"/"}
+    assert layout.problems[0] == (
+        "/data is not shown: LABEL=data may be each of these: /dev/sda2, /dev/sdb1"
+    )
+
+
+def test_what_is_one_filesystem_under_two_names_is_no_two():
+    cd = Block("/dev/sda", "device", 1, "iso9660", "CD", "u")
+    part = Block("/dev/sda1", "partition", 1, "iso9660", "CD", "u", parents=("/dev/sda",))
+    assert device_of(named_blocks(cd, part), "LABEL=CD") == "/dev/sda"
+    btrfs = [Block(f"/dev/sd{n}", "device", 1, "btrfs", "b", "u") for n in "ab"]
+    assert device_of(named_blocks(*btrfs), "UUID=u") == "/dev/sda"
+    luks = Block("/dev/sda2", "partition", 1, "crypto_LUKS", "x", "l")
+    inside = Block("/dev/mapper/imgtool-luks0", "mapped", 1, "ext4", "x", parents=("/dev/sda2",))
+    assert device_of(named_blocks(luks, inside), "LABEL=x") == "/dev/mapper/imgtool-luks0"
+
+
+def test_names_with_lost_bytes_are_not_the_same():
+    blocks = [Block("/dev/sda1", "partition", 1, "ext4", label="a\ufffd")]
+    assert named_blocks(*blocks).find("LABEL=a\ufffd") is None
+    assert named_blocks(*blocks).find(r"/dev/disk/by-label/a\xff") is None
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        # One dash in a name of LVM's is doubled: this is the name of something else.
+        "/dev/mapper/vg-home-old",
+        "/dev/disk/by-id/dm-name-vg-home-old",
+        # A group whose name begins like an array's
+        "/dev/mdgone/home",
+        # A partition of what has none of this number, or of no array
+        "/dev/md0p7",
+        # What the kernel takes for another file
+        "/dev/sda1\n",
+        "/dev/vg/home-old\n",
+        # A name of imgtool's
+        "/dev/mapper/imgtool-luks0",
+    ],
+)
+def test_what_only_looks_like_a_name_is_none(spec):
+    names = named_blocks(
+        *disk("/dev/sda", 1),
+        Block("/dev/sda4", "partition", 1, "crypto_LUKS"),
+        Block("/dev/mapper/imgtool-luks0", "mapped", 1, "ext4", parents=("/dev/sda4",)),
+        Block("/dev/vg/home-old", "lv", 1, "ext4"),
+        Block("/dev/md127", "md", 1, "ext4"),
+        Block("/dev/md127p1", "partition", 1, "ext4", parents=("/dev/md127",)),
+    )
+    assert names.find(spec) is None
+    assert device_of(names, "/dev/mapper/vg-home--old") == "/dev/vg/home-old"
+    assert device_of(names, "/dev/md0p1") == "/dev/md127p1"
+
+
+def test_a_crypt_device_is_that_of_something_encrypted():
+    uuid = "99999999222233334444555555555555"
+    plain = Block("/dev/sda1", "partition", 1, "ext4", uuid=LUKS)
+    assert named_blocks(plain).find(f"/dev/disk/by-id/dm-uuid-CRYPT-LUKS2-{uuid}-x") is None
+
+
+def test_of_several_arrays_the_number_tells_nothing():
+    arrays = [Block(f"/dev/md{n}", "md", 1, "ext4") for n in (126, 127)]
+    names = named_blocks(*arrays)
+    for spec in ("/dev/md127", "/dev/md/data", "/dev/disk/by-id/md-uuid-1:2:3:4"):
+        assert names.find(spec) is None
+        assert names.several(spec) == ["/dev/md126", "/dev/md127"]
+    assert names.find("/dev/mdvg/root") is None and names.several("/dev/mdvg/root") == []
+
+
+def test_the_27th_disk_has_its_place_too():
+    letters = [chr(97 + n) for n in range(26)]
+    disks = [f"/dev/sd{one}" for one in [*letters, "aa", "ab"]]
+    names = named_blocks(*(block for name in disks for block in disk(name, 1)))
+    found = names.find("/dev/vdab1")
+    assert found is not None and found.guessed and found.device == "/dev/sdab1"
+    found = names.find("/dev/sdaa1")
+    assert found is not None and found.guessed
+
+
+ATA, VIRTIO = "/dev/disk/by-id/ata-Disk_1", "/dev/disk/by-id/virtio-2"
+
+
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [
+        (f"{ATA}-part1", f"{VIRTIO}-part2"),
+        (f"{ATA}-part1", "/dev/vda2"),
+        ("/dev/vda1", "/dev/sda2"),
+        ("/dev/hda1", "/dev/sda2"),
+        ("/dev/nvme0n1p1", "/dev/sda2"),
+        (f"{VIRTIO}-part1", "/dev/disk/by-id/nvme-Disk_3-part2"),
+    ],
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_names_of_two_kinds_of_disks_are_not_one_disk(first, other, known):
+    fstab = f"{first if known else 'UUID=b007'} / ext4\n{first[:-1]}3 /x ext4\n{other} /data ext4\n"
+    guest = FakeGuest(
+        {"/dev/sda1": ("ext4", linux(fstab)), "/dev/sda2": ("ext4", {}), "/dev/sda3": ("ext4", {})},
+        ids={("uuid", "b007"): "/dev/sda1"},
+    )
+    found = mounts(guest)
+    assert "/data" not in found
+    assert ("/x" in found) is known
+
+
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [
+        (f"{ATA}-part1", "/dev/disk/by-id/wwn-0x5000-part2"),
+        (f"{ATA}-part1", "/dev/sda2"),
+        (f"{VIRTIO}-part1", "/dev/vda2"),
+        ("/dev/disk/by-id/google-boot-part1", "/dev/disk/by-id/scsi-0Google_boot-part2"),
+        ("/dev/disk/by-path/pci-0000:00:04.0-part1", f"{VIRTIO}-part2"),
+        ("/dev/nvme0n1p1", "/dev/disk/by-id/nvme-eui.0025-part2"),
+    ],
+)
+def test_names_of_one_kind_of_disk_are_that_disk(first, other):
+    fstab = f"{first} / ext4\n{other} /data ext4\n"
+    guest = FakeGuest({"/dev/sda1": ("ext4", linux(fstab)), "/dev/sda2": ("ext4", {})})
+    assert mounts(guest) == {"/": "/dev/sda1", "/data": "/dev/sda2"}
+
+
+def test_a_disk_that_only_swap_or_crypttab_names_is_another_disk_too():
+    swap = f"{ATA}-part1 none swap sw\n/dev/disk/by-id/ata-Disk_2-part2 /data ext4\n"
+    assert "/data" not in mounts(guest_with(swap, "/dev/sda2", disks=("/dev/sda",)))
+    blocks = disk("/dev/sda", 1, 2)
+    crypttab = {"cr": f"{ATA}-part1"}
+    data = "/dev/disk/by-id/ata-Disk_2-part2"
+    assert named_blocks(*blocks, crypttab=crypttab).find(data) is None
+    assert named_blocks(*blocks).find(data) is not None
+
+
+def test_of_several_roots_in_fstab_none_tells_which_disk_is_which():
+    fstab = "/dev/sdb1 / ext4\n/dev/sda1 / ext4\n/dev/sda2 /data ext4\n"
+    guest = FakeGuest(
+        {"/dev/sdb1": ("ext4", linux(fstab)), "/dev/sda2": ("xfs", {}), "/dev/sdb2": ("ext4", {})},
+        disks=("/dev/sda", "/dev/sdb"),
+    )
+    assert mounts(guest) == {"/": "/dev/sdb1", "/data": "/dev/sda2"}
+
+
+def test_only_blanks_and_line_feeds_part_what_a_guest_writes():
+    entries, problems = parse_fstab(
+        "LABEL=a /a\u00a0b\u2028c ext4 x\x0cy\nLABEL=b /b ext4\r\n".encode()
+    )
+    assert [one.mountpoint for one in entries] == ["/a\u00a0b\u2028c", "/b"]
+    assert [one.fstype for one in entries] == ["ext4", "ext4"] and problems == ()
+    assert parse_crypttab("a\u2028b UUID=1\x0c2\tnone\r\n".encode()) == {"a\u2028b": "UUID=1\x0c2"}
+
+
+@pytest.mark.parametrize(
+    ("point", "words"),
+    [
+        ("/a;id", "'/dev/sda2:/a;id'"),
+        ("/a$(id)", "'/dev/sda2:/a$(id)'"),
+        ("/a\\040b", "'/dev/sda2:/a b'"),
+    ],
+)
+def test_what_is_to_be_typed_is_one_word_whatever_a_guest_calls_its_folders(point, words):
+    (_, line) = discover(guest_with(f"UUID=gone {point} ext4\n", "/dev/sda2")).problems
+    assert f"-m {words}" in line
+
+
+@pytest.mark.parametrize("point", ["/a:b", "/a\\033b"])
+def test_nothing_is_to_be_typed_that_would_mean_something_else(point):
+    layout = discover(guest_with(f"UUID=gone {point} ext4\n", "/dev/sda2"))
+    assert len(layout.problems) == 1
+
+
+def test_a_subvolume_with_a_hostile_name_is_one_word_in_what_is_to_be_typed():
+    hostile = "btrfsvol:/dev/sda1/$(id)"
+    guest = FakeGuest(
+        {"/dev/sda1": ("btrfs", {}), hostile: ("btrfs", linux()), "/dev/sda2": ("ext4", linux())}
+    )
+    with pytest.raises(NotInGuestError) as caught:
+        discover(guest)
+    assert f"--root '{hostile}'" in str(caught.value.hint)
+
+
+HARDWARE = {
+    "one kind": "/dev/disk/by-id/ata-{n}-part1",
+    "many kinds": "/dev/disk/by-id/a{n}-x-part1",
+    "one label": "LABEL=x",
+}
+
+
+@pytest.mark.parametrize("kind", HARDWARE)
+def test_thousands_of_names_take_no_time(kind):
+    many = 20_000
+    blocks = [
+        *disk("/dev/sda", 1),
+        *(Block(f"/dev/sdb{n}", "partition", 1, "ext4", label="x") for n in range(4000)),
+    ]
+    specs = [HARDWARE[kind].format(n=n) for n in range(many)]
+    started = time.process_time()
+    names = named_blocks(*blocks, specs=specs)
+    for spec in specs[: many // 2]:
+        names.learn(spec, "/dev/sda1")
+    found = [names.find(spec) for spec in specs[many // 2 :]]
+    found += [names.find(f"/dev/sdb{n}") for n in range(many)]
+    assert len(found) == many // 2 + many
+    assert time.process_time() - started < 3
