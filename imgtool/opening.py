@@ -318,9 +318,11 @@ def _chains_to_write(
     notice: Callable[[str], None],
 ) -> tuple[Chain, ...]:
     from imgtool.image.recovery import recover
+    from imgtool.image.unfinished import refuse_format_of_record
 
-    for image in images:
-        if line := recover(Path(image), backing_dirs=backing_dirs):
+    for image in map(Path, images):
+        refuse_format_of_record(image, format)
+        if line := recover(image, backing_dirs=backing_dirs):
             notice(line)
     return open_images(images, format=format, backing_dirs=backing_dirs)
 

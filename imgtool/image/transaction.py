@@ -228,6 +228,7 @@ def transaction(
                 held = holdings_of(image, chain.active.format)
                 record.note(
                     operation="write",
+                    format=chain.active.format,
                     id=name,
                     images=[name_beside(image, other) for other in images],
                     number=len(records),

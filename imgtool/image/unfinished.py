@@ -209,7 +209,20 @@ def refuse_other_format(image: Path, overlay: Path, format: str | None) -> None:
     """Raise `RefusedError` if an image is to be read in another format than the one in which it
     was being written to."""
     header = headers.read(overlay)
-    known = header.backing_format if header is not None else None
+    _refuse_format(image, header.backing_format if header is not None else None, format)
+
+
+def refuse_format_of_record(image: Path, format: str | None) -> None:
+    """Raise `RefusedError` if an image is to be written to in another format than the one in which
+    work on it was cut off."""
+    written = written_down(image)
+    if written is not None and written.believed and written.proved:
+        known = written.facts.get("format")
+        if isinstance(known, str):
+            _refuse_format(image, known, format)
+
+
+def _refuse_format(image: Path, known: str | None, format: str | None) -> None:
     if format is not None and format != known:
         raise RefusedError(
             f"it was being written to as {known or 'an image of no named format'}, not as {format},"

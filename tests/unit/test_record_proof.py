@@ -12,10 +12,16 @@ from pathlib import Path
 import pytest
 
 from imgtool.errors import RefusedError
-from imgtool.image import proof
+from imgtool.image import proof, transaction
 from imgtool.image.chain import open_chain
 from imgtool.image.marks import identity_of
-from imgtool.image.record import opened, record_path, temporary_path, written_down
+from imgtool.image.record import (
+    opened,
+    read_facts,
+    record_path,
+    temporary_path,
+    written_down,
+)
 from imgtool.image.recovery import recover
 from imgtool.transfer.staging import BadName, split
 from tests.records import left, planted
@@ -232,6 +238,20 @@ def test_a_format_that_is_given_is_not_overridden_by_a_record(base, imgtool_cli)
     with pytest.raises(RefusedError, match="as qcow2, not as raw") as caught:
         open_chain(base, format="raw")
     assert "leave --format out" in str(caught.value.hint)
+
+
+def test_a_write_in_another_format_than_the_one_that_was_cut_off_is_refused(disk, imgtool_cli):
+    what = disk.with_name("what")
+    what.write_bytes(b"what")
+    left(disk, operation="resize", format="raw")
+    done = imgtool_cli("copy-in", disk, what, "/", "--format", "qcow2")
+    assert done.status == 4
+    assert "it was being written to as raw, not as qcow2, when that was interrupted" in done.err
+    assert record_path(disk).exists()
+    record_path(disk).unlink()
+    with transaction.transaction([open_chain(disk, format="raw")], notice=lambda line: None):
+        facts = read_facts(disk)
+    assert (facts["operation"], facts["format"]) == ("write", "raw")
 
 
 # The secret
