@@ -8,9 +8,9 @@ import pytest
 
 from tests.docs.examples import differences, examples
 from tests.docs.varying import same
-from tests.documentation import DOCS, name_of, pages
+from tests.documentation import name_of, pages
 
-PAGES = [page for page in pages() if page.is_relative_to(DOCS) and examples(page)]
+PAGES = [page for page in pages() if examples(page)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -9,6 +9,7 @@ import re
 
 import pytest
 
+import imgtool
 from imgtool.cli import (
     appliance,
     chain_checks,
@@ -204,8 +205,26 @@ def test_a_message_that_is_not_in_the_code_is_found(every_text):
     assert "the disk is on fire" not in every_text
 
 
-@pytest.mark.parametrize("name", ["SECURITY.md", "CONTRIBUTING.md"])
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", ["README.md", "SECURITY.md", "CONTRIBUTING.md"])
 def test_links_to_files_lead_somewhere(name):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / name).read_text())
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_changelog_has_the_form_of_keep_a_changelog():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    releases = re.split(r"^## ", text, flags=re.M)[1:]
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    for release in releases:
+        head, *sections = re.split(r"^### ", release, flags=re.M)
+        assert re.fullmatch(r"\[\d+\.\d+\.\d+\] - (unreleased|\d{4}-\d\d-\d\d)\s*", head)
+        for one in sections:
+            kind, entries = one.split("\n", 1)
+            assert kind in kinds
+            assert entries.strip().startswith("- ")
+    assert f"## [{imgtool.__version__}] - " in text
