@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.examples import differences, examples
+from tests.docs.examples import differences, examples, write
 from tests.docs.varying import same
 from tests.documentation import name_of, pages
 
@@ -48,3 +48,50 @@ def test_what_varies_may_differ(written, printed):
 )
 def test_what_does_not_vary_may_not_differ(written, printed):
     assert not same(written.splitlines(), printed.splitlines())
+
+
+_PAGE = """# A page
+
+```console
+$ cat > list <<END
+> one
+> two
+> END
+$ wc -l list; pwd
+2 list
+/srv
+$ cat list
+one
+three
+$ imgtool ls nothing.qcow2 /; echo $?
+imgtool: error: no such file (nothing.qcow2)
+5
+```
+
+<!-- not run: it is wrong on purpose -->
+```console
+$ echo four
+five
+```
+
+```python
+print(6 * 7)
+```
+
+```text
+43
+```
+"""
+
+
+def test_a_wrong_example_is_found_and_can_be_written_anew(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(_PAGE)
+    wrong = differences(page)
+    assert [one.example.line for one in wrong][:2] == [11, 14]
+    assert [one.printed for one in wrong][::2] == [["one", "two"], ["42"]]
+    write(wrong)
+    assert differences(page) == []
+    assert "one\ntwo\n$ imgtool ls" in page.read_text()
+    assert "```text\n42\n```\n" in page.read_text()
+    assert "five" in page.read_text()

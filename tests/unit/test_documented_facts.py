@@ -26,6 +26,7 @@ from imgtool.cli import (
 )
 from imgtool.engines.direct import volumes
 from imgtool.errors import ExitStatus, Reason
+from imgtool.image import foreign_tables
 from imgtool.image.info import FORMATS
 from tests.documentation import DOCS, ROOT
 
@@ -100,6 +101,15 @@ def test_filesystems_that_are_read_directly():
     table = rows(section("reference/formats.md", "## Filesystems"))
     directly = {words(row[0])[0] for row in table if row[1].startswith("yes")}
     assert directly == set(volumes._READERS)
+
+
+def test_partition_tables_that_are_named():
+    text = section("reference/formats.md", "## Partition tables and volumes")
+    (row,) = [row for row in rows(text) if row[0].startswith("tables of ")]
+    titles = set(re.split(r", | and ", row[0].removeprefix("tables of ")))
+    assert titles == set(foreign_tables.TITLES.values())
+    named = section("reference/commands/partitions.md", "## Fields").split("`table`\n: ")[1]
+    assert set(words(named.split(", whose")[0])) == {"gpt", "msdos", "none", *foreign_tables.TITLES}
 
 
 def test_mechanisms_of_mount():
