@@ -13,6 +13,7 @@ from typing import Any
 from imgtool.engines.libguestfs.launch import launched
 from tests.differential.matrix import MIB, Image, patch, run, tree_of_files
 from tests.exfat_images import ENTRY, boot_sum, entry_sum
+from tests.unmounting import unmount
 
 _FRAGMENTED = """\
 cd /sysroot
@@ -86,7 +87,7 @@ def _filled_by_fuse(image: Path, tree: Path) -> None:
             for number in range(0, 60, 2):
                 (mounted / "many" / f"file with a long name {number}.text").unlink()
         finally:
-            run("umount", mounted)
+            unmount(mounted)
     mounted.rmdir()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.differential import matrix_exfat
 from tests.differential.matrix import MIB, Image, patch, run, tree_of_files
+from tests.unmounting import unmount
 
 
 def _fat(path: Path, size: int, tree: Path, *options: object) -> None:
@@ -50,7 +51,7 @@ def _ntfs(path: Path, size: int, fill: Callable[[Path], None], *options: object)
     try:
         fill(mounted)
     finally:
-        run("umount", mounted)
+        unmount(mounted)
         mounted.rmdir()
 
 

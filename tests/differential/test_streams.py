@@ -14,6 +14,7 @@ import pytest
 from imgtool.engines.direct.ntfs import NtfsFilesystem
 from tests.differential import matrix_xattrs
 from tests.differential.test_ext import FileSource
+from tests.unmounting import unmount
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not Path("/dev/fuse").exists() or shutil.which("ntfs-3g") is None,
@@ -29,7 +30,7 @@ def _mounted(image: Path, *options: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", folder], check=True)
+        unmount(folder)
 
 
 @pytest.fixture(scope="module")
