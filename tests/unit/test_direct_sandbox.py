@@ -793,3 +793,23 @@ sys.stdout.write(said)
 
 def test_nobody_else_is_served_without_a_network_namespace(image, monkeypatch):
     assert inside(image, monkeypatch, FIRST, Kind.LANDLOCK) == b"refused"
+
+
+AT_ONCE = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from imgtool.engines.direct.identity import user_namespace
+from imgtool.process import run
+def both(number):
+    with user_namespace():
+        run(["true"])
+with ThreadPoolExecutor(16) as pool:
+    list(pool.map(both, range(160)))
+"""
+
+
+@pytest.mark.skipif(not ROOT, reason="only root's sandbox is in a namespace that imgtool makes")
+def test_many_threads_open_guests_at_once():
+    """None waits for a pipe that a process of another thread holds."""
+    command = [sys.executable, "-c", AT_ONCE]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0

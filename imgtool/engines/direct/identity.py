@@ -11,15 +11,14 @@ DynamicUser for the range of numbers.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
 from imgtool.engines.direct.filesystem import NoSandbox
+from imgtool.process import DEVNULL, PIPE, find, spawn
 
-_CLONE_NEWUSER = 0x10000000
 _NOBODY = 65534
 _DYNAMIC = range(61184, 65520)
 
@@ -56,33 +55,26 @@ def spare_user() -> int | None:
 def user_namespace() -> Iterator[int]:
     """A descriptor of a new user namespace, in which all users and groups are who they are here.
 
+    A namespace has to have a process in it before it can be given its users. That is a program: a
+    copy of this process would hold the pipes that other threads wait at.
+
     Raises `NoSandbox` where none can be had.
     """
-    said, say = os.pipe2(os.O_CLOEXEC)
-    waits, end = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()
-    if not pid:
+    if find("unshare") is None:
+        raise NoSandbox("unshare is not installed")
+    with spawn(["unshare", "--user", "cat"], stdin=PIPE, stdout=PIPE, stderr=DEVNULL) as process:
+        assert process.stdin is not None and process.stdout is not None
         try:
-            os.close(end)
-            os.write(say, b"-" if ctypes.CDLL(None).unshare(_CLONE_NEWUSER) else b"+")
-            os.read(waits, 1)
-        finally:
-            os._exit(0)
-    os.close(say)
-    os.close(waits)
-    try:
-        if os.read(said, 1) != b"+":
-            raise NoSandbox("no user namespace can be made")
-        for name, parts in zip(("uid_map", "gid_map"), _mapped(), strict=True):
-            lines = [f"{part.start} {part.start} {len(part)}\n" for part in parts]
-            Path(f"/proc/{pid}/{name}").write_text("".join(lines))
-        descriptor = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise NoSandbox(f"no user namespace can be filled: {error.strerror}") from error
-    finally:
-        os.close(said)
-        os.close(end)
-        os.waitpid(pid, 0)
+            process.stdin.write(b"+")
+            process.stdin.flush()
+            if process.stdout.read(1) != b"+":  # which cat(1) says from within
+                raise NoSandbox("no user namespace can be made")
+            for name, parts in zip(("uid_map", "gid_map"), _mapped(), strict=True):
+                lines = [f"{part.start} {part.start} {len(part)}\n" for part in parts]
+                Path(f"/proc/{process.pid}/{name}").write_text("".join(lines))
+            descriptor = os.open(f"/proc/{process.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise NoSandbox(f"no user namespace can be filled: {error.strerror}") from error
     try:
         yield descriptor
     finally:
