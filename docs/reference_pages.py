@@ -19,7 +19,7 @@ from typing import Any
 
 import typer
 
-from imgtool.cli.commands import COMMANDS, GROUPS, app_with
+from imgtool.cli.command_table import COMMANDS, GROUPS, app_with
 from imgtool.inject.spec import schema_text
 
 _MARK = re.compile(r"^<!-- generated: (\w+)(?: ([\w-]+))? -->$", re.MULTILINE)

@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from imgtool.engines.libguestfs.launch import remembered, saved_home
-from imgtool.engines.libguestfs.saved import all_saved
+from imgtool.engines.libguestfs.appliance.launch import remembered, saved_home
+from imgtool.engines.libguestfs.appliance.saved import all_saved
 from imgtool.errors import HostError, UsageError
-from imgtool.process import Limits, run
+from imgtool.host.process import Limits, run
 
 CACHE_NEEDS = 1_000_000_000  # bytes, while supermin builds the appliance
 MEMORY_NEEDS = 1_500_000_000  # bytes: the appliance's 1280 MiB and QEMU's own
@@ -361,8 +361,8 @@ def _memory(host: Host) -> Check:
 
 def _sandboxes(host: Host) -> Iterator[Check]:
     """The kinds of sandbox that the direct engine can have, tried as it would start them."""
-    from imgtool.engines.direct.filesystem import NeedsAppliance, NoSandbox
-    from imgtool.engines.direct.sandbox import Kind, try_kind
+    from imgtool.engines.direct.parent.sandbox import Kind, try_kind
+    from imgtool.engines.direct.wire.refusals import NoSandbox, Unsupported
 
     used = False
     for kind, name in (
@@ -374,7 +374,7 @@ def _sandboxes(host: Host) -> Iterator[Check]:
         except NoSandbox as error:
             fix = _namespaces_fix(host) if kind is Kind.NAMESPACES else _LANDLOCK_FIX
             yield Check(name, None, False, str(error), fix)
-        except NeedsAppliance as error:  # of which there is a line above
+        except Unsupported as error:  # of which there is a line above
             yield Check(name, None, False, str(error))
         else:
             journals = "" if kind is Kind.NAMESPACES else "; no journal is replayed in it"
@@ -440,8 +440,8 @@ def _nbd(host: Host) -> Check:
 
 def _mounts() -> Iterator[Check]:
     """What `mount --via` can do here, asked of the mounts themselves."""
-    from imgtool.mount.available import no_appliance, not_root
-    from imgtool.mount.mechanisms import MECHANISMS
+    from imgtool.mount.mechanisms.available import no_appliance, not_root
+    from imgtool.mount.mechanisms.mechanisms import MECHANISMS
 
     ways = [("fuse", "every image", no_appliance(load=False))]
     for mechanism in MECHANISMS:

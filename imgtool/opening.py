@@ -15,15 +15,15 @@ from imgtool.guest.guest import Guest
 from imgtool.guest.keys import Key, parse_key
 from imgtool.guest.model import Mount
 from imgtool.guest.partitions import partitions_of
-from imgtool.image.chain import Chain, open_chain
-from imgtool.image.doubts import doubts_of
-from imgtool.image.locks import warn_if_written
-from imgtool.image.reading import chain_to_read
-from imgtool.image.steady import is_safe_from_others, refuse_others_opened
+from imgtool.image.chain.chain import Chain, open_chain
+from imgtool.image.chain.reading import chain_to_read
+from imgtool.image.chain.steady import is_safe_from_others, refuse_others_opened
+from imgtool.image.checks.doubts import doubts_of
+from imgtool.image.locking.locks import warn_if_written
 
 if TYPE_CHECKING:
-    from imgtool.engines.libguestfs.guest import LibguestfsGuest
-    from imgtool.engines.libguestfs.soundness import Unsound
+    from imgtool.engines.libguestfs.guest.fsck import FsckFailure
+    from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest
 
 log = logging.getLogger(__name__)
 ENGINES = ("auto", "direct", "libguestfs")
@@ -57,11 +57,11 @@ def open_images(
 
 
 def _not_noise(chains: tuple[Chain, ...], format: str | None) -> tuple[Chain, ...]:
-    from imgtool.image.recognise import refuse_noise
+    from imgtool.image.checks.recognise import require_known_content
 
     if format is None:
         for chain in chains:
-            refuse_noise(chain)
+            require_known_content(chain)
     return chains
 
 
@@ -155,8 +155,8 @@ def open_guest(
             _tell_left_out(read, notice)
             return
 
-        from imgtool.engines.choice import ChosenGuest
-        from imgtool.engines.direct.opened import open_direct
+        from imgtool.engines.direct.parent.session import open_direct
+        from imgtool.engines.fallback import ChosenGuest
 
         def direct() -> AbstractContextManager[Guest]:
             return open_direct(
@@ -179,7 +179,7 @@ def _tell_left_out(guest: Guest, notice: Callable[[str], None]) -> None:
 def _refuse_lost(chains: Sequence[Chain]) -> None:
     """Raise `ImageError` for an image that was cut off: the appliance would read zeros for what is
     lost of it."""
-    from imgtool.image.ends import Truncated
+    from imgtool.image.chain.ends import Truncated
 
     for chain in chains:
         if (unseen := chain.active.unseen) is not None and chain.active.is_truncated:
@@ -211,8 +211,8 @@ def open_guest_to_write(
     it is in overlays beside the images, or in `tmp_dir`. Raises `RefusedError` for an image that
     is in use, or the base of overlays; `force` gives up what it names.
     """
-    from imgtool.image import transaction
-    from imgtool.image.guards import refuse_if_interrupted
+    from imgtool.image.change import transaction
+    from imgtool.image.change.guards import refuse_if_interrupted
 
     if clone is not None:
         if add:
@@ -253,14 +253,14 @@ def open_guest_to_write(
 
 
 def _refuse_new_faults(
-    found: Sequence[Unsound], chains: Sequence[Chain], options: dict[str, Any]
+    found: Sequence[FsckFailure], chains: Sequence[Chain], options: dict[str, Any]
 ) -> None:
     """Raise `ImgtoolError` where a filesystem has faults that it had not before it was written to.
 
     A filesystem with older faults may be written to: a guest that does not start is often mended
     by one file.
     """
-    from imgtool.engines.libguestfs.soundness import check, filesystems, new_faults
+    from imgtool.engines.libguestfs.guest.fsck import check, filesystems, new_faults
 
     with _appliance(chains, **options) as before:
         # What is in the journals counts as written.
@@ -299,7 +299,7 @@ def open_guest_in_place(
 ) -> Iterator[LibguestfsGuest]:
     """As `open_guest_to_write`, but every write is in the image at once: for a mount, whose user
     decides what belongs together."""
-    from imgtool.image.guards import refuse_to_guess, refuse_to_write
+    from imgtool.image.change.guards import refuse_to_guess, refuse_to_write
 
     chains = _chains_to_write([image, *add], format, backing_dirs, notice)
     for chain in chains:
@@ -317,8 +317,8 @@ def _chains_to_write(
     backing_dirs: Sequence[str | Path],
     notice: Callable[[str], None],
 ) -> tuple[Chain, ...]:
-    from imgtool.image.recovery import recover
-    from imgtool.image.unfinished import refuse_format_of_record
+    from imgtool.image.change.recovery import recover
+    from imgtool.image.intent.intent_state import refuse_format_of_record
 
     for image in map(Path, images):
         refuse_format_of_record(image, format)
@@ -359,8 +359,8 @@ def _appliance(
     notice: Callable[[str], None],
     debug: bool,
 ) -> Iterator[LibguestfsGuest]:
-    from imgtool.engines.libguestfs.guest import LibguestfsGuest
-    from imgtool.engines.libguestfs.launch import launched
+    from imgtool.engines.libguestfs.appliance.launch import launched
+    from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest
 
     with contextlib.ExitStack() as stack:
         add_drives = _drives(chains, snapshot, write, stack)
@@ -408,7 +408,7 @@ def _drives(
 
         return add_files
 
-    from imgtool.image.nbd import serve
+    from imgtool.image.qemu.nbd import serve
 
     sockets = [stack.enter_context(serve(chain, snapshot=snapshot)).socket for chain in chains]
 

@@ -19,7 +19,7 @@ import typer
 
 import imgtool.opening
 from imgtool import cli
-from imgtool.engines.choice import FATAL_VARIABLE
+from imgtool.engines.fallback import FATAL_VARIABLE
 
 # A command that is found only where the environment is on the PATH is not tested: all start
 # `python -m imgtool` with the Python that runs the tests.

@@ -9,8 +9,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from imgtool.host.process import processes_naming
 from imgtool.mount.kernel import users_of
-from imgtool.process import processes_naming
 
 LIMIT = 60.0
 

@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 
 import typer
 
-from imgtool import interrupt
 from imgtool.cli import render
-from imgtool.cli.commands import app_with
+from imgtool.cli.command_table import app_with
 from imgtool.errors import ExitStatus, ImgtoolError
+from imgtool.host import interrupt
 
 # What a write ends with where a file system, a quota or a limit is full.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

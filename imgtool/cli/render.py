@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from imgtool.cli.options import Output
 
 if TYPE_CHECKING:
-    from imgtool.guest.xattrs import Xattrs
+    from imgtool.formats.xattrs import Xattrs
 
 Row = Mapping[str, Any]
 
@@ -125,7 +125,7 @@ def attribute(name: bytes, value: bytes) -> str:
     """An extended attribute as getfattr(1) shows it: text in quotes, all else in base64 after
     `0s`; ACLs as in acl(5), on one line.
     """
-    from imgtool.guest.xattrs import ACLS, acl_text
+    from imgtool.formats.xattrs import ACLS, acl_text
 
     shown = acl_text(value) if name in ACLS else None
     if shown is not None:

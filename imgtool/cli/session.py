@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imgtool import interrupt
 from imgtool.cli import render
 from imgtool.errors import ExitStatus, Force, ImgtoolError, UsageError
 from imgtool.guest.model import Mount
+from imgtool.host import interrupt
 
 if TYPE_CHECKING:
-    from imgtool.engines.libguestfs.guest import LibguestfsGuest
+    from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest
     from imgtool.guest.guest import Guest
-    from imgtool.image.chain import Chain
+    from imgtool.image.chain.chain import Chain
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ class Request:
 
     def _review(self, written: Sequence[Chain]) -> None:
         """Show what would be changed."""
-        from imgtool.cli.diffing import show_written
+        from imgtool.cli.commands.diffing import show_written
 
         show_written(self, [chain.active.path for chain in written])
 

@@ -248,7 +248,11 @@ class _Contents:
 
     def spares(self, one: Entry, other: Entry) -> bool:
         """Whether both sides have the same content without a look at it: in the same blocks."""
-        shared = one.place is not None and one.place == other.place and one.size == other.size
+        shared = (
+            one.extent_digest is not None
+            and one.extent_digest == other.extent_digest
+            and one.size == other.size
+        )
         self.spared += shared
         return shared
 
@@ -267,7 +271,7 @@ class _Contents:
 
     def summed(self, guest: Guest, entry: Entry, walk: Walk) -> Entry:
         """The entry with its checksum, if one is asked for and was not tried already."""
-        if self._kind is None or entry.place is None:
+        if self._kind is None or entry.extent_digest is None:
             return entry
         try:
             return dataclasses.replace(entry, checksum=guest.checksum(self._kind, entry.path))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from imgtool.errors import EngineError
-from imgtool.image.places import printable
+from imgtool.text import printable
 
 if TYPE_CHECKING:
     from imgtool.guest.model import Entry

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imgtool.errors import UsageError
-from imgtool.image.chain import Chain
-from imgtool.image.places import printable
+from imgtool.image.chain.chain import Chain
 from imgtool.opening import open_images
+from imgtool.text import printable
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from imgtool.compare.differences import CHANGED, Difference
 from imgtool.guest.guest import Guest
-from imgtool.process import Limits, ProgramFailed, TimedOut, run
+from imgtool.host.process import Limits, ProgramFailed, TimedOut, run
 
 LONGEST = 1 << 20
 _LOOKED_AT = 8000  # bytes, as git does, for a NUL

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
+from imgtool.formats.foreign_tables import SUFFIX, TITLES
 from imgtool.guest.model import Device
-from imgtool.image.foreign_tables import SUFFIX, TITLES
 
 # Partitions that hold no filesystem by design: extended ones, and Windows' own (LDM, reserved).
 # These are not even listed as filesystems; a BIOS boot partition is, as one of unknown type.

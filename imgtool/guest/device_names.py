@@ -16,9 +16,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from imgtool.formats.numbers import whole_number
 from imgtool.guest.blocks import LOCKED, Block, contents
 from imgtool.guest.model import Device
-from imgtool.guest.numbers import whole_number
 
 _PLAIN = re.compile(r"(/dev/(?:[hsv]d|xvd|ubd))([a-z]{1,3})([0-9]*)")
 _NUMBERED = re.compile(r"(/dev/(?:nvme(?=[0-9]+n1)|mmcblk))([0-9]+)(?:n1)?(?:p([0-9]+))?")

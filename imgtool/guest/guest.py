@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 from imgtool.errors import EngineError, NotInGuestError
+from imgtool.formats.numbers import whole_number
+from imgtool.formats.xattrs import Xattrs
 from imgtool.guest.model import Device, Entry, Layout, OperatingSystem, SpaceUsage
-from imgtool.guest.numbers import whole_number
 from imgtool.guest.paths import guest_path
-from imgtool.guest.xattrs import Xattrs
 
 if TYPE_CHECKING:
-    from imgtool.image.chain import Chain
+    from imgtool.image.chain.chain import Chain
 
 # Called with a path and one line about what is wrong with it.
 OnProblem = Callable[[bytes, str], None]

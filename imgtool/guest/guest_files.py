@@ -10,7 +10,7 @@ from imgtool.guest.guest import Guest
 
 
 class GuestFiles:
-    """`imgtool.guest.files.Files` on a guest; what cannot be read is not there."""
+    """`imgtool.formats.files.Files` on a guest; what cannot be read is not there."""
 
     def __init__(self, guest: Guest) -> None:
         self._guest = guest

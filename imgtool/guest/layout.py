@@ -20,13 +20,13 @@ from imgtool.errors import (
     listed,
     shortened,
 )
+from imgtool.formats.foreign_tables import SUFFIX, TITLES
+from imgtool.formats.fstab import FstabEntry, named_devices, parse_fstab
+from imgtool.formats.numbers import whole_number
 from imgtool.guest.blocks import LOCKED, UNKNOWN, Block, locked
 from imgtool.guest.device_names import DeviceNames, parse_crypttab
-from imgtool.guest.fstab import FstabEntry, named_devices, parse_fstab
 from imgtool.guest.model import Device, Layout, Mount, Unshown
-from imgtool.guest.numbers import whole_number
-from imgtool.image.foreign_tables import SUFFIX, TITLES
-from imgtool.image.places import typed
+from imgtool.text import typed
 
 SMALL_FILE = 256 * 1024
 

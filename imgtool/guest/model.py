@@ -9,7 +9,8 @@ from __future__ import annotations
 import stat
 from dataclasses import dataclass, field
 
-from imgtool.guest.xattrs import Xattrs
+from imgtool.formats.application import Application
+from imgtool.formats.xattrs import Xattrs
 
 FILE_TYPES = {
     stat.S_IFREG: "file",
@@ -26,9 +27,9 @@ FILE_TYPES = {
 class Entry:
     """One name in a guest: what `lstat` says of it, its target, and its checksum if asked for.
 
-    `mode` is the whole `st_mode`; `blocks` counts 512-byte units really allocated. `place` stands
-    for where a file's data are on the disks, where that was asked for (`Guest.walk_unshared`).
-    `xattrs` are the extended attributes, if asked for and readable.
+    `mode` is the whole `st_mode`; `blocks` counts 512-byte units really allocated. `extent_digest`
+    stands for where a file's data are on the disks, where that was asked for
+    (`Guest.walk_unshared`). `xattrs` are the extended attributes, if asked for and readable.
     """
 
     path: bytes
@@ -44,7 +45,7 @@ class Entry:
     rdev: int = 0
     target: bytes | None = None
     checksum: str | None = None
-    place: str | None = None
+    extent_digest: str | None = None
     xattrs: Xattrs | None = None
 
     @property
@@ -74,30 +75,6 @@ class Device:
     size: int | None = None
     mountpoint: str | None = None
     parents: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Partition:
-    """A row of `partitions`. `end` and `end_sector` are inclusive; `type` is the table's own code
-    (a GUID for GPT, `0x83` for msdos); `table` is gpt, msdos or none.
-
-    A disk without a partition table is one row with `number` None. `partuuid` is what Linux calls
-    PARTUUID.
-    """
-
-    device: str
-    number: int | None
-    start: int
-    size: int
-    end: int
-    start_sector: int
-    sector_size: int
-    type: str | None
-    type_name: str | None
-    name: str | None
-    bootable: bool
-    table: str
-    partuuid: str | None = None
 
 
 @dataclass(frozen=True)
@@ -185,17 +162,6 @@ class Layout:
     def optional(self) -> frozenset[str]:
         """Those of `missed` without which the guest starts too."""
         return frozenset(one.mountpoint for one in self.unshown if one.optional)
-
-
-@dataclass(frozen=True)
-class Application:
-    """An installed package."""
-
-    name: str
-    version: str
-    release: str = ""
-    epoch: int = 0
-    arch: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What operating system a guest has, from its files alone: the answers of libguestfs's inspection.
 
 Where an unusual guest or another version of libguestfs could give another answer than the one here,
-`Unknown` is raised.
+`Undetermined` is raised.
 
 Facts: guestfs(3), "INSPECTION", and the behaviour of libguestfs 1.48; elf(5).
 """
@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 import struct
 
-from imgtool.guest.files import SMALL_FILE, Files, Unknown, small, text
+from imgtool.formats.files import SMALL_FILE, Files, Undetermined, small, text
+from imgtool.formats.release_files import read_release
 from imgtool.guest.model import OperatingSystem
-from imgtool.guest.release_files import read_release
 
-__all__ = ["Files", "Unknown", "identify"]
+__all__ = ["Files", "Undetermined", "identify"]
 
 AUGEAS_LIMIT = 100_000
 MOST_KERNELS = 10_000
@@ -69,17 +69,17 @@ def _elf_architecture(header: bytes) -> str | None:
     """The architecture of a program from its first bytes; None for what is not a program."""
     if not header.startswith(b"\x7fELF"):
         if header.startswith(_OTHER_PROGRAMS):
-            raise Unknown("a shell that is neither an ELF program nor a script")
+            raise Undetermined("a shell that is neither an ELF program nor a script")
         return None
     if len(header) < 20 or header[4] not in (1, 2) or header[5] not in (1, 2):
-        raise Unknown("a shell with a damaged ELF header")
+        raise Undetermined("a shell with a damaged ELF header")
     big = header[5] == 2
     kind, machine = struct.unpack_from(">HH" if big else "<HH", header, 16)
     if kind not in (1, 2, 3):
-        raise Unknown("a shell that is an ELF file of another kind")
+        raise Undetermined("a shell that is an ELF file of another kind")
     name = _MACHINES.get(machine)
     if name is None:
-        raise Unknown(f"ELF machine {machine}")
+        raise Undetermined(f"ELF machine {machine}")
     if name == "ppc64":
         return "ppc64" if big else "ppc64le"
     if name == "s390":
@@ -100,18 +100,18 @@ def _architecture(files: Files) -> str | None:
 
 def _network_hostname(content: bytes) -> str | None:
     if len(content) > AUGEAS_LIMIT:
-        raise Unknown("/etc/sysconfig/network is long")
+        raise Undetermined("/etc/sysconfig/network is long")
     found: list[bytes] = []
     for line in content.split(b"\n"):
         if not line.strip() or line.startswith(b"#"):
             continue
         plain = re.fullmatch(rb"([A-Za-z_][A-Za-z0-9_]*)=([A-Za-z0-9._:/-]+)", line)
         if plain is None:
-            raise Unknown("/etc/sysconfig/network is more than plain assignments")
+            raise Undetermined("/etc/sysconfig/network is more than plain assignments")
         if plain[1] == b"HOSTNAME":
             found.append(plain[2])
     if len(found) > 1:
-        raise Unknown("/etc/sysconfig/network names the host twice")
+        raise Undetermined("/etc/sysconfig/network names the host twice")
     return text(found[0]) if found else None
 
 
@@ -123,7 +123,7 @@ def _hostname(files: Files) -> str | None:
         first = content.partition(b"\n")[0]
         # Versions of libguestfs differ in whether they go on to the next line.
         if not first or first.startswith(b"#"):
-            raise Unknown(f"{path} begins with a comment or an empty line")
+            raise Undetermined(f"{path} begins with a comment or an empty line")
         return text(first)
     content = small(files, "/etc/sysconfig/network")
     return None if content is None else _network_hostname(content)
@@ -163,21 +163,21 @@ def _check_layout(files: Files, mountpoints: dict[str, str]) -> None:
             continue
         first = "/" + path.strip("/").partition("/")[0]
         if first in _LOOKED_INTO and path not in _APART:
-            raise Unknown(f"{path} is a filesystem of its own")
+            raise Undetermined(f"{path} is a filesystem of its own")
         if all(files.is_dir(f"{path}/{name}") for name in ("etc", "bin", "share", "local")):
-            raise Unknown(f"{path} looks like a /usr")
+            raise Undetermined(f"{path} looks like a /usr")
 
 
 def _check_linux(files: Files) -> None:
     if files.is_dir("/Windows/System32"):
-        raise Unknown("Windows")
+        raise Undetermined("Windows")
     for path in _NOT_LINUX:
         if files.file_header(path, 1) is not None:
-            raise Unknown(f"an operating system with {path}")
+            raise Undetermined(f"an operating system with {path}")
     if not (files.is_dir("/etc") and files.is_dir("/bin")):
-        raise Unknown("no /etc and /bin")
+        raise Undetermined("no /etc and /bin")
     if all(files.file_header(path, 1) is None for path in ("/etc/fstab", "/etc/hosts")):
-        raise Unknown("neither /etc/fstab nor /etc/hosts")
+        raise Undetermined("neither /etc/fstab nor /etc/hosts")
 
 
 def _kernels(files: Files) -> tuple[str, ...]:
@@ -185,7 +185,7 @@ def _kernels(files: Files) -> tuple[str, ...]:
         return ()
     names = files.names("/lib/modules")
     if len(names) > MOST_KERNELS:
-        raise Unknown("/lib/modules has very many names")
+        raise Undetermined("/lib/modules has very many names")
     return tuple(sorted(text(name) for name in names))
 
 
@@ -196,14 +196,14 @@ def _known(value: str | None) -> str | None:
 def identify(files: Files, root: str, mountpoints: dict[str, str]) -> OperatingSystem:
     """The operating system on the filesystem `root`, its `applications` not listed.
 
-    Raises `Unknown` where libguestfs might answer otherwise: Windows and the BSDs, distributions
-    that were not tried, a /usr of its own, odd release files.
+    Raises `Undetermined` where libguestfs might answer otherwise: Windows and the BSDs,
+    distributions that were not tried, a /usr of its own, odd release files.
     """
     _check_layout(files, mountpoints)
     _check_linux(files)
     release = read_release(files)
     if release.distribution == "coreos":
-        raise Unknown("CoreOS, whose parts are on several filesystems")
+        raise Undetermined("CoreOS, whose parts are on several filesystems")
     major = (release.version or (0, 0))[0]
     return OperatingSystem(
         root=root,

@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from imgtool.guest.files import Files, Unknown, text
-from imgtool.guest.model import Application
-from imgtool.guest.rpm_database import MOST_PACKAGES, Rows, add_package, rpm_packages
+from imgtool.formats.application import Application
+from imgtool.formats.files import Files, Undetermined, text
+from imgtool.formats.rpm_database import MOST_PACKAGES, Rows, add_package, rpm_packages
 
 TEXT_LIMIT = 300_000_000
 # libguestfs reads dpkg's status in pieces of this many bytes; the rest of a longer line counts as
@@ -30,15 +30,15 @@ def _lines(stream: BinaryIO, longest: int) -> Iterator[bytes]:
     while line := stream.readline(longest):
         total += len(line)
         if total > TEXT_LIMIT:
-            raise Unknown("the package database is very long")
+            raise Undetermined("the package database is very long")
         if b"\0" in line:
-            raise Unknown("the package database has a NUL byte")
+            raise Undetermined("the package database has a NUL byte")
         yield line.removesuffix(b"\n")
 
 
 def _epoch(digits: bytes) -> int:
     if not re.fullmatch(rb"[0-9]{1,9}", digits):
-        raise Unknown(f"a package has the epoch {text(digits[:20])!r}")
+        raise Undetermined(f"a package has the epoch {text(digits[:20])!r}")
     return int(digits)
 
 
@@ -75,7 +75,7 @@ def _apk(stream: BinaryIO) -> Rows:
     fields: dict[bytes, bytes] = {}
     for line in _lines(stream, _LINE_LIMIT):
         if len(line) >= _LINE_LIMIT - 1 or len(line) == 1:
-            raise Unknown("apk's database has an odd line")
+            raise Undetermined("apk's database has an odd line")
         if not line:
             if b"P" in fields and b"V" in fields:
                 epoch, version, release = _version(fields[b"V"])
@@ -102,18 +102,18 @@ def _described(content: bytes) -> dict[bytes, bytes]:
 def _pacman(files: Files) -> Rows:
     folder = "/var/lib/pacman/local"
     if not files.is_dir(folder):
-        raise Unknown(f"there is no {folder}")
+        raise Undetermined(f"there is no {folder}")
     rows: Rows = []
     names = files.names(folder)
     if len(names) > MOST_PACKAGES:
-        raise Unknown("very many packages")
+        raise Undetermined("very many packages")
     for name in names:
         path = f"{folder}/{name.decode('utf-8', 'surrogateescape')}/desc"
         content = files.read(path, _DESCRIPTION_LIMIT + 1)
         if content is None or len(content) > _DESCRIPTION_LIMIT:
             continue
         if b"\0" in content:
-            raise Unknown(f"{text(name)} has a NUL byte")
+            raise Undetermined(f"{text(name)} has a NUL byte")
         fields = _described(content)
         if len(fields) < 3:
             continue
@@ -121,14 +121,14 @@ def _pacman(files: Files) -> Rows:
         if version and release:
             add_package(rows, fields[b"%NAME%"], epoch, version, release, fields[b"%ARCH%"])
     if len({name for name, _ in rows}) < len(rows):
-        raise Unknown("pacman's database has a package twice")
+        raise Undetermined("pacman's database has a package twice")
     return rows
 
 
 def installed(files: Files, package_format: str | None) -> tuple[Application, ...]:
     """The packages, in libguestfs's order; none for a format that libguestfs cannot list.
 
-    Raises `Unknown` where the database is missing, damaged, or in a form not known here.
+    Raises `Undetermined` where the database is missing, damaged, or in a form not known here.
     """
     if package_format == "deb":
         rows = _from_text(files, "/var/lib/dpkg/status")
@@ -141,13 +141,13 @@ def installed(files: Files, package_format: str | None) -> tuple[Application, ..
     elif package_format in (None, "ebuild", "pisi", "xbps"):
         rows = []
     else:
-        raise Unknown(f"packages of the format {package_format}")
+        raise Undetermined(f"packages of the format {package_format}")
     rows.sort(key=lambda row: row[0])
     return tuple(application for _, application in rows)
 
 
 def _from_text(files: Files, path: str) -> Rows:
     if files.file_header(path, 1) is None:
-        raise Unknown(f"there is no {path}")
+        raise Undetermined(f"there is no {path}")
     with files.open(path) as stream:
         return _dpkg(stream) if "dpkg" in path else _apk(stream)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from imgtool.guest.partition_table import PartitionTable, examine
-from imgtool.image.chain import Chain
-from imgtool.image.contents import open_contents
+from imgtool.formats.partition_table import PartitionTable, examine
+from imgtool.image.chain.chain import Chain
+from imgtool.image.qemu.disk_reader import open_contents
 
 
 def partitions_of(

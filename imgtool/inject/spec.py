@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from imgtool.errors import ImgtoolError, UsageError
-from imgtool.inject import (
+from imgtool.inject.planner import LocatedStep
+from imgtool.inject.steps import (
     accounts,
     cloud,
     files,
@@ -22,16 +23,15 @@ from imgtool.inject import (
     ssh_keys,
     system,
 )
-from imgtool.inject.lines import Lines
-from imgtool.inject.running import Placed
-from imgtool.inject.step import Step
+from imgtool.inject.steps.step import Step
+from imgtool.inject.yaml_lines import Lines
 
 
 @dataclass(frozen=True)
 class Spec:
     """What a spec asks for."""
 
-    steps: tuple[Placed, ...]
+    steps: tuple[LocatedStep, ...]
     variables: Mapping[str, str]
 
 
@@ -54,7 +54,7 @@ def read_spec(path: Path) -> tuple[Spec | None, list[ImgtoolError]]:
         ((kind, value),) = step.items()
         where = lines.where(("steps", number, kind))
         made = _STEPS[kind](value, path.parent)
-        steps += [Placed(one, where) for one in (made if isinstance(made, list) else [made])]
+        steps += [LocatedStep(one, where) for one in (made if isinstance(made, list) else [made])]
     variables = {name: str(value) for name, value in lines.data.get("vars", {}).items()}
     return Spec(tuple(steps), variables), []
 

@@ -16,16 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from imgtool.engines.libguestfs.calls import CallFailed, printable
-from imgtool.engines.libguestfs.changing import explained, rewrite_from
-from imgtool.engines.libguestfs.stream import upload
-from imgtool.engines.libguestfs.writing import Labels, is_full
+from imgtool.engines.libguestfs.guest.calls import CallFailed, printable
+from imgtool.engines.libguestfs.guest.stream import upload
+from imgtool.engines.libguestfs.write.changing import explained, rewrite_from
+from imgtool.engines.libguestfs.write.writing import Labels, is_full
 from imgtool.errors import EngineError, HostError, ImgtoolError, RefusedError
 from imgtool.guest.model import Entry
 from imgtool.inject.changes import Changes, Content
 
 if TYPE_CHECKING:
-    from imgtool.engines.libguestfs.guest import LibguestfsGuest
+    from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest
 
 # Paths of one command in the appliance.
 _BATCH = 500

@@ -9,10 +9,10 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from imgtool import said
 from imgtool.errors import EngineError, HostError
+from imgtool.host import program_messages
+from imgtool.host.process import Limits, run
 from imgtool.mount import kernel
-from imgtool.process import Limits, run
 
 _MAGIC_AND_STATE = struct.Struct("<HH")
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def refusal(error: OSError, kind: Kind, subject: str) -> EngineError | HostError
             subject=subject,
             hint="'dmesg' says which; --via fuse has another kernel read it",
         )
-    told = said.by_mount(error.strerror or "")
+    told = program_messages.by_mount(error.strerror or "")
     return EngineError(f"it cannot be mounted: {told.means}", subject=subject, hint=told.step)
 
 

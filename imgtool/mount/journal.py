@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from imgtool.errors import HostError, ImgtoolError, RefusedError
-from imgtool.mount.step import Step
-from imgtool.mount.steps import from_json
+from imgtool.mount.steps.step import Step
+from imgtool.mount.steps.steps import from_json
 
 MAKING, MOUNTED, UNMAKING = "mounting", "mounted", "unmounting"
 _LONGEST = 16 << 20  # bytes; a chain of 200 links makes some hundred thousand

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from imgtool.errors import HostError
-from imgtool.mountinfo import MountInfo, mounts
+from imgtool.host.mountinfo import MountInfo, mounts
 
 _libc = ctypes.CDLL(None, use_errno=True)
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8

@@ -29,10 +29,11 @@ from imgtool.guest.mending import (
     refuse_only_read,
 )
 from imgtool.guest.model import Mount
-from imgtool.mount import filesystems, kernel, mapper_steps, steps
-from imgtool.mount.mechanisms import Mechanism
-from imgtool.mount.plan import Item, Place, Volume, only_the_appliance
-from imgtool.process import find
+from imgtool.host.process import find
+from imgtool.mount import filesystems, kernel
+from imgtool.mount.mechanisms.mechanisms import Mechanism
+from imgtool.mount.plan import DiskRange, Item, Volume, only_the_appliance
+from imgtool.mount.steps import mapper, steps
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ _READ_ONLY_DEVICE = (errno.EROFS, errno.EACCES)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class MountRequest:
     """What is to be mounted where, as the user says it; `partition` and `lv` name one filesystem,
     `mounts` a layout; without them the guest's own layout is looked for. `snapshot` shows the disks
     as they were at that internal snapshot."""
@@ -72,20 +73,20 @@ class NeedsOverlay(Exception):
     """The kernel wants to write to what is read-only: a journal is to be replayed."""
 
 
-class Mounter:
+class MountAttempt:
     """One attempt to mount the items."""
 
-    def __init__(self, wanted: Wanted, mechanism: Mechanism, target: Path) -> None:
+    def __init__(self, wanted: MountRequest, mechanism: Mechanism, target: Path) -> None:
         self._wanted = wanted
         self._mechanism = mechanism
         self._journal = mechanism.journal
         self._target = target
-        self._groups: dict[str, mapper_steps.Group] = {}
-        self._written: set[Place | Volume] = set()
+        self._groups: dict[str, mapper.VolumeGroupActivation] = {}
+        self._written: set[DiskRange | Volume] = set()
 
     def mount(self, items: Sequence[Item], host: set[str]) -> None:
         """All items; `host` are names and UUIDs of the host's own volume groups."""
-        self._journal.do(steps.Guard(self._journal.id))
+        self._journal.do(steps.UdevRule(self._journal.id))
         self._mechanism.start()
         needed = dict.fromkeys(i.source.group for i in items if isinstance(i.source, Volume))
         if needed:
@@ -113,7 +114,7 @@ class Mounter:
             == "LVM2_member"
         ]
         answer = (
-            mapper_steps.lvm(
+            mapper.lvm(
                 devices, "pvs", "--noheadings", "--separator", "|", "-o", "pv_name,vg_name,vg_uuid"
             )
             if devices
@@ -143,7 +144,7 @@ class Mounter:
                     hint="mount it without --rw, which uses a renamed clone, or --via fuse --rw",
                 )
             name = f"imgtool_{self._journal.id}_{number}" if clone else group
-            step = mapper_steps.Group(members[group], group, name, clone)
+            step = mapper.VolumeGroupActivation(members[group], group, name, clone)
             self._journal.do(step)
             self._groups[group] = step
 
@@ -223,7 +224,7 @@ class Mounter:
             if dirty and not (self._mechanism.overlays or self._wanted.writable):
                 raise NeedsOverlay from error
             if dirty and only_shown and keeps_journal(found):
-                named = subject if isinstance(source, Place) else f"/dev/{subject}"
+                named = subject if isinstance(source, DiskRange) else f"/dev/{subject}"
                 raise needs_replay(named, item.at, str(found)) from error
             raise filesystems.refusal(error, kind, subject) from error
         if writable and os.statvfs(place).f_flag & os.ST_RDONLY:

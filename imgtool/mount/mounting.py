@@ -23,25 +23,27 @@ from imgtool.errors import (
     UsageError,
     listed,
 )
+from imgtool.formats.partition_table import disk_name
 from imgtool.guest.hibernation import refuse_sleeping_devices, refuse_sleeping_files
 from imgtool.guest.keys import parse_key
 from imgtool.guest.model import Mount
-from imgtool.guest.partition_table import disk_name
 from imgtool.guest.partitions import partitions_of
-from imgtool.image.chain import Chain
-from imgtool.image.doubts import doubts_of
-from imgtool.image.guards import refuse_to_write
-from imgtool.image.locks import warn_if_written
-from imgtool.image.recovery import recover
-from imgtool.image.snapshot_view import at_snapshot
-from imgtool.image.steady import steady
-from imgtool.mount import appliance, kernel, plan, steps
-from imgtool.mount.available import no_appliance, no_device_mapper
+from imgtool.host.process import Limits, find, run
+from imgtool.image.chain.chain import Chain
+from imgtool.image.chain.snapshot_view import at_snapshot
+from imgtool.image.chain.steady import steady
+from imgtool.image.change.guards import refuse_to_write
+from imgtool.image.change.recovery import recover
+from imgtool.image.checks.doubts import doubts_of
+from imgtool.image.locking.locks import warn_if_written
+from imgtool.mount import kernel, plan
 from imgtool.mount.journal import Journal, journals, remove_empty_folders
-from imgtool.mount.mechanisms import MECHANISMS, Mechanism
-from imgtool.mount.mounter import Mounter, NeedsOverlay, Wanted
+from imgtool.mount.mechanisms import appliance
+from imgtool.mount.mechanisms.available import no_appliance, no_device_mapper
+from imgtool.mount.mechanisms.mechanisms import MECHANISMS, Mechanism
+from imgtool.mount.mounter import MountAttempt, MountRequest, NeedsOverlay
 from imgtool.mount.plan import Disk, Item, Volume
-from imgtool.process import Limits, find, run
+from imgtool.mount.steps import steps
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +107,7 @@ def choose(via: str, chains: Sequence[Chain]) -> type[Mechanism] | None:
     raise HostError("it cannot be mounted here: " + "; ".join(why_not), hint=hint)
 
 
-def _check_images(wanted: Wanted, chains: Sequence[Chain]) -> None:
+def _check_images(wanted: MountRequest, chains: Sequence[Chain]) -> None:
     _refuse_if_mounted(wanted, chains)  # first, since it knows what to do about it
     for chain in chains:
         if wanted.writable:
@@ -118,7 +120,7 @@ def _check_images(wanted: Wanted, chains: Sequence[Chain]) -> None:
                     wanted.notice(line)
 
 
-def _written(wanted: Wanted, chains: Sequence[Chain]) -> list[Path]:
+def _written(wanted: MountRequest, chains: Sequence[Chain]) -> list[Path]:
     """The files that the mount will write to: of a chain the active image's alone."""
     return [path for chain in chains for path in chain.active.files] if wanted.writable else []
 
@@ -132,7 +134,7 @@ def _identities(paths: Iterable[str | Path]) -> set[tuple[int, int]]:
     return found
 
 
-def _refuse_if_mounted(wanted: Wanted, chains: Sequence[Chain], besides: str = "") -> None:
+def _refuse_if_mounted(wanted: MountRequest, chains: Sequence[Chain], besides: str = "") -> None:
     used = _identities(path for chain in chains for path in chain.files)
     written = _identities(_written(wanted, chains))
     for journal in journals():
@@ -147,7 +149,7 @@ def _refuse_if_mounted(wanted: Wanted, chains: Sequence[Chain], besides: str = "
             )
 
 
-def _start(wanted: Wanted, chains: Sequence[Chain], target: Path, mechanism: str) -> Journal:
+def _start(wanted: MountRequest, chains: Sequence[Chain], target: Path, mechanism: str) -> Journal:
     """A new journal, unless another mount is in the way. Raises `RefusedError`.
 
     It is written before the others are looked at, so that of two mounts at the same time neither
@@ -170,14 +172,14 @@ def _start(wanted: Wanted, chains: Sequence[Chain], target: Path, mechanism: str
     return journal
 
 
-def _disk(number: int, chain: Chain, wanted: Wanted) -> Disk:
+def _disk(number: int, chain: Chain, wanted: MountRequest) -> Disk:
     table = partitions_of(chain, device=disk_name(number), snapshot=wanted.snapshot)
     for problem in table.problems:
         wanted.notice(problem)
     return Disk(number, chain.active.virtual_size, tuple(table.partitions))
 
 
-def _items(wanted: Wanted, disks: Sequence[Disk]) -> list[Item]:
+def _items(wanted: MountRequest, disks: Sequence[Disk]) -> list[Item]:
     if wanted.partition is not None:
         return [Item(plan.partition(disks, wanted.partition))]
     if wanted.lv is not None:
@@ -204,9 +206,9 @@ def _items(wanted: Wanted, disks: Sequence[Disk]) -> list[Item]:
         return plan.items_of(guest.layout, disks, [row.device for row in guest.devices()])
 
 
-def _refuse_sleeping(wanted: Wanted) -> None:
+def _refuse_sleeping(wanted: MountRequest) -> None:
     """Raise `RefusedError` for a Linux guest that is hibernated, as far as that can be told without
-    an appliance; of Windows its filesystem tells (`Mounter`)."""
+    an appliance; of Windows its filesystem tells (`MountAttempt`)."""
     from imgtool.opening import open_guest
 
     def read(path: str, limit: int) -> bytes | None:
@@ -248,7 +250,7 @@ def _host_groups() -> set[str]:
     return found
 
 
-def _request(wanted: Wanted, target: Path) -> dict[str, Any]:
+def _request(wanted: MountRequest, target: Path) -> dict[str, Any]:
     mounts = list(wanted.mounts)
     if wanted.partition is not None:
         mounts = [Mount(f"/dev/sda{wanted.partition}", "/")]
@@ -281,7 +283,7 @@ def _undo_after(error: BaseException, journal: Journal) -> None:
             error.hint = f"not all of it could be undone ({another}): imgtool cleanup"
 
 
-def mount(wanted: Wanted) -> Journal:
+def mount(wanted: MountRequest) -> Journal:
     """Mount what is wanted; it stays until `unmount`. Whatever fails is undone.
 
     Raises `RefusedError` where data would be at risk or the mount point is in use, `HostError`
@@ -313,7 +315,7 @@ def mount(wanted: Wanted) -> Journal:
     return journal
 
 
-def _mounted(wanted: Wanted, chains: Sequence[Chain], target: Path) -> Journal:
+def _mounted(wanted: MountRequest, chains: Sequence[Chain], target: Path) -> Journal:
     _check_images(wanted, chains)
     mechanism = choose(wanted.via, chains)
     if mechanism is None:
@@ -356,7 +358,7 @@ def _mounted(wanted: Wanted, chains: Sequence[Chain], target: Path) -> Journal:
             made = mechanism(
                 chains, disks, journal, wanted.writable, overlays, snapshot=wanted.snapshot
             )
-            Mounter(wanted, made, target).mount(items, host)
+            MountAttempt(wanted, made, target).mount(items, host)
             journal.finished()
         except BaseException as error:
             _undo_after(error, journal)

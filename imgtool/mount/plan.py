@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from imgtool.errors import HostError, NotInGuestError, UsageError, listed
+from imgtool.formats.partition_table import Partition, disk_name
 from imgtool.guest.layout import BTRFS_VOLUME, btrfs_device
-from imgtool.guest.model import Layout, Partition
-from imgtool.guest.partition_table import disk_name
+from imgtool.guest.model import Layout
 
 _PARTITION = re.compile(r"/dev/(?P<disk>sd[a-z]+)(?P<number>[0-9]*)")
 _VOLUME = re.compile(r"/dev/(?!mapper/)(?P<group>[^/]+)/(?P<name>[^/]+)")
 
 
 @dataclass(frozen=True)
-class Place:
+class DiskRange:
     """A stretch of a disk, in bytes: a partition, or with `number` None the whole disk."""
 
     disk: int
@@ -43,7 +43,7 @@ class Volume:
 class Item:
     """One filesystem to mount, at `at` below the mount point."""
 
-    source: Place | Volume
+    source: DiskRange | Volume
     at: str = "/"
     fstype: str | None = None
     subvolume: str | None = None
@@ -59,18 +59,18 @@ class Disk:
     partitions: tuple[Partition, ...]
 
     @property
-    def places(self) -> list[Place]:
+    def places(self) -> list[DiskRange]:
         """Its partitions; the disk itself where there is no partition table."""
         if not self.partitions or self.partitions[0].number is None:
-            return [Place(self.number, None, 0, self.size)]
+            return [DiskRange(self.number, None, 0, self.size)]
         return [
-            Place(self.number, row.number, row.start, row.size)
+            DiskRange(self.number, row.number, row.start, row.size)
             for row in self.partitions
             if row.number is not None
         ]
 
 
-def partition(disks: Sequence[Disk], number: int, disk: int = 0) -> Place:
+def partition(disks: Sequence[Disk], number: int, disk: int = 0) -> DiskRange:
     """The partition with this number. Raises `NotInGuestError`, listing those that there are."""
     rows = disks[disk].partitions
     for place in disks[disk].places:
@@ -105,7 +105,7 @@ def volume(text: str) -> Volume:
     return Volume(group, name)
 
 
-def source_of(device: str, disks: Sequence[Disk]) -> Place | Volume:
+def source_of(device: str, disks: Sequence[Disk]) -> DiskRange | Volume:
     """Where a device of the guest is. Raises `HostError` for one that only the appliance has."""
     matched = _PARTITION.fullmatch(device)
     if matched:
@@ -114,7 +114,7 @@ def source_of(device: str, disks: Sequence[Disk]) -> Place | Volume:
             disk = names.index(f"/dev/{matched['disk']}")
             if matched["number"]:
                 return partition(disks, int(matched["number"]), disk)
-            return Place(disk, None, 0, disks[disk].size)
+            return DiskRange(disk, None, 0, disks[disk].size)
         raise NotInGuestError(
             "the guest has no such disk", subject=device, hint=f"its disks: {', '.join(names)}"
         )

@@ -19,7 +19,7 @@ from imgtool.transfer.keeping import LeftBehind
 from imgtool.transfer.staging import BadName, split
 
 if TYPE_CHECKING:
-    from imgtool.engines.libguestfs.guest import LibguestfsGuest
+    from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest
 
 # A numeric owner, or None for the one that the file has on the host.
 Owner = tuple[int, int] | None
@@ -178,7 +178,7 @@ def copy_in(
     Modes, times, symbolic and hard links are kept. A single source may be given a new name by a
     `dest` that does not exist.
     """
-    from imgtool.engines.libguestfs.writing import destination, put
+    from imgtool.engines.libguestfs.write.writing import destination, put
 
     directory, rename = destination(guest, dest, single=len(plan.sources) == 1)
     left = LeftBehind()
@@ -243,7 +243,7 @@ def tar_in(
     `owner` None keeps the owners of the stream. Raises `ImgtoolError` for a stream that is no tar
     or has names that lead elsewhere.
     """
-    from imgtool.engines.libguestfs.writing import destination, put
+    from imgtool.engines.libguestfs.write.writing import destination, put
 
     directory, _ = destination(guest, dest, single=False)
     left = LeftBehind()

@@ -22,8 +22,8 @@ from imgtool.errors import (
 )
 from imgtool.guest.guest import Guest, OnProblem, OnProgress
 from imgtool.guest.model import Entry
-from imgtool.image.guest_files import GuestFiles
-from imgtool.scratch import large_files
+from imgtool.host.scratch import large_files
+from imgtool.image.chain.guest_files import GuestFiles
 from imgtool.transfer.archive import members
 from imgtool.transfer.keeping import Keeping
 from imgtool.transfer.staging import Attributes, BadName, Staging

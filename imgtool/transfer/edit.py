@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from imgtool import interrupt
 from imgtool.errors import HostError, ImgtoolError, NotInGuestError, RefusedError, UsageError
-from imgtool.process import interactive
-from imgtool.scratch import scratch_folder
+from imgtool.host import interrupt
+from imgtool.host.process import interactive
+from imgtool.host.scratch import scratch_folder
 
 if TYPE_CHECKING:
-    from imgtool.engines.libguestfs.guest import LibguestfsGuest
+    from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest
     from imgtool.guest.guest import Guest
 
 # Gives the new content for the old one.
@@ -252,7 +252,7 @@ def write_edited(
     With `backup` a copy of the old file is kept beside it, under the name with that ending. Raises
     `RefusedError` where the file has changed meanwhile, or something has that name.
     """
-    from imgtool.engines.libguestfs.changing import rewrite
+    from imgtool.engines.libguestfs.write.changing import rewrite
 
     now = guest.resolve(path)
     if guest.read_bytes(now, LARGEST) != old:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from imgtool.guest.xattrs import ACL_ACCESS, ACL_DEFAULT, ACLS, Xattrs
+from imgtool.formats.xattrs import ACL_ACCESS, ACL_DEFAULT, ACLS, Xattrs
 
 # On the host these give rights, to whoever runs a program or reads a file: only on demand.
 _POWERFUL = (b"security.", b"trusted.")

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from imgtool import scratch
 from imgtool.errors import EngineError, ImgtoolError, NotInGuestError, RefusedError
-from imgtool.guest.xattrs import Xattrs
-from imgtool.image.guest_files import GuestFiles
-from imgtool.image.record import is_ours
+from imgtool.formats.xattrs import Xattrs
+from imgtool.host import scratch
+from imgtool.image.chain.guest_files import GuestFiles
+from imgtool.image.intent.intent_log import is_ours
 from imgtool.transfer import folders
 from imgtool.transfer.keeping import set_all
 from imgtool.transfer.writes import Writes

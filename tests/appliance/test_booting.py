@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bootable import MACHINE_ID, bootable, machine, needs_pc
+from tests.support.bootable import MACHINE_ID, bootable, machine, needs_pc
 
 pytestmark = [pytest.mark.appliance, needs_pc]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import guests
-from tests.guests import guest
+from tests.support import guests
+from tests.support.guests import guest
 
 pytestmark = pytest.mark.appliance
 

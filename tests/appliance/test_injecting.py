@@ -11,13 +11,13 @@ import pytest
 
 from imgtool import open_guest
 from imgtool.errors import RefusedError
-from imgtool.inject.files import AppendLine, Write
-from imgtool.inject.running import Placed, check, inject, plan
+from imgtool.inject.planner import LocatedStep, check, inject, plan
 from imgtool.inject.spec import read_spec
+from imgtool.inject.steps.files import AppendLine, Write
 from imgtool.inject.writing import carry_out, refuse_if_changed
 from imgtool.opening import open_guest_to_write
-from tests import guests
-from tests.guests import guest
+from tests.support import guests
+from tests.support.guests import guest
 
 pytestmark = pytest.mark.appliance
 
@@ -129,12 +129,12 @@ def test_every_filesystem_that_is_written_to_is_checked(tmp_path: Path):
     image = tmp_path / "lvm.qcow2"
     shutil.copy(guest("lvm"), image)
     steps = [
-        Placed(Write("/home/new", content="a new file"), "1"),
-        Placed(AppendLine("/boot/grub.cfg", line="a file that is there"), "2"),
+        LocatedStep(Write("/home/new", content="a new file"), "1"),
+        LocatedStep(AppendLine("/boot/grub.cfg", line="a file that is there"), "2"),
     ]
     with open_guest_to_write(image) as opened:
         sources = {mount.mountpoint: mount.source for mount in opened.layout.mounts}
-        _, first = plan(opened, [Placed(Write("/boot/grub.cfg", content="x\n"), "0")], {})
+        _, first = plan(opened, [LocatedStep(Write("/boot/grub.cfg", content="x\n"), "0")], {})
         carry_out(opened, first)
         opened.calls.touched.clear()
         _, changes = plan(opened, steps, {})

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from tests import guests
-from tests.guests import disks, guest
+from tests.support import guests
+from tests.support.guests import disks, guest
 
 pytestmark = pytest.mark.appliance
 LUKS_KEY = f"all:key:{guests.PASSPHRASE}"

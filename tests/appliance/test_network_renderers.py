@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from imgtool.inject import resolver
-from imgtool.inject.cloud import SEED, CloudInit
-from imgtool.inject.network import KEYFILES, Ethernet, Network, renderer_of
-from imgtool.inject.services import Service
-from imgtool.inject.view import View
-from tests.bootable import inside, mounted, needs_pc
-from tests.inject_root import Root
+from imgtool.inject.guest_files import resolver
+from imgtool.inject.guest_overlay import GuestOverlay
+from imgtool.inject.steps.cloud import SEED, CloudInit
+from imgtool.inject.steps.network import KEYFILES, Ethernet, Network, renderer_of
+from imgtool.inject.steps.services import Service
+from tests.support.bootable import inside, mounted, needs_pc
+from tests.support.inject_root import Root
 
 pytestmark = [pytest.mark.appliance, needs_pc]
 
@@ -60,7 +60,7 @@ def settings(text: str) -> set[tuple[str, str]]:
 
 
 def test_netplan_makes_of_it_what_was_meant(root: Tree):
-    assert renderer_of(View(root)) == "netplan"
+    assert renderer_of(GuestOverlay(root)) == "netplan"
     assert root.twice(Network((STATIC, ASKS, BY_MAC))) == ["changed"]
     done = inside(root.folder, "netplan", "generate")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -129,16 +129,16 @@ def test_the_renderer_is_the_one_of_the_packages_that_are_there(root: Tree):
         assert done.returncode == 0, done.stderr
 
     purge("netplan.io")
-    assert renderer_of(View(root)) == "NetworkManager"
+    assert renderer_of(GuestOverlay(root)) == "NetworkManager"
     purge("network-manager")
-    assert renderer_of(View(root)) == "ifupdown"
+    assert renderer_of(GuestOverlay(root)) == "ifupdown"
     purge("systemd-resolved")
     assert root.twice(Network((STATIC,))) == ["changed"]
     assert root.text(resolver.RESOLV_CONF).endswith(
         "search a.example\nnameserver 192.0.2.53\nnameserver 2001:db8::53\n"
     )
     assert root.twice(Service("enable", "systemd-networkd")) == ["changed"]
-    assert renderer_of(View(root)) == "networkd"
+    assert renderer_of(GuestOverlay(root)) == "networkd"
 
 
 USER_DATA = {

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from imgtool import open_guest
+from imgtool.host.process import run
 from imgtool.inject import crypt
-from imgtool.process import run
-from tests.guests import guest
+from tests.support.guests import guest
 
 pytestmark = pytest.mark.appliance
 

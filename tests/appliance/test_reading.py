@@ -11,8 +11,8 @@ import subprocess
 
 import pytest
 
-from tests import guests
-from tests.guests import guest
+from tests.support import guests
+from tests.support.guests import guest
 
 pytestmark = pytest.mark.appliance
 PEER_ENVIRONMENT = {**os.environ, "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg", "LC_ALL": "C"}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guests import disks, guest
+from tests.support.guests import disks, guest
 
 pytestmark = pytest.mark.appliance
 

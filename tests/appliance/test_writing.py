@@ -12,10 +12,10 @@ import pytest
 
 from imgtool import open_guest
 from imgtool.errors import ImgtoolError
-from imgtool.image.record import record_path
+from imgtool.image.intent.intent_log import record_path
 from imgtool.opening import open_guest_to_write
-from tests import guests
 from tests.conftest import Result
+from tests.support import guests
 
 pytestmark = pytest.mark.appliance
 

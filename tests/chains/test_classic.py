@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chains.work import imgtool, qemu_img
+from tests.support.chain_work import imgtool, qemu_img
 
 FILE = "/notes.txt"
 

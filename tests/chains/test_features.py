@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.image.chain import open_chain
-from imgtool.image.holdings import Holdings
-from imgtool.image.transaction import transaction
-from tests.holding import MIB, contents, held, nothing_left, qemu_img, tables, write
+from imgtool.image.chain.chain import open_chain
+from imgtool.image.chain.holdings import Holdings
+from imgtool.image.change.transaction import transaction
+from tests.support.holding import MIB, contents, held, nothing_left, qemu_img, tables, write
 
 FEATURES = {
     "usual": (),

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.image.record import record_path
-from tests.chains.work import SCENES, Scene, checked, imgtool, left_over
-from tests.room import fill, small_disk
+from imgtool.image.intent.intent_log import record_path
+from tests.support.chain_work import SCENES, Scene, checked, imgtool, left_over
+from tests.support.room import fill, small_disk
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small tmpfs")
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.image.record import read_facts, record_path
-from tests.chains.work import (
+from imgtool.image.intent.intent_log import read_facts, record_path
+from tests.support.chain_work import (
     SCENES,
     Scene,
     backing,

@@ -6,7 +6,7 @@ import json
 import subprocess
 from pathlib import Path
 
-from imgtool.image.chain import MAX_LINKS, open_chain
+from imgtool.image.chain.chain import MAX_LINKS, open_chain
 
 
 def test_the_longest_chain_that_is_followed_is_one_that_qemu_opens(tmp_path: Path) -> None:

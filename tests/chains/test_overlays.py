@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.image.chain import open_chain
-from imgtool.image.info import probe
-from imgtool.image.record import is_ours
-from tests.records import left
+from imgtool.image.chain.chain import open_chain
+from imgtool.image.chain.info import probe
+from imgtool.image.intent.intent_log import is_ours
+from tests.support.records import left
 
 SIZE = 4 << 20
 NAMES = ["a:b, c", 'it\'s "q"', "new\nline", "-x", "json:ü"]
@@ -275,7 +275,7 @@ def test_a_protected_base_stays_as_it_is_for_root_too(folder, imgtool_cli):
 
 def test_protection_is_undone_where_the_overlay_cannot_be_made(folder, imgtool_cli, monkeypatch):
     from imgtool.errors import ImgtoolError
-    from imgtool.image.work import Work
+    from imgtool.image.change.plan import Work
 
     def fail(*arguments: object, **options: object) -> None:
         raise ImgtoolError("it cannot get its name")
@@ -366,7 +366,7 @@ def test_an_overlay_that_is_gone_in_the_middle_of_its_commit_is_said(folder, img
 
 def test_an_image_that_changes_after_it_was_looked_at_is_left_alone(folder):
     from imgtool.errors import RefusedError
-    from imgtool.image.overlays import plan_flatten
+    from imgtool.image.change.overlays import plan_flatten
 
     plan = plan_flatten(folder / "top.qcow2")
     write(folder / "base.qcow2", "write -P 8 0 64k")
@@ -403,11 +403,11 @@ def test_an_image_in_use_is_refused_with_the_process(folder, imgtool_cli):
 
 
 def test_no_guest_can_be_started_while_its_image_is_being_replaced(folder):
-    from imgtool.image.locks import kept_from_writers
+    from imgtool.image.locking.locks import block_writers
 
     top = folder / "top.qcow2"
     argv = ["qemu-io", "-f", "qcow2", "-c", "write 0 4k", top]
-    with kept_from_writers(open_chain(top)):
+    with block_writers(open_chain(top)):
         done = subprocess.run(argv, check=False, capture_output=True)
         assert b"lock" in done.stderr + done.stdout
         qemu_img("convert", "-O", "raw", top, folder / "copy")
@@ -415,7 +415,7 @@ def test_no_guest_can_be_started_while_its_image_is_being_replaced(folder):
 
 
 def test_too_little_space_is_told_before_anything_is_done(folder, imgtool_cli, monkeypatch):
-    from imgtool.image import guards
+    from imgtool.image.change import guards
 
     monkeypatch.setattr(guards.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))
     before = everything(folder)

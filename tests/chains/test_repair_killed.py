@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.image.record import record_path
-from tests.chains.work import imgtool, start
-from tests.holding import contents, held, leak, miscount, nothing_left, tables, with_both
+from imgtool.image.intent.intent_log import record_path
+from tests.support.chain_work import imgtool, start
+from tests.support.holding import contents, held, leak, miscount, nothing_left, tables, with_both
 
 
 def _lives(group: int) -> bool:

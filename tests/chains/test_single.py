@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from imgtool.errors import ImgtoolError, UsageError
-from imgtool.image.chain import open_chain
-from imgtool.image.qemu_img import same_content
-from imgtool.image.record import is_ours
-from imgtool.image.single import parse_size
+from imgtool.image.chain.chain import open_chain
+from imgtool.image.change.single import parse_size
+from imgtool.image.intent.intent_log import is_ours
+from imgtool.image.qemu.qemu_img import same_content
 
 MIB = 1 << 20
 
@@ -166,7 +166,7 @@ def test_what_is_no_image_keeps_its_bytes_and_its_length(tmp_path, imgtool_cli):
 
 
 def test_what_is_being_made_is_for_its_owners_eyes_alone(tmp_path, imgtool_cli, monkeypatch):
-    from imgtool.image import compacting
+    from imgtool.image.change import compacting
 
     image = tmp_path / "disk.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", image, "1M")
@@ -308,7 +308,7 @@ def test_what_fails_was_not_interrupted(tmp_path, imgtool_cli, monkeypatch):
     def fail(self, *words):
         raise ImgtoolError("no luck")
 
-    monkeypatch.setattr("imgtool.image.work.Work.prove_same", fail)
+    monkeypatch.setattr("imgtool.image.change.plan.Work.prove_same", fail)
     failed = imgtool_cli("convert", image, tmp_path / "new.qcow2")
     assert failed.status == 1 and "no luck" in failed.err
     assert "warning: the convert of " in failed.err and "interrupted" not in failed.err

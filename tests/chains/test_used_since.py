@@ -17,22 +17,14 @@ from pathlib import Path
 import pytest
 
 from imgtool.errors import ImgtoolError, RefusedError
-from imgtool.image import (
-    compacting,
-    mending,
-    overlays,
-    record,
-    recovery,
-    single,
-    snapshots,
-    work,
-)
-from imgtool.image.ages import newer_bases
-from imgtool.image.chain import open_chain
-from imgtool.image.marks import is_as_noted
-from imgtool.image.record import is_ours, record_path
-from tests.fault import writes
-from tests.fault.writes import KILLED, cut_at, in_child
+from imgtool.image.chain.chain import open_chain
+from imgtool.image.change import compacting, mending, overlays, plan, recovery, single, snapshots
+from imgtool.image.checks.ages import newer_bases
+from imgtool.image.intent import intent_log
+from imgtool.image.intent.intent_log import is_ours, record_path
+from imgtool.image.intent.marks import is_as_noted
+from tests.support import writes
+from tests.support.writes import KILLED, cut_at, in_child
 
 SIZE = 4 << 20
 SINCE = 0x77
@@ -128,7 +120,7 @@ def _three(folder: Path) -> None:
     write(other, "write -P 3 2M 1M")
 
 
-def _alone(job: Callable[[Path], work.Plan]) -> Job:
+def _alone(job: Callable[[Path], plan.Plan]) -> Job:
     """Work on an image of its own in one step."""
     return Job(_with_snapshot, lambda folder: job(folder / "base.qcow2").run(), *["base.qcow2"] * 2)
 
@@ -136,7 +128,7 @@ def _alone(job: Callable[[Path], work.Plan]) -> Job:
 # Work that is in one file, or in a new one: as before or as after at each moment.
 OTHER_JOBS = {
     "compact": _alone(compacting.plan_compact),
-    "resize": _alone(lambda image: single.plan_resize(image, "8M", refuse_to_cut=_cut_all)),
+    "resize": _alone(lambda image: single.plan_resize(image, "8M", require_empty_tail=_cut_all)),
     "snapshot create": _alone(lambda image: snapshots.plan_create(image, "new")),
     "snapshot delete": _alone(lambda image: snapshots.plan_delete(image, "one")),
     "repair": _alone(lambda image: single.plan_repair(image, "all")),
@@ -179,14 +171,14 @@ def killed(job: Job, folder: Path, number: int, after: bool) -> bool:
     def cut() -> None:
         wrap = cut_at(number, after)
         patch = pytest.MonkeyPatch()
-        for module in (work, recovery, mending, writes.transaction):
+        for module in (plan, recovery, mending, writes.transaction):
             patch.setattr(module, "qemu_img", wrap(module.qemu_img))
-        patch.setattr(work, "same_content", wrap(work.same_content))
+        patch.setattr(plan, "same_content", wrap(plan.same_content))
         patch.setattr(overlays, "sync_file", wrap(overlays.sync_file))
-        patch.setattr(work, "put_in_place", wrap(work.put_in_place))
-        patch.setattr(work, "replace", wrap(work.replace))
-        patch.setattr(record.Record, "note", wrap(record.Record.note))
-        patch.setattr(record.Record, "remove", wrap(record.Record.remove))
+        patch.setattr(plan, "put_in_place", wrap(plan.put_in_place))
+        patch.setattr(plan, "replace", wrap(plan.replace))
+        patch.setattr(intent_log.Record, "note", wrap(intent_log.Record.note))
+        patch.setattr(intent_log.Record, "remove", wrap(intent_log.Record.remove))
         patch.setattr(recovery, "remove_unread", wrap(recovery.remove_unread))
         job.do(folder)
 
@@ -351,7 +343,7 @@ def test_while_it_is_under_way_another_imgtool_says_so(tmp_path, imgtool_cli):
     _plain(tmp_path)
     image = tmp_path / "base.qcow2"
     code = (
-        "import sys; from pathlib import Path; from imgtool.image.record import opened\n"
+        "import sys; from pathlib import Path; from imgtool.image.intent.intent_log import opened\n"
         "with opened(Path(sys.argv[1]), create=True) as record:\n"
         "    record.note(operation='resize'); print(flush=True); sys.stdin.read()"
     )
@@ -376,14 +368,14 @@ def test_a_guest_that_is_started_at_once_is_seen(tmp_path, imgtool_cli, name, gr
     if not child:
         os.setpgid(0, 0)
         patch = pytest.MonkeyPatch()
-        really = recovery.qemu_img if name == "write" else work.qemu_img
+        really = recovery.qemu_img if name == "write" else plan.qemu_img
 
         def hang(*words: object, **options: object) -> None:
             really(*words, **options)
             started.touch()
             signal.pause()
 
-        for module in (recovery, work):
+        for module in (recovery, plan):
             patch.setattr(module, "qemu_img", hang)
         job.do(tmp_path)
         os._exit(1)
@@ -423,8 +415,8 @@ def test_no_guest_comes_between_the_proof_and_the_end_of_a_commit(tmp_path, monk
 
         return both
 
-    monkeypatch.setattr(work, "qemu_img", and_a_guest(work.qemu_img))
-    monkeypatch.setattr(work, "same_content", and_a_guest(work.same_content))
+    monkeypatch.setattr(plan, "qemu_img", and_a_guest(plan.qemu_img))
+    monkeypatch.setattr(plan, "same_content", and_a_guest(plan.same_content))
     monkeypatch.setattr(overlays, "sync_file", and_a_guest(overlays.sync_file))
     monkeypatch.setattr(recovery, "remove_unread", and_a_guest(recovery.remove_unread))
     overlays.plan_commit(top, remove=True).run()
@@ -477,9 +469,9 @@ def test_a_guest_that_starts_right_after_the_last_look_locks_it_out(
     """Nothing is left to be finished over what that guest writes."""
     _with_snapshot(tmp_path)
     image, held = tmp_path / "base.qcow2", []
-    really = work.Seen.refuse_if_changed
+    really = plan.Seen.refuse_if_changed
 
-    def looked(seen: work.Seen) -> None:
+    def looked(seen: plan.Seen) -> None:
         really(seen)
         guest = subprocess.Popen(
             ["qemu-io", "-f", "qcow2", image], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -489,7 +481,7 @@ def test_a_guest_that_starts_right_after_the_last_look_locks_it_out(
         guest.stdout.readline()
         held.append(guest)
 
-    monkeypatch.setattr(work.Seen, "refuse_if_changed", looked)
+    monkeypatch.setattr(plan.Seen, "refuse_if_changed", looked)
     more = ("--discard",) if "revert" in words else ()
     verb = words[:2] if words[0] == "snapshot" else words[:1]
     done = imgtool_cli(*verb, image, *words[len(verb) :], *more)
@@ -515,7 +507,7 @@ def test_what_cannot_be_finished_is_ended_and_all_of_it_is_kept(tmp_path, imgtoo
         folder = tmp_path / str(number)
         assert killed(job, folder, number, False)
         image = folder / job.image
-        if record.read_facts(image).get("step") == "commit":
+        if intent_log.read_facts(image).get("step") == "commit":
             break
 
     def fails(*words: object, **options: object) -> None:
@@ -549,11 +541,11 @@ def test_what_is_written_to_a_device_is_seen_by_the_kernels_count(tmp_path, imgt
         def cut() -> None:
             patch = pytest.MonkeyPatch()
             wrap = cut_at(2, True)
-            patch.setattr(record.Record, "note", wrap(record.Record.note))
+            patch.setattr(intent_log.Record, "note", wrap(intent_log.Record.note))
             snapshots.plan_revert(device, "one", save_as="saved").run()
 
         assert in_child(cut) == KILLED
-        noted = record.read_facts(device)["noted"]["image"]
+        noted = intent_log.read_facts(device)["noted"]["image"]
         assert is_as_noted(noted, device)
         write(device, f"write -P {SINCE} 0 1M")
         assert not is_as_noted(noted, device)

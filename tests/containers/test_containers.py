@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.containers.box import PACKAGES, ROOT, Box
-from tests.roots import host_release, root_archive, unpacked
+from tests.support.roots import host_release, root_archive, unpacked
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="runc makes containers as root")
 
@@ -73,7 +73,11 @@ def test_nothing_gets_out_of_the_sandbox_in_a_container(box, user):
     """The tests of the sandbox itself, where there are no namespaces."""
     done = box.run(
         *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-        *("-k", "Landlock and not reads_the_same", ROOT / "tests/unit/test_direct_sandbox.py"),
+        *(
+            "-k",
+            "Landlock and not reads_the_same",
+            ROOT / "tests/unit/engines/direct/parent/test_sandbox.py",
+        ),
         user=user,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr

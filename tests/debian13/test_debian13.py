@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.roots import root_archive, unpacked
+from tests.support.roots import root_archive, unpacked
 
 pytestmark = [
     pytest.mark.long,

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from imgtool.engines.libguestfs.launch import launched
+from imgtool.engines.libguestfs.appliance.launch import launched
 from tests.differential.matrix import MIB, Image, patch, run, tree_of_files
-from tests.exfat_images import ENTRY, boot_sum, entry_sum
+from tests.support.exfat_images import ENTRY, boot_sum, entry_sum
 from tests.unmounting import unmount
 
 _FRAGMENTED = """\

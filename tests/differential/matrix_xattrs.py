@@ -9,7 +9,7 @@ import random
 import subprocess
 from pathlib import Path
 
-from imgtool.guest.xattrs import Xattrs, ordered
+from imgtool.formats.xattrs import Xattrs, ordered
 
 # name of a file: how many attributes, of how many bytes each
 _SIZES = {

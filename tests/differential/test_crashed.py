@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from imgtool import open_guest
-from imgtool.engines.direct import replay
+from imgtool.engines.direct.replay import host
 from imgtool.errors import ImageError, ImgtoolError
 from imgtool.guest.model import Mount
-from tests.unit.test_direct_sandbox import ATTACK
+from tests.unit.engines.direct.parent.test_sandbox import ATTACK
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not Path("/dev/loop-control").exists(),
@@ -259,18 +259,20 @@ def test_the_command_says_what_it_did(tmp_path):
 TAKEN_OVER = """
 import sys; sys.path[:0] = {paths!r}
 import os
-from imgtool.engines.direct import program, replay, seccomp
+from imgtool.engines.direct.replay import inside
+from imgtool.engines.direct.wire import seccomp
+from imgtool.engines.direct.worker import launcher
 if not {filtered}:
     seccomp.confine = lambda program: None
-begin = program.start
+begin = launcher.start
 def start(argv, descriptors, **options):
-    program.start = begin
+    launcher.start = begin
     with open("/tmp/code", "w") as file:
         file.write({code!r})
     os.waitpid(begin(["/usr/bin/python3", "-I", "-S", "-B", "/tmp/code"], {{1: 1}}, **options), 0)
     return begin(argv, descriptors, **options)
-program.start = start
-replay.main()
+launcher.start = start
+inside.main()
 """
 BEYOND = """
 def rights():
@@ -289,7 +291,7 @@ os.write(1, json.dumps(said).encode() + bytes((10,)))
 @pytest.mark.parametrize("owner", [None, 4321])
 def test_what_replays_a_journal_has_no_rights(tmp_path, monkeypatch, owner, filtered):
     said = []
-    run = replay.run
+    run = host.run
 
     def listened(*words, **options):
         done = run(*words, **options)
@@ -303,8 +305,8 @@ def test_what_replays_a_journal_has_no_rights(tmp_path, monkeypatch, owner, filt
     }
     code = f"targets = {nothing!r}\n{ATTACK}{BEYOND}"
     program = TAKEN_OVER.replace("{code!r}", repr(code).replace("{", "{{").replace("}", "}}"))
-    monkeypatch.setattr(replay, "_START", program.replace("{filtered}", str(filtered)))
-    monkeypatch.setattr(replay, "run", listened)
+    monkeypatch.setattr(host, "_START", program.replace("{filtered}", str(filtered)))
+    monkeypatch.setattr(host, "run", listened)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         image = Path(shutil.copy(crashed(tmp_path, "ext4"), folder))
@@ -330,22 +332,23 @@ def test_what_replays_a_journal_has_no_rights(tmp_path, monkeypatch, owner, filt
 # An e2fsck that writes into the overlay, whichever limit there is for a file's size.
 FILLING = """
 import sys; sys.path[:0] = {paths!r}
-from imgtool.engines.direct import program, replay
-begin = program.start
+from imgtool.engines.direct.replay import inside
+from imgtool.engines.direct.worker import launcher
+begin = launcher.start
 FILL = "import time; open('/work/0', 'wb').write(bytes(16 << 20)); time.sleep(60)"
 def start(argv, descriptors, **options):
     if argv[0] == "/usr/bin/e2fsck":
         argv = ["/usr/bin/python3", "-I", "-S", "-B", "-c", FILL]
     return begin(argv, descriptors, **options)
-program.start = start
-replay._OVERLAYS = 8 << 20
-replay.main()
+launcher.start = start
+inside._OVERLAYS = 8 << 20
+inside.main()
 """
 
 
 def test_what_replays_a_journal_cannot_fill_the_host(tmp_path, monkeypatch):
     image = crashed(tmp_path, "ext4")
-    monkeypatch.setattr(replay, "_START", FILLING)
+    monkeypatch.setattr(host, "_START", FILLING)
     with (
         pytest.raises(ImageError, match="takes too much room"),
         open_guest(image, format="raw", engine="direct"),

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.engines.direct.ext import ExtFilesystem
-from imgtool.engines.direct.ext_superblock import NeedsJournal
-from imgtool.engines.direct.filesystem import NeedsAppliance, Node, ReadFailed
+from imgtool.engines.direct.wire.refusals import Unsupported
+from imgtool.engines.direct.worker.fs.base import Node, ReadFailed
+from imgtool.engines.direct.worker.fs.ext.reader import ExtFilesystem
+from imgtool.engines.direct.worker.fs.ext.superblock import NeedsJournal
 from tests.differential import matrix_ext, matrix_xattrs
 
 pytestmark = pytest.mark.skipif(
@@ -73,7 +74,7 @@ def _compare(image: Path) -> str:
         usage = filesystem.usage()
     except NeedsJournal:
         return "refused: journal"
-    except NeedsAppliance as refusal:
+    except Unsupported as refusal:
         return "refused" if str(refusal) else "refused without a reason"
     finally:
         source.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guests import LVM_LAYOUT, disks, guest
+from tests.support.guests import LVM_LAYOUT, disks, guest
 
 pytestmark = pytest.mark.appliance
 

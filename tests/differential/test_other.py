@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 
-from imgtool.engines.direct.exfat import ExfatFilesystem
-from imgtool.engines.direct.fat import FatFilesystem
-from imgtool.engines.direct.filesystem import Filesystem, NeedsAppliance, ReadFailed, Usage
-from imgtool.engines.direct.iso import IsoFilesystem
-from imgtool.engines.direct.ntfs import NtfsFilesystem
-from imgtool.engines.direct.tree import Tree
-from imgtool.engines.direct.tree_files import pieces
-from imgtool.engines.libguestfs.launch import launched
+from imgtool.engines.direct.wire.refusals import Unsupported
+from imgtool.engines.direct.worker.fs.base import Filesystem, ReadFailed, Usage
+from imgtool.engines.direct.worker.fs.exfat.reader import ExfatFilesystem
+from imgtool.engines.direct.worker.fs.fat.reader import FatFilesystem
+from imgtool.engines.direct.worker.fs.iso.reader import IsoFilesystem
+from imgtool.engines.direct.worker.fs.ntfs.reader import NtfsFilesystem
+from imgtool.engines.direct.worker.tree import Tree
+from imgtool.engines.direct.worker.tree_files import pieces
+from imgtool.engines.libguestfs.appliance.launch import launched
 from tests.differential.matrix import Image
 from tests.differential.matrix_exfat import part_written
 from tests.differential.matrix_other import make_images
@@ -218,7 +219,7 @@ def test_a_file_of_exfat_that_is_not_written_to_its_end_is_left_to_the_appliance
     shutil.copyfile(images["exfat"].path, image)
     part_written(image)
     found = ExfatFilesystem.open(FileSource(image))
-    with pytest.raises(NeedsAppliance, match="not written to its end"):
+    with pytest.raises(Unsupported, match="not written to its end"):
         found.stat(found.lookup(found.root, b"lower.txt"))
     assert found.stat(found.lookup(found.root, b"UPPER.TXT")).size == 9
 
@@ -256,5 +257,5 @@ def test_what_was_never_compared_is_left_to_the_appliance(images):
     refused = [image for image in images.values() if image.refused]
     assert refused
     for image in refused:
-        with pytest.raises(NeedsAppliance, match=image.refused):
+        with pytest.raises(Unsupported, match=image.refused):
             READERS[image.type].open(FileSource(image.path))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.engines.direct.ntfs import NtfsFilesystem
+from imgtool.engines.direct.worker.fs.ntfs.reader import NtfsFilesystem
 from tests.differential import matrix_xattrs
 from tests.differential.test_ext import FileSource
 from tests.unmounting import unmount

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.engines.direct.filesystem import NeedsAppliance, Node, ReadFailed
-from imgtool.engines.direct.xfs import XfsFilesystem
+from imgtool.engines.direct.wire.refusals import Unsupported
+from imgtool.engines.direct.worker.fs.base import Node, ReadFailed
+from imgtool.engines.direct.worker.fs.xfs.reader import XfsFilesystem
 from tests.differential import matrix_xattrs, matrix_xfs
 
 _STEP = 3 << 20
@@ -235,7 +236,7 @@ def test_what_was_not_tried_or_not_unmounted_is_refused(tmp_path: Path) -> None:
         try:
             XfsFilesystem.open(source)
             accepted.append(name)
-        except NeedsAppliance as refusal:
+        except Unsupported as refusal:
             refused.append((name, str(refusal)))
         finally:
             source.close()

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.docs.varying import same
-from tests.documentation import ROOT, Typed, blocks, name_of, pages, typed
-from tests.guests import disks, guest
+from tests.support.documentation import ROOT, Typed, blocks, name_of, pages, typed
+from tests.support.guests import disks, guest
 
 # Where the pages say that the images are.
 SHOWN = "/srv"

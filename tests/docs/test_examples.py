@@ -8,7 +8,7 @@ import pytest
 
 from tests.docs.examples import differences, examples, write
 from tests.docs.varying import same
-from tests.documentation import name_of, pages
+from tests.support.documentation import name_of, pages
 
 PAGES = [page for page in pages() if examples(page)]
 

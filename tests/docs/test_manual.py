@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.cli.commands import COMMANDS, GROUPS
-from tests.documentation import DOCS
+from imgtool.cli.command_table import COMMANDS, GROUPS
+from tests.support.documentation import DOCS
 
 # docutils writes a paragraph as one long line.
 _STYLE = ("STYLE: input text line longer than 80 bytes",)

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imgtool import open_guest
-from imgtool.image.record import read_facts
-from imgtool.process import command_of, processes_naming
-from tests.chains.work import checked
-from tests.inject_root import Root
+from imgtool.host.process import command_of, processes_naming
+from imgtool.image.intent.intent_log import read_facts
+from tests.support.chain_work import checked
+from tests.support.inject_root import Root
 
 KINDS = ("raw", "qcow2", "chain")
 _START = 1 << 20  # bytes, of the one partition

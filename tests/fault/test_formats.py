@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.image import recovery, transaction
-from imgtool.image.chain import open_chain
-from imgtool.image.qemu_img import same_content
-from imgtool.image.recovery import recover
-from tests.fault.writes import KILLED, in_child, left_over
-from tests.format_images import WRITABLE, Kind, qemu_img, qemu_io
+from imgtool.image.chain.chain import open_chain
+from imgtool.image.change import recovery, transaction
+from imgtool.image.change.recovery import recover
+from imgtool.image.qemu.qemu_img import same_content
+from tests.support.format_images import WRITABLE, Kind, qemu_img, qemu_io
+from tests.support.writes import KILLED, in_child, left_over
 
 _WRITES = "pwrite64,pwritev,pwritev2,fallocate,ftruncate"
 _CHANGES = (

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.chains.work import left_over
 from tests.fault.runs import RUNS, imgtool, make, manifest, prepare, sound
-from tests.room import fill, small_disk
+from tests.support.chain_work import left_over
+from tests.support.room import fill, small_disk
 
 pytestmark = pytest.mark.appliance
 
@@ -73,7 +73,7 @@ def test_an_image_that_cannot_grow_is_not_begun_to_be_written(disk, tmp_path):
 
 # As if somebody else took the room once it had been looked for.
 _TAKEN = """
-import imgtool.image.transaction as transaction
+import imgtool.image.change.transaction as transaction
 from imgtool.cli import main
 transaction.need_space = lambda folder, needed: None
 main()

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.chains.work import left_over
 from tests.fault.runs import (
     KINDS,
     RUNS,
@@ -30,6 +29,7 @@ from tests.fault.runs import (
     start,
     step,
 )
+from tests.support.chain_work import left_over
 
 pytestmark = pytest.mark.appliance
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chains.work import left_over
 from tests.fault.runs import RUNS, imgtool, make, manifest, prepare, sound, start
+from tests.support.chain_work import left_over
 
 pytestmark = pytest.mark.appliance
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.image.chain import open_chain
-from imgtool.image.record import read_facts
-from imgtool.image.recovery import recover
-from tests.fault.writes import (
+from imgtool.image.chain.chain import open_chain
+from imgtool.image.change.recovery import recover
+from imgtool.image.intent.intent_log import read_facts
+from tests.support.writes import (
     NEW,
     OLD,
     cut_off,

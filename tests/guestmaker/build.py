@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from imgtool.engines.libguestfs.launch import launched
+from imgtool.engines.libguestfs.appliance.launch import launched
 from imgtool.errors import UsageError
 from tests.guestmaker import awkward, debian, small, volumes, windows
 from tests.guestmaker.disks import to_qcow2

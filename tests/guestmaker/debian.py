@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from imgtool.process import run
+from imgtool.host.process import run
 from tests.guestmaker import facts
 from tests.guestmaker.disks import (
     MIB,

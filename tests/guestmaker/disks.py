@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from imgtool.process import run
+from imgtool.host.process import run
 
 MIB = 1 << 20
 SECTOR = 512

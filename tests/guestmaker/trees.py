@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from imgtool.process import run
+from imgtool.host.process import run
 from tests.guestmaker import facts
 from tests.guestmaker.disks import write_files
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from imgtool.process import run
+from imgtool.host.process import run
 from tests.guestmaker import facts
 from tests.guestmaker.disks import MIB, SECTOR, Slice, blank, pack, partition, place, write_files
 from tests.guestmaker.hive import write_hive

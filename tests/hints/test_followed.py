@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from imgtool.image.chain import MAX_LINKS
-from tests.unit.test_doubts import SIZE, damage, overlay, qemu_img, qemu_io
+from imgtool.image.chain.chain import MAX_LINKS
+from tests.unit.image.checks.test_doubts import SIZE, damage, overlay, qemu_img, qemu_io
 
 MIB = 1 << 20
 Cli = Callable[..., Any]
@@ -236,8 +236,8 @@ def test_a_file_with_several_names(imgtool_cli):
 
 def test_a_file_with_several_names_is_written_to(imgtool_cli):
     from imgtool.errors import RefusedError
-    from imgtool.image.chain import open_chain
-    from imgtool.image.transaction import transaction
+    from imgtool.image.chain.chain import open_chain
+    from imgtool.image.change.transaction import transaction
 
     disk = image()
     Path("other").hardlink_to(disk)

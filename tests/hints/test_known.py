@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from imgtool.cli.commands import app_with
+from imgtool.cli.command_table import app_with
 from imgtool.errors import Reason
 from tests.hints.collect import hints
 from tests.hints.known import KINDS, known

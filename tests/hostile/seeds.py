@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from imgtool.engines.direct import checksums
-from tests.exfat_images import ENTRY, Exfat, Tree, boot_sum, entry_sum
+from imgtool.engines.direct.worker.fs import checksums
+from tests.support.exfat_images import ENTRY, Exfat, Tree, boot_sum, entry_sum
 
 MIB = 1 << 20
 SECTOR = 512

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from imgtool.engines.direct import lvm
-from imgtool.engines.direct.filesystem import NeedsAppliance, ReadFailed
-from imgtool.engines.direct.iso_records import Record
-from imgtool.engines.direct.iso_rock import posix
-from imgtool.engines.direct.xfs_directory import inline_names
+from imgtool.engines.direct.wire.refusals import Unsupported
+from imgtool.engines.direct.worker import lvm
+from imgtool.engines.direct.worker.fs.base import ReadFailed
+from imgtool.engines.direct.worker.fs.iso.records import Record
+from imgtool.engines.direct.worker.fs.iso.rock import posix
+from imgtool.engines.direct.worker.fs.xfs.directory import inline_names
 from tests.hostile import seeds
 from tests.hostile.mutations import Mutant
 from tests.hostile.reading import Outcome, read
@@ -107,13 +108,13 @@ def test_absurd_numbers_of_lvm_are_damage(number: str) -> None:
 @pytest.mark.parametrize("name", ["..", "a/b", "-x"])
 def test_impossible_names_of_lvm_are_refused(name: str) -> None:
     group: dict[str, Any] = {"extent_size": 1, "logical_volumes": {name: {}}}
-    with pytest.raises(NeedsAppliance):
+    with pytest.raises(Unsupported):
         lvm._group("group", group, {})
 
 
 def test_more_volumes_than_can_be_looked_at_are_refused() -> None:
     volumes = {f"volume{number}": {} for number in range(40_000)}
-    with pytest.raises(NeedsAppliance):
+    with pytest.raises(Unsupported):
         lvm._group("group", {"extent_size": 1, "logical_volumes": volumes}, {})
 
 
@@ -133,13 +134,13 @@ def _both(number: int) -> bytes:
 @pytest.mark.parametrize("mode", [0, 0o50644, 0x180000 | 0o100644])
 def test_a_file_of_no_kind_on_iso_is_refused(mode: int) -> None:
     described = _both(mode) + _both(1) + _both(0) + _both(0)
-    with pytest.raises(NeedsAppliance):
+    with pytest.raises(Unsupported):
         _posix(PX=described, NM=b"\0name")
 
 
 def test_an_impossible_device_number_on_iso_is_refused() -> None:
     described = _both(0o20644) + _both(1) + _both(0) + _both(0)
-    with pytest.raises(NeedsAppliance):
+    with pytest.raises(Unsupported):
         _posix(PX=described, NM=b"\0name", PN=_both(0xFFFFFFFF) + _both(5))
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.chain_images import create_encrypted
 from tests.matrix.state import options
+from tests.support.chain_images import create_encrypted
 
 SIZE = 8 << 20
 _FLAGS_OF_BITMAP = struct.Struct(">QIIBBHI")  # an entry of the directory of bitmaps, without name

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from imgtool.image.chain import open_chain
-from imgtool.image.transaction import transaction
+from imgtool.image.chain.chain import open_chain
+from imgtool.image.change.transaction import transaction
 from tests.matrix.features import SIZE, run, write
 from tests.matrix.state import Snapshot, State, state_of
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.image.record import is_ours
+from imgtool.image.intent.intent_log import is_ours
 from tests.matrix.features import FEATURES, make
 from tests.matrix.operations import OPERATIONS, Cell
 from tests.matrix.state import files_of, state_of

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from imgtool.mount.journal import journals
-from imgtool.mount.mounter import Wanted
+from imgtool.mount.mounter import MountRequest
 from imgtool.mount.mounting import mount, unmount
 from tests.mount.host import loops, mounts, processes, state_of
 from tests.mount.images import Image
@@ -30,7 +30,7 @@ def _counts() -> dict[str, int]:
 
 def _repeat(image: Image, place: Path, via: str, times: int) -> None:
     before = state_of(image.files)
-    wanted = Wanted(image.path, place, via=via, partition=image.partition)
+    wanted = MountRequest(image.path, place, via=via, partition=image.partition)
     took, counts = [], []
     for _ in range(times):
         started = time.perf_counter()

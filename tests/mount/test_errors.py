@@ -9,9 +9,9 @@ import subprocess
 import pytest
 
 from imgtool.errors import HostError, RefusedError
-from imgtool.mount import steps
-from imgtool.mount.mounter import Wanted
+from imgtool.mount.mounter import MountRequest
 from imgtool.mount.mounting import mount, unmount
+from imgtool.mount.steps import steps
 from tests.mount.host import Done, here, imgtool, loops, mount_at, mounts, run
 from tests.mount.images import attached, blank, divide
 
@@ -220,7 +220,7 @@ def test_block_devices_are_for_root(image, place, tmp_path, monkeypatch, via):
     monkeypatch.setattr(os, "geteuid", lambda: 65534)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     with pytest.raises(HostError, match="only root can mount block devices"):
-        mount(Wanted(image.path, place, via=via))
+        mount(MountRequest(image.path, place, via=via))
     assert list(tmp_path.iterdir()) == [place]
 
 

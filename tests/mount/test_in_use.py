@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.image.attached import attached_to
-from imgtool.image.locks import holders
+from imgtool.image.locking.attached import attached_to
+from imgtool.image.locking.locks import holders
 from tests.mount.host import here, imgtool, run
 from tests.mount.images import attached
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from imgtool.mount import mounting, plan
-from imgtool.mount.mounter import Wanted
+from imgtool.mount.mounter import MountRequest
 from imgtool.mount.mounting import mount, unmount
 from tests.mount.host import (
     as_the_engine_reads_it,
@@ -240,7 +240,7 @@ def test_two_subvolumes_of_one_partition_are_both_shown(
 
     monkeypatch.setattr(mounting, "_items", items)
     said: list[str] = []
-    journal = mount(Wanted(image, place, via=via, writable=writable, notice=said.append))
+    journal = mount(MountRequest(image, place, via=via, writable=writable, notice=said.append))
     try:
         loops = [step for step in journal.steps if step.kind == "loop"]
         found = (place / "of @").read_text(), (place / "home" / "of @home").read_text()
@@ -263,7 +263,7 @@ def test_two_clones_at_once(images, tmp_path, filesystem, via):
         clone = images.copy(images.get(filesystem), folder)
         place = tmp_path / f"at {name}"
         place.mkdir()
-        mount(Wanted(clone.path, place, via="loop", partition=clone.partition, writable=True))
+        mount(MountRequest(clone.path, place, via="loop", partition=clone.partition, writable=True))
         (place / "whose").write_text(name)
         unmount(place)
         clones.append(clone)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.mount.mounter import Wanted
+from imgtool.mount.mounter import MountRequest
 from imgtool.mount.mounting import mount, unmount
 from tests.mount.host import good, here, imgtool, loops, mount_at, run, state_of
 from tests.mount.images import FORMATS, blank, divide, make_filesystem, put
@@ -42,7 +42,7 @@ def master_boot_record(entries: Sequence[tuple[int, int, int]]) -> bytes:
 
 def read_word(image: Path, place: Path, number: int, via: str = "loop") -> str:
     """What the filesystem in a partition says of itself."""
-    mount(Wanted(image, place, via=via, partition=number))
+    mount(MountRequest(image, place, via=via, partition=number))
     try:
         return (place / "word").read_text()
     finally:

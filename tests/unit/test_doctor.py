@@ -14,12 +14,13 @@ import pytest
 
 from imgtool import doctor
 from imgtool.doctor import Check, Host, examine
-from imgtool.engines.direct import landlock, sandbox
-from imgtool.engines.libguestfs import launch
-from imgtool.engines.libguestfs.saved import Saved
+from imgtool.engines.direct.parent import sandbox
+from imgtool.engines.direct.wire import landlock
+from imgtool.engines.libguestfs.appliance import launch
+from imgtool.engines.libguestfs.appliance.saved import Saved
 from imgtool.errors import HostError, UsageError
-from imgtool.mount import available
-from imgtool.mount.mechanisms import MECHANISMS
+from imgtool.mount.mechanisms import available
+from imgtool.mount.mechanisms.mechanisms import MECHANISMS
 
 KERNEL = "6.1.0-9-cloud-amd64"
 PROGRAMS = (

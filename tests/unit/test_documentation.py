@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.cli.commands import COMMANDS, GROUPS
-from tests.documentation import (
+from imgtool.cli.command_table import COMMANDS, GROUPS
+from tests.support.documentation import (
     DOCS,
     Block,
     blocks,

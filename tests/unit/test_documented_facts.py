@@ -10,7 +10,7 @@ import re
 import pytest
 
 import imgtool
-from imgtool.cli import (
+from imgtool.cli.commands import (
     appliance,
     chain_checks,
     chains,
@@ -24,11 +24,11 @@ from imgtool.cli import (
     snapshotting,
     space,
 )
-from imgtool.engines.direct import volumes
+from imgtool.engines.direct.worker import volumes
 from imgtool.errors import ExitStatus, Reason
-from imgtool.image import foreign_tables
-from imgtool.image.info import FORMATS
-from tests.documentation import DOCS, ROOT
+from imgtool.formats import foreign_tables
+from imgtool.image.chain.info import FORMATS
+from tests.support.documentation import DOCS, ROOT
 
 CODE = sorted((ROOT / "imgtool").rglob("*.py"))
 
@@ -87,7 +87,7 @@ def test_image_formats():
 
 def test_formats_that_are_written_in_place():
     """The table says yes where the code has a way, and names each kind of VMDK."""
-    from imgtool.image import writable
+    from imgtool.image.chain import writable
 
     listed = rows(section("reference/formats.md", "## Image formats"))
     table = {words(row[0])[0]: row[2] for row in listed}

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 import imgtool
-from imgtool.engines.libguestfs.calls import CallFailed
+from imgtool.engines.libguestfs.guest.calls import CallFailed
 from imgtool.errors import ExitStatus, ImgtoolError, Reason, RefusedError
 from imgtool.guest.layout import Locked
-from imgtool.image.ends import Truncated, Unseen
-from imgtool.inject.running import Placed, check, plan
-from imgtool.mount.appliance import ApplianceFailed
-from imgtool.process import ProgramFailed
-from tests.inject_root import Root
+from imgtool.host.process import ProgramFailed
+from imgtool.image.chain.ends import Truncated, Unseen
+from imgtool.inject.planner import LocatedStep, check, plan
+from imgtool.mount.mechanisms.appliance import ApplianceFailed
+from tests.support.inject_root import Root
 
 # How those are made that do not take a message, a subject and a hint.
 OWN_WAY: dict[type[ImgtoolError], Callable[[], ImgtoolError]] = {
@@ -83,7 +83,7 @@ def test_a_step_that_a_failing_guest_ends_has_failed_and_says_why(kind, tmp_path
         def subject_in(self, variables: object) -> str:
             return "/etc/hosts"
 
-    step = Placed(Failing(), "SPEC.yaml:3")  # type: ignore[arg-type]
+    step = LocatedStep(Failing(), "SPEC.yaml:3")  # type: ignore[arg-type]
     (outcome,), _ = plan(Root(tmp_path), [step], {})
     for error in (outcome.error, *check([step], {})):
         assert type(error) is kind

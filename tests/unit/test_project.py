@@ -122,11 +122,11 @@ def test_only_the_command_line_uses_the_front_door() -> None:
 
 
 def test_the_layer_check_sees_upward_imports_in_every_spelling() -> None:
-    path = ROOT / "imgtool/image/chain.py"
+    path = ROOT / "imgtool/image/chain/chain.py"
     upward = ("import imgtool.cli.render", "from imgtool.guest import model", "from ..cli import x")
     for source in (*upward, "def f():\n    from imgtool.engines.direct import client"):
         assert [climbs(found) for found in imports_of(path, source)] == [True], source
-    for source in ("from imgtool.process import run", "from . import locks", "import json"):
+    for source in ("from imgtool.host.process import run", "from . import locks", "import json"):
         assert [climbs(found) for found in imports_of(path, source)] == [False], source
 
 
@@ -155,7 +155,7 @@ def test_programs_are_started_in_one_place() -> None:
         str(found)
         for found in all_imports()
         if found.package in ("subprocess", "multiprocessing", "pty")
-        and found.importer != "imgtool.process"
+        and found.importer != "imgtool.host.process"
         and not found.for_types_only
     ]
     starters = {"system", "popen", "fork", "forkpty", "posix_spawn", "posix_spawnp"}

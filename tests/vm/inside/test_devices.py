@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from imgtool.image.devices import identity, same_device
-from imgtool.image.record import opened, read_facts, record_path
+from imgtool.image.intent.devices import identity, same_device
+from imgtool.image.intent.intent_log import opened, read_facts, record_path
 from tests.vm.inside.machine import MIB, loop_device, run, sparse, wait_until
 from tests.vm.inside.test_the_machine import make_group
 

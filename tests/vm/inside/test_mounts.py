@@ -21,7 +21,7 @@ import pytest
 from imgtool.errors import NotInGuestError, RefusedError
 from imgtool.guest.model import Mount
 from imgtool.mount.journal import journals
-from imgtool.mount.mounter import Wanted
+from imgtool.mount.mounter import MountRequest
 from imgtool.mount.mounting import clean_up, mount, unmount
 from tests.vm.images import FILES, GROUP, KINDS, MIB, PARTITIONS, SNAPSHOT
 from tests.vm.inside.machine import loop_device, run, sparse
@@ -149,7 +149,7 @@ WAYS = [
 def test_every_filesystem_is_shown_whole(
     via: str, format: str, places: str, images: Images, tmp_path: Path
 ) -> None:
-    mount(Wanted(images.disks[format], tmp_path, via=via, mounts=layout(PLACES[places])))
+    mount(MountRequest(images.disks[format], tmp_path, via=via, mounts=layout(PLACES[places])))
     try:
         for kind in KINDS:
             folder = tmp_path if kind == "ext4" else tmp_path / kind
@@ -169,7 +169,7 @@ def test_every_filesystem_is_shown_whole(
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_whole_disk(kind: str, images: Images, tmp_path: Path) -> None:
-    mount(Wanted(images.whole[kind], tmp_path, via="nbd", mounts=[Mount("/dev/sda", "/")]))
+    mount(MountRequest(images.whole[kind], tmp_path, via="nbd", mounts=[Mount("/dev/sda", "/")]))
     try:
         assert shown(tmp_path) == FILES
     finally:
@@ -180,7 +180,7 @@ def test_a_whole_disk(kind: str, images: Images, tmp_path: Path) -> None:
 @pytest.mark.parametrize("via", ["nbd", "export"])
 def test_a_snapshot(via: str, images: Images, tmp_path: Path) -> None:
     """Today the disk holds nothing."""
-    wanted = Wanted(images.disks["snapshot"], tmp_path, via=via, lv=f"{GROUP}/ext4")
+    wanted = MountRequest(images.disks["snapshot"], tmp_path, via=via, lv=f"{GROUP}/ext4")
     mount(replace(wanted, snapshot=SNAPSHOT))
     try:
         assert shown(tmp_path) == FILES
@@ -214,7 +214,7 @@ def test_two_clones_at_once_and_a_group_of_the_host_with_the_same_name(
         first, second = tmp_path / "first", tmp_path / "second"
         first.mkdir()
         second.mkdir()
-        wanted = Wanted(images.disks["qcow2"], first, via="nbd", lv=f"{GROUP}/xfs")
+        wanted = MountRequest(images.disks["qcow2"], first, via="nbd", lv=f"{GROUP}/xfs")
         mount(wanted)
         mount(replace(wanted, image=clone, mountpoint=second, via="kpartx"))
         try:
@@ -235,7 +235,7 @@ def test_writing_to_a_volume_reaches_the_image(images: Images, tmp_path: Path) -
     image = Path(shutil.copy(images.disks["qcow2"], tmp_path / "copy.qcow2"))
     at = tmp_path / "at"
     at.mkdir()
-    wanted = Wanted(image, at, via="nbd", lv=f"{GROUP}/ext4", writable=True)
+    wanted = MountRequest(image, at, via="nbd", lv=f"{GROUP}/ext4", writable=True)
     mount(wanted)
     (at / "written").write_bytes(b"new")
     unmount(at)
@@ -271,7 +271,7 @@ KILLS = [(way, point) for way, points in SHORT.items() for point in points]
 MORE = [(way, point) for way, points in ALL.items() for point in points if point not in SHORT[way]]
 
 
-def _killed_at(point: str, wanted: Wanted) -> bool:
+def _killed_at(point: str, wanted: MountRequest) -> bool:
     """Mount and unmount in a process that dies at this point; whether it did."""
     child = os.fork()
     if child == 0:
@@ -297,7 +297,7 @@ def test_what_a_kill_left_is_cleaned_up(
     at = tmp_path / "at"
     at.mkdir()
     format, via = {"kpartx": ("raw", way), "nbd": ("qcow2", way)}.get(way, (way, "nbd"))
-    wanted = Wanted(images.disks[format], at, via=via, lv=f"{GROUP}/xfs")
+    wanted = MountRequest(images.disks[format], at, via=via, lv=f"{GROUP}/xfs")
     if way == "snapshot":
         wanted = replace(wanted, snapshot=SNAPSHOT)
     with (

@@ -1,0 +1,112 @@
+"""Which command is which function. Only the one that is asked for is imported and built: to build
+all of them takes longer than most of them do."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Annotated, Any
+
+import typer
+
+from imgtool import __version__
+
+# In the order of the help.
+COMMANDS = {
+    "df": "space.df",
+    "filesystems": "space.filesystems",
+    "partitions": "space.partitions",
+    "ls": "listing.ls",
+    "cat": "listing.cat",
+    "copy-out": "copying.copy_out",
+    "copy-in": "copying.copy_in",
+    "edit": "editing.edit",
+    "inject": "injecting.inject",
+    "mount": "mounting.mount",
+    "umount": "mounting.umount",
+    "mounts": "mounting.mounts",
+    "cleanup": "mounting.cleanup",
+    "info": "images.info",
+    "check": "single.check",
+    "create": "single.create",
+    "convert": "single.convert",
+    "resize": "single.resize",
+    "compact": "overlaying.compact",
+    "recover": "single.recover",
+    "diff": "diffing.diff",
+    "inspect": "inspecting.inspect",
+    "doctor": "inspecting.doctor",
+}
+# Commands of commands, each with its help.
+GROUPS = {
+    "chain": (
+        "See what stands on what, and whether it is sound.",
+        {"show": "chains.show", "tree": "chains.tree", "check": "chain_checks.check"},
+    ),
+    "snapshot": (
+        "Internal snapshots of a qcow2 image. To look into one reverts nothing: --snapshot NAME.",
+        {
+            "create": "snapshotting.create",
+            "list": "snapshotting.list_",
+            "revert": "snapshotting.revert",
+            "delete": "snapshotting.delete",
+        },
+    ),
+    "overlay": (
+        "Make overlays on an image, and merge them without losing data.",
+        {
+            "create": "overlaying.create",
+            "commit": "overlaying.commit",
+            "rebase": "overlaying.rebase",
+            "flatten": "overlaying.flatten",
+        },
+    ),
+    "appliance": (
+        "Keep a started appliance, so that commands which need one start it in a second.",
+        {"save": "appliance.save", "list": "appliance.list_", "remove": "appliance.remove"},
+    ),
+}
+
+
+def _named(name: str) -> Any:
+    module, _, function = name.partition(".")
+    return getattr(importlib.import_module(f"imgtool.cli.commands.{module}"), function)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"imgtool {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Say which version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@functools.cache
+def app_with(wanted: str | None) -> typer.Typer:
+    """The command line with one command, or with all where `wanted` names none."""
+    one = wanted if wanted in COMMANDS or wanted in GROUPS else None
+    app = typer.Typer(
+        name="imgtool",
+        help="Look into, copy out of, and safely change the disks of guests that are not running.",
+        add_completion=one is None,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_root)
+    for name, function in COMMANDS.items():
+        if one in (None, name):
+            app.command(name)(_named(function))
+    for name, (text, members) in GROUPS.items():
+        if one in (None, name):
+            group = typer.Typer(help=text, rich_markup_mode=None)
+            for member, function in members.items():
+                group.command(member)(_named(function))
+            app.add_typer(group, name=name)
+    return app

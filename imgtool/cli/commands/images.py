@@ -1,0 +1,134 @@
+"""`info`: what an image file is, in one picture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from imgtool.cli import options, render
+from imgtool.cli.options import Output
+from imgtool.cli.session import Request
+from imgtool.errors import ImgtoolError
+
+if TYPE_CHECKING:
+    from imgtool.image.chain.chain import Chain
+
+FIELDS = (
+    "path",
+    "format",
+    "virtual_size",
+    "actual_size",
+    "cluster_size",
+    "backing",
+    "backing_format",
+    "encrypted",
+    "dirty",
+    "corrupt",
+    "snapshots",
+    "holders",
+    "problems",
+)
+
+
+def info(
+    image: options.Image,
+    human: options.Human = False,
+    output: options.OutputOption = Output.table,
+    format: options.Format = None,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Show format, sizes, backing chain, snapshots, locks and the partition table of an image."""
+    from imgtool.opening import images_to_read
+
+    request = Request.of(locals())
+    with images_to_read([image], format=format, backing_dirs=request.backing_dirs) as (chain,):
+        _show(chain, output, human=human)
+
+
+def _show(chain: Chain, output: Output, *, human: bool) -> None:
+    from imgtool.guest.partitions import partitions_of
+    from imgtool.image.checks.doubts import doubts_of
+    from imgtool.image.locking.locks import holders
+
+    rows: list[dict[str, Any]] = []
+    for link in chain.links:
+        rows.append(
+            {
+                "path": str(link.path),
+                "format": link.format,
+                "virtual_size": link.virtual_size,
+                "actual_size": link.actual_size,
+                "cluster_size": link.cluster_size,
+                "backing": link.backing,
+                "backing_format": link.backing_format,
+                "encrypted": link.encrypted,
+                "dirty": link.dirty,
+                "corrupt": link.corrupt,
+                "snapshots": [
+                    {
+                        "id": snapshot.id,
+                        "name": snapshot.name,
+                        "time": render.timestamp(snapshot.time),
+                        "vm_state_size": snapshot.vm_state_size,
+                    }
+                    for snapshot in link.snapshots
+                ],
+                "holders": [str(holder) for holder in holders(link.path)],
+                "problems": list(link.problems),
+            }
+        )
+    if output is not Output.table:
+        if output is Output.csv:
+            for row in rows:
+                row["snapshots"] = [snapshot["name"] for snapshot in row["snapshots"]]
+        render.emit(rows, FIELDS, output)
+        for doubt in doubts_of(chain):
+            render.message("warning", doubt)
+        return
+
+    def size(value: int) -> str:
+        return render.human(value) if human else str(value)
+
+    links = [
+        {
+            **row,
+            "path": ("" if number == 0 else "  " * (number - 1) + "-> ") + row["path"],
+            "virtual_size": size(row["virtual_size"]),
+            "actual_size": size(row["actual_size"]),
+            "state": ",".join(s for s in ("encrypted", "dirty", "corrupt") if row[s]) or None,
+        }
+        for number, row in enumerate(rows)
+    ]
+    columns = ["path", "format", "virtual_size", "actual_size", "state"]
+    render.emit([], (), output, columns=columns, shown=links)
+    snapshots = [{"image": row["path"], **s} for row in rows for s in row["snapshots"]]
+    if snapshots:
+        print()
+        columns = ["image", "id", "name", "time", "vm_state_size"]
+        render.emit([], (), output, columns=columns, shown=snapshots)
+    held = [{"image": row["path"], "held by": h} for row in rows for h in row["holders"]]
+    if held:
+        print()
+        render.emit([], (), output, columns=("image", "held by"), shown=held)
+    for problem in dict.fromkeys((*chain.problems, *doubts_of(chain))):
+        render.message("warning", problem)
+    print()
+    try:
+        table = partitions_of(chain)
+    except ImgtoolError as error:
+        render.message("warning", f"the partition table cannot be read: {error}")
+        return
+    shown = [
+        {
+            "device": row.device,
+            "start": row.start,
+            "size": size(row.size),
+            "type": row.type_name,
+            "name": row.name,
+            "table": row.table,
+        }
+        for row in table.partitions
+    ]
+    columns = ["device", "start", "size", "type", "name", "table"]
+    render.emit([], (), output, columns=columns, shown=shown)

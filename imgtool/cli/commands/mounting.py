@@ -1,0 +1,210 @@
+"""`mount`, `umount`, `mounts` and `cleanup`."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from imgtool.cli import options, render
+from imgtool.cli.options import Output
+from imgtool.cli.session import Failures, Request, parse_mount, set_up_logging, warning
+from imgtool.errors import UsageError
+
+if TYPE_CHECKING:
+    from imgtool.mount.journal import Journal
+
+FIELDS = (
+    "image",
+    "snapshot",
+    "mountpoint",
+    "mechanism",
+    "mode",
+    "devices",
+    "since",
+    "user",
+    "state",
+    "problems",
+)
+
+
+class Via(StrEnum):
+    """The mechanisms."""
+
+    auto = "auto"
+    fuse = "fuse"
+    loop = "loop"
+    export = "export"
+    nbd = "nbd"
+    kpartx = "kpartx"
+
+
+def mount(
+    image: options.Image,
+    mountpoint: Annotated[Path, typer.Argument(metavar="MOUNTPOINT", help="An empty directory.")],
+    via: Annotated[
+        Via, typer.Option("--via", help="How; auto takes what works here, least risk first.")
+    ] = Via.auto,
+    partition: Annotated[
+        int | None,
+        typer.Option("-p", "--partition", metavar="N", min=1, help="This partition alone."),
+    ] = None,
+    lv: Annotated[
+        str | None, typer.Option("--lv", metavar="VG/LV", help="This logical volume alone.")
+    ] = None,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="The guest's whole layout, nested (the default).")
+    ] = False,
+    rw: Annotated[bool, typer.Option("--rw", help="To be written to.")] = False,
+    executable: Annotated[
+        bool, typer.Option("--exec", help="Let programs of the guest be run on the host.")
+    ] = False,
+    force: options.Force = None,
+    add: options.Add = None,
+    format: options.Format = None,
+    snapshot: options.Snapshot = None,
+    mounts: options.Mounts = None,
+    root: options.Root = None,
+    key: options.Keys = None,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Mount a guest's filesystems at a directory of the host, read-only unless --rw is given.
+
+    With every mechanism but fuse the host's own kernel reads the guest's filesystem, and a hostile
+    one can attack it: use fuse for images that you do not trust.
+    """
+    from imgtool.mount.mounter import MountRequest
+    from imgtool.mount.mounting import mount as mount_it
+
+    request = Request.of(locals())
+    given = [
+        name
+        for name, value in (
+            ("-p", partition),
+            ("--lv", lv),
+            ("--whole", whole),
+            ("-m", mounts),
+        )
+        if value
+    ]
+    if len(given) > 1:
+        raise UsageError(f"{given[0]} and {given[1]} exclude each other")
+    if force and not rw:
+        raise UsageError("--force means something with --rw only")
+    if key and via not in (Via.auto, Via.fuse):
+        raise UsageError("encrypted devices are opened with --via fuse only", subject=via.value)
+    mount_it(
+        MountRequest(
+            image=request.image,
+            mountpoint=mountpoint,
+            via=Via.fuse.value if key else via.value,
+            partition=partition,
+            lv=lv,
+            writable=rw,
+            executable=executable,
+            force=request.force,
+            add=request.add,
+            format=format,
+            snapshot=snapshot,
+            mounts=[parse_mount(text) for text in request.mounts],
+            root=root,
+            keys=request.keys,
+            backing_dirs=request.backing_dirs,
+            notice=warning,
+        )
+    )
+
+
+def umount(
+    mountpoint: Annotated[Path, typer.Argument(metavar="MOUNTPOINT", help="Where it is mounted.")],
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Undo a mount, all of it; the image can be copied as soon as this returns."""
+    from imgtool.mount.mounting import unmount
+
+    set_up_logging(verbose=verbose, debug=debug)
+    unmount(mountpoint)
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
+def _row(journal: Journal) -> dict[str, Any]:
+    from imgtool.mount.steps.steps import Filesystem
+
+    devices = [step.source for step in journal.steps if isinstance(step, Filesystem)]
+    broken = journal.broken()
+    if journal.state != "mounted" and not journal.busy:
+        state = "left behind"
+    elif journal.state != "mounted":
+        state = journal.state
+    else:
+        state = "broken" if broken else "healthy"
+    return {
+        "image": journal.images[0],
+        "snapshot": journal.snapshot,
+        "mountpoint": journal.mountpoint,
+        "mechanism": journal.mechanism,
+        "mode": "rw" if journal.writable else "ro",
+        "devices": devices,
+        "since": render.timestamp(journal.created),
+        "user": _user(journal.user),
+        "state": state,
+        "problems": broken,
+    }
+
+
+def mounts(
+    output: options.OutputOption = Output.table,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """List the mounts that imgtool made, and whether they are healthy."""
+    from imgtool.mount.journal import journals
+
+    set_up_logging(verbose=verbose, debug=debug)
+    rows = [_row(journal) for journal in journals()]
+    shown = [{**row, "since": row["since"][:19] + "Z"} for row in rows]
+    columns = ["mountpoint", "image", "mechanism", "mode", "devices", "since", "user", "state"]
+    if any(row["snapshot"] is not None for row in rows):
+        columns.insert(2, "snapshot")
+    render.emit(rows, FIELDS, output, columns=columns, shown=shown)
+    for row in rows:
+        if row["state"] in ("broken", "left behind"):
+            reason = "; ".join(row["problems"]) or "it was not finished"
+            render.message("warning", f"{reason} ({row['mountpoint']})")
+            render.hint("imgtool cleanup undoes what is left of it")
+
+
+def cleanup(
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Undo what an imgtool that was killed has left: mounts, also of an earlier boot, and temporary
+    folders."""
+    from imgtool.engines.libguestfs.appliance.launch import TEMPORARY_VARIABLE
+    from imgtool.host.scratch import remove_left_behind
+    from imgtool.mount.mounting import clean_up
+
+    set_up_logging(verbose=verbose, debug=debug)
+    failures = Failures(debug=debug)
+    for cleaned in clean_up():
+        if cleaned.error is not None:
+            failures.add(cleaned.error)
+        else:
+            journal = cleaned.journal
+            print(render.plain(f"undone: {journal.mountpoint} ({journal.images[0]})"))
+    for folder in remove_left_behind(*filter(None, [os.environ.get(TEMPORARY_VARIABLE)])):
+        print(render.plain(f"removed: {folder}"))
+    failures.finish()

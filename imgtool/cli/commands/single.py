@@ -1,0 +1,230 @@
+"""`check`, `convert`, `resize`, `create` and `recover`: single images."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from imgtool.cli import options, render
+from imgtool.cli.commands import working
+from imgtool.cli.options import Output
+from imgtool.cli.session import set_up_logging
+from imgtool.errors import ExitStatus
+
+CHECK_FIELDS = (
+    *("path", "format", "sound", "corruptions", "leaks", "errors", "supported"),
+    "not_looked_at",
+)
+
+
+class Repair(StrEnum):
+    """What is mended."""
+
+    leaks = "leaks"
+    all = "all"
+
+
+class MadeFormat(StrEnum):
+    """Formats that can be made."""
+
+    qcow2 = "qcow2"
+    raw = "raw"
+    vmdk = "vmdk"
+    vdi = "vdi"
+    vpc = "vpc"
+    vhdx = "vhdx"
+
+
+def check(
+    image: options.Image,
+    repair: Annotated[
+        Repair | None,
+        typer.Option("--repair", help="Mend lost space (leaks), or all that is wrong."),
+    ] = None,
+    dry_run: options.DryRun = False,
+    force: options.Force = None,
+    output: options.OutputOption = Output.table,
+    format: options.Format = None,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Check the tables of one image; status 3 if they are damaged.
+
+    The guest's filesystems are not looked at. 'imgtool chain check' checks all that the image
+    stands on too, and says what each thing means.
+    """
+    from imgtool.image.chain.info import probe
+    from imgtool.image.change.single import plan_repair
+    from imgtool.image.checks.checking import UnsupportedCheck, check_metadata
+    from imgtool.image.checks.findings import writer_of
+
+    set_up_logging(verbose=verbose, debug=debug)
+    if repair is not None:
+        working.run_plan(
+            lambda: plan_repair(
+                image,
+                repair.value,
+                format=format,
+                force=force or (),
+                backing_dirs=backing_dir or (),
+            ),
+            image,
+            dry_run=dry_run,
+            backing_dirs=backing_dir,
+        )
+    working.say_of_records([image])
+    link = probe(image, format=format, backing_dirs=backing_dir or ())
+    row: dict[str, Any] = {**render.named("path", bytes(link.path)), "format": link.format}
+    row.update(sound=None, corruptions=None, leaks=None, errors=None, supported=True)
+    row["not_looked_at"] = None
+    try:
+        if (writer := writer_of(link.path)) is not None:
+            row["not_looked_at"] = f"its tables: it is being written by {writer}"
+        else:
+            result = check_metadata(link)
+            row.update(
+                sound=result.sound,
+                corruptions=result.corruptions,
+                leaks=result.leaks,
+                errors=result.errors,
+            )
+    except UnsupportedCheck:
+        row["supported"] = False
+        row["not_looked_at"] = f"its tables: {link.format} has none that could be checked"
+    if link.unseen is not None:
+        row["sound"] = False
+        render.message("warning", link.unseen.line(link.path))
+        render.message("note", link.unseen.do)
+    words = {True: "yes", False: "NO", None: "not looked at"}
+    columns = ["path", "format", "sound", "corruptions", "leaks", "errors"]
+    render.emit(
+        [row],
+        CHECK_FIELDS,
+        output,
+        columns=columns,
+        shown=[{**row, "sound": words[row["sound"]]}],
+        titles={"path": "image"},
+    )
+    if row["not_looked_at"] is not None:
+        render.message("note", f"not looked at: {row['not_looked_at']}")
+    if row["sound"] is False:
+        raise SystemExit(int(ExitStatus.IMAGE_UNREADABLE))
+
+
+def convert(
+    image: options.Image,
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="The new image; no file yet.")],
+    to: Annotated[MadeFormat, typer.Option("--to", help="Its format.")] = MadeFormat.qcow2,
+    compress: Annotated[bool, typer.Option("--compress", help="Compress it.")] = False,
+    snapshot: options.Snapshot = None,
+    dry_run: options.DryRun = False,
+    force: options.Force = None,
+    format: options.Format = None,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Copy an image, with all that it stands on, into a new one of another format."""
+    from imgtool.image.change.single import plan_convert
+
+    set_up_logging(verbose=verbose, debug=debug)
+    working.run_plan(
+        lambda: plan_convert(
+            image,
+            new,
+            to=to.value,
+            compress=compress,
+            snapshot=snapshot,
+            format=format,
+            force=force or (),
+            backing_dirs=backing_dir or (),
+        ),
+        new,
+        dry_run=dry_run,
+        backing_dirs=backing_dir,
+    )
+
+
+def resize(
+    image: options.Image,
+    size: Annotated[
+        str, typer.Argument(metavar="SIZE", help="20G, or +5G to grow, -5G to shrink by it.")
+    ],
+    dry_run: options.DryRun = False,
+    force: options.Force = None,
+    format: options.Format = None,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Make the disk in an image larger, or smaller where nothing lies beyond.
+
+    Partitions and filesystems stay as they are. A smaller size that begins with a minus sign goes
+    after two dashes: imgtool resize disk.qcow2 -- -5G
+    """
+    from imgtool.guest.shrink import require_empty_tail
+    from imgtool.image.change.single import plan_resize
+
+    set_up_logging(verbose=verbose, debug=debug)
+    working.run_plan(
+        lambda: plan_resize(
+            image,
+            size,
+            require_empty_tail=require_empty_tail,
+            format=format,
+            force=force or (),
+            backing_dirs=backing_dir or (),
+        ),
+        image,
+        dry_run=dry_run,
+        backing_dirs=backing_dir,
+    )
+
+
+def create(
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="The new image; no file yet.")],
+    size: Annotated[str, typer.Argument(metavar="SIZE", help="Such as 20G or 512M.")],
+    to: Annotated[MadeFormat, typer.Option("--to", help="Its format.")] = MadeFormat.qcow2,
+    dry_run: options.DryRun = False,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Make an empty image. 'imgtool overlay create' makes one on a base."""
+    from imgtool.image.change.single import parse_size, plan_new
+
+    set_up_logging(verbose=verbose, debug=debug)
+    working.run_plan(lambda: plan_new(new, parse_size(size), format=to.value), new, dry_run=dry_run)
+
+
+def recover(
+    image: options.Image,
+    force: options.Force = None,
+    keep: Annotated[
+        bool,
+        typer.Option("--keep", help="End it without either; all that is there is kept as it is."),
+    ] = False,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Finish or undo what was interrupted on an image, or on an overlay and its base."""
+    from imgtool.errors import ImageError, Reason
+    from imgtool.image.change.recovery import recover as resolve_intent
+    from imgtool.image.intent.intent_log import load_intent
+    from imgtool.image.intent.intent_state import would_do
+    from imgtool.text import printable
+
+    set_up_logging(verbose=verbose, debug=debug)
+    if image.is_dir():
+        raise ImageError("a directory, not an image", subject=printable(image))
+    written = load_intent(image)
+    if Reason.UNPROVED in (force or ()) and written is not None and not written.proved:
+        render.message("to do", would_do(image, written.facts))
+    line = resolve_intent(image, backing_dirs=backing_dir or (), force=force or (), end=keep)
+    if line is None and not image.exists():
+        raise ImageError("no such file, and no record of work on it", subject=printable(image))
+    render.message("note", line or "nothing was interrupted on it")

@@ -1,0 +1,138 @@
+"""`snapshot create`, `snapshot list`, `snapshot revert` and `snapshot delete`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from imgtool.cli import options, render
+from imgtool.cli.commands import working
+from imgtool.cli.options import Output
+from imgtool.cli.session import set_up_logging
+
+FIELDS = ("id", "name", "time", "vm_state_size", "vm_clock", "present")
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The snapshot, by its name or id.")]
+
+
+def create(
+    image: options.Image,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What to call it.")],
+    dry_run: options.DryRun = False,
+    force: options.Force = None,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Keep the present state of an image under a name, inside the image."""
+    from imgtool.image.change import snapshots
+
+    set_up_logging(verbose=verbose, debug=debug)
+    working.run_plan(
+        lambda: snapshots.plan_create(
+            image, name, force=force or (), backing_dirs=backing_dir or ()
+        ),
+        image,
+        dry_run=dry_run,
+        backing_dirs=backing_dir,
+    )
+
+
+def list_(
+    image: options.Image,
+    human: options.Human = False,
+    output: options.OutputOption = Output.table,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """List the internal snapshots: id, name, time, VM state size, and whether it is the present."""
+    from imgtool.image.change import snapshots
+    from imgtool.image.checks.doubts import doubts_of
+
+    set_up_logging(verbose=verbose, debug=debug)
+    chain = snapshots.with_snapshots(image, backing_dirs=backing_dir or ())
+    working.say_of_records(link.path for link in chain.links)
+    for doubt in doubts_of(chain):
+        render.message("warning", doubt)
+    present = snapshots.present_in(chain)
+    rows = [
+        {
+            "id": snapshot.id,
+            "name": snapshot.name,
+            "time": render.timestamp(snapshot.time),
+            "vm_state_size": snapshot.vm_state_size,
+            "vm_clock": snapshot.vm_clock,
+            "present": snapshot == present,
+        }
+        for snapshot in chain.active.snapshots
+    ]
+    shown = [
+        {**row, "vm_state_size": render.human(snapshot.vm_state_size)} if human else row
+        for row, snapshot in zip(rows, chain.active.snapshots, strict=True)
+    ]
+    columns = ["id", "name", "time", "vm_state_size", "present"]
+    titles = {"vm_state_size": "vm state"}
+    render.emit(rows, FIELDS, output, columns=columns, shown=shown, titles=titles)
+
+
+def revert(
+    image: options.Image,
+    name: Name,
+    discard: Annotated[bool, typer.Option("--discard", help="Give the present state up.")] = False,
+    save_as: Annotated[
+        str | None,
+        typer.Option("--save-as", metavar="NAME", help="Keep the present state under this name."),
+    ] = None,
+    dry_run: options.DryRun = False,
+    force: options.Force = None,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Go back to a snapshot. A present state that is in no snapshot is not thrown away unasked."""
+    from imgtool.image.change import snapshots
+
+    set_up_logging(verbose=verbose, debug=debug)
+    working.run_plan(
+        lambda: snapshots.plan_revert(
+            image,
+            name,
+            discard=discard,
+            save_as=save_as,
+            force=force or (),
+            backing_dirs=backing_dir or (),
+        ),
+        image,
+        dry_run=dry_run,
+        backing_dirs=backing_dir,
+    )
+
+
+def delete(
+    image: options.Image,
+    name: Name,
+    dry_run: options.DryRun = False,
+    force: options.Force = None,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Delete a snapshot. The file does not shrink; 'imgtool compact' gives the space back."""
+    from imgtool.image.change import snapshots
+
+    set_up_logging(verbose=verbose, debug=debug)
+    working.run_plan(
+        lambda: snapshots.plan_delete(
+            image, name, force=force or (), backing_dirs=backing_dir or ()
+        ),
+        image,
+        dry_run=dry_run,
+        backing_dirs=backing_dir,
+    )
+    if not dry_run:
+        space = render.human(snapshots.space_to_give_back(image))
+        render.message(
+            "note", f"the file stays as long; 'imgtool compact' would give back about {space}"
+        )

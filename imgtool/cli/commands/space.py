@@ -1,0 +1,210 @@
+"""`df`, `filesystems` and `partitions`."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from imgtool.cli import options, render
+from imgtool.cli.options import Output
+from imgtool.cli.session import Failures, Request
+from imgtool.errors import ImgtoolError, UsageError
+from imgtool.formats.partition_table import Partition
+from imgtool.guest.model import SpaceUsage
+
+DF_FIELDS = (
+    "image",
+    "device",
+    "mountpoint",
+    "type",
+    "size",
+    "used",
+    "available",
+    "use_percent",
+    "inodes",
+    "inodes_used",
+    "error",
+)
+FILESYSTEM_FIELDS = ("kind", "device", "type", "label", "uuid", "size", "mountpoint", "parents")
+PARTITION_FIELDS = (
+    "device",
+    "number",
+    "start",
+    "size",
+    "end",
+    "start_sector",
+    "sector_size",
+    "type",
+    "type_name",
+    "name",
+    "bootable",
+    "table",
+)
+
+
+def _df_row(usage: SpaceUsage) -> dict[str, Any]:
+    return {
+        name: getattr(usage, name) if name != "device" else usage.device or None
+        for name in DF_FIELDS
+    }
+
+
+def _df_shown(row: dict[str, Any], human: bool, inodes: bool) -> dict[str, Any]:
+    def size(value: int | None) -> str | int | None:
+        if value is None:
+            return None
+        return render.human(value) if human else -(-value // 1024)
+
+    percent = row["use_percent"]
+    if inodes:
+        total, used = row["inodes"], row["inodes_used"]
+        free = None if total is None else total - used
+        percent = None if not total else -(-100 * used // total)
+        values = {"inodes": total, "iused": used, "ifree": free}
+    else:
+        values = {"size": size(row["size"]), "used": size(row["used"])}
+        values["available"] = size(row["available"])
+    shown = {**row, **values}
+    shown["use%"] = None if percent is None else f"{percent}%"
+    return shown
+
+
+def df(
+    image: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="The disk images.")],
+    human: options.Human = False,
+    inodes: Annotated[bool, typer.Option("-i", "--inodes", help="Inodes, not space.")] = False,
+    parallel: options.Parallel = 1,
+    output: options.OutputOption = Output.table,
+    add: options.Add = None,
+    format: options.Format = None,
+    snapshot: options.Snapshot = None,
+    mounts: options.Mounts = None,
+    root: options.Root = None,
+    key: options.Keys = None,
+    engine: options.EngineOption = options.Engine.auto,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Show the space of each filesystem of one or more guests."""
+    if add and len(image) > 1:
+        raise UsageError("-a adds a disk to one guest, and several images are given")
+    request = Request.of({**locals(), "image": image[0]})
+    failures = Failures(debug)
+
+    def measured(path: Path) -> tuple[tuple[SpaceUsage, ...], ImgtoolError | None]:
+        try:
+            with dataclasses.replace(request, image=path).opened() as guest:
+                return guest.usage(), None
+        except ImgtoolError as error:
+            return (SpaceUsage(str(path), "", None, None, error=str(error)),), error
+
+    with ThreadPoolExecutor(parallel) as pool:
+        results = list(pool.map(measured, image))
+    rows = []
+    for usages, error in results:
+        rows += [_df_row(usage) for usage in usages]
+        if error is not None:
+            failures.add(error)
+            continue
+        for usage in usages:
+            if usage.error is not None:
+                failures.problem(usage.device.encode(), usage.error)
+    numbers = ["inodes", "iused", "ifree"] if inodes else ["size", "used", "available"]
+    columns = ["device", "type", *numbers, "use%", "mountpoint"]
+    if len(image) > 1:
+        columns.insert(0, "image")
+    if any(row["error"] for row in rows):
+        columns.append("error")
+    render.emit(
+        rows,
+        DF_FIELDS,
+        output,
+        columns=columns,
+        shown=[_df_shown(row, human, inodes) for row in rows],
+        titles={"size": "size" if human else "1K-blocks"},
+    )
+    failures.finish()
+
+
+def filesystems(
+    image: options.Image,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also partitions, LVs, VGs, PVs and devices.")
+    ] = False,
+    long: Annotated[bool, typer.Option("-l", "--long", help="Labels, UUIDs and parents.")] = False,
+    human: options.Human = False,
+    output: options.OutputOption = Output.table,
+    add: options.Add = None,
+    format: options.Format = None,
+    snapshot: options.Snapshot = None,
+    mounts: options.Mounts = None,
+    root: options.Root = None,
+    key: options.Keys = None,
+    engine: options.EngineOption = options.Engine.auto,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """List the filesystems of a guest, and what they stand on."""
+    with Request.of(locals()).opened() as guest:
+        found = guest.devices(everything=everything)
+    rows = [dataclasses.asdict(device) for device in found]
+    shown = [
+        {**row, "size": render.human(row["size"])} if human and row["size"] is not None else row
+        for row in rows
+    ]
+    columns = ["device", "type", "size", "mountpoint"]
+    if everything:
+        columns.insert(0, "kind")
+    if long:
+        columns += ["label", "uuid", "parents"]
+    render.emit(rows, FILESYSTEM_FIELDS, output, columns=columns, shown=shown)
+
+
+def partitions(
+    image: options.Image,
+    human: options.Human = False,
+    output: options.OutputOption = Output.table,
+    add: options.Add = None,
+    format: options.Format = None,
+    snapshot: options.Snapshot = None,
+    backing_dir: options.BackingDirs = None,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Show the partition table: start, size and offset of each partition, in bytes."""
+    from imgtool.formats.foreign_tables import TITLES
+    from imgtool.formats.partition_table import disk_name
+    from imgtool.guest.partitions import partitions_of
+    from imgtool.image.checks.doubts import doubts_of
+    from imgtool.opening import images_to_read
+
+    request = Request.of(locals())
+    found: list[Partition] = []
+    problems: list[str] = []
+    with images_to_read(
+        [request.image, *request.add], format=format, backing_dirs=request.backing_dirs
+    ) as chains:
+        for number, chain in enumerate(chains):
+            for doubt in doubts_of(chain):
+                render.message("warning", doubt)
+            table = partitions_of(chain, device=disk_name(number), snapshot=snapshot)
+            found += table.partitions
+            problems += table.problems
+            for row in table.partitions:
+                if row.table in TITLES:
+                    title = TITLES[row.table]
+                    problems.append(
+                        f"{row.device}: the rows of {title} partition tables are not read"
+                    )
+    for problem in problems:
+        render.message("warning", problem)
+    rows = [{name: getattr(partition, name) for name in PARTITION_FIELDS} for partition in found]
+    shown = [{**row, "size": render.human(row["size"]) if human else row["size"]} for row in rows]
+    columns = ["number", "device", "start", "size", "end", "type_name", "name", "bootable", "table"]
+    render.emit(rows, PARTITION_FIELDS, output, columns=columns, shown=shown)

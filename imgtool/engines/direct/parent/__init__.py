@@ -1,0 +1,1 @@
+"""What the host trusts: it starts the worker, and believes nothing that it hears."""

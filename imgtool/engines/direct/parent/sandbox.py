@@ -1,0 +1,343 @@
+"""The sandbox: the worker and its qemu-nbd, with nothing but the image, in one of two ways.
+
+NAMESPACES is one bwrap tree: no network, no other processes, no files of the host but the system's
+libraries, Python, qemu-nbd and the image, no writable place but a small tmpfs, a user namespace of
+its own. LANDLOCK is for hosts and containers where none can be made: the same files and no others
+can be opened, none to write, and the calls that would reach a network or another process are
+refused. What it does not hide is which other files there are, and what stat(2) says of them, the
+host's name, and its own environment.
+
+In both, rights are given up for good, root becomes another user, system calls are filtered, memory,
+threads and CPU time are limited, and it dies with imgtool. The files of the image's chain were
+opened by imgtool after the chain rule was checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import fcntl
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from imgtool.engines.direct.parent import identity
+from imgtool.engines.direct.wire import landlock, syscalls
+from imgtool.engines.direct.wire.frames import READY
+from imgtool.engines.direct.wire.refusals import NoSandbox, SandboxFailed, Unsupported
+from imgtool.errors import ImageError, RefusedError
+from imgtool.host.process import PIPE, Limits, TimeoutExpired, find, spawn
+from imgtool.image.chain.chain import Chain
+from imgtool.image.chain.snapshot_view import loaded
+from imgtool.image.locking.host_file import node_driver
+from imgtool.text import printable
+
+if TYPE_CHECKING:
+    import subprocess
+
+# Of each process in the tree. QEMU's caches and threads need address space, not memory.
+MEMORY = 4 << 30
+CPU = 4 * 3600
+SCRATCH = 256 << 20
+_MOMENT = 10.0  # seconds
+
+_PYTHON = "/usr/bin/python3"
+_SETTINGS = {
+    "LC_ALL": "C.UTF-8",
+    # Buffers of a megabyte come and go: memory that is given back each time costs more than the
+    # copy. No addresses are set aside for each of QEMU's threads: they count as memory.
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=33554432"
+    ":glibc.malloc.trim_threshold=134217728:glibc.malloc.arena_max=1",
+}
+_START = (
+    "import sys; sys.path[:0] = {paths!r}; "
+    "from imgtool.engines.direct.worker.__main__ import main; main()"
+)
+_ENTER = (
+    "import sys; sys.path[:0] = {paths!r}; "
+    "from imgtool.engines.direct.worker.confinement import enter; enter(**{given!r})\n"
+)
+# The program that loads libraries has the name that is in every program.
+_LOADERS = ("/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch64.so.1")
+
+
+class Kind(enum.Enum):
+    """How a sandbox is closed; the value is what the user is told."""
+
+    NAMESPACES = "namespaces"
+    LANDLOCK = "Landlock"
+
+
+def _program(name: str) -> str:
+    found = find(name)
+    if found is None:
+        raise Unsupported(f"{name} is not installed")
+    return os.path.realpath(found)
+
+
+def _package() -> Path:
+    return Path(__file__).resolve().parents[3]
+
+
+def _module_folders() -> list[str]:
+    """Where the modules that are not imgtool's are on the host."""
+    folders: list[str] = []
+    for module in ("nbd", "google_crc32c"):
+        spec = find_spec(module)
+        if spec is None or spec.origin is None:
+            raise Unsupported(f"the Python module {module} is not installed")
+        package = Path(spec.origin).parent
+        folder = os.path.realpath(package.parent if spec.submodule_search_locations else package)
+        if folder not in folders:
+            folders.append(folder)
+    return folders
+
+
+class Images:
+    """The files of some chains, open, with the names that they have in the sandbox."""
+
+    def __init__(self, chains: Sequence[Chain]) -> None:
+        self.descriptors: dict[Path, int] = {}
+        self.user = identity.spare_user()
+        try:
+            for chain in chains:
+                if any(link.extents for link in chain.links):
+                    raise Unsupported("a VMDK whose data are in a file of their own")
+                if any(link.encrypted for link in chain.links):
+                    raise Unsupported("an image encrypted by QEMU")
+                for path in (*chain.files, *([chain.header] if chain.header else [])):
+                    self.add(path, chain)
+        except BaseException:
+            self.close()
+            raise
+
+    def add(self, path: Path, chain: Chain) -> None:
+        """One more file, of a chain: the very one that was looked at."""
+        if path in self.descriptors:
+            return
+        if node_driver(path) != "file":
+            raise Unsupported(f"{printable(path)} is a block device")
+        try:
+            with chain.open_file(path) as file:
+                self.descriptors[path] = fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 0)
+        except RefusedError:
+            raise
+        except (ImageError, OSError) as error:
+            reason = error.message if isinstance(error, ImageError) else error.strerror
+            raise Unsupported(f"{printable(path)}: {reason}") from error
+
+    def add_made(self, path: Path) -> None:
+        """A file that another sandbox made: it has to be one, and nobody else's."""
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+        try:
+            descriptor = self.descriptors[path] = os.open(path, flags)
+        except OSError as error:
+            raise Unsupported("the overlay with its journal is not one") from error
+        about = os.fstat(descriptor)
+        owner = os.geteuid() if self.user is None else self.user
+        if not stat.S_ISREG(about.st_mode) or about.st_nlink != 1 or about.st_uid != owner:
+            raise Unsupported("the overlay with its journal is not one")
+
+    def names(self, kind: Kind = Kind.NAMESPACES) -> dict[Path, str]:
+        """The names that the files have in a sandbox of this kind."""
+        if kind is Kind.LANDLOCK:
+            return {path: f"/proc/self/fd/{number}" for path, number in self.descriptors.items()}
+        return {path: f"/images/{number}" for number, path in enumerate(self.descriptors)}
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
+        self.descriptors.clear()
+
+
+def _python() -> str:
+    """The interpreter itself, whichever links and environments lead to it."""
+    found = os.path.realpath(sys.executable)
+    if not str(os.__file__).startswith("/usr/lib/"):
+        raise Unsupported("this Python is not the system's own")
+    return found
+
+
+@contextlib.contextmanager
+def in_namespaces(
+    images: Images,
+    *,
+    programs: Sequence[str],
+    options: Sequence[str] = (),
+    rights: Sequence[str] = (),
+    user: int = 65534,
+) -> Iterator[tuple[list[str], list[str], list[int]]]:
+    """The command line of a bwrap tree with these images and programs of the host in it, up to the
+    Python that it starts; the folders in which that finds modules; the descriptors that it takes.
+
+    `options` and `rights` (capabilities) are bwrap's. Programs see `user` as theirs; those of root
+    are root in a user namespace that has all users, and may become another one.
+    """
+    words = [
+        _bwrap(),
+        *("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"),
+        "--unshare-cgroup-try",
+        "--die-with-parent",
+        "--new-session",
+        "--as-pid-1",  # else bwrap itself would be in it, with its file as the host has it
+    ]
+    words += ["--cap-drop", "ALL", "--hostname", "sandbox", "--clearenv"]
+    words += [word for setting in _SETTINGS.items() for word in ("--setenv", *setting)]
+    words += ["--ro-bind", "/usr/lib", "/usr/lib", "--symlink", "usr/lib", "/lib"]
+    for folder in ("lib64", "lib32"):
+        if Path("/usr", folder).is_dir():
+            words += ["--ro-bind", f"/usr/{folder}", f"/usr/{folder}"]
+            words += ["--symlink", f"usr/{folder}", f"/{folder}"]
+    words += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    words += ["--ro-bind", _python(), _PYTHON]
+    for name in programs:
+        words += ["--ro-bind", _program(name), f"/usr/bin/{name}"]
+    # No /proc: containers let none be mounted, and nothing needs it.
+    words += ["--tmpfs", "/dev", "--dev-bind", "/dev/null", "/dev/null", *options]
+    words += ["--remount-ro", "/dev", "--perms", "1777", "--size", str(SCRATCH), "--tmpfs", "/tmp"]
+    words += ["--ro-bind", str(_package()), "/python/own/imgtool"]
+    folders = {folder: f"/python/{place}" for place, folder in enumerate(_module_folders())}
+    for folder, seen in folders.items():
+        words += ["--ro-bind", folder, seen]
+    names = images.names()
+    for path, descriptor in images.descriptors.items():
+        words += ["--ro-bind", f"/proc/self/fd/{descriptor}", names[path]]
+    words += ["--remount-ro", "/", "--chdir", "/"]
+    with contextlib.ExitStack() as stack:
+        taken = list(images.descriptors.values())
+        if images.user is None:
+            words += ["--unshare-user", "--uid", str(user), "--gid", str(user)]
+        else:
+            taken.append(stack.enter_context(identity.user_namespace()))
+            words += ["--userns", str(taken[-1])]
+            rights = (*rights, "CAP_SETUID", "CAP_SETGID", "CAP_DAC_READ_SEARCH")
+        words += [word for right in rights for word in ("--cap-add", right)]
+        yield [*words, _PYTHON], ["/python/own", *folders.values()], taken
+
+
+def _bwrap() -> str:
+    try:
+        return _program("bwrap")
+    except Unsupported as error:
+        raise NoSandbox(str(error)) from error
+
+
+def _with_landlock() -> tuple[list[str], list[str], dict[str, int]]:
+    """The command line of a Python that shuts itself in, up to its options; the folders in which
+    it finds modules; what may be opened, which are the files that a bwrap tree would have.
+    """
+    settings = [f"{name}={value}" for name, value in _SETTINGS.items()]
+    folders = _module_folders()
+    paths = {"/etc/ld.so.cache": landlock.READ, os.devnull: landlock.READ | landlock.WRITE}
+    for folder in ("/usr/lib", "/usr/lib64", "/usr/lib32", str(_package()), *folders):
+        paths[folder] = landlock.READ | landlock.LIST
+    for program in (_program("qemu-nbd"), *_LOADERS):
+        paths[program] = landlock.READ | landlock.RUN
+    there = {path: allowed for path, allowed in paths.items() if Path(path).exists()}
+    own = str(_package().parent)
+    return ["/usr/bin/env", "-i", *settings, _python()], [own, *folders], there
+
+
+def server(
+    chain: Chain,
+    images: Images,
+    *,
+    kind: Kind = Kind.NAMESPACES,
+    snapshot: str | None = None,
+    force_share: bool = False,
+    overlay: Path | None = None,
+) -> list[str]:
+    """The command line that serves a chain inside the sandbox, on the socket that it inherits.
+
+    An `overlay` of the images stands on the chain.
+    """
+    program = "/usr/bin/qemu-nbd" if kind is Kind.NAMESPACES else _program("qemu-nbd")
+    argv = [program, "--read-only", "--allocation-depth", *loaded(chain, snapshot)]
+    names = images.names(kind)
+    node = chain.blockdev(force_share=force_share, names=names)
+    if (unseen := chain.active.unseen) is not None and node["driver"] == "raw":
+        node["size"] = unseen.there // 512 * 512  # QEMU would fill up the last sector with zeros
+    if overlay is not None:
+        file = {"driver": "file", "filename": names[overlay]}
+        node = {"driver": "qcow2", "file": file, "backing": node, "read-only": True}
+    return [*argv, "json:" + json.dumps(node, ensure_ascii=False)]
+
+
+@contextlib.contextmanager
+def scratch(kind: Kind) -> Iterator[int | None]:
+    """A descriptor of memory for a worker that has no place to write to; None for one that has."""
+    if kind is Kind.NAMESPACES:
+        yield None
+        return
+    descriptor = os.memfd_create("imgtool", os.MFD_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def sandboxed(
+    images: Images,
+    *,
+    kind: Kind = Kind.NAMESPACES,
+    memory: int = MEMORY,
+    shared: Sequence[int] = (),
+    newest: int | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The worker, running; requests go to its stdin, answers come from its stdout. It inherits the
+    descriptors in `shared`. Of Landlock no version after `newest` is used.
+
+    What it and QEMU say is in the pipe of its stderr, which holds no more than a pipe does. Raises
+    `NoSandbox` where it cannot be started.
+    """
+    if not syscalls.known():
+        raise NoSandbox("the sandbox does not know this machine's system calls")
+    if not Path("/proc/self/fd").is_dir():  # by which the images are named
+        raise NoSandbox("/proc is not mounted here")
+    given: dict[str, object] = {"kept": list(shared), "user": images.user}
+    with contextlib.ExitStack() as stack:
+        taken = list(images.descriptors.values())
+        if kind is Kind.NAMESPACES:
+            words, folders, taken = stack.enter_context(
+                in_namespaces(images, programs=("qemu-nbd",))
+            )
+        else:
+            if not landlock.version():
+                raise NoSandbox("this kernel has no Landlock")
+            words, folders, paths = _with_landlock()
+            given |= {"images": taken, "paths": paths}
+            given |= {} if newest is None else {"newest": newest}
+        code = _ENTER.format(paths=folders, given=given) + _START.format(paths=folders)
+        process = stack.enter_context(
+            spawn(
+                [*words, "-I", "-S", "-B", "-c", code],
+                limits=Limits(memory=memory, cpu=CPU),
+                pass_fds=[*taken, *shared],
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=PIPE,
+            )
+        )
+        yield process
+
+
+def try_kind(kind: Kind) -> None:
+    """Close a sandbox of this kind around nothing; `NoSandbox`, or what else is missing, where that
+    cannot be done.
+    """
+    images = Images(())
+    with sandboxed(images, kind=kind) as process:
+        try:
+            said, errors = process.communicate(timeout=_MOMENT)
+        except TimeoutExpired as error:
+            raise SandboxFailed(f"it did not start within {_MOMENT:g} s") from error
+    if not said.startswith(READY):
+        last = errors.decode(errors="replace").strip().splitlines()[-1:]
+        raise SandboxFailed(last[0][:200] if last else "it ended")

@@ -1,0 +1,1 @@
+"""Replaying a journal on a throw-away overlay: the host's side, and the side in the sandbox."""

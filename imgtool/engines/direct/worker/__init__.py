@@ -1,0 +1,1 @@
+"""What runs confined, with a hostile guest in its hands."""

@@ -1,0 +1,46 @@
+"""The start of the worker: QEMU opens the images while Python loads what reads them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection
+
+from imgtool.engines.direct.wire import frames, seccomp
+from imgtool.engines.direct.worker import launcher, limits
+from imgtool.engines.direct.worker.requests import Requests
+from imgtool.engines.direct.worker.sources import Disk, use_scratch
+
+
+def main() -> None:
+    """Run as the sandbox's only program of ours; the first request has to be `open`."""
+    # Whatever closes the sandbox has done so by now, and nothing of an image was looked at.
+    frames.send(sys.stdout.buffer, frames.READY)
+    sys.stdout.buffer.flush()
+    requests = Requests(sys.stdin.fileno())
+    body = requests.next()
+    if body is None:
+        return
+    opening = frames.parsed(body)
+    kept = [number for name in ("ring", "scratch") if (number := opening.get(name)) is not None]
+    use_scratch(opening.pop("scratch", None))
+    opening["disks"] = disks(opening["disks"], kept=kept)
+    from imgtool.engines.direct.worker.server import Worker
+
+    worker = Worker(requests, sys.stdout.buffer)
+    worker.answer(opening)
+    worker.serve()
+
+
+def disks(servers: list[list[str]], *, kept: Collection[int] = ()) -> list[Disk]:
+    """Start what serves the disks, of which all has to be waited for; after that this process, and
+    what was started, start nothing more. What was started gets nothing of `kept`.
+    """
+    for descriptor in kept:
+        os.set_inheritable(descriptor, False)
+    limits.limit(len(servers))
+    # Before the first program: none of them learns from here how the next one is started.
+    launcher.keep_to_itself()
+    connections = [launcher.served(argv) for argv in servers]
+    seccomp.confine(seccomp.lone_filter())
+    return [Disk(connection) for connection in connections]

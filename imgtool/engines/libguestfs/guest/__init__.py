@@ -1,0 +1,1 @@
+"""The guest as the appliance sees it: reading."""

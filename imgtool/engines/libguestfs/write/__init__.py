@@ -1,0 +1,1 @@
+"""Writing through the appliance, and fsck before and after."""

@@ -1,0 +1,204 @@
+"""Putting files into a guest: staged beside their destination, then renamed into place.
+
+Whatever fails while the content is on its way (the guest full, Ctrl-C, a source that cannot be
+read) leaves the guest's own files as they were: they are replaced by `rename`, one by one, only
+after everything has arrived.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, BinaryIO
+
+from imgtool.engines.libguestfs.guest.calls import CallFailed, printable
+from imgtool.engines.libguestfs.guest.stream import upload
+from imgtool.engines.libguestfs.guest.walk import join
+from imgtool.errors import EngineError, HostError, ImgtoolError, NotInGuestError, RefusedError
+from imgtool.guest.model import Entry
+
+if TYPE_CHECKING:
+    from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest
+
+_SELINUX_CONFIG = "/etc/selinux/config"
+
+
+def _shell_value(content: bytes, name: str) -> str | None:
+    for line in content.decode("utf-8", "replace").splitlines():
+        key, equals, value = line.strip().partition("=")
+        if equals and key.strip() == name:
+            return value.strip().strip("\"'")
+    return None
+
+
+class Labels:
+    """The SELinux labels that the guest's own policy gives, if the guest has SELinux enabled."""
+
+    def __init__(self, guest: LibguestfsGuest) -> None:
+        self._guest = guest
+        self.contexts: str | None = None
+        try:
+            config = guest.read_bytes(_SELINUX_CONFIG, 64 * 1024)
+        except (NotInGuestError, EngineError):
+            return
+        if (_shell_value(config, "SELINUX") or "disabled").lower() == "disabled":
+            return
+        policy = _shell_value(config, "SELINUXTYPE") or "targeted"
+        contexts = f"/etc/selinux/{policy}/contexts/files/file_contexts"
+        if not guest.handle.is_file(contexts, followsymlinks=True):
+            return
+        if not guest.handle.feature_available(["selinuxrelabel"]):
+            raise HostError(
+                "the guest uses SELinux, and the appliance has no setfiles to label files with",
+                hint="'imgtool doctor' says how to add it; without a label services may not start",
+            )
+        self.contexts = contexts
+
+    def apply(self, path: bytes) -> None:
+        """Label a new file, or everything below a new directory."""
+        if self.contexts is None:
+            return
+        try:
+            self._guest.calls.relabel(os.fsencode(self.contexts), path)
+        except CallFailed as error:
+            raise EngineError(
+                f"the SELinux label cannot be set: {error.message}", subject=printable(path)
+            ) from error
+
+
+@contextlib.contextmanager
+def _staging(guest: LibguestfsGuest, directory: bytes) -> Iterator[bytes]:
+    """A private folder in a directory of the guest, removed with the block."""
+    name = join(directory, b".imgtool-" + secrets.token_hex(6).encode())
+    guest.calls.mkdir(name, 0o700)
+    try:
+        yield name
+    finally:
+        # After Ctrl-C the appliance may be gone, and what was cached in it.
+        with contextlib.suppress(EngineError):
+            guest.calls.rm_rf(name)
+
+
+def _lstat(guest: LibguestfsGuest, path: bytes) -> Entry | None:
+    try:
+        return guest.calls.lstat(path)
+    except CallFailed as error:
+        if error.errno in (2, 20) or "No such file" in error.message:
+            return None
+        raise
+
+
+def _conflicts(guest: LibguestfsGuest, staged: bytes, final: bytes) -> Iterator[bytes]:
+    """Where a directory would replace something else, or something else a directory."""
+    there = _lstat(guest, final)
+    if there is None:
+        return
+    ours = guest.calls.lstat(staged)
+    if (ours.type == "directory") != (there.type == "directory"):
+        yield final
+    elif ours.type == "directory":
+        for child in guest.entries(staged):
+            yield from _conflicts(guest, child.path, join(final, child.name))
+
+
+def _place(guest: LibguestfsGuest, staged: bytes, final: bytes, labels: Labels) -> None:
+    there = _lstat(guest, final)
+    if there is not None and there.type == "directory":
+        # The directory stays as it is, with its owner, mode and label; what is in it is placed.
+        for child in list(guest.entries(staged)):
+            _place(guest, child.path, join(final, child.name), labels)
+        return
+    ours = guest.calls.lstat(staged)
+    keeps_attributes = there is not None and there.type == "file" and ours.type == "file"
+    if keeps_attributes:
+        guest.calls.copy_xattrs(final, staged)
+    guest.calls.rename(staged, final)
+    if not keeps_attributes:
+        labels.apply(final)
+
+
+def destination(guest: LibguestfsGuest, typed: str, *, single: bool) -> tuple[bytes, bytes | None]:
+    """The directory to copy into and, for a single source, the new name that it gets there.
+
+    A destination that does not exist is the new name of a single source if its parent exists.
+    """
+    try:
+        found = guest.resolve(typed)
+    except NotInGuestError:
+        parent, _, name = guest.at(typed).rpartition(b"/")
+        if not single or typed.endswith("/") or not name:
+            raise
+        return guest.resolve(parent or b"/"), name
+    kind = guest.calls.lstat(found).type
+    if kind == "directory":
+        return found, None
+    if not single:
+        raise RefusedError("the destination is not a directory", subject=printable(found))
+    parent, _, name = found.rpartition(b"/")
+    return parent or b"/", name
+
+
+def put(
+    guest: LibguestfsGuest,
+    directory: bytes,
+    produce: Callable[[BinaryIO], None],
+    *,
+    rename: bytes | None = None,
+) -> None:
+    """Unpack the tar stream that `produce` writes into a directory of the guest, all or nothing.
+
+    With `rename` the one top-level name of the stream gets that name. Files that exist are
+    replaced and keep their extended attributes; directories that exist are merged into.
+    """
+    labels = Labels(guest)
+    with guest.cancellable(), _staging(guest, directory) as staging:
+        try:
+            upload(lambda name: guest.calls.tar_in(name, staging), produce)
+        except CallFailed as error:
+            _explain(guest, directory, error)
+        placed = [
+            (entry.path, join(directory, entry.name if rename is None else rename))
+            for entry in guest.entries(staging)
+        ]
+        conflicts = [path for staged, final in placed for path in _conflicts(guest, staged, final)]
+        if conflicts:
+            raise RefusedError(
+                "a directory and something else have the same name; nothing was copied",
+                subject=printable(conflicts[0]),
+            )
+        for staged, final in placed:
+            _place(guest, staged, final, labels)
+
+
+def _is_utf8(path: bytes) -> bool:
+    try:
+        path.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def is_full(guest: LibguestfsGuest, directory: bytes, *, inodes: bool = True) -> bool:
+    """Whether the filesystem of a directory has no room left, or no inode."""
+    # The binding takes no name that is not UTF-8: the folder above tells the same.
+    while not _is_utf8(directory):
+        directory = directory.rpartition(b"/")[0] or b"/"
+    try:
+        numbers = guest.handle.statvfs(directory.decode())
+    except RuntimeError:
+        return False  # what failed is worse than a lack of room
+    return bool(numbers["bavail"] < 16 or (inodes and numbers["favail"] == 0))
+
+
+def _explain(guest: LibguestfsGuest, directory: bytes, error: CallFailed) -> None:
+    if guest.interrupted():
+        raise error
+    if is_full(guest, directory):
+        raise ImgtoolError(
+            "no space left on the guest's filesystem; nothing was copied",
+            subject=printable(directory),
+            hint="'imgtool df' shows the space, 'imgtool df -i' the inodes",
+        ) from error
+    raise error

@@ -1,0 +1,1 @@
+"""What imgtool needs of the host it runs on: programs, signals, temporary files, mounts."""

@@ -1,0 +1,107 @@
+"""Chains whose files another user can exchange between the look at them and their use.
+
+Who may write to a folder may put a link to any file of the host in the place of a base, and who may
+write to an image may name another one in its header. QEMU opens what a name leads to at that time,
+with the rights of whoever started it. So it is given descriptors of the files that were looked at,
+and once it has opened the chain it is looked at what it has opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from imgtool.errors import HostError
+from imgtool.image.chain.chain import Chain
+from imgtool.image.locking.host_file import exchanged
+from imgtool.image.policy import folders_of
+from imgtool.text import printable
+
+
+def is_safe_from_others(chain: Chain) -> bool:
+    """Whether nobody but this user and root can exchange a file of the chain, or write to it."""
+    return all(is_out_of_reach(path) for path in chain.files)
+
+
+def is_out_of_reach(path: Path) -> bool:
+    """Whether nobody but this user and root can write to a file, or put another in its place."""
+    users = (0, os.geteuid())
+    name = path.absolute()
+    folders = {*name.parents, *(p for f in folders_of(path) for p in (f, *f.parents))}
+    try:
+        link, file = name.lstat(), name.stat()
+        if link.st_uid not in users or file.st_uid not in users:
+            return False
+        if stat.S_ISREG(file.st_mode) and file.st_mode & 0o022:
+            return False
+        for status in (folder.stat() for folder in folders):
+            open_to_all = status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX
+            if status.st_uid not in users or open_to_all:
+                return False
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def steady(chain: Chain) -> Iterator[Chain]:
+    """The chain as QEMU is given it until the block ends: as it is where nobody else can exchange
+    its files, or else by descriptors of this process.
+
+    Raises `RefusedError` for a file that is not the one any more that was looked at.
+    """
+    if chain.names or is_safe_from_others(chain):
+        yield chain
+        return
+    with contextlib.ExitStack() as opened:
+        names = {}
+        for path in chain.files:
+            file = opened.enter_context(chain.open_file(path))
+            # The process opens it anew, with locks of its own.
+            names[path] = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        yield replace(chain, names=names)
+
+
+def refuse_others_opened(
+    pid: int, chains: Sequence[Chain], *, besides: Sequence[Path] | None = None
+) -> None:
+    """Raise `RefusedError` if a QEMU that was started on these chains has not opened the very files
+    that were looked at, or, with `besides`, any other one that is not in those folders.
+    """
+    known = {
+        identity: path for chain in chains for link in chain.links for path, identity in link.inodes
+    }
+    try:
+        found = _files_of(pid)
+    except OSError as error:
+        raise HostError(
+            f"it cannot be seen which files QEMU has opened: {(error.strerror or '').lower()}",
+            subject=printable(chains[0].active.path),
+            hint="work on a copy in a folder that only you can write to",
+        ) from error
+    for identity, path in known.items():
+        if identity not in found:
+            raise exchanged(path)
+    if besides is None:
+        return
+    own = {folder.resolve() for folder in besides}
+    for identity, path in found.items():
+        if identity not in known and not own.intersection(path.parents):
+            raise exchanged(chains[0].active.path)
+
+
+def _files_of(pid: int) -> dict[tuple[int, int], Path]:
+    """The files and block devices that a process has open, but for those without a name."""
+    found = {}
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed by now
+            status = entry.stat()
+            if stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode):
+                name = os.readlink(entry.path)  # noqa: PTH115
+                if not name.startswith("/memfd:"):
+                    found[status.st_dev, status.st_ino] = Path(name)
+    return found

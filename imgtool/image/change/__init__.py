@@ -1,0 +1,1 @@
+"""What changes images: planned, written down, done, proved, undone."""

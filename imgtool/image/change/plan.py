@@ -1,0 +1,359 @@
+"""Work on an image: planned, shown, done in steps, proved, and settled where it is cut off."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from imgtool.errors import Force, HostError, ImgtoolError, RefusedError
+from imgtool.host import interrupt
+from imgtool.image.chain.holdings import Holdings, holdings_of, lost, noted
+from imgtool.image.chain.info import ImageInfo
+from imgtool.image.change.changes import marks
+from imgtool.image.change.made import made_file, written_as_made
+from imgtool.image.change.mending import repair_metadata
+from imgtool.image.change.recovery import refuse_if_used_since, resolve_intent
+from imgtool.image.checks.ages import kept_as_noted, younger
+from imgtool.image.intent.intent_log import Record, opened, sync_folder
+from imgtool.image.intent.marks import identity_of
+from imgtool.image.locking.host_file import exchanged
+from imgtool.image.locking.locks import held_for_writing
+from imgtool.image.qemu.qemu_img import OnPart, qemu_img, same_content
+from imgtool.text import printable
+
+# Called with the name of a step and the part of it that is done, between 0 and 1.
+OnStep = Callable[[str, float], None]
+# Called with a line for the user.
+Notice = Callable[[str], None]
+
+
+@dataclass
+class Work:
+    """One run of a plan: its record, and how long each step took, in seconds.
+
+    `expected` is what the image should hold besides its content when all is done.
+    """
+
+    record: Record
+    on_step: OnStep | None = None
+    expected: Holdings | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    notice: Notice | None = None
+
+    def say(self, line: str | None) -> None:
+        """Tell the user, where there is something to tell."""
+        if line is not None and self.notice is not None:
+            self.notice(line)
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[OnPart | None]:
+        """Time one step; gives what tells its progress."""
+        if interrupt.pending():  # Ctrl-C that came where Python swallows what it raises
+            raise KeyboardInterrupt
+        started = time.monotonic()
+        on_step = self.on_step
+        if on_step is not None:
+            on_step(name, 0.0)
+        try:
+            yield None if on_step is None else (lambda part: on_step(name, part))
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+
+    def reserve(self, temporary: Path) -> None:
+        """Make a file that is to become an image: nobody else's, and for its owner's eyes alone."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            os.close(os.open(temporary, flags, 0o600))
+            self.record.note(made=identity_of(temporary))
+        except OSError as error:
+            raise HostError(
+                f"no file can be made: {(error.strerror or '').lower()}",
+                subject=printable(temporary.parent),
+                hint="make room on that file system, then repeat the command"
+                if error.errno in (errno.ENOSPC, errno.EDQUOT)
+                else None,
+            ) from error
+
+    def place(self, temporary: Path, new: Path, *, like: Path | None = None) -> None:
+        """Give a complete file its name; it may be read by those who may read `like`."""
+        allowed = stat.S_IMODE(like.stat().st_mode) if like else 0o666
+        with made_file(temporary, made=self._made()) as descriptor:
+            os.fchmod(descriptor, (allowed & 0o666 | stat.S_IWUSR) & ~_umask())
+        self.record.note(step="swap")
+        put_in_place(temporary, new)
+
+    def swap(self, temporary: Path, image: ImageInfo) -> None:
+        """Put a complete file in the place of the very one that was looked at, if it holds what it
+        should."""
+        self.refuse_if_lost(temporary, "nothing was changed")
+        self.record.note(step="swap")
+        replace(temporary, image, self._made())
+
+    def _made(self) -> object:
+        """The identity of the file that was reserved."""
+        return self.record.facts.get("made")
+
+    def refuse_if_lost(self, image: Path, hint: str) -> None:
+        """Raise `ImgtoolError` where the image lacks a snapshot, a bitmap or a name that it should
+        have after the work."""
+        if self.expected is None:
+            return
+        if missing := lost(self.expected, holdings_of(image, "qcow2")):
+            raise ImgtoolError(
+                f"the image would lack what it should hold: {'; '.join(missing)}",
+                subject=printable(self.record.image),
+                hint=f"{hint}; please report this",
+            )
+
+    def qemu_img(
+        self, name: str, words: Sequence[str | Path], image: Path, *, made: Path | None = None
+    ) -> None:
+        """A step that is one sub-command of qemu-img; `made` is which word is a file that was
+        reserved, and is written to."""
+        with self.step(name) as on_part, written_as_made(words, made) as given:
+            qemu_img(given, image=image, on_part=on_part)
+
+    def prove_same(self, first: str, second: str, what: str, image: Path) -> None:
+        """Raise `ImgtoolError` unless a guest sees the same in both; `what` says what differs."""
+        with self.step("proof") as on_part:
+            if not same_content(first, second, on_part):
+                raise ImgtoolError(
+                    f"the proof failed: {what}",
+                    subject=printable(image),
+                    hint="nothing was thrown away; please report this",
+                )
+
+
+def as_before(holdings: Holdings) -> Holdings:
+    """What an image holds after work that changes nothing but its content."""
+    return holdings
+
+
+def _umask() -> int:
+    """The process's own, which cannot be read without being set."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Files as they were when a plan was made: it holds only for as long as they stay so."""
+
+    files: tuple[tuple[Path, tuple[int, ...]], ...] = ()
+
+    @classmethod
+    def of(cls, *paths: Path) -> Seen:
+        """What tells these files from changed ones."""
+        return cls(tuple((path, _identity(path)) for path in paths))
+
+    def refuse_if_changed(self) -> None:
+        """Raise `RefusedError` if one of the files was changed, replaced or removed since."""
+        for path, identity in self.files:
+            if _identity(path) != identity:
+                raise RefusedError(
+                    "it was changed by somebody in the meantime",
+                    subject=printable(path),
+                    hint="repeat the command, which looks at it anew",
+                )
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command is about to do to `image`, in `lines` for the user; `run` does it.
+
+    `format` is that of the image, where it is there already: what a guest wrote to a raw disk may
+    look like any. `space` is how many bytes it may need in the image's folder, `facts` what its
+    record says besides what every record says, and `seen` the files that were looked at to make it.
+    On the files that it `writes_to` no other QEMU works from the first step to the last. What is
+    `repeatable` is finished by doing it again, which is the same where the facts named in it are.
+    `same_in` is the image that is written to and in which a guest sees the same afterwards:
+    overlays on it stay younger than it. `doubts` are lines on what is only read. `after` gives what
+    the image holds besides its content afterwards, of what it held before: the plan is not done
+    where something of it is missing.
+    """
+
+    operation: str
+    image: Path
+    lines: tuple[str, ...]
+    do: Callable[[Work], None]
+    format: str | None = None
+    space: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+    seen: Seen = field(default_factory=Seen)
+    writes_to: tuple[Path, ...] = ()
+    repeatable: tuple[str, ...] = ()
+    same_in: Path | None = None
+    backing_dirs: Sequence[str | Path] = ()
+    force: Force = ()
+    doubts: tuple[str, ...] = ()
+    after: Callable[[Holdings], Holdings] = as_before
+
+    def run(self, on_step: OnStep | None = None, notice: Notice | None = None) -> Work:
+        """Do it: whole, or as if it had not been begun, or to be finished by repeating it."""
+        with contextlib.ExitStack() as stack:
+            record = stack.enter_context(opened(self.image, create=True))
+            assert record is not None
+            if record.facts and not self._repeats(record):
+                raise RefusedError(
+                    f"a {record.operation} of it was interrupted",
+                    subject=printable(self.image),
+                    hint=f"imgtool recover {printable(self.image)}",
+                )
+            # Before they are looked at for the last time.
+            stack.enter_context(held_for_writing(self.writes_to))
+            self.seen.refuse_if_changed()
+            repeated = bool(record.facts)
+            if repeated:
+                refuse_if_used_since(record, self.backing_dirs, self.force)
+            before = holdings_of(self.image, self.format)
+            expected = None if before is None else self.after(before)
+            work = Work(record, on_step, expected, notice=notice)
+            try:
+                if not repeated:
+                    record.note(operation=self.operation, **self._known(before), **self.facts)
+                with self._kept_younger(record):
+                    self._do(work, repeated)
+                with interrupt.defer_interrupts(last=True):
+                    work.refuse_if_lost(self.image, "what it lacks is in no copy of imgtool's")
+                    record.remove()
+            except BaseException as stopped:
+                try:
+                    with self._kept_younger(record):
+                        line = resolve_intent(record, finish=False)
+                except ImgtoolError as error:
+                    line = f"{error}: to be settled by imgtool recover {printable(self.image)}"
+                if line and notice:
+                    cut_off = isinstance(stopped, KeyboardInterrupt)
+                    notice(line if cut_off else line.replace("an interrupted ", "the ", 1))
+                raise
+            return work
+
+    def _do(self, work: Work, repeated: bool) -> None:
+        if not repeated:
+            self.do(work)
+            return
+        repair_metadata(self.image, format=self.format)
+        self.do(work)
+        repair_metadata(self.image, format=self.format)
+        for other in self.writes_to:
+            if other.exists() and not other.samefile(self.image):
+                repair_metadata(other)
+
+    @contextlib.contextmanager
+    def _kept_younger(self, record: Record) -> Iterator[None]:
+        if self.same_in is None:
+            yield
+            return
+        # Who wrote to it later than that was somebody else, and its overlays may not fit.
+        with record.at_work(), kept_as_noted(record, self.same_in, self.backing_dirs):
+            yield
+
+    def _known(self, before: Holdings | None) -> dict[str, Any]:
+        """What a record says of an image that is there already."""
+        known: dict[str, Any] = {} if self.format is None else {"format": self.format}
+        if self.image.exists():
+            known |= {"identity": identity_of(self.image), "noted": marks(self.image)}
+        if self.same_in is not None:
+            known |= {"younger": younger(self.same_in, self.backing_dirs)}
+        after = None if before is None else self.after(before)
+        return {**known, **noted(before, after)}
+
+    def _repeats(self, record: Record) -> bool:
+        return (
+            bool(self.repeatable)
+            and record.proved
+            and record.operation == self.operation
+            and all(record.facts.get(name) == self.facts.get(name) for name in self.repeatable)
+        )
+
+
+def keep_attributes(old: int, new: int) -> None:
+    """Give a file that replaces another the same owner, mode, extended attributes and times; both
+    are descriptors.
+
+    The content is the same, so an overlay that stands on it is not older than it.
+    """
+    status, made = os.fstat(old), os.fstat(new)
+    if (status.st_uid, status.st_gid) != (made.st_uid, made.st_gid):
+        with contextlib.suppress(PermissionError):  # the plan refused, or was forced
+            os.fchown(new, status.st_uid, status.st_gid)
+    os.fchmod(new, stat.S_IMODE(status.st_mode))
+    for name in os.listxattr(old):
+        with contextlib.suppress(OSError):  # some are the file system's own
+            os.setxattr(new, name, os.getxattr(old, name))
+    os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def sync_file(path: Path) -> None:
+    """Make sure that the bytes of a file are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def put_in_place(temporary: Path, new: Path) -> None:
+    """Give a complete file its name, where no file may be. Raises `RefusedError` if one is."""
+    sync_file(temporary)
+    try:
+        os.link(temporary, new)
+    except FileExistsError as error:
+        raise RefusedError("it exists already", subject=printable(new)) from error
+    except OSError:  # a file system without links
+        temporary.rename(new)
+    else:
+        temporary.unlink()
+    sync_folder(new.parent)
+
+
+def replace(temporary: Path, image: ImageInfo, made: object) -> None:
+    """Put a complete file, of the identity `made`, in the place of an image's, in one step.
+
+    Raises `RefusedError` where either is another file by now: who may write to the folder can put
+    a link there. So both are names in one folder that is opened, and no link is followed.
+    """
+    real = image.path.resolve()
+    with contextlib.ExitStack() as opened_files:
+        folder = os.open(real.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        opened_files.callback(os.close, folder)
+        old = opened_files.enter_context(_looked_at(image, real.name, folder))
+        new = opened_files.enter_context(made_file(temporary, made=made, folder=folder))
+        keep_attributes(old, new)
+        os.fsync(new)
+        # Not what the two names lead to: what is exchanged now is exchanged in this folder.
+        os.replace(temporary.name, real.name, src_dir_fd=folder, dst_dir_fd=folder)
+        os.fsync(folder)
+
+
+@contextlib.contextmanager
+def _looked_at(image: ImageInfo, name: str, folder: int) -> Iterator[int]:
+    """A descriptor of an image's file, by its name in a folder."""
+    try:
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(name, flags, dir_fd=folder)
+    except OSError as error:
+        raise exchanged(image.path) from error
+    try:
+        status = os.fstat(descriptor)
+        if (status.st_dev, status.st_ino) != dict(image.inodes).get(image.path):
+            raise exchanged(image.path)
+        yield descriptor
+    finally:
+        os.close(descriptor)

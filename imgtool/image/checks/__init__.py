@@ -1,0 +1,1 @@
+"""What is wrong or doubtful with images, and what else stands on them."""

@@ -1,0 +1,48 @@
+"""Telling a disk from noise: a raw image with nothing known on it is refused before any launch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from imgtool.errors import ImageError
+from imgtool.formats.foreign_tables import foreign_table
+from imgtool.host.process import Limits, ProgramFailed, run
+from imgtool.image.chain.chain import Chain
+from imgtool.image.locking.host_file import open_host_file
+from imgtool.image.qemu.disk_reader import open_contents
+
+_NOTHING_FOUND = 2
+_AMBIGUOUS = 8
+_BEGINNING = 1 << 20
+
+
+def require_known_content(chain: Chain, *, or_blank: bool = False) -> None:
+    """Raise `ImageError` if the chain is one raw file without partition table or known content;
+    with `or_blank` not if it begins as a new disk does, with zeros.
+
+    The signatures are those of libblkid, read by blkid(8) in low-level probing mode, and the
+    partition tables of other systems.
+    """
+    link = chain.links[0]
+    if link.format != "raw" or len(chain.links) > 1:
+        return
+    if or_blank:
+        with open_host_file(link.path) as file:
+            if not any(file.read(_BEGINNING)):
+                return
+    argv: list[str | Path] = ["blkid", "--probe", "--output", "export", link.path.absolute()]
+    try:
+        found = run(argv, limits=Limits(memory=1 << 30, wall=10), ok=(0, _AMBIGUOUS))
+    except ProgramFailed as error:
+        if error.returncode == _NOTHING_FOUND:
+            with open_contents(chain) as (read, size):
+                if foreign_table(read, size):  # libblkid knows fewer of them
+                    return
+            raise ImageError(
+                "not a disk image: no format, partition table or filesystem is known in it",
+                subject=link.path,
+                hint="a raw disk on which nothing known has been written is read with --format raw",
+            ) from error
+        raise ImageError(f"cannot be probed: {error.message}", subject=link.path) from error
+    if found.returncode == 0 and not found.stdout.strip():
+        raise ImageError("not a disk image: nothing known is in it", subject=link.path)

@@ -1,0 +1,1 @@
+"""QEMU's programs, and the bytes of a disk by way of them."""

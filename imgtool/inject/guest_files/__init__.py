@@ -1,0 +1,1 @@
+"""Files of the guest that the steps read and write."""

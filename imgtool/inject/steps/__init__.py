@@ -1,0 +1,1 @@
+"""The steps of inject, one module a family."""

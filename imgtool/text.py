@@ -1,0 +1,18 @@
+"""Names of files in messages: on one line, unable to steer a terminal, fit to be typed."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+
+def printable(name: str | Path) -> str:
+    """A name out of a header, on one line and unable to steer a terminal."""
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in str(name)
+    )
+
+
+def typed(path: Path) -> str:
+    """A path in a command that somebody may type as it stands: one word."""
+    return shlex.quote(printable(path))

@@ -1,0 +1,113 @@
+"""Files that hold a disk and are no image of one: named, with a step that gets at the disk."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from imgtool.formats.packed import KINDS
+from tests.support.chain_images import create_encrypted
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """A raw disk with one partition."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(4 * MIB))
+    table = b"label: dos\nstart=2048, size=4096, type=83\n"
+    subprocess.run(["/sbin/sfdisk", "-q", path], input=table, check=True)
+    return path
+
+
+def refused(imgtool_cli, *words: str | Path) -> str:
+    """The hint of a command that refuses to take a file for a disk."""
+    done = imgtool_cli(*words)
+    assert done.status == 3, done.err
+    assert "it is no disk image but" in done.err and "--format raw" not in done.err
+    found = re.search(r"hint: (.*?)(?:, then look at .*)?\n", done.err)
+    assert found is not None
+    return found[1]
+
+
+@pytest.mark.parametrize("program", ["gzip", "xz", "bzip2", "zstd", "lz4"])
+def test_a_compressed_disk_is_named_and_the_step_unpacks_it(
+    disk, monkeypatch, imgtool_cli, program
+):
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    monkeypatch.chdir(disk.parent)
+    packed = disk.with_name("it's a disk")  # without an ending, and with what a shell reads
+    with packed.open("wb") as out:
+        subprocess.run([program, "-c", disk], stdout=out, check=True)
+    for command in (("info", packed), ("convert", packed, "x.qcow2"), ("partitions", packed)):
+        step = refused(imgtool_cli, *command)
+    assert not Path("x.qcow2").exists()
+    subprocess.run(step, shell=True, check=True)
+    assert Path("NEW").read_bytes() == disk.read_bytes()
+    assert "0x83" in (text := imgtool_cli("partitions", "NEW").text) or "Linux" in text
+
+
+def test_an_archive_is_named_and_the_step_unpacks_it(disk, monkeypatch, imgtool_cli):
+    monkeypatch.chdir(disk.parent)
+    content = disk.read_bytes()
+    (disk.parent / "vm.ovf").write_text("<?xml version='1.0'?>\n")
+    for name in ("vm.ova", "vm.tar"):
+        with tarfile.open(name, "w") as archive:
+            archive.add("vm.ovf")
+            archive.add("disk.raw")
+    with zipfile.ZipFile("vm.zip", "w") as archive:
+        archive.write("disk.raw")
+    assert "OVA" in imgtool_cli("ls", "vm.ova", "/").err
+    disk.unlink()
+    for name in ("vm.ova", "vm.tar", "vm.zip"):
+        step = refused(imgtool_cli, "ls", name, "/")
+        subprocess.run(step, shell=True, check=True, capture_output=True)
+        assert disk.read_bytes() == content
+        disk.unlink()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "command", [("info",), ("check",), ("chain", "show"), ("resize", "{}", "+1M")]
+)
+def test_each_kind_is_refused_by_name(tmp_path, imgtool_cli, kind, command):
+    path = tmp_path / "image"
+    path.write_bytes(bytes(kind.offset) + kind.magic + bytes(MIB))
+    words = [word.format(path) for word in command]
+    if "{}" not in command:
+        words.append(str(path))
+    before = path.read_bytes()
+    assert refused(imgtool_cli, *words)
+    assert path.read_bytes() == before
+
+
+def test_what_a_guest_wrote_to_its_raw_disk_is_read_where_it_is_called_raw(tmp_path, imgtool_cli):
+    path = tmp_path / "data.raw"
+    path.write_bytes(b"\x1f\x8b" + bytes(MIB))
+    assert imgtool_cli("convert", "--format", "raw", path, tmp_path / "new.qcow2").status == 0
+
+
+def test_a_format_that_only_qemu_knows_is_converted_by_it(disk, monkeypatch, imgtool_cli):
+    monkeypatch.chdir(disk.parent)
+    subprocess.run(["qemu-img", "convert", "-O", "parallels", disk, "p.hdd"], check=True)
+    done = imgtool_cli("info", "p.hdd")
+    assert done.status == 3
+    found = re.search(r"hint: (qemu-img .*?), then look at NEW\n", done.err)
+    assert found is not None
+    subprocess.run(found[1], shell=True, check=True)
+    assert imgtool_cli("partitions", "NEW").status == 0
+
+
+def test_an_encrypted_disk_of_the_old_kind_is_a_raw_disk(tmp_path, imgtool_cli):
+    path = tmp_path / "luks"
+    options = ["-o", "key-secret=s,iter-time=10"]
+    create_encrypted("-f", "luks", "--object", "secret,id=s,data=x", *options, path, "1M")
+    assert imgtool_cli("info", path).status == 0

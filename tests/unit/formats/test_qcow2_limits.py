@@ -1,0 +1,149 @@
+"""A hostile qcow2 takes no more of imgtool's own memory than an honest one: QEMU's limits hold."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from imgtool.errors import ImageError
+from imgtool.formats import headers, qcow2
+from imgtool.formats.qcow2_refcounts import used_ranges
+from imgtool.formats.qcow2_snapshots import SnapshotRow, read_snapshots, same_as_active
+from imgtool.image.chain.chain import open_chain
+from imgtool.image.chain.info import probe
+
+MIB = 1 << 20
+ENTRY = struct.Struct(">QIHHIIQII")
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "1G"], check=True)
+    return path
+
+
+def patch(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def memory(work: Callable[[], object]) -> int:
+    """The most bytes that Python had for some work."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def long_names(image: Path, count: int, length: int = 65535) -> None:
+    """A table of snapshots whose ids and names are as long as their fields allow."""
+    table = bytearray()
+    for number in range(count):
+        name = b"\xff" * (length - 4) + b"%04d" % number
+        table += ENTRY.pack(0x50000, 1, len(name), len(name), 0, 0, 0, 0, 16)
+        table += struct.pack(">QQ", 0, 1 << 30) + name + name
+        table += bytes(-len(table) % 8)
+    patch(image, MIB, bytes(table))
+    patch(image, 60, struct.pack(">IQ", count, MIB))
+
+
+def test_names_of_snapshots_take_no_more_memory_than_QEMU_shows_of_them(image: Path) -> None:
+    long_names(image, 400)  # 52 MB
+    found = []
+    most = memory(lambda: found.extend(probe(image, by_header=True).snapshots))
+    assert len(found) == 400
+    assert {(len(snapshot.id), len(snapshot.name)) for snapshot in found} == {(127, 255)}
+    assert most < 8 * MIB
+
+
+def test_a_table_of_snapshots_larger_than_QEMU_takes_is_not_read(image: Path) -> None:
+    long_names(image, 600)  # 79 MB
+    with image.open("rb") as file:
+        header = qcow2.read_header(file)
+        assert header is not None
+        assert read_snapshots(file, header) is None
+    started = time.monotonic()
+    with pytest.raises(ImageError) as caught:
+        open_chain(image)
+    assert time.monotonic() - started < 5
+    assert "\n" not in str(caught.value)
+
+
+def test_names_as_long_as_they_can_be_made_are_shown_whole(image: Path) -> None:
+    name = "n" * 255
+    subprocess.run(["qemu-img", "snapshot", "-c", name, image], check=True)
+    assert [snapshot.name for snapshot in open_chain(image).active.snapshots] == [name]
+
+
+def test_extensions_of_a_header_take_no_memory_but_for_those_that_are_known(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    words = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", path, "1G"]
+    subprocess.run(words, check=True)
+    kinds = range(0x10000, 0x10000 + 100_000)
+    patch(path, 112, b"".join(struct.pack(">II", kind, 0) for kind in kinds))
+    with path.open("rb") as file:
+        assert memory(lambda: qcow2.read_header(file)) < 5 * MIB
+
+
+def test_a_format_of_a_base_longer_than_QEMU_takes_is_not_kept(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    words = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", path, "1G"]
+    subprocess.run(words, check=True)
+    patch(path, 112, struct.pack(">II", 0xE2792ACA, MIB) + b"r" * MIB + bytes(8))
+    patch(path, 8, struct.pack(">QI", 2 * MIB - 16, 4))
+    patch(path, 2 * MIB - 16, b"base")
+    header = headers.read(path)
+    assert header is not None
+    assert header.backing == "base" and len(header.backing_format or "") <= 16
+    with path.open("rb") as file:
+        read = qcow2.read_header(file)
+        assert read is not None and not read.sound
+
+
+@pytest.mark.parametrize("clusters", [129, 0xFFFF_FFFF])
+def test_a_table_of_refcounts_larger_than_QEMU_takes_is_not_sound(
+    image: Path, clusters: int
+) -> None:
+    patch(image, 56, struct.pack(">I", clusters))
+    with image.open("rb") as file:
+        header = qcow2.read_header(file)
+        assert header is not None
+        assert not header.sound
+        assert memory(lambda: qcow2.size_needed(file, header)) < 20 * MIB
+
+
+def test_two_large_tables_are_compared_a_part_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    words = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", path, "64G"]
+    subprocess.run(words, check=True)
+    with path.open("rb") as file:
+        header = qcow2.read_header(file)
+        assert header is not None and header.l1_size == 16 * MIB
+        row = SnapshotRow(b"1", b"one", 0, 0, 0, header.l1_offset, header.l1_size)
+        same = []
+        assert memory(lambda: same.append(same_as_active(file, header, row))) < 4 * MIB
+        shorter = SnapshotRow(b"1", b"one", 0, 0, 0, header.l1_offset, header.l1_size - 8)
+        assert same == [True] and not same_as_active(file, header, shorter)
+
+
+def test_refcounts_past_the_end_of_the_file_are_not_read(image: Path) -> None:
+    """Each entry of the largest table names the same block: 2 TB to be read, as it seems."""
+    table = image.stat().st_size
+    patch(image, table, struct.pack(">Q", 0x20000) * MIB)
+    patch(image, 48, struct.pack(">QI", table, 128))
+    started = time.monotonic()
+    with image.open("rb") as file:
+        header = qcow2.read_header(file)
+        assert header is not None
+        assert sum(length for _, length in used_ranges(file, header)) <= image.stat().st_size
+    assert time.monotonic() - started < 1
