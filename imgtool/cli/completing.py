@@ -60,7 +60,7 @@ def _host_paths(incomplete: str) -> list[str]:
 
 
 def _found(given: dict[str, Any], incomplete: str) -> Iterator[str]:
-    from imgtool.cli.session import parse_mount
+    from imgtool.guest.mounts import parse_mount
     from imgtool.opening import open_guest
 
     image = given.get("image")

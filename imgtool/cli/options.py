@@ -9,16 +9,8 @@ from typing import Annotated
 import typer
 
 from imgtool.cli import completing
+from imgtool.cli.output import Output
 from imgtool.errors import Reason
-
-
-class Output(StrEnum):
-    """How a command that lists writes its rows."""
-
-    table = "table"
-    json = "json"
-    jsonl = "jsonl"
-    csv = "csv"
 
 
 class Engine(StrEnum):

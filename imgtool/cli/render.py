@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from imgtool.cli.options import Output
+from imgtool.cli.output import Output
 
 if TYPE_CHECKING:
     from imgtool.formats.xattrs import Xattrs

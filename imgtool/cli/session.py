@@ -8,13 +8,13 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imgtool.cli import render
+from imgtool.cli import differences, render
 from imgtool.errors import ExitStatus, Force, ImgtoolError, UsageError
-from imgtool.guest.model import Mount
+from imgtool.guest.mounts import parse_mount
 from imgtool.host import interrupt
 
 if TYPE_CHECKING:
@@ -95,20 +95,6 @@ class Failures:
             first = self.statuses[0]
             same = all(status == first for status in self.statuses)
             raise SystemExit(int(first if same else ExitStatus.FAILED))
-
-
-def parse_mount(text: str) -> Mount:
-    """`DEV[:MOUNTPOINT[:OPTIONS[:FSTYPE]]]`, as in the virt tools."""
-    prefix = ""
-    if text.startswith("btrfsvol:"):
-        prefix, text = "btrfsvol:", text.removeprefix("btrfsvol:")
-    parts = text.split(":", 3)
-    device, mountpoint, options, fstype = (*parts, "", "", "", "")[:4]
-    if not device.startswith("/dev/"):
-        raise UsageError("not a device of the guest", subject=device, hint="such as -m /dev/sda1")
-    if mountpoint and not mountpoint.startswith("/"):
-        raise UsageError("the mount point is not absolute", subject=mountpoint)
-    return Mount(prefix + device, mountpoint or "/", options, fstype or None)
 
 
 @dataclass(frozen=True)
@@ -206,9 +192,15 @@ class Request:
 
     def _review(self, written: Sequence[Chain]) -> None:
         """Show what would be changed."""
-        from imgtool.cli.commands.diffing import show_written
-
-        show_written(self, [chain.active.path for chain in written])
+        overlays = [chain.active.path for chain in written]
+        images = (self.image, *self.add)
+        folders = [*self.backing_dirs, *(image.absolute().parent for image in images)]
+        after = replace(
+            self, image=overlays[0], add=overlays[1:], format="qcow2", backing_dirs=folders
+        )
+        failures = Failures(self.debug)
+        differences.show(self.opened, after.opened, failures.problem)
+        failures.finish()
 
 
 @contextlib.contextmanager

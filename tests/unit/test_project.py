@@ -15,12 +15,21 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MODULES = sorted((ROOT / "imgtool").rglob("*.py"))
 
-# The layers, each allowed to know only those before it. `interrupt` and `mountinfo` need nothing;
-# `opening` brings the engines and the images together; `doctor` looks at everything.
-LAYERS = (
-    *("errors", "interrupt", "said", "scratch", "process", "mountinfo", "image", "guest"),
-    *("engines", "opening", "transfer", "compare", "mount", "inject", "doctor", "cli"),
+# The rooms, each allowed to know only those before it, and itself. `opening` brings the engines and
+# the images together; `doctor` looks at everything.
+ROOMS = (
+    *("errors", "text", "host", "formats"),
+    *("image.policy", "image.locking", "image.intent", "image.chain", "image.qemu"),
+    *("image.checks", "image.change", "guest"),
+    *("engines.direct.wire", "engines.direct.worker", "engines.direct.replay.inside"),
+    *("engines.direct.parent", "engines.libguestfs.appliance", "engines.libguestfs.guest"),
+    *("engines.libguestfs.write", "engines.fallback", "opening"),
+    *("transfer", "compare", "mount", "inject", "doctor", "cli"),
 )
+# What starts the replay is the host's side, and in its room.
+SAME_ROOM = {"engines.direct.replay.host": "engines.direct.parent"}
+# Packages that hold rooms and nothing else.
+HALLS = ("image", "engines", "engines.direct", "engines.direct.replay", "engines.libguestfs")
 # `imgtool` itself is the front door, `python -m imgtool` the back door: they know everything.
 DOORS = ("imgtool", "imgtool.__main__")
 
@@ -83,28 +92,40 @@ def all_imports() -> list[Import]:
     return [found for path in MODULES for found in imports_of(path)]
 
 
-def layer(module: str) -> int | None:
-    """Which layer a module of imgtool is in; None for the doors and for other packages."""
-    parts = module.split(".")
-    if parts[0] != "imgtool" or module in DOORS or len(parts) < 2:
+def room(module: str) -> int | None:
+    """Which room a module of imgtool is in; None for the doors, halls and other packages."""
+    if not module.startswith("imgtool.") or module in DOORS:
         return None
-    return LAYERS.index(parts[1]) if parts[1] in LAYERS else None
+    name = module.removeprefix("imgtool.")
+    name = next((at for inside, at in SAME_ROOM.items() if is_in(name, inside)), name)
+    return next((place for place, at in enumerate(ROOMS) if is_in(name, at)), None)
+
+
+def is_in(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
 
 
 def climbs(found: Import) -> bool:
-    importer, imported = layer(found.importer), layer(found.imported)
-    return importer is not None and imported is not None and imported > importer
+    importer, imported = room(found.importer), room(found.imported)
+    upward = importer is not None and imported is not None and imported > importer
+    return upward and not found.for_types_only
 
 
-def test_every_module_has_a_place_in_the_layers() -> None:
+def test_every_module_is_in_a_room() -> None:
     assert len(MODULES) > 10
+    halls = [*DOORS, *(f"imgtool.{hall}" for hall in HALLS)]
     homeless = [
-        name for name in map(module_name, MODULES) if name not in DOORS and layer(name) is None
+        name for name in map(module_name, MODULES) if name not in halls and room(name) is None
     ]
     assert homeless == []
+    assert [
+        hall
+        for hall in HALLS
+        if len(Path(ROOT, "imgtool", *hall.split("."), "__init__.py").read_text().splitlines()) > 5
+    ] == []
 
 
-def test_a_layer_knows_only_the_layers_before_it() -> None:
+def test_a_room_knows_only_the_rooms_before_it() -> None:
     assert [str(found) for found in all_imports() if climbs(found)] == []
 
 
@@ -116,18 +137,90 @@ def test_only_the_command_line_uses_the_front_door() -> None:
         if found.importer not in DOORS
         and found.importer.split(".")[1] != "cli"
         and (found.imported == "imgtool" or found.imported.startswith("imgtool."))
-        and layer(found.imported) is None
+        and room(found.imported) is None
+        and found.imported.removeprefix("imgtool.").split(".")[0] not in ("image", "engines")
     ]
     assert leaning == []
 
 
-def test_the_layer_check_sees_upward_imports_in_every_spelling() -> None:
+def test_the_check_of_rooms_sees_upward_imports_in_every_spelling() -> None:
     path = ROOT / "imgtool/image/chain/chain.py"
-    upward = ("import imgtool.cli.render", "from imgtool.guest import model", "from ..cli import x")
-    for source in (*upward, "def f():\n    from imgtool.engines.direct import client"):
+    upward = (
+        "import imgtool.cli.render",
+        "from imgtool.guest import model",
+        "from ...cli import x",
+        "from imgtool.image.change import plan",
+        "from ..checks.findings import between",
+    )
+    for source in (*upward, "def f():\n    from imgtool.engines.direct.parent import client"):
         assert [climbs(found) for found in imports_of(path, source)] == [True], source
-    for source in ("from imgtool.host.process import run", "from . import locks", "import json"):
+    for source in ("from imgtool.host.process import run", "from . import info", "import json"):
         assert [climbs(found) for found in imports_of(path, source)] == [False], source
+
+
+# What the sandbox's programs may import: what both sides share, parsers, what a guest is made of.
+CONFINED = ("engines.direct.worker", "engines.direct.replay.inside")
+SHARED = (
+    *("engines.direct.wire", "formats", "errors", "text"),
+    *("guest.blocks", "guest.model", "guest.operating_system", "guest.packages"),
+)
+REPLAY = ("host.process", "host.interrupt")  # it starts qemu-img
+PURE = ("errors", "text", "formats")
+
+
+def outside(
+    importers: tuple[str, ...], allowed: tuple[str, ...], source: str | None = None
+) -> list[str]:
+    """Imports of imgtool's own by the modules in `importers` that are not of what is `allowed`."""
+    found = []
+    for path in MODULES:
+        name = module_name(path).removeprefix("imgtool.")
+        if any(is_in(name, importer) for importer in importers):
+            found += [one for one in imports_of(path, source) if one.package == "imgtool"]
+    return sorted(
+        {
+            str(one)
+            for one in found
+            if not any(
+                is_in(one.imported.removeprefix("imgtool."), at) for at in (*importers, *allowed)
+            )
+        }
+    )
+
+
+def test_what_is_confined_imports_only_what_is_in_the_sandbox() -> None:
+    assert outside(CONFINED[:1], SHARED) == []
+    assert outside(CONFINED, (*SHARED, *REPLAY)) == []
+    assert outside(("formats",), PURE) == []
+    # That this can fail:
+    assert outside(CONFINED[:1], SHARED, "from imgtool.image.chain.chain import Chain") != []
+    assert outside(("formats",), PURE, "import imgtool.host.process") != []
+
+
+def test_the_host_never_imports_what_is_confined() -> None:
+    inside = [
+        str(found)
+        for found in all_imports()
+        if not any(is_in(found.importer.removeprefix("imgtool."), at) for at in CONFINED)
+        and any(is_in(found.imported.removeprefix("imgtool."), at) for at in CONFINED)
+    ]
+    assert inside == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    known = {module_name(path) for path in MODULES}
+    graph: dict[str, set[str]] = {name: set() for name in known}
+    for found in all_imports():
+        target = found.imported if found.imported in known else found.imported.rpartition(".")[0]
+        if target in known and target != found.importer and not found.for_types_only:
+            graph[found.importer].add(target)
+    size = None
+    while size != len(graph):  # who imports none that is left, or is imported by none
+        size = len(graph)
+        used = set().union(*graph.values()) & set(graph)
+        graph = {name: targets & set(graph) for name, targets in graph.items() if name in used}
+        graph = {name: targets for name, targets in graph.items() if targets}
+    assert sorted(graph) == []
 
 
 def test_parted_is_imported_only_for_host_mounts() -> None:
@@ -163,7 +256,7 @@ def test_programs_are_started_in_one_place() -> None:
         f"{module_name(path)}:{node.lineno} uses os.{node.attr}"
         for path in MODULES
         # Programs of their own: one becomes QEMU, one starts it in the sandbox.
-        if path.name not in ("starter.py", "program.py")
+        if path.name not in ("starter.py", "launcher.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from imgtool.cli import options, render
-from imgtool.cli.options import Output
+from imgtool.cli.output import Output
 from imgtool.cli.session import set_up_logging, warning
 
 FIELDS = ("disks", "size", "time", "state", "path")

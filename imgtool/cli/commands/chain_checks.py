@@ -12,7 +12,7 @@ import typer
 
 from imgtool.cli import options, render
 from imgtool.cli.commands.chains import image_count, name, not_read
-from imgtool.cli.options import Output
+from imgtool.cli.output import Output
 from imgtool.cli.session import Failures, set_up_logging, warning
 from imgtool.errors import ExitStatus, ImageError, UsageError
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from imgtool.cli import options, render
-from imgtool.cli.options import Output
+from imgtool.cli.output import Output
 from imgtool.cli.session import Failures, set_up_logging, warning
 from imgtool.errors import ImageError, ImgtoolError, RefusedError
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import stat
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from imgtool.cli import completing, options, render
-from imgtool.cli.options import Output
+from imgtool.cli import completing, differences, options, render
+from imgtool.cli.output import Output
 from imgtool.cli.session import Failures, Request
 from imgtool.errors import ExitStatus, UsageError
 
@@ -26,12 +25,6 @@ if TYPE_CHECKING:
 _OF_EACH = ("type", "mode", "uid", "gid", "size", "mtime", "target", "rdev", "checksum")
 XATTRS = ("xattrs_a", "xattrs_b")
 FIELDS = ("change", "path", "fields", *(f"{name}_{side}" for name in _OF_EACH for side in "ab"))
-
-
-def _device(entry: Entry) -> str | None:
-    if entry.type not in ("char", "block"):
-        return None
-    return f"{os.major(entry.rdev)},{os.minor(entry.rdev)}"
 
 
 def _side(entry: Entry | None, side: str) -> dict[str, Any]:
@@ -47,7 +40,7 @@ def _side(entry: Entry | None, side: str) -> dict[str, Any]:
         "size": entry.size,
         "mtime": render.timestamp(entry.mtime_ns),
         "target": None,
-        "rdev": _device(entry),
+        "rdev": differences.device_numbers(entry),
         "checksum": entry.checksum,
     }
     row = {f"{name}_{side}": value for name, value in values.items()}
@@ -70,59 +63,6 @@ def row(difference: Difference, output: Output, *, xattrs: bool = False) -> dict
 def _attributes(difference: Difference, output: Output) -> dict[str, Any]:
     sides = zip(XATTRS, (difference.before, difference.after), strict=True)
     return {name: entry and render.attributes(entry.xattrs, output) for name, entry in sides}
-
-
-def _moments(before: Entry, after: Entry) -> tuple[str, str]:
-    """Both times, as exactly as it takes to tell them apart."""
-    one, other = (render.timestamp(entry.mtime_ns) for entry in (before, after))
-    if one[:19] != other[:19]:
-        return one[:19].replace("T", " "), other[:19].replace("T", " ")
-    return one[:-1].replace("T", " "), other[:-1].replace("T", " ")
-
-
-def _value(entry: Entry, field: str, human: bool) -> str:
-    if field == "mode":
-        return f"{stat.S_IMODE(entry.mode):04o}"
-    if field == "size":
-        return render.human(entry.size) if human else str(entry.size)
-    if field == "target":
-        return render.escaped(entry.target or b"")
-    if field == "rdev":
-        return str(_device(entry))
-    return str(getattr(entry, field))
-
-
-def _details(difference: Difference, human: bool) -> str:
-    before, after = difference.before, difference.after
-    if before is None or after is None:
-        entry = difference.entry
-        size = f" size {_value(entry, 'size', human)}" if entry.type == "file" else ""
-        target = f" -> {render.escaped(entry.target)}" if entry.target is not None else ""
-        summed = f" {entry.checksum}" if entry.checksum else ""
-        mode = _value(entry, "mode", human)
-        return f"{mode} {entry.uid}:{entry.gid}{size}{summed}{target}"
-    parts = []
-    for field in difference.fields:
-        if field == "content":
-            parts.append(field)
-            continue
-        if field == "xattrs":
-            names = {name for name, _ in set(before.xattrs or ()) ^ set(after.xattrs or ())}
-            parts.append(f"xattrs {','.join(map(render.escaped, sorted(names)))}")
-            continue
-        if field == "mtime":
-            one, other = _moments(before, after)
-        else:
-            one, other = (_value(entry, field, human) for entry in (before, after))
-        parts.append(f"{field} {one} -> {other}")
-    return ", ".join(parts)
-
-
-def _line(difference: Difference, human: bool) -> str:
-    return (
-        f"{difference.change:<7}  {difference.entry.type:<9}  {render.escaped(difference.path)}"
-        f"  {_details(difference, human)}"
-    )
 
 
 def _write_text(text: bytes) -> None:
@@ -235,7 +175,7 @@ def diff(
             render.emit(rows, (*FIELDS, *XATTRS) if xattrs else FIELDS, output)
         else:
             for difference in every:
-                print(_line(difference, human))
+                print(differences.line(difference, human=human))
                 if text:
                     with failures.caught():
                         from imgtool.compare.text import text_difference
@@ -281,23 +221,3 @@ def _at(request: Request, point: Point) -> Request:
         snapshot=point.snapshot,
         backing_dirs=point.backing_dirs,
     )
-
-
-def show_written(request: Request, overlays: Sequence[Path]) -> None:
-    """What a write would change: the images of a request against `overlays` with all of it."""
-    from imgtool.compare.comparing import compared, opened
-
-    failures = Failures(request.debug)
-    images = (request.image, *request.add)
-    folders = [*request.backing_dirs, *(image.absolute().parent for image in images)]
-    written = dataclasses.replace(
-        request, image=overlays[0], add=overlays[1:], format="qcow2", backing_dirs=folders
-    )
-    with opened(request.opened, written.opened) as pair:
-        found = compared(
-            pair, "/", checksum=None, everything=False, links=None,
-            on_problem=(failures.problem, failures.problem),
-        )  # fmt: skip
-        for difference in found:
-            print(_line(difference, human=False))
-    failures.finish()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from imgtool.cli import options, render
-from imgtool.cli.options import Output
+from imgtool.cli.output import Output
 from imgtool.cli.session import Request
 from imgtool.errors import ImgtoolError
 

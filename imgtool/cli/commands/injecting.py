@@ -14,7 +14,7 @@ import typer
 
 from imgtool.cli import options, render
 from imgtool.cli.commands.injected import FIELDS, row, say, unopened_row
-from imgtool.cli.options import Output
+from imgtool.cli.output import Output
 from imgtool.cli.session import Failures, Request
 from imgtool.errors import ExitStatus, ImgtoolError, Interrupted, UsageError
 from imgtool.host import interrupt

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from imgtool.cli import options, render
-from imgtool.cli.options import Output
+from imgtool.cli.output import Output
 from imgtool.cli.session import Request, set_up_logging
 from imgtool.errors import ExitStatus, NotInGuestError
 from imgtool.guest.blocks import LOCKED

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from imgtool.cli import options, render
-from imgtool.cli.options import Output
-from imgtool.cli.session import Failures, Request, parse_mount, set_up_logging, warning
+from imgtool.cli.output import Output
+from imgtool.cli.session import Failures, Request, set_up_logging, warning
 from imgtool.errors import UsageError
+from imgtool.guest.mounts import parse_mount
 
 if TYPE_CHECKING:
     from imgtool.mount.journal import Journal

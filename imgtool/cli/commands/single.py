@@ -10,7 +10,7 @@ import typer
 
 from imgtool.cli import options, render
 from imgtool.cli.commands import working
-from imgtool.cli.options import Output
+from imgtool.cli.output import Output
 from imgtool.cli.session import set_up_logging
 from imgtool.errors import ExitStatus
 

@@ -8,7 +8,7 @@ import typer
 
 from imgtool.cli import options, render
 from imgtool.cli.commands import working
-from imgtool.cli.options import Output
+from imgtool.cli.output import Output
 from imgtool.cli.session import set_up_logging
 
 FIELDS = ("id", "name", "time", "vm_state_size", "vm_clock", "present")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from imgtool.cli import options, render
-from imgtool.cli.options import Output
+from imgtool.cli.output import Output
 from imgtool.cli.session import Failures, Request
 from imgtool.errors import ImgtoolError, UsageError
 from imgtool.formats.partition_table import Partition

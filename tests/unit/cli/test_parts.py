@@ -10,11 +10,12 @@ import logging
 import pytest
 
 from imgtool.cli import render
-from imgtool.cli.options import Output
-from imgtool.cli.session import parse_mount, set_up_logging, warning
+from imgtool.cli.output import Output
+from imgtool.cli.session import set_up_logging, warning
 from imgtool.errors import NotInGuestError, UsageError
 from imgtool.guest.keys import parse_key
 from imgtool.guest.model import Mount, SpaceUsage
+from imgtool.guest.mounts import parse_mount
 from imgtool.guest.paths import guest_path
 
 
