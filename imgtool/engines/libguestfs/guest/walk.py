@@ -61,6 +61,18 @@ def listing(call: Callable[[bytes, str], None], directory: bytes, stack: ExitSta
     return cast(BinaryIO, spool)
 
 
+def sound_listing(
+    calls: Calls, call: Callable[[bytes, str], None], directory: bytes, stack: ExitStack
+) -> tuple[BinaryIO, bool]:
+    """`listing`, and whether the kernel passed over something damaged in it."""
+    names = listing(call, directory, stack)
+    if not calls.has_new_errors():
+        return names, True
+    # Found now, or in what was read before: it is found anew wherever it is.
+    names = listing(call, directory, stack)
+    return names, not calls.has_new_errors()
+
+
 def join(directory: bytes, name: bytes) -> bytes:
     """A path below a directory."""
     # The appliance's `find` writes names below any directory but the root with a leading slash.
@@ -120,13 +132,13 @@ def children(
 ) -> Iterator[Entry]:
     """The entries of one directory, sorted by name; what the kernel passes over is a problem."""
     with ExitStack() as stack:
-        calls.has_new_errors()  # what was found before
-        names = read_names(listing(calls.ls0, directory, stack))
-        if calls.has_new_errors():
+        found, is_sound = sound_listing(calls, calls.ls0, directory, stack)
+        if not is_sound:
             if on_problem is None:
                 raise EngineError(PASSED_OVER, subject=printable(directory))
             on_problem(directory, PASSED_OVER)
-        paths = (join(directory, name) for name in sorted_names(names, stack))
+        names = sorted_names(read_names(found), stack)
+        paths = (join(directory, name) for name in names)
         yield from stats(calls, paths, on_problem, xattrs=xattrs)
 
 
@@ -136,9 +148,8 @@ def walk(
     """Everything below a directory in preorder, with one `find` in the appliance."""
     with ExitStack() as stack:
         try:
-            calls.has_new_errors()  # what was found before
-            found = listing(calls.find0, directory, stack)
-            if calls.has_new_errors():
+            found, is_sound = sound_listing(calls, calls.find0, directory, stack)
+            if not is_sound:
                 raise EngineError(PASSED_OVER, subject=printable(directory))
         except EngineError:
             if on_problem is None:
