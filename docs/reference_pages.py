@@ -20,11 +20,14 @@ from typing import Any
 import typer
 
 from imgtool.cli.command_table import COMMANDS, GROUPS, app_with
+from imgtool.cli.help_text import HEADINGS, paragraphs, summary
 from imgtool.inject.spec import schema_text
 
 _MARK = re.compile(r"^<!-- generated: (\w+)(?: ([\w-]+))? -->$", re.MULTILINE)
 _MANUAL = re.compile(r"\bimgtool-([a-z-]+)\(1\)")
 _SPECIAL = re.compile(r"([\\*_<>\[\]{}#|~$])")
+# What the paragraphs of the help begin with that have a heading in a page.
+_EXAMPLES, _STATUS = "Examples:", "Exit status:"
 # Where the page of a command is, by its name.
 PAGE = "reference/commands/{}"
 
@@ -37,20 +40,11 @@ def app() -> Any:
 def man_pages() -> list[tuple[str, str, str, str, int]]:
     """What the man builder makes: imgtool(1), and a page for each command or group of commands."""
     root = app()
-    pages = [("reference/imgtool", "imgtool", _lower(_summary(root)), "", 1)]
+    pages = [("reference/imgtool", "imgtool", _lower(summary(root)), "", 1)]
     for name in (*COMMANDS, *GROUPS):
-        line = _lower(_summary(root.commands[name]))
+        line = _lower(summary(root.commands[name]))
         pages.append((PAGE.format(name), f"imgtool-{name}", line, "", 1))
     return pages
-
-
-def _paragraphs(command: Any) -> list[str]:
-    return re.split(r"\n\s*\n", (command.help or "").strip())
-
-
-def _summary(command: Any) -> str:
-    """The first sentence of a command's help, without its full stop."""
-    return re.split(r"\.(?:\s|$)", " ".join(_paragraphs(command)[0].split()), maxsplit=1)[0]
 
 
 def _lower(line: str) -> str:
@@ -64,13 +58,35 @@ def escaped(text: str) -> str:
     return "`".join(parts)
 
 
-def _prose(paragraphs: list[str]) -> Iterator[str]:
-    for paragraph in paragraphs:
+def _prose(texts: list[str]) -> Iterator[str]:
+    for paragraph in texts:
         if paragraph.lstrip().startswith("\b"):  # click's sign: not to be wrapped
             lines = [line for line in paragraph.splitlines() if line.strip() != "\b"]
             yield "\n".join(["```text", *lines, "```"])
         else:
             yield escaped(" ".join(paragraph.split()))
+
+
+def _is_section(paragraph: str) -> bool:
+    return paragraph.lstrip("\b\n ").startswith((_EXAMPLES, _STATUS))
+
+
+def _sections(command: Any, level: str) -> Iterator[str]:
+    """Examples and exit statuses of a command, which have headings of their own in its page."""
+    for paragraph in filter(_is_section, paragraphs(command)):
+        text = paragraph.lstrip("\b\n ")
+        if text.startswith(_EXAMPLES):
+            yield f"{level} Examples"
+            lines = [line.strip() for line in text.removeprefix(_EXAMPLES).strip().splitlines()]
+            yield "\n".join(["```text", *lines, "```"])
+        else:
+            yield f"{level} Exit status"
+            words = " ".join(text.removeprefix(_STATUS).split())
+            yield escaped(words[:1].upper() + words[1:]) + " Else as imgtool(1) has them."
+
+
+def _description(command: Any) -> Iterator[str]:
+    return _prose([text for text in paragraphs(command) if not _is_section(text)])
 
 
 def _usage(path: str, command: Any) -> str:
@@ -107,9 +123,9 @@ def _one(path: str, command: Any, level: str) -> Iterator[str]:
     yield f"{level} Synopsis"
     yield _usage(path, command)
     yield f"{level} Description"
-    yield from _prose(_paragraphs(command))
+    yield from _description(command)
     yield from _parameters(path, command, level)
-    yield from _prose(re.split(r"\n\s*\n", (command.epilog or "").strip()))
+    yield from _sections(command, level)
 
 
 def _group(name: str, group: Any) -> Iterator[str]:
@@ -117,13 +133,13 @@ def _group(name: str, group: Any) -> Iterator[str]:
     for member, command in group.commands.items():
         yield _usage(f"imgtool {name} {member}", command)
     yield "## Description"
-    yield from _prose(_paragraphs(group))
+    yield from _prose(paragraphs(group))
     for member, command in group.commands.items():
         path = f"imgtool {name} {member}"
         yield f"## {path}"
-        yield from _prose(_paragraphs(command))
+        yield from _description(command)
         yield from _parameters(path, command, "###")
-        yield from _prose(re.split(r"\n\s*\n", (command.epilog or "").strip()))
+        yield from _sections(command, "###")
 
 
 def command_page(name: str) -> str:
@@ -136,11 +152,13 @@ def command_page(name: str) -> str:
 def command_list() -> str:
     """Every command with its one line and a link to its page."""
     root = app()
-    lines = []
-    for name in (*COMMANDS, *GROUPS):
-        link = f"[`imgtool {name}`](/{PAGE.format(name)}.md)"
-        lines.append(f"{link}\n: {escaped(_summary(root.commands[name]))}.")
-    return "\n\n".join(lines)
+    parts = []
+    for heading, names in HEADINGS.items():
+        parts.append(f"### {heading}")
+        for name in names:
+            link = f"[`imgtool {name}`](/{PAGE.format(name)}.md)"
+            parts.append(f"{link}\n: {escaped(summary(root.commands[name]))}.")
+    return "\n\n".join(parts)
 
 
 def _keys(step: dict[str, Any]) -> str:

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from imgtool import __version__
+from imgtool.cli.help_text import Command, Group, Root
 
-# In the order of the help.
+# `help_text` has the headings that they stand below.
 COMMANDS = {
     "df": "space.df",
     "filesystems": "space.filesystems",
@@ -44,7 +45,8 @@ GROUPS = {
         {"show": "chains.show", "tree": "chains.tree", "check": "chain_checks.check"},
     ),
     "snapshot": (
-        "Internal snapshots of a qcow2 image. To look into one reverts nothing: --snapshot NAME.",
+        "Make, list, revert to and delete snapshots of a qcow2 image. To look into one reverts "
+        "nothing: --snapshot NAME.",
         {
             "create": "snapshotting.create",
             "list": "snapshotting.list_",
@@ -62,7 +64,7 @@ GROUPS = {
         },
     ),
     "appliance": (
-        "Keep a started appliance, so that commands which need one start it in a second.",
+        "Keep a started appliance, which is there in a second.",
         {"save": "appliance.save", "list": "appliance.list_", "remove": "appliance.remove"},
     ),
 }
@@ -94,6 +96,7 @@ def app_with(wanted: str | None) -> typer.Typer:
     one = wanted if wanted in COMMANDS or wanted in GROUPS else None
     app = typer.Typer(
         name="imgtool",
+        cls=Root,
         help="Look into, copy out of, and safely change the disks of guests that are not running.",
         add_completion=one is None,
         rich_markup_mode=None,
@@ -102,11 +105,11 @@ def app_with(wanted: str | None) -> typer.Typer:
     app.callback()(_root)
     for name, function in COMMANDS.items():
         if one in (None, name):
-            app.command(name)(_named(function))
+            app.command(name, cls=Command)(_named(function))
     for name, (text, members) in GROUPS.items():
         if one in (None, name):
-            group = typer.Typer(help=text, rich_markup_mode=None)
+            group = typer.Typer(cls=Group, help=text, rich_markup_mode=None)
             for member, function in members.items():
-                group.command(member)(_named(function))
+                group.command(member, cls=Command)(_named(function))
             app.add_typer(group, name=name)
     return app

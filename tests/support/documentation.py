@@ -14,7 +14,7 @@ import typer
 
 from imgtool.cli.command_table import app_with
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 _FENCE = re.compile(r"^(`{3,}|:{3,})(.*)$")
 _NOT_RUN = re.compile(r"^<!-- not run: (.+) -->$")

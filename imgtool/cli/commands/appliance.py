@@ -22,10 +22,15 @@ def save(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Keep a started appliance, so that later commands continue it and need not start one.
+    """Keep a started appliance for later commands, which continue it.
 
     For machines without KVM, where each start takes ten seconds and more. It takes some 170 MB
     of the user's cache, and is used until QEMU, the kernel or libguestfs are other ones.
+
+    \b
+    Examples:
+      imgtool appliance save
+      imgtool appliance save --disks 2
     """
     from imgtool.engines.libguestfs.appliance.launch import remembered, save_appliance
 
@@ -41,7 +46,13 @@ def list_(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """List the saved appliances: disks, size, time, whether they can still be used, and where."""
+    """List the saved appliances, and whether they can still be used.
+
+    \b
+    Examples:
+      imgtool appliance list
+      imgtool appliance list -o json
+    """
     from imgtool.engines.libguestfs.appliance import saved
     from imgtool.engines.libguestfs.appliance.launch import saved_home
 
@@ -68,7 +79,13 @@ def remove(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Remove the saved appliances."""
+    """Remove the saved appliances.
+
+    \b
+    Examples:
+      imgtool appliance remove
+      imgtool appliance remove -v
+    """
     from imgtool.engines.libguestfs.appliance import saved
     from imgtool.engines.libguestfs.appliance.launch import saved_home
 

@@ -41,10 +41,16 @@ def check(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Say what is wrong with a chain, what it means and what to do; nothing is changed.
+    """Say what is wrong with a chain, what it means and what to do.
 
-    Of a folder, every image in it and below. Status 3 if data is at risk, 4 if a chain leads out
-    of the folders that it may use.
+    Nothing is changed. Of a folder, every image in it and below.
+
+    \b
+    Examples:
+      imgtool chain check tuesday.qcow2
+      imgtool chain check --quick /srv
+
+    Exit status: 3 if data is at risk, 4 if a chain leads out of the folders that it may use.
     """
     from imgtool.image.checks.checking import ChainCheck
 

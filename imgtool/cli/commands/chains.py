@@ -112,9 +112,14 @@ def show(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show every link of an image's chain, from the image itself down to the base.
+    """Show every link of an image's chain, down to the base.
 
     Where a link is missing or cannot be read, those above it are shown, and then what is wrong.
+
+    \b
+    Examples:
+      imgtool chain show tuesday.qcow2
+      imgtool chain show -o json tuesday.qcow2
     """
     from imgtool.image.chain.chain import follow_chain, open_chain
 
@@ -199,10 +204,15 @@ def tree(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show all images below some folders: each base with the overlays that stand on it.
+    """Show all images below some folders, each base with its overlays.
 
     Only headers are read. Raw images are those that an overlay stands on, or named .raw or .img.
     A picture is drawn instead of the table, or beside it where -o is given.
+
+    \b
+    Examples:
+      imgtool chain tree /srv
+      imgtool chain tree --svg chains.svg /srv
     """
     from imgtool.cli.commands import pictures
     from imgtool.image.checks.forest import forest, users

@@ -51,7 +51,16 @@ def copy_out(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Copy files and directories out of a guest; DEST `-` writes SRC to stdout as tar."""
+    """Copy files and directories out of a guest.
+
+    DEST `-` writes SRC to stdout as tar.
+
+    \b
+    Examples:
+      imgtool copy-out guest.qcow2 /etc/ssh ./ssh-of-guest
+      imgtool copy-out --overwrite guest.qcow2 /etc/fstab /etc/hostname .
+      imgtool copy-out guest.qcow2 /etc - | tar -t
+    """
     from imgtool.transfer import copy_out as outward
     from imgtool.transfer.keeping import Keeping
 
@@ -131,9 +140,16 @@ def copy_in(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Copy host files and directories into a guest; SRC `-` unpacks a tar stream from stdin.
+    """Copy host files and directories into a guest.
 
-    All of it or nothing: until everything is written, the image is as it was.
+    All of it or nothing: until everything is written, the image is as it was. SRC `-` unpacks a tar
+    stream from stdin.
+
+    \b
+    Examples:
+      imgtool copy-in guest.qcow2 motd /etc/motd
+      imgtool copy-in -n guest.qcow2 site /srv
+      tar -c site | imgtool copy-in --owner 1000:1000 guest.qcow2 - /srv
     """
     from imgtool.transfer import copy_in as inward
 

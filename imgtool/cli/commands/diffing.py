@@ -145,6 +145,14 @@ def diff(
     Of A and B; of A at --snapshot and at --snapshot-b, the one left out being now; or, with
     --against-base, of the backing image of A and of A. Files of one size and time count as the
     same without --checksum. A directory whose own size or time changed is listed with --all.
+
+    \b
+    Examples:
+      imgtool diff guest.qcow2 tuesday.qcow2
+      imgtool diff --against-base --text --path /etc tuesday.qcow2
+      imgtool diff --snapshot before-update guest.qcow2
+
+    Exit status: with --exit-code, 1 if there are differences.
     """
     request = Request.of(locals())
     if text and output is not Output.table:

@@ -62,11 +62,18 @@ def edit(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Edit a file of a guest in $VISUAL or $EDITOR, or with -e and --set without one.
+    """Edit a file of a guest in an editor, or by -e and --set.
 
-    A symbolic link is followed inside the guest. The file keeps its mode, owner, attributes and
-    label. Unchanged content writes nothing; what is written is there whole or not at all, and what
-    you wrote in an editor is kept if it cannot be. It is always libguestfs that writes.
+    The editor is $VISUAL or $EDITOR; with -e and --set there is none. A symbolic link is followed
+    inside the guest. The file keeps its mode, owner, attributes and label. Unchanged content writes
+    nothing; what is written is there whole or not at all, and what you wrote in an editor is kept
+    if it cannot be. It is always libguestfs that writes.
+
+    \b
+    Examples:
+      imgtool edit guest.qcow2 /etc/fstab
+      imgtool edit -e 's/quiet/quiet nomodeset/' guest.qcow2 /etc/default/grub
+      imgtool edit --set PermitRootLogin=no -b .bak guest.qcow2 /etc/ssh/sshd_config
     """
     from imgtool.transfer import edit as text
 

@@ -38,7 +38,16 @@ def info(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show format, sizes, backing chain, snapshots, locks and the partition table of an image."""
+    """Show what an image is: format, sizes, chain, snapshots, locks.
+
+    The partition table is shown too, but not in JSON.
+
+    \b
+    Examples:
+      imgtool info guest.qcow2
+      imgtool info -h guest.qcow2
+      imgtool info -o json guest.qcow2
+    """
     from imgtool.opening import images_to_read
 
     request = Request.of(locals())

@@ -176,11 +176,18 @@ def inject(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Have guests as a spec says: files, users, services, network and more, all of it or nothing.
+    """Have guests as a spec says: files, users, services, network.
 
-    Steps are those of the spec in its order, then those of the options, in the order of this list.
-    What is so already is left alone, and a guest in which all is so is not written to at all.
-    Only a spec has the steps 'network' and 'cloud-init', and more details of the others: --schema.
+    All of it is done or nothing. Steps are those of the spec in its order, then those of the
+    options, in the order of this list. What is so already is left alone, and a guest in which all
+    is so is not written to at all. Only a spec has the steps 'network' and 'cloud-init', and more
+    details of the others: --schema.
+
+    \b
+    Examples:
+      imgtool inject guest.qcow2 spec.yaml
+      imgtool inject -n guest.qcow2 --hostname web1 --user alice:sudo
+      imgtool inject --clone-dir clones guest.qcow2 spec.yaml
     """
     from imgtool.inject.option_parsers import steps_of, variables_of
 

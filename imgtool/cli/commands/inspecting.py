@@ -59,7 +59,13 @@ def inspect(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Tell what is installed in a guest: system, version, hostname, layout, packages."""
+    """Tell what is installed in a guest: system, version, packages.
+
+    \b
+    Examples:
+      imgtool inspect guest.qcow2
+      imgtool inspect --packages -o csv guest.qcow2
+    """
     request = Request.of(locals())
     with request.opened() as guest:
         systems = guest.operating_systems(packages=packages)
@@ -110,7 +116,15 @@ def doctor(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Check what imgtool needs on this machine; status 6 if the main job cannot run."""
+    """Check what imgtool needs on this machine.
+
+    \b
+    Examples:
+      imgtool doctor
+      imgtool doctor --launch
+
+    Exit status: 6 if the main job cannot run here.
+    """
     from imgtool.doctor import examine
     from imgtool.engines.libguestfs.appliance.launch import time_launch
 

@@ -91,7 +91,14 @@ def ls(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """List files of a guest."""
+    """List files of a guest.
+
+    \b
+    Examples:
+      imgtool ls guest.qcow2 /etc
+      imgtool ls -lh guest.qcow2 /var/log
+      imgtool ls -R --checksum sha256 -o jsonl guest.qcow2 /etc
+    """
     request = Request.of(locals())
     failures = Failures(debug)
     with request.opened() as guest:
@@ -182,7 +189,13 @@ def cat(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Write files of a guest to stdout, untouched."""
+    """Write files of a guest to stdout, untouched.
+
+    \b
+    Examples:
+      imgtool cat guest.qcow2 /etc/fstab
+      imgtool cat guest.qcow2 /var/log/dpkg.log | tail
+    """
     from imgtool.image.chain.guest_files import GuestFiles
 
     request = Request.of(locals())

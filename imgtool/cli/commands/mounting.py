@@ -75,10 +75,16 @@ def mount(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Mount a guest's filesystems at a directory of the host, read-only unless --rw is given.
+    """Mount a guest's filesystems at a directory of the host.
 
-    With every mechanism but fuse the host's own kernel reads the guest's filesystem, and a hostile
-    one can attack it: use fuse for images that you do not trust.
+    Read-only unless --rw is given. With every mechanism but fuse the host's own kernel reads the
+    guest's filesystem, and a hostile one can attack it: use fuse for images that you do not trust.
+
+    \b
+    Examples:
+      imgtool mount --via fuse guest.qcow2 mnt
+      imgtool mount guest.qcow2 /mnt
+      imgtool mount --rw -p 1 disk.raw /mnt
     """
     from imgtool.mount.mounter import MountRequest
     from imgtool.mount.mounting import mount as mount_it
@@ -127,7 +133,15 @@ def umount(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Undo a mount, all of it; the image can be copied as soon as this returns."""
+    """Undo a mount, all of it.
+
+    The image can be copied as soon as this returns.
+
+    \b
+    Examples:
+      imgtool umount /mnt
+      imgtool umount -v mnt
+    """
     from imgtool.mount.mounting import unmount
 
     set_up_logging(verbose=verbose, debug=debug)
@@ -171,7 +185,13 @@ def mounts(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """List the mounts that imgtool made, and whether they are healthy."""
+    """List the mounts that imgtool made, and whether they are well.
+
+    \b
+    Examples:
+      imgtool mounts
+      imgtool mounts -o json
+    """
     from imgtool.mount.journal import journals
 
     set_up_logging(verbose=verbose, debug=debug)
@@ -192,8 +212,15 @@ def cleanup(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Undo what an imgtool that was killed has left: mounts, also of an earlier boot, and temporary
-    folders."""
+    """Undo what an imgtool that was killed has left.
+
+    That is mounts, also of an earlier boot, and temporary folders.
+
+    \b
+    Examples:
+      imgtool cleanup
+      imgtool cleanup -v
+    """
     from imgtool.engines.libguestfs.appliance.launch import TEMPORARY_VARIABLE
     from imgtool.host.scratch import remove_left_behind
     from imgtool.mount.mounting import clean_up

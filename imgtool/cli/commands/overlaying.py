@@ -32,9 +32,15 @@ def create(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Make an overlay on an image: a linked clone that holds only what is written to it.
+    """Make an overlay on an image: a linked clone.
 
-    The base must not be written to from then on; imgtool refuses to.
+    It holds only what is written to it. The base must not be written to from then on; imgtool
+    refuses to.
+
+    \b
+    Examples:
+      imgtool overlay create -n guest.qcow2 new.qcow2
+      imgtool overlay create --protect-base guest.qcow2 new.qcow2
     """
     from imgtool.image.change import overlays
 
@@ -66,9 +72,15 @@ def commit(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Write what an overlay holds into its base, and prove that both are then the same.
+    """Write what an overlay holds into its base.
 
-    If it is interrupted, the overlay has everything; the same command again finishes it.
+    It is proved that both are then the same. If it is interrupted, the overlay has everything; the
+    same command again finishes it.
+
+    \b
+    Examples:
+      imgtool overlay commit -n tuesday.qcow2
+      imgtool overlay commit --remove tuesday.qcow2
     """
     from imgtool.image.change import overlays
 
@@ -98,9 +110,14 @@ def rebase(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Put an overlay on another base; a guest sees the same in it as before.
+    """Put an overlay on another base; the guest sees the same.
 
     With --unsafe nothing is copied: for a base that was moved, or whose format is not written.
+
+    \b
+    Examples:
+      imgtool overlay rebase tuesday.qcow2 other.qcow2
+      imgtool overlay rebase --unsafe tuesday.qcow2 moved/guest.qcow2
     """
     from imgtool.image.change import overlays
 
@@ -129,7 +146,15 @@ def flatten(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Make an overlay an image that stands alone, with all that it stood on in it."""
+    """Make an overlay an image that stands alone.
+
+    All that it stood on is then in it.
+
+    \b
+    Examples:
+      imgtool overlay flatten -n tuesday.qcow2
+      imgtool overlay flatten tuesday.qcow2
+    """
     from imgtool.image.change import overlays
 
     set_up_logging(verbose=verbose, debug=debug)
@@ -150,9 +175,15 @@ def compact(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Give the space back that an image's file takes for nothing; snapshots are kept.
+    """Give the space back that an image's file takes for nothing.
 
-    The result is written beside the image, proved to have the same content, and swapped in.
+    Snapshots are kept. The result is written beside the image, proved to have the same content, and
+    swapped in.
+
+    \b
+    Examples:
+      imgtool compact -n guest.qcow2
+      imgtool compact guest.qcow2
     """
     from imgtool.image.change.compacting import plan_compact
 

@@ -52,10 +52,18 @@ def check(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Check the tables of one image; status 3 if they are damaged.
+    """Check the tables of one image.
 
     The guest's filesystems are not looked at. 'imgtool chain check' checks all that the image
     stands on too, and says what each thing means.
+
+    \b
+    Examples:
+      imgtool check guest.qcow2
+      imgtool check --repair leaks guest.qcow2
+      imgtool check --repair all -n guest.qcow2
+
+    Exit status: 3 if the tables are damaged.
     """
     from imgtool.image.chain.info import probe
     from imgtool.image.change.single import plan_repair
@@ -128,7 +136,13 @@ def convert(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Copy an image, with all that it stands on, into a new one of another format."""
+    """Copy an image, with its chain, into one of another format.
+
+    \b
+    Examples:
+      imgtool convert guest.qcow2 new.raw --to raw
+      imgtool convert --compress disk.raw new.qcow2
+    """
     from imgtool.image.change.single import plan_convert
 
     set_up_logging(verbose=verbose, debug=debug)
@@ -161,10 +175,16 @@ def resize(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Make the disk in an image larger, or smaller where nothing lies beyond.
+    """Make the disk in an image larger, or smaller.
 
-    Partitions and filesystems stay as they are. A smaller size that begins with a minus sign goes
-    after two dashes: imgtool resize disk.qcow2 -- -5G
+    Smaller only where nothing lies beyond. Partitions and filesystems stay as they are. A smaller
+    size that begins with a minus sign goes after two dashes.
+
+    \b
+    Examples:
+      imgtool resize disk.qcow2 20G
+      imgtool resize disk.qcow2 +5G
+      imgtool resize disk.qcow2 -- -5G
     """
     from imgtool.guest.shrink import require_empty_tail
     from imgtool.image.change.single import plan_resize
@@ -193,7 +213,15 @@ def create(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Make an empty image. 'imgtool overlay create' makes one on a base."""
+    """Make an empty image.
+
+    'imgtool overlay create' makes one on a base.
+
+    \b
+    Examples:
+      imgtool create new.qcow2 20G
+      imgtool create --to raw new.raw 512M
+    """
     from imgtool.image.change.single import parse_size, plan_new
 
     set_up_logging(verbose=verbose, debug=debug)
@@ -211,7 +239,15 @@ def recover(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Finish or undo what was interrupted on an image, or on an overlay and its base."""
+    """Finish or undo what was interrupted on an image.
+
+    Of an overlay and its base, both.
+
+    \b
+    Examples:
+      imgtool recover guest.qcow2
+      imgtool recover --keep guest.qcow2
+    """
     from imgtool.errors import ImageError, Reason
     from imgtool.image.change.recovery import recover as resolve_intent
     from imgtool.image.intent.intent_log import load_intent

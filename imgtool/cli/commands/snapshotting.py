@@ -25,7 +25,13 @@ def create(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Keep the present state of an image under a name, inside the image."""
+    """Keep the present state of an image under a name, inside it.
+
+    \b
+    Examples:
+      imgtool snapshot create -n guest.qcow2 before-update
+      imgtool snapshot create guest.qcow2 before-update
+    """
     from imgtool.image.change import snapshots
 
     set_up_logging(verbose=verbose, debug=debug)
@@ -47,7 +53,13 @@ def list_(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """List the internal snapshots: id, name, time, VM state size, and whether it is the present."""
+    """List the internal snapshots, and which of them is the present.
+
+    \b
+    Examples:
+      imgtool snapshot list guest.qcow2
+      imgtool snapshot list -o json guest.qcow2
+    """
     from imgtool.image.change import snapshots
     from imgtool.image.checks.doubts import doubts_of
 
@@ -91,7 +103,15 @@ def revert(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Go back to a snapshot. A present state that is in no snapshot is not thrown away unasked."""
+    """Go back to a snapshot.
+
+    A present state that is in no snapshot is not thrown away unasked.
+
+    \b
+    Examples:
+      imgtool snapshot revert --save-as now guest.qcow2 before-update
+      imgtool snapshot revert --discard guest.qcow2 before-update
+    """
     from imgtool.image.change import snapshots
 
     set_up_logging(verbose=verbose, debug=debug)
@@ -119,7 +139,15 @@ def delete(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Delete a snapshot. The file does not shrink; 'imgtool compact' gives the space back."""
+    """Delete a snapshot.
+
+    The file does not shrink; 'imgtool compact' gives the space back.
+
+    \b
+    Examples:
+      imgtool snapshot delete -n guest.qcow2 before-update
+      imgtool snapshot delete guest.qcow2 before-update
+    """
     from imgtool.image.change import snapshots
 
     set_up_logging(verbose=verbose, debug=debug)

@@ -90,7 +90,14 @@ def df(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show the space of each filesystem of one or more guests."""
+    """Show the space of each filesystem of one or more guests.
+
+    \b
+    Examples:
+      imgtool df guest.qcow2
+      imgtool df -h -P 4 /srv/*.qcow2
+      imgtool df -o json guest.qcow2
+    """
     if add and len(image) > 1:
         raise UsageError("-a adds a disk to one guest, and several images are given")
     request = Request.of({**locals(), "image": image[0]})
@@ -150,7 +157,13 @@ def filesystems(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """List the filesystems of a guest, and what they stand on."""
+    """List the filesystems of a guest, and what they stand on.
+
+    \b
+    Examples:
+      imgtool filesystems guest.qcow2
+      imgtool filesystems --all -lh guest.qcow2
+    """
     with Request.of(locals()).opened() as guest:
         found = guest.devices(everything=everything)
     rows = [dataclasses.asdict(device) for device in found]
@@ -177,7 +190,13 @@ def partitions(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show the partition table: start, size and offset of each partition, in bytes."""
+    """Show the partition table: where each partition lies, in bytes.
+
+    \b
+    Examples:
+      imgtool partitions -h disk.raw
+      imgtool partitions -o json disk.raw
+    """
     from imgtool.formats.foreign_tables import TITLES
     from imgtool.formats.partition_table import disk_name
     from imgtool.guest.partitions import partitions_of

@@ -1,0 +1,95 @@
+"""Help is whole: each command below a heading on a line of its own, examples, the manual page."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from imgtool.cli.command_table import COMMANDS, GROUPS, app_with
+from imgtool.cli.help_text import HEADINGS, Root, paragraphs, summary
+from tests.support.documentation import invocations
+
+ROOT = typer.main.get_command(app_with(None))
+EVERY = {
+    **{name: ROOT.commands[name] for name in COMMANDS},
+    **{
+        f"{name} {member}": command
+        for name in GROUPS
+        for member, command in ROOT.commands[name].commands.items()
+    },
+}
+
+
+def help_of(*words: str, columns: int = 80) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "imgtool", *words, "--help"],
+        env={**os.environ, "COLUMNS": str(columns)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def examples(name: str) -> list[str]:
+    (block,) = [text for text in paragraphs(EVERY[name]) if "Examples:\n" in text]
+    assert block.startswith("\b\n"), "else its lines are put together"
+    return [line.strip() for line in block.splitlines()[2:]]
+
+
+def test_each_command_is_below_one_heading():
+    below = [name for names in HEADINGS.values() for name in names]
+    assert sorted(below) == sorted((*COMMANDS, *GROUPS))
+
+
+def test_the_help_has_a_whole_line_for_each_command():
+    text = help_of()
+    for heading, names in HEADINGS.items():
+        lines = text.split(f"\n{heading}:\n")[1].split("\n\n")[0].splitlines()
+        assert [line.split()[0] for line in lines] == list(names)
+    for name in (*COMMANDS, *GROUPS):
+        assert re.search(rf"^  {name} +{re.escape(summary(ROOT.commands[name]))}\.$", text, re.M)
+    assert "..." not in text.replace("[ARGS]...", "")
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_help_of_a_group_has_a_whole_line_for_each_command(name):
+    text = help_of(name)
+    for member, command in ROOT.commands[name].commands.items():
+        assert re.search(rf"^  {member} +{re.escape(summary(command))}\.$", text, re.M)
+
+
+def test_a_narrow_terminal_cuts_nothing_off():
+    words = " ".join(help_of(columns=40).split())
+    assert [n for n in COMMANDS if f"{n} {summary(ROOT.commands[n])}." not in words] == []
+
+
+def test_a_line_that_is_too_long_is_found():
+    """The test above sees a line that does not fit, since what is shown is then two lines."""
+    root = Root(name="imgtool", commands={"df": typer.core.TyperCommand("df", help="x " * 40)})
+    text = root.get_help(typer.Context(root, info_name="imgtool", terminal_width=80))
+    assert not re.search(rf"^  df +{summary(root.commands['df'])}\.$", text, re.M)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_command_has_examples_that_can_be_typed(name):
+    lines = examples(name)
+    assert 2 <= len(lines) <= 3
+    for line in lines:
+        ((*words,),) = invocations(line)
+        assert " ".join(words[: len(name.split())]) == name, line
+        arguments = words[len(name.split()) :]
+        EVERY[name].make_context(name, arguments)  # raises for what the parser does not take
+        assert shlex.split(line)
+
+
+@pytest.mark.parametrize("name", [*EVERY, *GROUPS])
+def test_the_help_says_where_the_manual_page_is(name):
+    text = help_of(*name.split())
+    assert text.endswith(f"\nManual page: imgtool-{name.split()[0]}(1)\n")
