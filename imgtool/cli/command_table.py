@@ -37,6 +37,7 @@ COMMANDS = {
     "diff": "diffing.diff",
     "inspect": "inspecting.inspect",
     "doctor": "inspecting.doctor",
+    "help": "helping.show_help",
 }
 # Commands of commands, each with its help.
 GROUPS = {

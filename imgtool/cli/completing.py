@@ -1,4 +1,4 @@
-"""Shell completion of guest paths, from the image itself."""
+"""Shell completion of guest paths, from the image itself, and of names of commands."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ def guest_paths(ctx: typer.Context, incomplete: str) -> list[str]:
     with contextlib.suppress(Exception), contextlib.redirect_stderr(quiet):
         return list(_found(ctx.params, incomplete))
     return []
+
+
+def commands(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of commands; after that of a group, of its own."""
+    from imgtool.cli.command_table import COMMANDS, GROUPS
+
+    typed = ctx.params.get("words") or ()
+    names = [*COMMANDS, *GROUPS] if not typed else GROUPS.get(typed[0], ("", {}))[1]
+    return [name for name in names if len(typed) < 2 and name.startswith(incomplete)]
 
 
 def outward_paths(ctx: typer.Context, incomplete: str) -> list[str]:

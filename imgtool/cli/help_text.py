@@ -18,6 +18,7 @@ HEADINGS = {
         *("chain", "snapshot", "overlay"),
     ),
     "This machine": ("doctor", "appliance"),
+    "Help": ("help",),
 }
 
 
@@ -35,7 +36,7 @@ def _write_page(context: Any, formatter: Any) -> None:
     """Say where the manual page of a command is: a command of a group is on the group's page."""
     name = context.command_path.split()[1]
     formatter.write_paragraph()
-    formatter.write_text(f"Manual page: imgtool-{name}(1)")
+    formatter.write_text(f"Manual page: imgtool-{name}(1), which 'imgtool help {name}' shows")
 
 
 class Command(typer.core.TyperCommand):
@@ -73,4 +74,6 @@ class Root(Group):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         formatter.write_paragraph()
-        formatter.write_text("'imgtool COMMAND --help' has examples. Manual page: imgtool(1)")
+        formatter.write_text(
+            "'imgtool COMMAND --help' has examples, 'imgtool help' the manual page."
+        )

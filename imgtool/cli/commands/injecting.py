@@ -186,7 +186,7 @@ def inject(
     \b
     Examples:
       imgtool inject guest.qcow2 spec.yaml
-      imgtool inject -n guest.qcow2 --hostname web1 --user alice:sudo
+      imgtool inject -n guest.qcow2 --hostname web1 --user alice
       imgtool inject --clone-dir clones guest.qcow2 spec.yaml
     """
     from imgtool.inject.option_parsers import steps_of, variables_of

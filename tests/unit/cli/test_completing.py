@@ -90,3 +90,9 @@ def test_a_bad_image_says_nothing(tmp_path, bad):
     elif bad == "noise":
         path.write_bytes(os.urandom(1 << 20))
     assert completed("ls", path, "/et") == []
+
+
+def test_help_completes_the_names_of_commands():
+    assert completed("help", "cha") == ["chain"]
+    assert completed("help", "chain", "") == ["show", "tree", "check"]
+    assert completed("help", "chain", "show", "") == []

@@ -92,4 +92,6 @@ def test_a_command_has_examples_that_can_be_typed(name):
 @pytest.mark.parametrize("name", [*EVERY, *GROUPS])
 def test_the_help_says_where_the_manual_page_is(name):
     text = help_of(*name.split())
-    assert text.endswith(f"\nManual page: imgtool-{name.split()[0]}(1)\n")
+    page = name.split()[0]
+    last = f"Manual page: imgtool-{page}(1), which 'imgtool help {page}' shows"
+    assert text.endswith(f"\n{last}\n")
