@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from imgtool.engines.direct.wire.refusals import Unsupported
-from imgtool.engines.direct.worker.fs.base import Node, ReadFailed
+from imgtool.engines.direct.worker.fs.base import NeedsReplay, Node, ReadFailed
 from imgtool.engines.direct.worker.fs.ext.reader import ExtFilesystem
-from imgtool.engines.direct.worker.fs.ext.superblock import NeedsJournal
 from tests.differential import matrix_ext, matrix_xattrs
 
 pytestmark = pytest.mark.skipif(
@@ -72,7 +71,7 @@ def _compare(image: Path) -> str:
         filesystem = ExtFilesystem.open(source)
         ours = _direct_walk(filesystem)
         usage = filesystem.usage()
-    except NeedsJournal:
+    except NeedsReplay:
         return "refused: journal"
     except Unsupported as refusal:
         return "refused" if str(refusal) else "refused without a reason"

@@ -24,7 +24,7 @@ from imgtool.cli.commands import (
     snapshotting,
     space,
 )
-from imgtool.engines.direct.worker import volumes
+from imgtool.engines.direct.worker.fs import registry
 from imgtool.errors import ExitStatus, Reason
 from imgtool.formats import foreign_tables
 from imgtool.image.chain.info import FORMATS
@@ -100,7 +100,7 @@ def test_formats_that_are_written_in_place():
 def test_filesystems_that_are_read_directly():
     table = rows(section("reference/formats.md", "## Filesystems"))
     directly = {words(row[0])[0] for row in table if row[1].startswith("yes")}
-    assert directly == set(volumes._READERS)
+    assert directly == set(registry.READERS)
 
 
 def test_partition_tables_that_are_named():

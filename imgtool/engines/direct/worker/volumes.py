@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from importlib import import_module
 from typing import NamedTuple
 
 from imgtool.engines.direct.wire.frames import MOST_DEVICES
 from imgtool.engines.direct.wire.refusals import Unsupported
 from imgtool.engines.direct.worker import lvm
-from imgtool.engines.direct.worker.fs.base import Filesystem, ReadFailed, Source
-from imgtool.engines.direct.worker.fs.ext.superblock import NeedsJournal
+from imgtool.engines.direct.worker.fs.base import Filesystem, NeedsReplay, ReadFailed, Source
+from imgtool.engines.direct.worker.fs.registry import READERS, reader_of
 from imgtool.engines.direct.worker.signatures import identify
 from imgtool.engines.direct.worker.sources import Disk, Filled, Joined, SourceRange
 from imgtool.formats.foreign_tables import SUFFIX, TITLES, foreign_table
@@ -19,17 +18,6 @@ from imgtool.formats.partition_table import Partition, Read, disk_name, examine
 from imgtool.formats.partition_types import EXTENDED
 from imgtool.guest.blocks import Block, in_order
 
-# The reader of each type that libblkid names.
-_READERS = {
-    "ext2": ("ext", "ExtFilesystem"),
-    "ext3": ("ext", "ExtFilesystem"),
-    "ext4": ("ext", "ExtFilesystem"),
-    "xfs": ("xfs", "XfsFilesystem"),
-    "vfat": ("fat", "FatFilesystem"),
-    "ntfs": ("ntfs", "NtfsFilesystem"),
-    "iso9660": ("iso", "IsoFilesystem"),
-    "exfat": ("exfat", "ExfatFilesystem"),
-}
 # What only the kernel puts together.
 _ASSEMBLED = {
     "linux_raid_member": "md arrays",
@@ -175,10 +163,10 @@ class Volumes:
         """The devices whose journals have to be replayed before they can be read."""
         found = []
         for block in self.blocks:
-            if block.type in ("ext3", "ext4"):
+            if block.type in READERS and reader_of(block.type).can_be_replayed:
                 try:
                     self.filesystem(block.device)
-                except NeedsJournal:
+                except NeedsReplay:
                     found.append((block.device, self._places[block.device]))
                 except Unsupported:
                     continue
@@ -223,15 +211,12 @@ class Volumes:
         block = self._by_name.get(device)
         if block is None:
             raise Unsupported(f"{device} is not known without the appliance")
-        reader = _READERS.get(block.type or "")
-        if reader is None:
-            raise Unsupported(f"{device} is {block.type or 'of unknown type'}")
         try:
-            module = import_module(f"imgtool.engines.direct.worker.fs.{reader[0]}.reader")
-            opened: Callable[..., Filesystem] = getattr(module, reader[1]).open
-            if device in self._unreplayed and reader[0] in ("ext", "xfs"):
-                return opened(self._sources[device], unreplayed=True)
-            return opened(self._sources[device])
+            reader = reader_of(block.type)
+        except Unsupported as error:
+            raise Unsupported(f"{device} is {error}") from error
+        try:
+            return reader.open(self._sources[device], unreplayed=device in self._unreplayed)
         except Unsupported as error:
             raise type(error)(f"{device} ({block.type}): {error}") from error
         except ReadFailed as error:

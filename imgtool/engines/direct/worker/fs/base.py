@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+from imgtool.engines.direct.wire.refusals import Unsupported
 from imgtool.formats.xattrs import Xattrs
 
 MOST_XATTRS = 4 << 20  # bytes of the values of one file's extended attributes
@@ -24,6 +25,10 @@ class ReadFailed(Exception):
     def __init__(self, reason: str, path: bytes | None = None) -> None:
         super().__init__(reason)
         self.path = path
+
+
+class NeedsReplay(Unsupported):
+    """The filesystem can be read once its journal has been replayed, and not before."""
 
 
 class PathNotFound(Exception):
@@ -73,11 +78,15 @@ class Filesystem(ABC):
     type: str  # as libblkid names it: ext4, xfs, vfat, ...
     root: int  # the root directory
     ignores_case = False
+    can_be_replayed = False  # whether `open` may raise `NeedsReplay`
 
     @classmethod
     @abstractmethod
-    def open(cls, source: Source) -> Filesystem:
-        """Check the superblock and open; `Unsupported` for whatever is not on the allow-list."""
+    def open(cls, source: Source, *, unreplayed: bool = False) -> Filesystem:
+        """Check the superblock and open; `Unsupported` for whatever is not on the allow-list.
+
+        `unreplayed`: as it is, without what is in its journal, where it has one.
+        """
 
     @abstractmethod
     def stat(self, inode: int) -> Node:

@@ -73,7 +73,7 @@ class ExfatFilesystem(Filesystem):
         self._bitmap = self._find_bitmap(system)
 
     @classmethod
-    def open(cls, source: Source) -> ExfatFilesystem:
+    def open(cls, source: Source, *, unreplayed: bool = False) -> ExfatFilesystem:
         """Check the boot region, the root directory, the up-case table and the bitmap's place."""
         found = cls(source, read_geometry(source))
         found._listed(_ROOT)

@@ -73,6 +73,8 @@ class _Inode(NamedTuple):
 class ExtFilesystem(Filesystem):
     """An ext2, ext3 or ext4 filesystem that passed the allow-list."""
 
+    can_be_replayed = True
+
     root = _ROOT
 
     def __init__(self, source: Source, superblock: Superblock) -> None:
@@ -87,7 +89,7 @@ class ExtFilesystem(Filesystem):
 
     @classmethod
     def open(cls, source: Source, *, unreplayed: bool = False) -> ExtFilesystem:
-        """Check superblock and root; `NeedsJournal` where a replay of the journal would do, unless
+        """Check superblock and root; `NeedsReplay` where a replay of the journal would do, unless
         it is to be read `unreplayed`, as the kernel does with `noload`."""
         filesystem = cls(source, read_superblock(source, unreplayed=unreplayed))
         if not modes.S_ISDIR(filesystem.stat(_ROOT).mode):

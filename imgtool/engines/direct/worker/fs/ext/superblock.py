@@ -10,7 +10,7 @@ import struct
 from typing import NamedTuple
 
 from imgtool.engines.direct.wire.refusals import Unsupported
-from imgtool.engines.direct.worker.fs.base import ReadFailed, Source, Usage
+from imgtool.engines.direct.worker.fs.base import NeedsReplay, ReadFailed, Source, Usage
 from imgtool.engines.direct.worker.fs.checksums import crc16, crc32c
 
 SUPERBLOCK_AT = 1024
@@ -87,10 +87,6 @@ _REFUSED = {
     ("ro_compat", 0x8000): "verity",
     ("ro_compat", _ORPHAN_PRESENT): "orphan_present",
 }
-
-
-class NeedsJournal(Unsupported):
-    """The filesystem is sound but for its journal, which must be replayed before it is read."""
 
 
 class Group(NamedTuple):
@@ -212,7 +208,7 @@ class Superblock:
         if self.incompat & RECOVER:
             if not self.compat & HAS_JOURNAL:
                 raise Unsupported("ext: to be recovered, but there is no journal")
-            raise NeedsJournal("ext: the journal must be replayed")
+            raise NeedsReplay("ext: the journal must be replayed")
         if state != _CLEAN:
             raise Unsupported("ext: not unmounted cleanly, or with errors")
         if last_orphan:

@@ -55,7 +55,7 @@ class FatFilesystem(Filesystem):
         )
 
     @classmethod
-    def open(cls, source: Source) -> FatFilesystem:
+    def open(cls, source: Source, *, unreplayed: bool = False) -> FatFilesystem:
         """Check the boot sector and the root directory; a dirty volume reads like a clean one."""
         found = cls(source, read_geometry(source))
         found._directory(_ROOT)

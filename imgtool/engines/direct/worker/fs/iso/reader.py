@@ -44,7 +44,7 @@ class IsoFilesystem(Filesystem):
         self._named_by: dict[int, int] = {self.root: -1}
 
     @classmethod
-    def open(cls, source: Source) -> IsoFilesystem:
+    def open(cls, source: Source, *, unreplayed: bool = False) -> IsoFilesystem:
         """Check the descriptors and the root; Rock Ridge goes before Joliet, as in the kernel."""
         volume = read_volume(source)
         found = cls(source, volume)

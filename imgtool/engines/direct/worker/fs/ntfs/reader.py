@@ -94,7 +94,7 @@ class NtfsFilesystem(Filesystem):
         self._table = self._stream(table, DATA)
 
     @classmethod
-    def open(cls, source: Source) -> NtfsFilesystem:
+    def open(cls, source: Source, *, unreplayed: bool = False) -> NtfsFilesystem:
         """Check boot sector, mirror, version, dirty flag and hibernation."""
         found = cls(source, read_geometry(source))
         found._check_mirror()

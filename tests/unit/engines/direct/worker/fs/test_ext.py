@@ -7,11 +7,11 @@ import struct
 import pytest
 
 from imgtool.engines.direct.wire.refusals import Unsupported
-from imgtool.engines.direct.worker.fs.base import ReadFailed, Usage
+from imgtool.engines.direct.worker.fs.base import NeedsReplay, ReadFailed, Usage
 from imgtool.engines.direct.worker.fs.checksums import crc16, crc32c
 from imgtool.engines.direct.worker.fs.ext.mapping import DAMAGED, Extent, Tree, block_map, extents
 from imgtool.engines.direct.worker.fs.ext.reader import ExtFilesystem, _device
-from imgtool.engines.direct.worker.fs.ext.superblock import NeedsJournal, Superblock
+from imgtool.engines.direct.worker.fs.ext.superblock import Superblock
 
 BLOCKS = 8192  # of 4 KiB, in one group
 
@@ -107,7 +107,7 @@ def test_a_wrong_checksum_is_refused() -> None:
 
 def test_a_journal_to_replay_is_a_refusal_of_its_own() -> None:
     journal = {0x5C: b"\x3c", 0x60: b"\xc6", 0xE0: b"\x08"}
-    with pytest.raises(NeedsJournal):
+    with pytest.raises(NeedsReplay):
         opened(journal)
     with pytest.raises(Unsupported, match="another device"):
         opened({**journal, 0xE4: b"\1"})
