@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imgtool.errors import ImageError, RefusedError, listed
-from imgtool.formats.headers import protocol_of
+from imgtool.formats.protocols import protocol_of
+from imgtool.image.locking.held import real_path
 from imgtool.text import printable, typed
 
 LIBVIRT_POOL = Path("/var/lib/libvirt/images")
@@ -67,7 +68,7 @@ class AllowedDirs:
     def around(cls, image: Path, backing_dirs: Sequence[str | Path] = ()) -> AllowedDirs:
         """The image's own folder, libvirt's pool, `backing_dirs` and IMGTOOL_BACKING_DIRS."""
         # A symlinked image has two own folders; both were chosen by the user, not by the header.
-        folders = [image.absolute().parent, image.resolve().parent, LIBVIRT_POOL]
+        folders = [image.absolute().parent, real_path(image).parent, LIBVIRT_POOL]
         given = [Path(folder) for folder in backing_dirs]
         named = os.environ.get(BACKING_DIRS_VARIABLE, "")
         given += [Path(folder) for folder in named.split(":") if folder]
@@ -169,7 +170,7 @@ def _named(name: str, of: Path, role: str) -> Path:
         )
     if not name or "\0" in name:
         raise ImageError(f"its {role} has no usable name: '{shown}'", subject=printable(of))
-    path, by_link = of.resolve().parent / name, of.absolute().parent / name
+    path, by_link = real_path(of).parent / name, of.absolute().parent / name
     if path == by_link or not _there(by_link):
         return path
     if not _there(path):

@@ -19,7 +19,14 @@ MODULES = sorted((ROOT / "imgtool").rglob("*.py"))
 # the images together; `doctor` looks at everything.
 ROOMS = (
     *("errors", "text", "host", "formats"),
-    *("image.policy", "image.locking", "image.intent", "image.chain", "image.qemu"),
+    *(
+        "image.policy",
+        "image.locking",
+        "image.headers",
+        "image.intent",
+        "image.chain",
+        "image.qemu",
+    ),
     *("image.checks", "image.change", "guest"),
     *("engines.direct.wire", "engines.direct.worker", "engines.direct.replay.inside"),
     *("engines.direct.parent", "engines.libguestfs.appliance", "engines.libguestfs.guest"),

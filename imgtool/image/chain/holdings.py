@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from imgtool.formats import qcow2
 from imgtool.formats.qcow2_bitmaps import Bitmap, read_bitmaps
 from imgtool.formats.qcow2_snapshots import read_snapshots
+from imgtool.image.locking.held import way_to
 from imgtool.image.locking.host_file import open_host_file
 from imgtool.text import printable
 
@@ -141,7 +142,7 @@ def read_holdings(file: BinaryIO) -> Holdings | None:
 def holdings_of(image: Path, format: str | None) -> Holdings | None:
     """What the image holds, as one of this format where that is known; None where nothing can be
     told: of a raw disk, on which a guest may have written any header, and of other formats."""
-    if format not in (None, "qcow2") or not image.exists():
+    if format not in (None, "qcow2") or not way_to(image).exists():
         return None
     with open_host_file(image) as file:
         return read_holdings(file)

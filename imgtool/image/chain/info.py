@@ -18,14 +18,21 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from imgtool.errors import ImageError, RefusedError
-from imgtool.formats import headers, lineage, qcow2, vhd, vmdk
+from imgtool.formats import lineage, qcow2, vhd, vmdk
 from imgtool.formats.packed import packed_as, step_for_format, words_for
 from imgtool.formats.qcow2_snapshots import read_snapshots
 from imgtool.host import program_messages
 from imgtool.host.process import Limits, ProgramFailed, TimedOut, run
+from imgtool.image import headers
 from imgtool.image.chain.ends import Short, Truncated, Unseen, cut_off, other_size, short_files
 from imgtool.image.intent.intent_log import read_facts
-from imgtool.image.locking.host_file import Identity, file_node, node_driver, open_host_file
+from imgtool.image.locking.host_file import (
+    Identity,
+    file_node,
+    node_driver,
+    open_host_file,
+    qemu_name,
+)
 from imgtool.image.locking.locks import in_use_for_writing
 from imgtool.image.policy import AllowedDirs
 from imgtool.text import printable, typed
@@ -353,7 +360,7 @@ def _probe_open_file(
     start = file.read(_PROBED_BYTES)
     driver = "host_device" if stat.S_ISBLK(os.fstat(file.fileno()).st_mode) else "file"
     # By its own name: QEMU would look for extents in the folder of a link.
-    description, probed_as = str(path.resolve()), format
+    description, probed_as = qemu_name(path), format
     header, data_file, data_path = None, None, None
     extents: tuple[Path, ...] = ()
     if format in (None, "qcow2"):

@@ -20,6 +20,8 @@ from imgtool.errors import RefusedError
 from imgtool.image.chain.chain import Chain, open_chain
 from imgtool.image.intent.intent_log import read_facts, worker_on
 from imgtool.image.intent.intent_state import is_unfinished, unfinished_commit
+from imgtool.image.locking.held import real_path, remove_file, way_to
+from imgtool.image.locking.host_file import exchanged
 from imgtool.image.locking.locks import PATIENCE, in_use_for_writing
 from imgtool.text import printable
 
@@ -33,7 +35,7 @@ def _lock(path: Path, kind: int, stack: contextlib.ExitStack) -> bool:
     """Whether nobody's lock was in the way; the lock is held until the stack is closed."""
     mode = os.O_RDWR if kind == fcntl.F_WRLCK else os.O_RDONLY
     try:
-        descriptor = os.open(path, mode | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(way_to(path), mode | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return True  # whoever opens it next says why it cannot be
     stack.callback(os.close, descriptor)
@@ -151,4 +153,7 @@ def remove_unread(path: Path) -> None:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(RefusedError):  # it has long been opened, and stays open to them
             stack.enter_context(block_readers([path]))
-        path.unlink()
+        if way_to(path) == path:
+            path.unlink()
+        elif not remove_file(real_path(path), way_to(path).stat()):
+            raise exchanged(path)

@@ -9,15 +9,19 @@ and once it has opened the chain it is looked at what it has opened.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from imgtool.errors import HostError
+from imgtool.errors import HostError, RefusedError
 from imgtool.image.chain.chain import Chain
-from imgtool.image.locking.host_file import exchanged
+from imgtool.image.chain.info import ImageInfo
+from imgtool.image.intent.marks import names_extents
+from imgtool.image.locking.held import bind_path
+from imgtool.image.locking.host_file import exchanged, open_host_file
 from imgtool.image.policy import folders_of
 from imgtool.text import printable
 
@@ -48,6 +52,92 @@ def is_out_of_reach(path: Path) -> bool:
 
 
 @contextlib.contextmanager
+def bind_images(links: Sequence[ImageInfo]) -> Iterator[None]:
+    """Until the block ends the names of the images' files stand for the very files that were looked
+    at, in all that imgtool does with them (`imgtool.image.locking.held.way_to`): where nobody else
+    can exchange them they do so by themselves.
+
+    Raises `RefusedError` for a file that is not the one any more that was looked at, also where it
+    was exchanged only during the block, or which root cannot work on by a descriptor.
+    """
+    with contextlib.ExitStack() as stack:
+        bound: dict[Path, tuple[int, int]] = {}
+        for link in links:
+            for path in _files_to_bind(link):
+                identity = dict(link.inodes)[path]
+                file = stack.enter_context(open_host_file(path, noted=identity))
+                stack.enter_context(bind_path(path, file.fileno()))
+                bound[path] = identity
+        yield
+    for path, identity in bound.items():
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # removed by the work itself
+            continue
+        except OSError as error:  # such as a circle of links
+            raise exchanged(path) from error
+        if (status.st_dev, status.st_ino) != identity:
+            raise exchanged(path)
+
+
+@contextlib.contextmanager
+def bind_paths(paths: Sequence[Path]) -> Iterator[None]:
+    """`bind_images` for files of which nothing is known but their names: what they lead to now, or
+    that they lead nowhere."""
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            if not os.path.lexists(path):
+                stack.enter_context(bind_path(path, None))
+            elif not is_out_of_reach(path):
+                file = stack.enter_context(open_host_file(path))
+                if names_extents(file):
+                    _refuse_by_name(path)
+                else:
+                    stack.enter_context(bind_path(path, file.fileno()))
+        yield
+
+
+def _files_to_bind(link: ImageInfo) -> list[Path]:
+    """The files of an image that another user can exchange, and that QEMU takes by descriptors."""
+    if link.extents:  # QEMU looks for them beside the name that it is given
+        refuse_by_name([link])
+        return []
+    return [path for path in link.files if not is_out_of_reach(path)]
+
+
+def refuse_by_name(links: Sequence[ImageInfo]) -> None:
+    """Raise `RefusedError` for root where QEMU has to be given the names of files that another user
+    can exchange: it would open any file of the host for that one."""
+    for path in (path for link in links for path in link.files):
+        if not is_out_of_reach(path):
+            _refuse_by_name(path)
+
+
+def _refuse_by_name(path: Path) -> None:
+    if os.geteuid() != 0:
+        return  # who has no rights but their own
+    owner = _owner_of(path.parent)
+    raise RefusedError(
+        "another user can exchange it for any file, and QEMU, which has to be given its name, would"
+        " open that with the rights of root",
+        subject=printable(path),
+        hint=f"do it with the rights of its folder's owner: runuser -u {owner} -- imgtool ..."
+        if owner
+        else "work on a copy in a folder that only you can write to",
+    )
+
+
+def _owner_of(folder: Path) -> str | None:
+    """The user whose rights are enough to work in a folder, and do no harm elsewhere."""
+    import pwd
+
+    with contextlib.suppress(OSError, KeyError):
+        owner = folder.stat().st_uid
+        return pwd.getpwuid(owner).pw_name if owner else None
+    return None
+
+
+@contextlib.contextmanager
 def steady(chain: Chain) -> Iterator[Chain]:
     """The chain as QEMU is given it until the block ends: as it is where nobody else can exchange
     its files, or else by descriptors of this process.
@@ -59,7 +149,7 @@ def steady(chain: Chain) -> Iterator[Chain]:
         return
     with contextlib.ExitStack() as opened:
         names = {}
-        for path in chain.files:
+        for path in itertools.chain.from_iterable(map(_files_to_bind, chain.links)):
             file = opened.enter_context(chain.open_file(path))
             # The process opens it anew, with locks of its own.
             names[path] = f"/proc/{os.getpid()}/fd/{file.fileno()}"

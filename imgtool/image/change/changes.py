@@ -27,6 +27,7 @@ from imgtool.image.intent.marks import (
     same_identity,
     snapshots_of,
 )
+from imgtool.image.locking.held import is_one_file, way_to
 from imgtool.image.locking.host_file import open_host_file
 from imgtool.text import printable, typed
 
@@ -57,7 +58,7 @@ def _what_changed(
             return what
     for other in overlays_on(image, backing_dirs):
         new = other.stat().st_ctime_ns > record.touched
-        if new and not (overlay.exists() and other.samefile(overlay)):
+        if new and not (way_to(overlay).exists() and is_one_file(other, overlay)):
             return f"{printable(other)} was put on it, or used,"
     return None
 
@@ -122,7 +123,7 @@ def refuse_if_changed(
 def is_intact(record: Record, overlay: Path, force: Force = ()) -> bool:
     """Whether an overlay is as it was when its commit began."""
     if Reason.COPY in force or Reason.CHANGED in force:
-        return overlay.exists()
+        return way_to(overlay).exists()
     return is_as_noted(noted(record, "overlay"), overlay)
 
 
@@ -132,7 +133,7 @@ def why_needed(record: Record, overlay: Path, backing_dirs: Dirs, force: Force) 
         same = is_as_noted(noted(record, which), path)
         if not same and Reason.COPY not in force and Reason.CHANGED not in force:
             return f"{printable(path)} was used since"
-    if not overlay.is_file():
+    if not way_to(overlay).is_file():
         return "it is a device"
     if above := overlays_on(overlay, backing_dirs):
         return f"{printable(above[0])} stands on it"

@@ -31,7 +31,6 @@ from imgtool.image.change.plan import Plan, Seen, Work
 from imgtool.image.checks.checking import check_metadata
 from imgtool.image.checks.recognise import require_known_content
 from imgtool.image.intent.intent_log import temporary_path
-from imgtool.image.locking.host_file import open_host_file
 from imgtool.image.locking.locks import block_writers
 from imgtool.image.qemu.qemu_img import OnPart
 from imgtool.text import printable
@@ -89,12 +88,16 @@ def plan_compact(
         with block_writers(chain), steady(chain) as seen:
             work.reserve(temporary)
             if keeps:
-                _copy_used(work, path, temporary)
+                _copy_used(work, chain, temporary)
             elif active.format == "raw":
                 words: list[str | Path] = ["convert", "-O", "raw", seen.filename(), temporary]
                 work.qemu_img("compact", words, path, made=temporary)
-                with made_file(temporary, write=True) as descriptor:
-                    os.ftruncate(descriptor, path.stat().st_size)  # QEMU makes whole sectors of it
+                with (
+                    chain.open_file(active.path) as old,
+                    made_file(temporary, write=True) as descriptor,
+                ):
+                    # QEMU makes whole sectors of it.
+                    os.ftruncate(descriptor, os.fstat(old.fileno()).st_size)
             else:
                 named = ("-B", base[0], "-F", base[1]) if base else ()
                 convert(work, "compact", seen, temporary, options, *named)
@@ -136,10 +139,11 @@ def _same_base(chain: Chain) -> tuple[str, str] | None:
     return backing_name(below.path, real), below.format
 
 
-def _copy_used(work: Work, path: Path, temporary: Path) -> None:
+def _copy_used(work: Work, chain: Chain, temporary: Path) -> None:
     """Copy the clusters that are in use to where they were, and prove that they arrived."""
+    path = chain.active.path
     with (
-        open_host_file(path) as old,
+        chain.open_file(path) as old,
         made_file(temporary, write=True) as descriptor,
         os.fdopen(os.dup(descriptor), "r+b") as new,
     ):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from imgtool.image.chain.chain import Chain
 from imgtool.image.chain.info import ImageInfo, ask_qemu
+from imgtool.image.locking.host_file import qemu_name
 from imgtool.image.qemu.qemu_img import size_needed
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def options_like(link: ImageInfo) -> str:
 
 
 def _details(link: ImageInfo) -> dict[str, Any]:
-    said = ask_qemu(link.path, str(link.path.resolve()), "qcow2")
+    said = ask_qemu(link.path, qemu_name(link.path), "qcow2")
     details: dict[str, Any] = said.get("format-specific", {}).get("data", {})
     return details
 

@@ -34,11 +34,8 @@ def keep(record: Record) -> str:
     line = f"the record of a {operation} of {printable(image)} is gone, and nothing else"
     path = _made_for(record)
     if path is not None and operation != "commit":
-        end = ".qcow2" if operation == "write" else ""
-        kept = path.with_name(f"{image.name}.kept-{path.name.rpartition('-')[2]}{end}")
-        path.rename(kept)
-        path = kept
-        line = f"the record of a {operation} is gone; what was made is {printable(kept)}"
+        path = _rename(path, ".qcow2" if operation == "write" else "")
+        line = f"the record of a {operation} is gone; what was made is {printable(path)}"
     if may_be_torn(image, record.facts):
         line += f"; by itself {printable(image)} may hold a part of what was to be written"
         named = path or overlay_of(image, record.facts)
@@ -51,6 +48,21 @@ def keep(record: Record) -> str:
             line += f", and what has all of it is not at its place: {printable(named)[:200]}"
     record.remove()
     return line
+
+
+def _rename(path: Path, end: str) -> Path:
+    """Give a file that is imgtool's own a name that is seen, and that nothing has."""
+    stem, _, number = path.name.removeprefix(".").rpartition(".imgtool-")
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for more in ("", *(f"-{count}" for count in range(1, 100))):
+            kept = path.with_name(f"{stem}.kept-{number}{more}{end}")
+            if not os.path.lexists(kept):
+                break
+        os.rename(path.name, kept.name, src_dir_fd=folder, dst_dir_fd=folder)
+    finally:
+        os.close(folder)
+    return kept
 
 
 def _made_for(record: Record) -> Path | None:

@@ -10,20 +10,30 @@ from pathlib import Path
 
 from imgtool.errors import RefusedError
 from imgtool.image.chain.steady import is_out_of_reach
-from imgtool.image.intent.marks import is_same_file
+from imgtool.image.intent.marks import identity_of, is_same_file
 from imgtool.text import printable
+
+
+def make_file(path: Path) -> list[int | str]:
+    """Make an empty file that nobody else may read; its identity. Raises `OSError`."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        return identity_of(Path(f"/proc/self/fd/{descriptor}"))
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
 def written_as_made(
-    words: Sequence[str | Path], made: Path | None
+    words: Sequence[str | Path], made: Path | None, identity: object = None
 ) -> Iterator[Sequence[str | Path]]:
     """The words of a program that writes to the file `made`: where another user can put a link in
-    its place, by a descriptor of it."""
+    its place, by a descriptor of the one of this identity."""
     if made is None or is_out_of_reach(made):
         yield words
         return
-    with made_file(made, write=True) as descriptor:
+    with made_file(made, write=True, made=identity) as descriptor:
         name = f"/proc/{os.getpid()}/fd/{descriptor}"
         yield [name if str(word) == str(made) else word for word in words]
 

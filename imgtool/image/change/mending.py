@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 
 from imgtool.errors import ImgtoolError
-from imgtool.formats import headers, qcow2, vdi
+from imgtool.formats import qcow2, vdi
+from imgtool.image import headers
 from imgtool.image.chain.chain import Chain
 from imgtool.image.chain.info import ImageInfo, probe
 from imgtool.image.change.repairing import WouldLose, repair_tables
 from imgtool.image.checks.checking import CheckResult, check_metadata
+from imgtool.image.locking.held import way_to
 from imgtool.image.locking.locks import refuse_if_in_use
 from imgtool.image.qemu.qemu_img import qemu_img
 from imgtool.text import printable
@@ -29,7 +31,7 @@ def repair_metadata(
     link = probe(image, format=named)
     refuse_if_in_use(Chain((link,)))
     if link.format == "vdi":
-        with image.open("r+b") as file:
+        with way_to(image).open("r+b") as file:
             vdi.mend_count(file)
     if link.format != "qcow2":
         return
@@ -65,7 +67,7 @@ def _lengthen(image: Path) -> None:
     QEMU counts a cluster before it writes it, and reads zeros where the file has ended before;
     whoever finds an image too short for its tables takes it for a torn copy.
     """
-    with image.open("r+b") as file:
+    with way_to(image).open("r+b") as file:
         header = qcow2.read_header(file)
         if header is not None:
             needed = qcow2.size_needed(file, header)

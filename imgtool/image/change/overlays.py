@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from imgtool.errors import Force, HostError, ImageError, ImgtoolError, Reason, RefusedError
-from imgtool.formats.headers import is_newer
 from imgtool.formats.qcow2_bitmaps import Bitmap
 from imgtool.image.chain.chain import Chain, open_chain
 from imgtool.image.chain.holdings import bitmaps_in, left_out
 from imgtool.image.chain.info import ImageInfo, probe
 from imgtool.image.chain.reading import base_lock, block_readers
-from imgtool.image.chain.steady import steady
+from imgtool.image.chain.steady import refuse_by_name, steady
 from imgtool.image.change.changes import is_intact, noted
 from imgtool.image.change.copies import convert, options_like, size_of_copy
 from imgtool.image.change.guards import (
@@ -38,9 +37,11 @@ from imgtool.image.change.recovery import committed, pending_below
 from imgtool.image.checks.ages import changed
 from imgtool.image.checks.dependants import overlays_on, refuse_if_base
 from imgtool.image.checks.doubts import doubts_of, refuse_doubtful
+from imgtool.image.headers import is_newer
 from imgtool.image.intent.intent_log import temporary_path
 from imgtool.image.intent.marks import mark_of
-from imgtool.image.locking.host_file import open_host_file
+from imgtool.image.locking.held import real_path, way_to
+from imgtool.image.locking.host_file import qemu_name
 from imgtool.image.locking.locks import block_writers, refuse_if_in_use
 from imgtool.image.policy import AllowedDirs, in_same_tree, name_beside
 from imgtool.image.qemu.qemu_img import same_content
@@ -96,7 +97,7 @@ def plan_create(
             # The chain was looked at: QEMU need not open it to know its size.
             words = ["create", "-u", "-f", "qcow2", "-F", format, "-b", name, str(temporary)]
             work.qemu_img("create", [*words, str(size)], new, made=temporary)
-            with open_host_file(base) as file:
+            with chain.open_file(chain.active.path) as file:
                 mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
                 if protect_base:
                     os.fchmod(file.fileno(), mode & ~0o222)
@@ -206,7 +207,7 @@ def plan_commit(
                 work.refuse_if_lost(into, "the overlay has all of the content still")
                 sync_file(into)
             # Not a link by which it was given: that would be removed.
-            work.say(committed(record, overlay.resolve(), backing_dirs))
+            work.say(committed(record, real_path(overlay), backing_dirs))
 
     # Named as it will be found if the folder is moved before the work is done.
     named = name_beside(into.resolve(), overlay.resolve())
@@ -219,6 +220,7 @@ def plan_commit(
         space=space,
         facts={"overlay": named, "remove": remove},
         seen=Seen.of(*chain.files),
+        in_place=chain.links,
         writes_to=(overlay, into),
         repeatable=("overlay", "remove"),
         same_in=overlay,
@@ -281,6 +283,8 @@ def plan_rebase(
     if unsafe:
         return _plan_unsafe(link, below, force=force, backing_dirs=backing_dirs)
     chain = _overlay(overlay, backing_dirs)
+    # QEMU writes down the name of the new base, and opens it, and the old one, by their names.
+    refuse_by_name((*chain.links, *below.links))
     refuse_to_guess(chain)
     refuse_to_guess(below)
     refuse_if_in_use(chain, force=force)
@@ -324,7 +328,7 @@ def plan_rebase(
 
 
 def _rebase(overlay: Path, name: str, format: str, *options: str) -> list[str | Path]:
-    return ["rebase", *options, "-f", "qcow2", "-F", format, "-b", name, overlay.resolve()]
+    return ["rebase", *options, "-f", "qcow2", "-F", format, "-b", name, qemu_name(overlay)]
 
 
 def _plan_unsafe(link: ImageInfo, below: Chain, *, force: Force, backing_dirs: Dirs) -> Plan:
@@ -343,11 +347,11 @@ def _plan_unsafe(link: ImageInfo, below: Chain, *, force: Force, backing_dirs: D
     )
 
     def do(work: Work) -> None:
-        status = overlay.stat()
+        status = way_to(overlay).stat()
         work.qemu_img("rebase", _rebase(overlay, name, base.format, "-u"), overlay)
         if is_newer(changed(base), status.st_mtime_ns):
             # That the base may be another is to be seen afterwards too.
-            os.utime(overlay, ns=(status.st_atime_ns, status.st_mtime_ns))
+            os.utime(way_to(overlay), ns=(status.st_atime_ns, status.st_mtime_ns))
 
     return Plan(
         "rebase",
@@ -356,6 +360,7 @@ def _plan_unsafe(link: ImageInfo, below: Chain, *, force: Force, backing_dirs: D
         do,
         "qcow2",
         seen=Seen.of(overlay),
+        in_place=(link,),
         same_in=overlay,
         backing_dirs=backing_dirs,
         after=lambda holdings: holdings.on(name, base.format),

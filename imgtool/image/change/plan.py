@@ -10,19 +10,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from imgtool.errors import Force, HostError, ImgtoolError, RefusedError
 from imgtool.host import interrupt
 from imgtool.image.chain.holdings import Holdings, holdings_of, lost, noted
 from imgtool.image.chain.info import ImageInfo
+from imgtool.image.chain.steady import bind_images
 from imgtool.image.change.changes import marks
-from imgtool.image.change.made import made_file, written_as_made
+from imgtool.image.change.made import made_file, make_file, written_as_made
 from imgtool.image.change.mending import repair_metadata
 from imgtool.image.change.recovery import refuse_if_used_since, resolve_intent
 from imgtool.image.checks.ages import kept_as_noted, younger
-from imgtool.image.intent.intent_log import Record, opened, sync_folder
+from imgtool.image.intent.intent_log import Record, opened
 from imgtool.image.intent.marks import identity_of
+from imgtool.image.locking.held import is_one_file, way_to
 from imgtool.image.locking.host_file import exchanged
 from imgtool.image.locking.locks import held_for_writing
 from imgtool.image.qemu.qemu_img import OnPart, qemu_img, same_content
@@ -68,10 +70,8 @@ class Work:
 
     def reserve(self, temporary: Path) -> None:
         """Make a file that is to become an image: nobody else's, and for its owner's eyes alone."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            os.close(os.open(temporary, flags, 0o600))
-            self.record.note(made=identity_of(temporary))
+            self.record.note(made=make_file(temporary))
         except OSError as error:
             raise HostError(
                 f"no file can be made: {(error.strerror or '').lower()}",
@@ -81,13 +81,13 @@ class Work:
                 else None,
             ) from error
 
-    def place(self, temporary: Path, new: Path, *, like: Path | None = None) -> None:
+    def place(self, temporary: Path, new: Path, *, like: BinaryIO | None = None) -> None:
         """Give a complete file its name; it may be read by those who may read `like`."""
-        allowed = stat.S_IMODE(like.stat().st_mode) if like else 0o666
+        allowed = stat.S_IMODE(os.fstat(like.fileno()).st_mode) if like else 0o666
         with made_file(temporary, made=self._made()) as descriptor:
             os.fchmod(descriptor, (allowed & 0o666 | stat.S_IWUSR) & ~_umask())
         self.record.note(step="swap")
-        put_in_place(temporary, new)
+        put_in_place(temporary, new, self._made())
 
     def swap(self, temporary: Path, image: ImageInfo) -> None:
         """Put a complete file in the place of the very one that was looked at, if it holds what it
@@ -117,7 +117,7 @@ class Work:
     ) -> None:
         """A step that is one sub-command of qemu-img; `made` is which word is a file that was
         reserved, and is written to."""
-        with self.step(name) as on_part, written_as_made(words, made) as given:
+        with self.step(name) as on_part, written_as_made(words, made, self._made()) as given:
             qemu_img(given, image=image, on_part=on_part)
 
     def prove_same(self, first: str, second: str, what: str, image: Path) -> None:
@@ -167,7 +167,7 @@ class Seen:
 
 def _identity(path: Path) -> tuple[int, ...]:
     try:
-        status = path.stat()
+        status = way_to(path).stat()
     except OSError:
         return ()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
@@ -180,6 +180,7 @@ class Plan:
     `format` is that of the image, where it is there already: what a guest wrote to a raw disk may
     look like any. `space` is how many bytes it may need in the image's folder, `facts` what its
     record says besides what every record says, and `seen` the files that were looked at to make it.
+    Work `in_place` is done on the very images that were looked at.
     On the files that it `writes_to` no other QEMU works from the first step to the last. What is
     `repeatable` is finished by doing it again, which is the same where the facts named in it are.
     `same_in` is the image that is written to and in which a guest sees the same afterwards:
@@ -196,6 +197,7 @@ class Plan:
     space: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
     seen: Seen = field(default_factory=Seen)
+    in_place: tuple[ImageInfo, ...] = ()
     writes_to: tuple[Path, ...] = ()
     repeatable: tuple[str, ...] = ()
     same_in: Path | None = None
@@ -207,6 +209,7 @@ class Plan:
     def run(self, on_step: OnStep | None = None, notice: Notice | None = None) -> Work:
         """Do it: whole, or as if it had not been begun, or to be finished by repeating it."""
         with contextlib.ExitStack() as stack:
+            stack.enter_context(bind_images(self.in_place))
             record = stack.enter_context(opened(self.image, create=True))
             assert record is not None
             if record.facts and not self._repeats(record):
@@ -252,7 +255,7 @@ class Plan:
         self.do(work)
         repair_metadata(self.image, format=self.format)
         for other in self.writes_to:
-            if other.exists() and not other.samefile(self.image):
+            if way_to(other).exists() and not is_one_file(other, self.image):
                 repair_metadata(other)
 
     @contextlib.contextmanager
@@ -267,7 +270,7 @@ class Plan:
     def _known(self, before: Holdings | None) -> dict[str, Any]:
         """What a record says of an image that is there already."""
         known: dict[str, Any] = {} if self.format is None else {"format": self.format}
-        if self.image.exists():
+        if way_to(self.image).exists():
             known |= {"identity": identity_of(self.image), "noted": marks(self.image)}
         if self.same_in is not None:
             known |= {"younger": younger(self.same_in, self.backing_dirs)}
@@ -302,25 +305,40 @@ def keep_attributes(old: int, new: int) -> None:
 
 def sync_file(path: Path) -> None:
     """Make sure that the bytes of a file are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(way_to(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def put_in_place(temporary: Path, new: Path) -> None:
-    """Give a complete file its name, where no file may be. Raises `RefusedError` if one is."""
-    sync_file(temporary)
+def put_in_place(temporary: Path, new: Path, made: object = None) -> None:
+    """Give a complete file, of the identity `made`, its name in the folder in which it is, where no
+    file may be. Raises `RefusedError` if one is."""
+    with _folder_of(new) as folder:
+        # Two names in one folder, whatever is put in its place meanwhile.
+        with made_file(temporary, made=made, folder=folder) as descriptor:
+            os.fsync(descriptor)
+        old, name = temporary.name, new.name
+        try:
+            os.link(old, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+        except FileExistsError as error:
+            raise RefusedError("it exists already", subject=printable(new)) from error
+        except OSError:  # a file system without links
+            os.rename(old, name, src_dir_fd=folder, dst_dir_fd=folder)
+        else:
+            os.unlink(old, dir_fd=folder)
+        os.fsync(folder)
+
+
+@contextlib.contextmanager
+def _folder_of(path: Path) -> Iterator[int]:
+    """A descriptor of the folder that a file is in."""
+    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.link(temporary, new)
-    except FileExistsError as error:
-        raise RefusedError("it exists already", subject=printable(new)) from error
-    except OSError:  # a file system without links
-        temporary.rename(new)
-    else:
-        temporary.unlink()
-    sync_folder(new.parent)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def replace(temporary: Path, image: ImageInfo, made: object) -> None:
@@ -331,8 +349,7 @@ def replace(temporary: Path, image: ImageInfo, made: object) -> None:
     """
     real = image.path.resolve()
     with contextlib.ExitStack() as opened_files:
-        folder = os.open(real.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        opened_files.callback(os.close, folder)
+        folder = opened_files.enter_context(_folder_of(real))
         old = opened_files.enter_context(_looked_at(image, real.name, folder))
         new = opened_files.enter_context(made_file(temporary, made=made, folder=folder))
         keep_attributes(old, new)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from imgtool.errors import Force, ImageError, ImgtoolError, Reason, RefusedError
-from imgtool.formats import headers
+from imgtool.image import headers
 from imgtool.image.chain.chain import Chain, open_chain
 from imgtool.image.chain.holdings import Since, holdings_of, since
 from imgtool.image.chain.info import probe
 from imgtool.image.chain.reading import remove_unread
+from imgtool.image.chain.steady import bind_images, bind_paths
 from imgtool.image.change.changes import (
     is_intact,
     marks,
@@ -41,11 +42,13 @@ from imgtool.image.intent.intent_state import (
     overlay_of,
     refuse_another_file,
     refuse_strange_overlay,
+    stands_no_longer,
     stands_on,
     to_keep,
     unproved,
 )
 from imgtool.image.intent.marks import is_as_noted, is_same_file
+from imgtool.image.locking.held import is_one_file, real_path, remove_file, way_to
 from imgtool.image.locking.locks import PATIENCE, held_for_writing, refuse_if_in_use
 from imgtool.image.policy import AllowedDirs
 from imgtool.image.qemu.qemu_img import Locked, qemu_img, same_content
@@ -78,7 +81,7 @@ def resolve_intent(
         return None
     if not record.proved and Reason.UNPROVED not in force:
         raise unproved(image, record.facts, record.owner)
-    if operation not in NEW_FILES and not image.exists():
+    if operation not in NEW_FILES and not way_to(image).exists():
         raise _gone(record)
     if operation not in NEW_FILES and operation not in REPLACED_FILES:
         refuse_another_file(image, record.facts, force=force)
@@ -158,9 +161,10 @@ def _settle_write(record: Record, *, finish: bool, backing_dirs: Dirs, force: Fo
     _settle_others_first(record, backing_dirs, force)
     temporary, line = _overlay(record, backing_dirs, force), None
     if os.path.lexists(temporary):
+        there = temporary.lstat()
         line = f"an interrupted write to {name} was undone"
         if is_made(record, temporary, force) and _is_of(record, temporary, force):
-            temporary.unlink()
+            remove_file(temporary, there)
         else:
             line += f"; {printable(temporary)} stays, since it is not the file that was made for it"
     record.remove()
@@ -177,7 +181,7 @@ def _is_of(record: Record, overlay: Path, force: Force) -> bool:
 
 def _settle_others_first(record: Record, backing_dirs: Dirs, force: Force) -> None:
     """The record of the first of several disks goes last: what it says goes for the others."""
-    folder, own = record.image.resolve().parent, record.image.resolve()
+    folder, own = real_path(record.image).parent, real_path(record.image)
     images = [(folder / name).resolve() for name in record.texts("images")]
     number = record.facts.get("number")
     if (own != images[0]) if number is None else (number != 0):
@@ -219,7 +223,7 @@ def recover(
             settled = keep(record)
         elif record is not None:
             try:
-                with _kept_younger(record, backing_dirs):
+                with _bound(record), _kept_younger(record, backing_dirs):
                     settled = resolve_intent(
                         record, finish=True, backing_dirs=backing_dirs, force=force
                     )
@@ -232,12 +236,23 @@ def recover(
 
 
 @contextlib.contextmanager
+def _bound(record: Record) -> Iterator[None]:
+    """What is settled in the block is the very files that are there now. Whether those are the ones
+    of the record is looked at in it."""
+    files = [] if record.operation in (*NEW_FILES, *REPLACED_FILES) else [record.image]
+    if files and (overlay := overlay_of(record.image, record.facts)) is not None:
+        files.append(overlay)
+    with bind_paths(files):
+        yield
+
+
+@contextlib.contextmanager
 def _kept_younger(record: Record, backing_dirs: Dirs) -> Iterator[None]:
     """What is settled in the block changes nothing for overlays, where the work was such."""
     image: Path | None = record.image
     if record.operation == "commit":
         image = overlay_of(record.image, record.facts)
-    if "younger" not in record.facts or image is None or not image.exists():
+    if "younger" not in record.facts or image is None or not way_to(image).exists():
         yield
         return
     with kept_as_noted(record, image, backing_dirs):
@@ -253,14 +268,14 @@ def pending_below(overlay: Path, backing_dirs: Dirs = ()) -> Path | None:
         # Whoever opens it says what is wrong with it.
         header = headers.read(overlay)
         base = headers.base_of(header) if header is not None else None
-        if base is None or not AllowedDirs.around(overlay, backing_dirs).hold(base.resolve()):
+        if base is None or not AllowedDirs.around(overlay, backing_dirs).hold(real_path(base)):
             return None
         written = load_intent(base)
         if written is None or written.facts.get("operation") != "commit":
             return None
         named = overlay_of(base, written.facts)
         pending = written.facts.get("step") != "proved"
-        if pending and named is not None and named.samefile(overlay):
+        if pending and named is not None and is_one_file(named, overlay):
             return base
     return None
 
@@ -272,7 +287,7 @@ def _overlay(record: Record, backing_dirs: Dirs, force: Force) -> Path:
     if overlay is None:
         return Path(record.text("overlay"))  # which says why not
     places = AllowedDirs.around(record.image, backing_dirs)
-    if not record.proved and not places.hold(overlay.resolve()):
+    if not record.proved and not places.hold(real_path(overlay)):
         raise RefusedError(
             f"the record of work on it names a file elsewhere: {printable(overlay)}",
             subject=printable(record.image),
@@ -349,21 +364,22 @@ def _settle_file(record: Record, force: Force) -> str | None:
     temporary, image = _temporary(record), record.image
     what = f"an interrupted {record.operation} of {printable(image)}"
     there = os.path.lexists(temporary)
+    known = temporary.lstat() if there else None
     if image.exists():
         second = there and temporary.samefile(image)
-        if second:
-            temporary.unlink()
+        if second and known is not None:
+            remove_file(temporary, known)
         if second or is_same_file(record.facts.get("made"), image):
             return f"{what} was finished"
         if there and record.operation in REPLACED_FILES:
             refuse_another_file(image, record.facts, force=force)
-    if not there:
+    if known is None:
         return None  # not begun
     if not is_made(record, temporary, force):
         return (
             f"{what} is over; {printable(temporary)} is not the file that was made for it: it stays"
         )
-    temporary.unlink()
+    remove_file(temporary, known)
     return f"{what} was undone"
 
 
@@ -408,7 +424,7 @@ def _settle_commit(record: Record, *, finish: bool, backing_dirs: Dirs, force: F
         )
     name_anew(record, overlay, backing_dirs, force)
     if not stands_on(overlay, base):
-        raise _no_longer(base, overlay)
+        raise stands_no_longer(base, overlay)
     refuse_another_file(base, record.facts, overlay, force=force)
     refuse_if_changed(record, overlay, backing_dirs, force)
     with held_for_writing([overlay, base]), record.at_work():
@@ -437,7 +453,7 @@ def committed(
         return None
     if not record.facts.get("remove"):
         if is_intact(record, overlay):
-            os.utime(overlay)  # its base is newer, and still fits
+            os.utime(way_to(overlay))  # its base is newer, and still fits
         return None
     try:
         with held_for_writing([overlay, base]):
@@ -454,11 +470,17 @@ def committed(
 def _commit(base: Path, overlay: Path, backing_dirs: Dirs) -> Chain:
     """Write all that an overlay holds into its base, which may hold some of it already."""
     if not stands_on(overlay, base):
-        raise _no_longer(base, overlay)
+        raise stands_no_longer(base, overlay)
     dirs = [*backing_dirs, base.absolute().parent]
     chain = open_chain(overlay, format="qcow2", backing_dirs=dirs)
-    if len(chain.links) < 2 or not chain.links[1].path.samefile(base):
-        raise _no_longer(base, overlay)
+    if len(chain.links) < 2 or not is_one_file(chain.links[1].path, base):
+        raise stands_no_longer(base, overlay)
+    with bind_images(chain.links):
+        _commit_chain(chain, overlay)
+    return chain
+
+
+def _commit_chain(chain: Chain, overlay: Path) -> None:
     until = time.monotonic() + PATIENCE
     while True:
         try:
@@ -470,13 +492,4 @@ def _commit(base: Path, overlay: Path, backing_dirs: Dirs) -> Chain:
                 raise
             time.sleep(0.1)
         else:
-            return chain
-
-
-def _no_longer(base: Path, overlay: Path) -> RefusedError:
-    return RefusedError(
-        f"a commit of {printable(overlay)} was interrupted, which is not there any more or no"
-        " longer stands on it",
-        subject=printable(base),
-        hint=f"bring that overlay back; {to_keep(base)}",
-    )
+            return

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from imgtool.errors import Force
-from imgtool.formats import headers
+from imgtool.image import headers
 from imgtool.image.change.changes import refuse_if_changed
-from imgtool.image.change.made import written_as_made
 from imgtool.image.intent.intent_log import Record
 from imgtool.image.intent.intent_state import has_another_name, refuse_another_file
 from imgtool.image.intent.marks import mark_of
+from imgtool.image.locking.host_file import qemu_name
 from imgtool.image.qemu.qemu_img import qemu_img
 
 Dirs = Sequence[str | Path]
@@ -29,8 +29,7 @@ def name_anew(record: Record, overlay: Path, backing_dirs: Dirs, force: Force) -
     header = headers.read(overlay)
     format = header.backing_format if header is not None else None
     words: list[str | Path] = ["rebase", "-u", "-f", "qcow2", "-F", format or "raw"]
-    with written_as_made([*words, "-b", image.absolute(), overlay], overlay) as given:
-        qemu_img(given, image=overlay)
+    qemu_img([*words, "-b", image.absolute(), qemu_name(overlay)], image=overlay)
     # It was as noted, and is to be taken for that again.
     record.note(noted={**_all_noted(record), "overlay": mark_of(overlay)})
 

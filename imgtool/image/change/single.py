@@ -163,7 +163,8 @@ def plan_convert(
             if snapshot is None:
                 made = Chain((probe(temporary, format=to),)).filename()
                 work.prove_same(seen.filename(), made, "the new image has another content", path)
-        work.place(temporary, new, like=path)
+        with chain.open_file(chain.active.path) as file:
+            work.place(temporary, new, like=file)
 
     return Plan(
         "convert",
@@ -226,6 +227,7 @@ def plan_resize(
         do,
         active.format,
         seen=Seen.of(*chain.files),
+        in_place=chain.links,
         after=lambda holdings: holdings.resized(wanted),
     )
 
@@ -285,6 +287,7 @@ def plan_repair(
         link.format,
         facts={"what": what},
         seen=Seen.of(path),
+        in_place=(link,),
         writes_to=(path,),
         same_in=path,
         backing_dirs=backing_dirs,

@@ -12,7 +12,7 @@ from imgtool.formats.qcow2_refcounts import used_ranges
 from imgtool.formats.qcow2_snapshots import read_snapshots, same_as_active
 from imgtool.image.chain.chain import Chain, open_chain
 from imgtool.image.chain.holdings import Holdings, bitmaps_in
-from imgtool.image.chain.info import Snapshot
+from imgtool.image.chain.info import ImageInfo, Snapshot
 from imgtool.image.change.changes import marks
 from imgtool.image.change.guards import (
     refuse_bitmaps,
@@ -90,6 +90,7 @@ def _plan_on_list(
     do: Callable[[Work], None],
     after: Callable[[Holdings], Holdings],
     backing_dirs: Dirs,
+    image: ImageInfo,
 ) -> Plan:
     """A plan for the list of snapshots alone: a guest sees the same afterwards."""
     return Plan(
@@ -99,6 +100,7 @@ def _plan_on_list(
         do,
         "qcow2",
         seen=Seen.of(path),
+        in_place=(image,),
         writes_to=(path,),
         same_in=path,
         backing_dirs=backing_dirs,
@@ -126,6 +128,7 @@ def plan_create(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs 
         do,
         lambda holdings: holdings.with_snapshot(name),
         backing_dirs,
+        chain.active,
     )
 
 
@@ -151,6 +154,7 @@ def plan_delete(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs 
         do,
         lambda holdings: holdings.without_snapshot(snapshot.id),
         backing_dirs,
+        chain.active,
     )
 
 
@@ -220,6 +224,7 @@ def plan_revert(
             "others": snapshots_of(path),
         },
         seen=Seen.of(path),
+        in_place=(chain.active,),
         writes_to=(path,),
         after=after,
     )

@@ -22,6 +22,7 @@ from imgtool.image.chain.chain import Chain, open_chain
 from imgtool.image.chain.holdings import holdings_of, noted
 from imgtool.image.chain.info import probe
 from imgtool.image.chain.reading import base_lock, block_readers
+from imgtool.image.chain.steady import bind_images
 from imgtool.image.change.changes import marks
 from imgtool.image.change.guards import (
     need_space,
@@ -30,14 +31,16 @@ from imgtool.image.change.guards import (
     refuse_to_guess,
     refuse_to_write,
 )
-from imgtool.image.change.made import made_file, written_as_made
+from imgtool.image.change.made import made_file, make_file, written_as_made
 from imgtool.image.change.overlays import backing_name
 from imgtool.image.change.plan import Notice, put_in_place, sync_file
 from imgtool.image.change.recovery import finish_write, is_untouched, resolve_intent
 from imgtool.image.checks.checking import check_metadata
 from imgtool.image.checks.dependants import refuse_if_base
 from imgtool.image.intent.intent_log import Record, opened, sync_folder, temporary_path
-from imgtool.image.intent.marks import identity_of
+from imgtool.image.intent.marks import identity_of, is_same_file
+from imgtool.image.locking.held import real_path, way_to
+from imgtool.image.locking.host_file import exchanged
 from imgtool.image.locking.locks import held_for_writing, refuse_if_in_use
 from imgtool.image.policy import name_beside
 from imgtool.image.qemu.qemu_img import qemu_img
@@ -61,12 +64,27 @@ def overlay_on(
     # The chain was looked at: QEMU need not open it to know its size.
     words: list[str | Path] = ["create", "-u", "-f", "qcow2", "-F", active.format]
     words += ["-b", name or active.path.resolve(), path, str(active.virtual_size)]
-    path.touch(0o600, exist_ok=False)
+    made = make_file(path)
     if record is not None:
-        record.note(made=identity_of(path))
-    with written_as_made(words, path) as given:
+        record.note(made=made)
+    with written_as_made(words, path, made) as given:
         qemu_img(given, image=path)
-    return open_chain(path, format="qcow2", backing_dirs=[link.path.parent for link in chain.links])
+    dirs = [link.path.parent for link in chain.links]
+    above = open_chain(path, format="qcow2", backing_dirs=dirs)
+    _refuse_other_files(above, path, made, chain)
+    return above
+
+
+def _refuse_other_files(above: Chain, path: Path, made: object, chain: Chain) -> None:
+    """Raise `RefusedError` if what was opened is not the file that was made, on the very files that
+    were looked at."""
+    with above.open_file(path) as file:
+        if not is_same_file(made, Path(f"/proc/self/fd/{file.fileno()}")):
+            raise exchanged(path)
+    below = [link.inodes for link in above.links[1:]]
+    for link, found in zip(chain.links, below, strict=True):
+        if [one for _, one in link.inodes] != [one for _, one in found]:
+            raise exchanged(link.path)
 
 
 class Transaction:
@@ -133,8 +151,8 @@ class Transaction:
         refuse_if_base(image, self._backing_dirs, force=self._force)
         if image.active.driver == "file":
             free = max(image.active.virtual_size - image.active.actual_size, 0)
-            grows = min(overlay.active.path.stat().st_blocks * 512, free)
-            need_space(image.active.path.resolve().parent, grows)
+            grows = min(way_to(overlay.active.path).stat().st_blocks * 512, free)
+            need_space(real_path(image.active.path).parent, grows)
 
     def _say_that_it_goes_on(self) -> None:
         self._notice("the write is being finished, so that nothing is left half done")
@@ -153,18 +171,19 @@ def _sound_on_disk(chain: Chain) -> None:
 class Clone:
     """A new overlay to write to, which `commit` gives its name; as a `Transaction` of one disk."""
 
-    def __init__(self, chain: Chain, new: Path) -> None:
+    def __init__(self, chain: Chain, new: Path, made: object) -> None:
         self.chains = (chain,)
         self._new = new
+        self._made = made
 
     def commit(self) -> None:
         """Give it its name; the image that it stands on is as it was."""
         _sound_on_disk(self.chains[0])
         temporary = self.chains[0].active.path
-        mode = stat.S_IMODE(self.chains[0].links[1].path.stat().st_mode) | stat.S_IWUSR
-        with made_file(temporary) as descriptor:
+        mode = stat.S_IMODE(way_to(self.chains[0].links[1].path).stat().st_mode) | stat.S_IWUSR
+        with made_file(temporary, made=self._made) as descriptor:
             os.fchmod(descriptor, mode)
-        put_in_place(temporary, self._new)
+        put_in_place(temporary, self._new, self._made)
 
 
 @contextlib.contextmanager
@@ -183,7 +202,8 @@ def clone(chain: Chain, new: Path, *, force: Force = ()) -> Iterator[Clone]:
         record.note(operation="create", temporary=str(temporary))
         name = backing_name(chain.active.path, new)
         try:
-            yield Clone(overlay_on(chain, temporary, name, record=record), new)
+            above = overlay_on(chain, temporary, name, record=record)
+            yield Clone(above, new, record.facts.get("made"))
         finally:
             resolve_intent(record, finish=False)
 
@@ -212,8 +232,10 @@ def transaction(
         beside = temporary_path(chain.active.path)
         need_space(tmp_dir or beside.parent, _EMPTY)
     name = secrets.token_hex(8)
-    images = [chain.active.path.resolve() for chain in chains]
     with contextlib.ExitStack() as stack:
+        for chain in chains:
+            stack.enter_context(bind_images(chain.links))
+        images = [real_path(chain.active.path) for chain in chains]
         records: list[Record] = []
         overlays = []
         try:
@@ -248,6 +270,8 @@ def transaction(
                     chains, images, overlays, records, strict=True
                 )
             ]
+            for chain in above:
+                stack.enter_context(bind_images(chain.links[:1]))
             yield Transaction(above, records, backing_dirs, notice, force)
         finally:
             # What was committed has no record any more. The first one's goes last.

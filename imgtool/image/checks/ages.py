@@ -11,11 +11,16 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
-from imgtool.formats import headers
+from imgtool.errors import ImgtoolError
+from imgtool.image import headers
 from imgtool.image.chain.info import ImageInfo
-from imgtool.image.checks.dependants import overlays_on
+from imgtool.image.chain.steady import is_out_of_reach
+from imgtool.image.checks.dependants import Overlays
 from imgtool.image.intent.intent_log import Record, ended, is_name
+from imgtool.image.locking.held import is_one_file, real_path, way_to
+from imgtool.image.locking.host_file import Identity, open_host_file
 from imgtool.image.policy import name_from
 
 
@@ -25,8 +30,8 @@ def changed(link: ImageInfo) -> int:
     times = [0]
     for path in link.files:
         try:
-            if path.is_file():
-                times.append(path.stat().st_mtime_ns)
+            if way_to(path).is_file():
+                times.append(way_to(path).stat().st_mtime_ns)
         except OSError:
             continue  # gone since it was opened
     return max(times)
@@ -56,15 +61,27 @@ def kept_younger(image: Path, backing_dirs: Sequence[str | Path] = ()) -> Iterat
     try:
         yield
     finally:
-        for base, overlay in above:
-            _make_younger(base, overlay)
+        for base, overlay, identity in above:
+            _make_younger(base, overlay, identity)
 
 
-def _make_younger(base: Path, overlay: Path) -> None:
-    with contextlib.suppress(OSError):  # not this user's, or removed by the work
-        before, after = overlay.stat(), base.stat().st_mtime_ns
-        if headers.is_newer(after, before.st_mtime_ns):
-            os.utime(overlay, ns=(before.st_atime_ns, after))
+def _make_younger(base: Path, overlay: Path, identity: Identity) -> None:
+    with contextlib.suppress(OSError, ImgtoolError):  # not this user's, or removed by the work
+        after = way_to(base).stat().st_mtime_ns
+        # Not by its name: where another user may write, that can lead to any file by now.
+        with open_host_file(overlay, noted=identity) as file:
+            before = os.fstat(file.fileno())
+            if headers.is_newer(after, before.st_mtime_ns) and _goes_with(base, overlay, file):
+                os.utime(file.fileno(), ns=(before.st_atime_ns, after))
+
+
+def _goes_with(base: Path, overlay: Path, file: BinaryIO) -> bool:
+    """Whether an overlay is of the owner of its base, or in the base's folder: where another user
+    may write, an overlay can have been a link to any file already when it was found."""
+    if is_out_of_reach(overlay):
+        return True
+    below, folder = way_to(base), Path(f"/proc/self/fd/{file.fileno()}").resolve().parent
+    return os.fstat(file.fileno()).st_uid == below.stat().st_uid or folder == below.resolve().parent
 
 
 @contextlib.contextmanager
@@ -79,41 +96,42 @@ def kept_as_noted(
     noted = _noted_as_younger(record, image)
     with kept_younger(image, backing_dirs):
         yield
-    for overlay in noted:
+    for overlay, identity in noted:
         with kept_younger(overlay, backing_dirs):
-            _make_younger(image, overlay)
+            _make_younger(image, overlay, identity)
 
 
 def younger(image: Path, backing_dirs: Sequence[str | Path] = ()) -> list[str]:
     """What a record notes before the work: the overlays that are not older than their base."""
-    folder = image.resolve().parent
+    folder = real_path(image).parent
     return [
         name_from(folder, overlay.resolve())
-        for base, overlay in _in_order(image, backing_dirs)
+        for base, overlay, _ in _in_order(image, backing_dirs)
         if base == image
     ]
 
 
-def _noted_as_younger(record: Record, image: Path) -> list[Path]:
+def _noted_as_younger(record: Record, image: Path) -> list[tuple[Path, Identity]]:
     names, found = record.facts.get("younger"), []
     with contextlib.suppress(OSError):
-        if not isinstance(names, list) or image.stat().st_mtime_ns > ended(record):
+        if not isinstance(names, list) or way_to(image).stat().st_mtime_ns > ended(record):
             return []
     for name in filter(is_name, names or ()):
-        overlay = image.resolve().parent / name
+        overlay = real_path(image).parent / name
         with contextlib.suppress(OSError, ValueError):
             header = headers.read(overlay)
             base = headers.base_of(header) if header is not None else None
-            if base is not None and base.samefile(image):
-                found.append(overlay)
+            if header is not None and base is not None and is_one_file(base, image):
+                found.append((overlay, header.identity))
     return found
 
 
 def _in_order(
     image: Path, backing_dirs: Sequence[str | Path], seen: frozenset[Path] = frozenset()
-) -> Iterator[tuple[Path, Path]]:
-    for overlay in overlays_on(image, backing_dirs):
+) -> Iterator[tuple[Path, Path, Identity]]:
+    for overlay, identity in sorted(Overlays(backing_dirs).seen_on(image).items()):
         known = overlay.resolve() in seen
-        if not known and not headers.is_newer(image.stat().st_mtime_ns, overlay.stat().st_mtime_ns):
-            yield image, overlay
+        times = (way_to(path).stat().st_mtime_ns for path in (image, overlay))
+        if not known and not headers.is_newer(*times):
+            yield image, overlay, identity
             yield from _in_order(overlay, backing_dirs, seen | {overlay.resolve()})

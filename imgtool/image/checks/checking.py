@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from imgtool.errors import ImageError, ImgtoolError, RefusedError
-from imgtool.formats.headers import Header
 from imgtool.host import program_messages
 from imgtool.host.process import Limits, ProgramFailed, TimedOut, run
 from imgtool.image.chain.chain import MAX_LINKS, Chain
@@ -24,6 +23,7 @@ from imgtool.image.checks import findings
 from imgtool.image.checks.dependants import Identity, Overlays
 from imgtool.image.checks.findings import Finding, salvage
 from imgtool.image.checks.recognise import require_known_content
+from imgtool.image.headers import Header
 from imgtool.image.intent.intent_log import operation_of, read_facts
 from imgtool.image.locking.host_file import file_node, node_driver
 from imgtool.image.policy import AllowedDirs

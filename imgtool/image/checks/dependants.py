@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from imgtool.errors import Force, Reason, RefusedError, listed
-from imgtool.formats import headers
-from imgtool.formats.headers import Header
+from imgtool.image import headers
 from imgtool.image.chain.chain import Chain
+from imgtool.image.headers import Header
 from imgtool.image.intent.intent_log import is_ours
+from imgtool.image.locking.held import is_one_file, way_to
 from imgtool.image.policy import AllowedDirs, folders_of
 from imgtool.text import printable
 
@@ -70,7 +71,7 @@ class Overlays:
         there = False
         for below in headers.bases_of(header):
             with contextlib.suppress(OSError, ValueError):  # it stands on nothing that is there
-                named = below.stat()
+                named = way_to(below).stat()
                 above = self._above.setdefault((named.st_dev, named.st_ino), {})
                 above.setdefault(header.identity, header.path)
                 there = True
@@ -80,7 +81,11 @@ class Overlays:
     def on(self, path: Path, beside: Sequence[Path] = ()) -> list[Path]:
         """The images that name `path` as their backing file, or as their parent by its id: those
         of `overlays_on`, and those that were added."""
-        base = path.stat()
+        return sorted(self.seen_on(path, beside))
+
+    def seen_on(self, path: Path, beside: Sequence[Path] = ()) -> dict[Path, Identity]:
+        """`on`, with which files they were when they were looked at."""
+        base = way_to(path).stat()
         folders = [*AllowedDirs.around(path, self._backing_dirs).folders]
         folders += [folder for name in (path, *beside) for folder in folders_of(name)]
         self._look_in(folders, _files_in)
@@ -90,7 +95,7 @@ class Overlays:
         own = headers.read(path) if self._above_id else None
         if own is not None and own.id is not None:
             above |= self._above_id.get(own.id, {})
-        return sorted(above.values())
+        return {overlay: identity for identity, overlay in above.items()}
 
     def _look_in(self, folders: Sequence[Path], files: Callable[[Path], Iterator[Path]]) -> None:
         for folder in folders:
@@ -133,7 +138,7 @@ def refuse_if_base(
     overlays = [
         overlay
         for overlay in overlays_on(path, backing_dirs, beside=[but_for] if but_for else [])
-        if but_for is None or not overlay.samefile(but_for)
+        if but_for is None or not is_one_file(overlay, but_for)
     ]
     if overlays:
         names = listed(printable(overlay) for overlay in overlays)

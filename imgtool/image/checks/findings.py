@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from imgtool.errors import ImgtoolError, RefusedError, listed
-from imgtool.formats import headers
-from imgtool.formats.headers import protocol_of
+from imgtool.formats.protocols import protocol_of
+from imgtool.image import headers
 from imgtool.image.chain.info import FORMATS, ImageInfo
 from imgtool.image.checks.ages import newer_bases
 from imgtool.image.locking.locks import Holder, holders, in_use_for_writing

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from imgtool.errors import ImageError
-from imgtool.formats import headers
-from imgtool.formats.headers import Header
+from imgtool.image import headers
 from imgtool.image.checks.dependants import Identity, OnError, files_below
+from imgtool.image.headers import Header
 from imgtool.image.locking.attached import looped_inodes
 from imgtool.image.locking.locks import holders, locked_inodes
 from imgtool.image.policy import AllowedDirs

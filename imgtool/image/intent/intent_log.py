@@ -28,6 +28,7 @@ from imgtool.image.intent import devices
 from imgtool.image.intent.marks import mark_of, parts_of
 from imgtool.image.intent.proof import proof_of, proves
 from imgtool.image.intent.witness import is_marked, witnessed
+from imgtool.image.locking.held import real_path, remove_file, way_to
 from imgtool.text import printable
 
 _PREFIX, _SUFFIX = ".", ".imgtool-record"
@@ -62,7 +63,7 @@ def is_temporary_of(image: Path, name: str) -> bool:
 
 def _beside(image: Path) -> Path:
     """The image, or what stands for it: a device in a folder with room, a name that is too long."""
-    real = image.resolve()
+    real = real_path(image)
     if real.is_block_device():
         return FOR_DEVICES / _name_of_device(real)
     name = os.fsencode(real.name)
@@ -180,7 +181,7 @@ class Record:
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
         try:
-            with witnessed(self.path):
+            with witnessed(self._descriptor):
                 yield
         except BaseException:
             self._note_what_is_left()
@@ -217,7 +218,8 @@ class Record:
         if self._removed:  # by now another imgtool may have one of its own there
             return
         with interrupt.defer_interrupts():
-            self.path.unlink(missing_ok=True)
+            # By its name there may be the record of another image, in another folder, by now.
+            remove_file(self.path, os.fstat(self._descriptor))
             sync_folder(self.path.parent)
             self._removed = True
             self.facts.clear()
@@ -297,7 +299,7 @@ def _is_believed(status: os.stat_result, image: Path) -> bool:
     """Whether a record was written by somebody who may do to the image what it says."""
     owners = {os.geteuid(), 0}
     with contextlib.suppress(OSError):
-        owners.add(image.stat().st_uid)
+        owners.add(way_to(image).stat().st_uid)
     return stat.S_ISREG(status.st_mode) and status.st_nlink <= 1 and status.st_uid in owners
 
 
@@ -442,15 +444,18 @@ def _locked(image: Path, path: Path, *, create: bool) -> int | None:
 
 def _open(path: Path, *, create: bool) -> int:
     flags = os.O_RDWR | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
-    with contextlib.suppress(FileNotFoundError):
-        return os.open(path, flags)
-    if not create:
-        raise FileNotFoundError(path)
-    descriptor = os.open(path, flags | os.O_CREAT, 0o644)
-    # Whoever reads the image has to know, whatever the umask is.
-    if os.fstat(descriptor).st_uid == os.geteuid():
-        os.fchmod(descriptor, 0o644)
-    return descriptor
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(path, flags)
+        if not create:
+            raise FileNotFoundError(path)
+        # One that is not new can be another name of any file: its mode is its owner's.
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
+            # Whoever reads the image has to know, whatever the umask is.
+            if os.fstat(descriptor).st_uid == os.geteuid():
+                os.fchmod(descriptor, 0o644)
+            return descriptor
 
 
 # How long after the last sign of life of an imgtool that was killed its QEMU may have written.

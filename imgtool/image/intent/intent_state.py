@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from imgtool.errors import Force, ImageError, Reason, RefusedError
-from imgtool.formats import headers
+from imgtool.image import headers
 from imgtool.image.intent.intent_log import (
     Written,
     is_name,
@@ -25,6 +25,7 @@ from imgtool.image.intent.intent_log import (
     worker_on,
 )
 from imgtool.image.intent.marks import is_as_noted, is_same_file
+from imgtool.image.locking.held import is_one_file, real_path, way_to
 from imgtool.text import printable, typed
 
 _LONGEST_SHOWN = 200
@@ -35,7 +36,7 @@ def stands_on(overlay: Path, base: Path) -> bool:
     try:
         header = headers.read(overlay)
         below = headers.base_of(header) if header is not None else None
-        return below is not None and below.samefile(base)
+        return below is not None and is_one_file(below, base)
     except PermissionError:
         raise
     except (OSError, ValueError):
@@ -50,13 +51,13 @@ def overlay_of(image: Path, facts: dict[str, Any]) -> Path | None:
     name = facts.get("overlay")
     if not is_name(name):
         return None
-    return image.resolve().parent / name
+    return real_path(image).parent / name
 
 
 def has_another_name(image: Path, facts: dict[str, Any], overlay: Path) -> bool:
     """Whether an overlay is the one that a record was written of, and only the name in it of the
     device that it stands on is no longer that one's."""
-    if not image.is_block_device() or not os.path.lexists(overlay):
+    if not way_to(image).is_block_device() or not os.path.lexists(overlay):
         return False
     if not is_noted_overlay(overlay, facts) or not is_same_file(facts.get("identity"), image):
         return False
@@ -70,7 +71,7 @@ def has_another_name(image: Path, facts: dict[str, Any], overlay: Path) -> bool:
         return False
     if there is None or not stat.S_ISBLK(there.st_mode):
         return False
-    return there.st_rdev != image.stat().st_rdev
+    return there.st_rdev != way_to(image).stat().st_rdev
 
 
 def refuse_strange_overlay(image: Path, facts: dict[str, Any], owner: int) -> None:
@@ -114,7 +115,7 @@ def refuse_another_file(
     """Raise `RefusedError` if the record was written of another file that had the same name, or
     with another overlay."""
     same = is_same_file(facts.get("identity"), image)
-    if not same and image.is_block_device():
+    if not same and way_to(image).is_block_device():
         # Nothing tells the two apart but a name, and no device is a copy by itself.
         raise RefusedError(
             f"a {operation_of(facts)} was interrupted, of a device that had this name then; it may"
@@ -257,7 +258,7 @@ def _holding_all(image: Path, written: Written) -> Path | None:
         raise unproved(image, facts, written.owner)
     refuse_strange_overlay(image, facts, written.owner)
     overlay = overlay_of(image, facts)
-    if image.is_block_device():
+    if way_to(image).is_block_device():
         refuse_another_file(image, facts)
     if overlay is not None and has_another_name(image, facts, overlay):
         raise RefusedError(
@@ -287,6 +288,16 @@ def lost(image: Path, facts: dict[str, Any]) -> ImageError:
         f" that is not there any more, or no longer stands on it: {named}",
         subject=printable(image),
         hint=f"bring the overlay back; {to_keep(image)}",
+    )
+
+
+def stands_no_longer(base: Path, overlay: Path) -> RefusedError:
+    """The error for a commit whose overlay is gone, or stands on another base by now."""
+    return RefusedError(
+        f"a commit of {printable(overlay)} was interrupted, which is not there any more or no"
+        " longer stands on it",
+        subject=printable(base),
+        hint=f"bring that overlay back; {to_keep(base)}",
     )
 
 
@@ -326,7 +337,7 @@ def is_committed(image: Path, facts: dict[str, Any], *, proved: bool = True) -> 
     first = images[0] if isinstance(images, list) and images else None
     if not is_name(first):
         return False
-    folder = image.resolve().parent
+    folder = real_path(image).parent
     of_first = _record_of_first(image, folder / first, facts)
     if of_first is None or of_first.facts.get("id") != facts.get("id"):
         raise RefusedError(
@@ -346,7 +357,7 @@ def _record_of_first(image: Path, first: Path, facts: dict[str, Any]) -> Written
     of_first = load_intent(first)
     if of_first is not None and of_first.facts.get("number", 0) == 0:
         return of_first
-    for _, written in records_of_devices(image) if image.is_block_device() else ():
+    for _, written in records_of_devices(image) if way_to(image).is_block_device() else ():
         if written.facts.get("id") == facts.get("id") and written.facts.get("number") == 0:
             return written
     return None

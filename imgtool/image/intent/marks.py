@@ -13,6 +13,7 @@ from imgtool.errors import ImgtoolError
 from imgtool.formats import qcow2, vmdk
 from imgtool.formats.qcow2_snapshots import read_snapshots
 from imgtool.image.intent import devices
+from imgtool.image.locking.held import real_path, way_to
 from imgtool.image.locking.host_file import open_host_file
 
 Mark = dict[str, Any]
@@ -22,15 +23,15 @@ def identity_of(image: Path) -> list[int | str]:
     """What tells an image from another one that has its name by now: of a file the inode and,
     where it has one, its generation; of a block device see `imgtool.image.intent.devices`.
     """
-    status = image.stat()
+    status = way_to(image).stat()
     if not stat.S_ISBLK(status.st_mode):
-        return [status.st_ino, *devices.generation(image)]
-    return [*devices.identity(image)]
+        return [status.st_ino, *devices.generation(way_to(image))]
+    return [*devices.identity(way_to(image))]
 
 
 def is_same_file(noted: object, image: Path) -> bool:
     """Whether an identity that was noted is that of the file that is there now."""
-    if not image.exists():
+    if not way_to(image).exists():
         return False
     return same_identity(noted, identity_of(image))
 
@@ -56,7 +57,7 @@ def mark_of(image: Path, *, but_for: str | None = None) -> Mark:
 
 
 def _mark_of_file(path: Path) -> Mark:
-    status = path.stat()
+    status = way_to(path).stat()
     mark: Mark = {"identity": identity_of(path)}
     if stat.S_ISBLK(status.st_mode):
         return mark | {"written": _written_to(path)}
@@ -73,12 +74,17 @@ def _other_files(image: Path) -> list[Path]:
         else:
             names = list(vmdk.extent_names(file)) if _is_vmdk(file) else []
         for name in names:
-            path = image.resolve().parent / os.fsdecode(name).removeprefix("file:")
+            path = real_path(image).parent / os.fsdecode(name).removeprefix("file:")
             if not os.path.lexists(path):  # QEMU looks beside a link to the image
                 path = image.absolute().parent / path.name
             if path.is_file() or path.is_block_device():
                 found.append(path)
     return found
+
+
+def names_extents(file: BinaryIO) -> bool:
+    """Whether a file is a VMDK of which the data are in others."""
+    return _is_vmdk(file) and bool(vmdk.extent_names(file))
 
 
 def _is_vmdk(file: BinaryIO) -> bool:
@@ -92,7 +98,7 @@ def _written_to(device: Path) -> list[str] | None:
     count (Documentation/ABI/stable/sysfs-block); None where it keeps none. What a program that is
     gone has left in the cache is written first: the count would grow by it later."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        descriptor = os.open(device, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(way_to(device), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             number = os.fstat(descriptor).st_rdev
             os.fsync(descriptor)

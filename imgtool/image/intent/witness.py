@@ -11,7 +11,6 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator
-from pathlib import Path
 
 from imgtool.errors import HostError
 from imgtool.host.process import DEVNULL, spawn
@@ -26,10 +25,13 @@ def is_marked(status: os.stat_result) -> bool:
 
 
 @contextlib.contextmanager
-def witnessed(record: Path) -> Iterator[None]:
-    """While the block runs there is a witness; where there can be none it runs without."""
+def witnessed(record: int) -> Iterator[None]:
+    """While the block runs there is a witness of the record that this descriptor is of; where there
+    can be none it runs without."""
     with contextlib.ExitStack() as stack:
-        descriptor = os.open(record, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # Opened anew, since what is inherited would keep the lock on it; and not by its name, at
+        # which there can be another file by now.
+        descriptor = os.open(f"/proc/self/fd/{record}", os.O_RDWR | os.O_CLOEXEC)
         stack.callback(os.close, descriptor)
         if is_marked(os.fstat(descriptor)):
             os.fchmod(descriptor, 0o644)

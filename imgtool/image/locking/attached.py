@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imgtool.host.mountinfo import MountInfo, mounts
+from imgtool.image.locking.held import way_to
 
 _GET_STATUS64 = 0x4C05
 _LOOP_INFO_SIZE = 232  # struct loop_info64
@@ -119,7 +120,7 @@ def _described(what: str, mounted: Sequence[MountInfo]) -> str:
 def attached_to(path: Path) -> list[Attached]:
     """The loop devices over the file or device at `path`, and if it is a device that is mounted,
     itself or what stands on it, that."""
-    status = path.stat()
+    status = way_to(path).stat()
     rows: list[MountInfo] | None = None
     found = []
     for folder in _loops(status):

@@ -9,26 +9,32 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from imgtool.errors import ImageError, ImagePermissionError, RefusedError
-from imgtool.image.locking.held import is_held
+from imgtool.image.locking.held import is_held, way_to
 from imgtool.image.policy import AllowedDirs
 from imgtool.text import printable
 
 Identity = tuple[int, int]  # device and inode
 
 
+def qemu_name(path: Path) -> str:
+    """The name by which QEMU opens this very file."""
+    way = way_to(path)
+    return str(path.resolve() if way == path else way)
+
+
 def file_node(path: Path, driver: str, name: str | None = None) -> dict[str, Any]:
     """The lowest level of a description for QEMU: this very file and nothing else; `name` is what
     QEMU sees it as, if that is not its own."""
-    real = str(path.resolve()) if name is None else name
+    name = qemu_name(path) if name is None else name
     try:
-        real.encode()
+        name.encode()
     except UnicodeEncodeError as error:
         raise ImageError(
             "QEMU cannot be given a path that is not UTF-8",
             subject=printable(path),
             hint="rename it, or make a symlink to it with a plain name and folder",
         ) from error
-    node = {"driver": driver, "filename": real}
+    node = {"driver": driver, "filename": name}
     return {**node, "locking": "off"} if is_held(path) else node
 
 
@@ -74,12 +80,13 @@ def _opened(path: Path) -> BinaryIO:
     shown = printable(path)
     try:
         # Looked at before it is opened: a fifo would block, a tape would rewind.
-        kind = path.stat().st_mode
+        way = way_to(path)
+        kind = way.stat().st_mode
         if stat.S_ISDIR(kind):
             raise ImageError("a directory, not an image", subject=shown)
         if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
             raise ImageError("neither a file nor a block device", subject=shown)
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(way, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ImageError:
         raise
     except ValueError as error:
@@ -100,4 +107,4 @@ def not_allowed(path: Path) -> ImagePermissionError:
 
 def node_driver(path: Path) -> str:
     """QEMU's driver for the file at `path` below any format: file or host_device."""
-    return "host_device" if path.is_block_device() else "file"
+    return "host_device" if way_to(path).is_block_device() else "file"

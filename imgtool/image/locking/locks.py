@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from imgtool.errors import Force, Reason, RefusedError
 from imgtool.image.locking.attached import attached_to
-from imgtool.image.locking.held import holding, is_held
+from imgtool.image.locking.held import holding, is_held, way_to
 
 if TYPE_CHECKING:
     from imgtool.image.chain.chain import Chain
@@ -89,7 +89,7 @@ def _is_locked(descriptor: int, first: int, length: int) -> bool:
 def _locked_bytes(path: Path) -> set[int] | None:
     """QEMU's bytes that are locked on the file, by anyone; None where the file has no locks."""
     locked: set[int] = set()
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(way_to(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not _is_locked(descriptor, _HELD, _NOT_SHARED + _RESIZE - _HELD + 1):
             return locked  # nearly every image
@@ -165,7 +165,7 @@ def _by_locks(path: Path) -> list[Holder]:
     locked = _locked_bytes(path)
     if not locked or is_held(path):  # nobody is in the way of who holds them
         return []
-    status = path.stat()
+    status = way_to(path).stat()
     found = []
     for process in Path("/proc").iterdir():
         if not process.name.isdigit() or int(process.name) == os.getpid():
@@ -231,7 +231,7 @@ def block_writers(chain: Chain) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for path in chain.files:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            descriptor = os.open(way_to(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             stack.callback(os.close, descriptor)
             try:
                 for permission in (_WRITE, _RESIZE):
@@ -277,7 +277,7 @@ def _hold(path: Path, stack: contextlib.ExitStack) -> bool:
     if is_held(path):
         return True
     with contextlib.ExitStack() as attempt:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(way_to(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         attempt.callback(os.close, descriptor)
         locked = [kind + by for kind in (_HELD, _NOT_SHARED) for by in (_WRITE, _RESIZE)]
         try:
@@ -288,7 +288,7 @@ def _hold(path: Path, stack: contextlib.ExitStack) -> bool:
                 return False
         except OSError:
             return True  # a file system without locks
-        attempt.enter_context(holding(path, descriptor))
+        attempt.enter_context(holding(descriptor))
         stack.enter_context(attempt.pop_all())
     return True
 

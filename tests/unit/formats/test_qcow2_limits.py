@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from imgtool.errors import ImageError
-from imgtool.formats import headers, qcow2
+from imgtool.formats import qcow2
 from imgtool.formats.qcow2_refcounts import used_ranges
 from imgtool.formats.qcow2_snapshots import SnapshotRow, read_snapshots, same_as_active
+from imgtool.image import headers
 from imgtool.image.chain.chain import open_chain
 from imgtool.image.chain.info import probe
 

@@ -15,7 +15,8 @@ import pytest
 
 from imgtool import cli
 from imgtool.errors import ExitStatus, ImageError, RefusedError
-from imgtool.formats import headers, vdi, vhd, vhdx, vmdk
+from imgtool.formats import vdi, vhd, vhdx, vmdk
+from imgtool.image import headers
 from imgtool.image.chain.chain import open_chain
 from imgtool.image.chain.info import probe
 from imgtool.image.change.guards import refuse_to_write

@@ -18,6 +18,8 @@ from imgtool.image.chain.chain import Chain, open_chain
 from imgtool.image.chain.steady import is_safe_from_others, refuse_others_opened, steady
 from imgtool.image.change import compacting, transaction
 from imgtool.image.change import plan as working
+from imgtool.image.checks import ages
+from imgtool.image.intent import intent_log
 from imgtool.image.policy import AllowedDirs
 from imgtool.image.qemu.disk_reader import open_contents
 from imgtool.image.qemu.nbd import serve
@@ -436,3 +438,99 @@ def test_an_image_that_is_named_by_a_link_is_replaced_where_it_is(
     assert done.status == 0, done.err
     assert link.is_symlink() and image.stat().st_ino != before
     assert content(open_chain(link))[:MIB] == b"1" * MIB
+
+
+def test_a_compacted_image_has_nothing_of_a_file_that_was_there_for_a_moment(
+    image: Path, imgtool_cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With its snapshots it is copied by imgtool itself, as it is."""
+    kept, other = image.with_name("kept.qcow2"), tmp_path / "other.qcow2"
+    for path in (kept, other):
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "1M"], check=True)
+        value = "0x53" if path == other else "0x31"
+        subprocess.run(["qemu-io", "-c", f"write -P {value} 0 64k", path], check=True)
+        subprocess.run(["qemu-img", "snapshot", "-c", "one", path], check=True)
+    real = compacting._copy_used
+
+    def copy_used(*arguments: Any) -> None:
+        kept.rename(kept.with_name("aside"))
+        kept.symlink_to(other)
+        try:
+            real(*arguments)
+        finally:
+            kept.unlink()
+            kept.with_name("aside").rename(kept)
+
+    monkeypatch.setattr(compacting, "_copy_used", copy_used)
+    done = imgtool_cli("compact", kept)
+    assert done.status == 4, done.err
+    assert "exchanged" in done.err
+    for path in image.parent.iterdir():
+        assert b"SSSS" not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize("kind", ["monolithicFlat", "twoGbMaxExtentSparse"])
+def test_an_image_of_several_files_is_read_by_who_has_no_rights_but_their_own(
+    image: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """QEMU looks for its files beside the name that it is given."""
+    path = image.with_name("disk.vmdk")
+    words = ["create", "-q", "-f", "vmdk", "-o", f"subformat={kind}", path, "1M"]
+    subprocess.run(["qemu-img", *words], check=True)
+    subprocess.run(["qemu-io", "-f", "vmdk", "-c", "write -P 0x31 0 64k", path], check=True)
+    chain = open_chain(path)
+    monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
+    with steady(chain) as seen:
+        assert content(seen)[: 64 << 10] == b"1" * (64 << 10)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with pytest.raises(RefusedError, match="exchange"), steady(chain):
+        pass
+
+
+def test_a_record_that_goes_takes_no_other_with_it(image: Path, tmp_path: Path) -> None:
+    """By its name there is that of another image in another folder by now."""
+    folder, ours = image.parent, tmp_path / "ours"
+    ours.mkdir()
+    with intent_log.opened(image, create=True) as own:
+        assert own is not None
+        own.note(operation="resize")
+        other = ours / own.path.name
+        other.write_text("theirs")
+        folder.rename(tmp_path / "aside")
+        folder.symlink_to(ours)
+        own.remove()
+    assert other.read_text() == "theirs"
+
+
+def test_a_record_changes_no_file_that_is_put_in_its_place(
+    image: Path, secret: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look for one and the making of it."""
+    secret.chmod(0o600)
+    real, path = os.open, intent_log.record_path(image)
+
+    def put_there(name: Any, flags: int, *arguments: Any, **named: Any) -> int:
+        if name == path and flags & os.O_CREAT and not path.exists():
+            path.hardlink_to(secret)
+        return real(name, flags, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", put_there)
+    with pytest.raises(RefusedError), intent_log.opened(image, create=True):
+        pass
+    assert secret.stat().st_mode & 0o777 == 0o600
+    assert secret.read_bytes() == b"S" * MIB
+
+
+def test_an_overlay_of_another_folder_keeps_its_times(image: Path, tmp_path: Path) -> None:
+    """A link that was there when overlays were looked for."""
+    base, other = image.with_name("base.raw"), tmp_path / "other.qcow2"
+    words = ["create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", other]
+    subprocess.run(["qemu-img", *words], check=True)
+    os.utime(other, (2, 2))
+    os.chown(base, NOBODY, NOBODY)
+    image.with_name("link.qcow2").symlink_to(other)
+    os.utime(image, (2, 2))
+    with ages.kept_younger(base):
+        os.utime(base, (3, 3))
+    assert other.stat().st_mtime == 2
+    assert image.stat().st_mtime == 3  # which is of that folder

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.formats import headers
+from imgtool.image import headers
 from imgtool.image.checks.forest import forest
 from tests.support.chain_images import (
     CORRUPT,

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from imgtool.formats import lineage, qcow2, vhd, vmdk
+from imgtool.formats.protocols import protocol_of
+from imgtool.image.locking.held import real_path, way_to
 
 _MAGICS = (
     (0, b"QED\0", "qed"),
@@ -132,10 +134,11 @@ def read(path: Path) -> Header | None:
 
     Raises `OSError`.
     """
-    kind = path.stat().st_mode
+    way = way_to(path)
+    kind = way.stat().st_mode
     if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
         return None
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(way, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb", buffering=_PROBED) as file:
         status = os.fstat(descriptor)
         start = file.read(_PROBED)
@@ -215,7 +218,7 @@ def bases_of(header: Header) -> tuple[Path, ...]:
     starts = [header.path.parent]
     if header.path.is_symlink() or not header.path.is_absolute():
         with contextlib.suppress(OSError, RuntimeError):  # gone, or a circle
-            starts.insert(0, header.path.resolve().parent)
+            starts.insert(0, real_path(header.path).parent)
     names = [name]
     if header.differencing:  # it was made where its parent was in another folder
         names.append(Path(name).name)
@@ -230,9 +233,3 @@ def base_of(header: Header) -> Path | None:
             path.stat()
             return path
     return named[0] if named else None
-
-
-def protocol_of(name: str) -> str | None:
-    """The protocol of a file name, by QEMU's rule: what stands before a colon before any slash."""
-    head, colon, _ = name.partition("/")[0].partition(":")
-    return head if colon else None
