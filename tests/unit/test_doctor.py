@@ -25,7 +25,7 @@ from imgtool.mount.mechanisms.mechanisms import MECHANISMS
 KERNEL = "6.1.0-9-cloud-amd64"
 PROGRAMS = (
     *("qemu-img", "qemu-nbd", "qemu-storage-daemon", "qemu-system-x86_64", "supermin"),
-    *("bwrap", "fusermount3", "rsync", "hpmount"),
+    *("bwrap", "unshare", "cat", "fusermount3", "rsync", "hpmount"),
 )
 NOBODY = 65534
 

@@ -19,15 +19,8 @@ MODULES = sorted((ROOT / "imgtool").rglob("*.py"))
 # the images together; `doctor` looks at everything.
 ROOMS = (
     *("errors", "text", "host", "formats"),
-    *(
-        "image.policy",
-        "image.locking",
-        "image.headers",
-        "image.intent",
-        "image.chain",
-        "image.qemu",
-    ),
-    *("image.checks", "image.change", "guest"),
+    *("image.locking.held", "image.policy", "image.locking", "image.headers", "image.intent"),
+    *("image.chain", "image.qemu", "image.checks", "image.change", "guest"),
     *("engines.direct.wire", "engines.direct.worker", "engines.direct.replay.inside"),
     *("engines.direct.parent", "engines.libguestfs.appliance", "engines.libguestfs.guest"),
     *("engines.libguestfs.write", "engines.fallback", "opening"),

@@ -256,6 +256,8 @@ def _holding_all(image: Path, written: Written) -> Path | None:
         raise not_believed(image)
     if not written.proved:
         raise unproved(image, facts, written.owner)
+    if facts.get("step") is None and _is_untouched(image, facts):
+        return None  # killed before its first byte
     refuse_strange_overlay(image, facts, written.owner)
     overlay = overlay_of(image, facts)
     if way_to(image).is_block_device():
@@ -304,8 +306,6 @@ def stands_no_longer(base: Path, overlay: Path) -> RefusedError:
 def is_unfinished(image: Path, facts: dict[str, Any]) -> bool:
     """Whether an image may hold a part of what an overlay has all of."""
     if facts.get("operation") == "commit":
-        if facts.get("step") is None and _is_untouched(image, facts):
-            return False  # killed before the first byte
         return facts.get("step") != "proved"
     return is_committed(image, facts) and facts.get("step") != "written"
 

@@ -606,7 +606,7 @@ def test_ctrl_c_waits_until_the_image_is_whole(disk):
 import os, signal, sys
 from pathlib import Path
 import imgtool.image.change.recovery as recovery
-from imgtool import interrupt
+from imgtool.host import interrupt
 from tests.unit.image.intent.test_intent_state import write
 really = recovery.qemu_img
 def interrupted(words, **options):

@@ -234,7 +234,7 @@ def test_what_is_not_the_file_that_was_made_is_not_removed(disk):
 def test_a_format_that_is_given_is_not_overridden_by_a_record(base, imgtool_cli):
     top = overlay_of(base, base.with_name("top.qcow2"))
     left(base, of_overlay=top, operation="commit", overlay=top.name, noted={})
-    left(base, of_overlay=top, operation="commit", overlay=top.name)
+    left(base, of_overlay=top, operation="commit", overlay=top.name, step="begun")
     assert len(open_chain(base, format="qcow2").links) == 2
     with pytest.raises(RefusedError, match="as qcow2, not as raw") as caught:
         open_chain(base, format="raw")
