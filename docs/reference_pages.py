@@ -5,6 +5,7 @@ A page has a comment where it goes:
     <!-- generated: command ls -->    synopsis, description, arguments and options of a command
     <!-- generated: commands -->      every command with its one line
     <!-- generated: spec -->          the steps of a spec of inject
+    <!-- generated: schemas -->       the schemas of what commands write with -o json
 
 `imgtool-ls(1)` is made a link to the page of that command. Pages and manual pages have the same
 text. A comment that names no command stops the build.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -180,6 +182,16 @@ def spec_steps() -> str:
     return "\n".join(lines) + "\n\nBold keys have to be there."
 
 
+def schema_list() -> str:
+    """Each schema, to be downloaded: the page of it is in docs/reference."""
+    files = sorted((Path(__file__).parents[1] / "imgtool/schemas").glob("*.json"))
+    return "\n".join(
+        f"- {{download}}`{json.loads(file.read_text())['title']} "
+        f"<../../imgtool/schemas/{file.name}>`"
+        for file in files
+    )
+
+
 def generated(source: str) -> str:
     """A page with its comments replaced."""
 
@@ -189,6 +201,8 @@ def generated(source: str) -> str:
             return command_list()
         if kind == "spec":
             return spec_steps()
+        if kind == "schemas":
+            return schema_list()
         if kind != "command" or name not in app().commands:
             raise ValueError(f"nothing is generated for this: {mark[0]}")
         return command_page(name)

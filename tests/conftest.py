@@ -20,6 +20,7 @@ import typer
 import imgtool.opening
 from imgtool import cli
 from imgtool.engines.fallback import FATAL_VARIABLE
+from tests.support.schemas import require_schema
 
 # A command that is found only where the environment is on the PATH is not tested: all start
 # `python -m imgtool` with the Python that runs the tests.
@@ -140,6 +141,8 @@ def imgtool_cli(open_guests, monkeypatch):
             except SystemExit as ended:
                 status = int(ended.code or 0)
             out.flush()
-        return Result(status, out.buffer.getvalue(), err.getvalue())
+        written = out.buffer.getvalue()
+        require_schema([str(argument) for argument in arguments], written)
+        return Result(status, written, err.getvalue())
 
     return run

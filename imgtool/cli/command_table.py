@@ -38,6 +38,7 @@ COMMANDS = {
     "inspect": "inspecting.inspect",
     "doctor": "inspecting.doctor",
     "help": "helping.show_help",
+    "schema": "schemas.schema",
 }
 # Commands of commands, each with its help.
 GROUPS = {

@@ -18,7 +18,7 @@ HEADINGS = {
         *("chain", "snapshot", "overlay"),
     ),
     "This machine": ("doctor", "appliance"),
-    "Help": ("help",),
+    "Help": ("help", "schema"),
 }
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from imgtool import cli
+from tests.support.schemas import require_schema
 
 STATE = Path("/run/imgtool")
 SIGKILLED = -signal.SIGKILL
@@ -58,6 +59,7 @@ def imgtool(
     """Run the command line in a process of its own; `fail_at` kills it there."""
     with started(*words, env=env, fail_at=fail_at) as process:
         out, err = process.communicate(timeout=limit)
+    require_schema(_words(words), out)
     return Done(process.returncode, os.fsdecode(out), os.fsdecode(err))
 
 
