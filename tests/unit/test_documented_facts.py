@@ -238,3 +238,16 @@ def test_the_changelog_has_the_form_of_keep_a_changelog():
             assert kind in kinds
             assert entries.strip().startswith("- ")
     assert f"## [{imgtool.__version__}] - " in text
+
+
+@pytest.mark.parametrize("page", ["architecture", "adding"])
+def test_modules_and_folders_that_development_names_are_there(page: str) -> None:
+    text = (DOCS / f"development/{page}.md").read_text()
+    text = text.partition("## Rooms for what is not there yet")[0]
+    named = {
+        word for word in re.findall(r"`([\w./]+)`", text) if "/" in word or word.endswith(".py")
+    }
+    assert len(named) > 10
+    there = [f"/{path.relative_to(ROOT)}" + "/" * path.is_dir() for path in ROOT.rglob("[a-z_]*")]
+    missing = [word for word in named if not any(path.endswith(f"/{word}") for path in there)]
+    assert [word for word in missing if "NAME" not in word] == []

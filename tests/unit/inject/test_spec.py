@@ -119,7 +119,8 @@ def test_a_password_is_in_no_message(tmp_path):
 
 
 def test_options_are_taken_in_the_order_of_the_help(imgtool_cli):
-    shown = imgtool_cli("inject", "--help").text
+    text = imgtool_cli("inject", "--help").text
+    shown = text[text.index("Options") :]  # and not in the examples
     places = [shown.index(f" {option} ") for option in OPTIONS]
     assert places == sorted(places)
 
