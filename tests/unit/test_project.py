@@ -309,7 +309,9 @@ def test_setup_builds_on_the_python_of_the_bindings() -> None:
     assert 'requires-python = ">=3.11"' in project
 
 
-@pytest.mark.parametrize("script", ["setup.sh", "check.sh", "test.sh", "build-docs"])
+@pytest.mark.parametrize(
+    "script", ["setup.sh", "check.sh", "test.sh", "build-docs", "build-completions"]
+)
 def test_scripts_stop_at_the_first_error_and_can_be_run(script: str) -> None:
     path = ROOT / "scripts" / script
     assert os.access(path, os.X_OK)
