@@ -24,6 +24,7 @@ from imgtool.image.locking.locks import warn_if_written
 if TYPE_CHECKING:
     from imgtool.engines.libguestfs.guest.fsck import FsckFailure
     from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest
+    from imgtool.guest.writable import WritableGuest
 
 log = logging.getLogger(__name__)
 ENGINES = ("auto", "direct", "libguestfs")
@@ -202,7 +203,7 @@ def open_guest_to_write(
     force: Force = (),
     notice: Callable[[str], None] = _say_nothing,
     debug: bool = False,
-) -> Iterator[LibguestfsGuest]:
+) -> Iterator[WritableGuest]:
     """Open a guest to change it, through the appliance; options and errors as for `open_guest`.
 
     What was written is in the image once the block has ended without an error, all of it;
@@ -211,6 +212,7 @@ def open_guest_to_write(
     it is in overlays beside the images, or in `tmp_dir`. Raises `RefusedError` for an image that
     is in use, or the base of overlays; `force` gives up what it names.
     """
+    from imgtool.guest.writable import WritableGuest
     from imgtool.image.change import transaction
     from imgtool.image.change.guards import refuse_if_interrupted
 
@@ -240,6 +242,7 @@ def open_guest_to_write(
         )
     with begun as writing:
         with _appliance(writing.chains, write=True, force=force, **options) as guest:
+            assert isinstance(guest, WritableGuest)
             yield guest
             guest.finish()
         if guest.unsound:
@@ -362,12 +365,18 @@ def _appliance(
     from imgtool.engines.libguestfs.appliance.launch import launched
     from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest
 
+    kind: type[LibguestfsGuest] = LibguestfsGuest
+    if write:
+        from imgtool.engines.libguestfs.write.guest import LibguestfsWritableGuest
+
+        kind = LibguestfsWritableGuest
+
     with contextlib.ExitStack() as stack:
         add_drives = _drives(chains, snapshot, write, stack)
         handle = stack.enter_context(launched(add_drives, notice=notice, debug=debug))
         if write and not all(map(is_safe_from_others, chains)):
             refuse_others_opened(handle.get_pid(), chains)
-        yield LibguestfsGuest(
+        yield kind(
             handle,
             image=image,
             mounts=mounts,

@@ -18,8 +18,8 @@ from imgtool.guest.mounts import parse_mount
 from imgtool.host import interrupt
 
 if TYPE_CHECKING:
-    from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest
     from imgtool.guest.guest import Guest
+    from imgtool.guest.writable import WritableGuest
     from imgtool.image.chain.chain import Chain
 
 log = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ class Request:
             yield guest
 
     @contextlib.contextmanager
-    def opened_to_write(self) -> Iterator[LibguestfsGuest]:
+    def opened_to_write(self) -> Iterator[WritableGuest]:
         """The guest, open to be changed: all of it or nothing, and with `dry_run` only shown."""
         from imgtool.opening import open_guest_to_write
 

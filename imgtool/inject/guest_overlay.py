@@ -1,8 +1,8 @@
 """A guest as it will be, in memory.
 
 Nothing is written here. Steps read and change a `GuestOverlay`; when every step could be taken,
-what is different is written in one go (`imgtool.inject.writing`). So a step that fails has touched
-nothing, and a guest that is as it should be is not even opened to be written.
+what is different is written in one go (`imgtool.engines.libguestfs.write.apply`). So a step that
+fails has touched nothing, and a guest that is as it should be is not even opened to be written.
 
 What is written is written as root, also in folders of the guest's users. A user's link is therefore
 followed only to what is that user's own, and a file that a user may have linked into a folder from
@@ -16,8 +16,8 @@ import os
 import stat
 
 from imgtool.errors import ImgtoolError, NotInGuestError, RefusedError
+from imgtool.guest.changes import Changes, Content, Owner
 from imgtool.guest.model import Entry
-from imgtool.inject.changes import Changes, Content, Owner
 from imgtool.inject.overlay_reader import Files, OverlayReader, size_of
 
 

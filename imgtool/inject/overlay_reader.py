@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from imgtool.errors import ImgtoolError, NotInGuestError
+from imgtool.guest.changes import Content
 from imgtool.guest.model import Entry
-from imgtool.inject.changes import Content
 
 # As Linux: more links than these on the way are a loop.
 _MOST_LINKS = 40

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imgtool.errors import ImageError, ImgtoolError, UsageError
+from imgtool.guest.changes import Changes
 from imgtool.guest.guest import Guest
-from imgtool.inject.changes import Changes
 from imgtool.inject.guest_overlay import GuestOverlay
 from imgtool.inject.steps.step import Step, StepContext
 from imgtool.inject.steps.system import Relabel
 
 if TYPE_CHECKING:
-    from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest
+    from imgtool.guest.writable import WritableGuest
 
 Opened = Callable[[], AbstractContextManager[Guest]]
-OpenedToWrite = Callable[[], "AbstractContextManager[LibguestfsGuest]"]
+OpenedToWrite = Callable[[], "AbstractContextManager[WritableGuest]"]
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,11 @@ def inject(
         return Result(planned[0], commits and not _failed(planned[0]))
     try:
         with opened_to_write() as guest_to_write:
-            from imgtool.inject.writing import carry_out
-
             if planned is None:
                 planned = plan(guest_to_write, steps, variables)
                 if _failed(planned[0]) or not (planned[1] or clones):
                     raise _NothingToWrite
-            mislabelled = carry_out(guest_to_write, planned[1])
+            mislabelled = guest_to_write.apply(planned[1])
     except _NothingToWrite:
         assert planned is not None
         return Result(planned[0], commits and not _failed(planned[0]))

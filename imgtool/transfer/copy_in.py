@@ -19,7 +19,7 @@ from imgtool.transfer.keeping import LeftBehind
 from imgtool.transfer.staging import BadName, split
 
 if TYPE_CHECKING:
-    from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest
+    from imgtool.guest.writable import WritableGuest
 
 # A numeric owner, or None for the one that the file has on the host.
 Owner = tuple[int, int] | None
@@ -164,7 +164,7 @@ class _Counted:
 
 
 def copy_in(
-    guest: LibguestfsGuest,
+    guest: WritableGuest,
     plan: Plan,
     dest: str,
     *,
@@ -178,9 +178,7 @@ def copy_in(
     Modes, times, symbolic and hard links are kept. A single source may be given a new name by a
     `dest` that does not exist.
     """
-    from imgtool.engines.libguestfs.write.writing import destination, put
-
-    directory, rename = destination(guest, dest, single=len(plan.sources) == 1)
+    directory, rename = guest.destination(dest, single=len(plan.sources) == 1)
     left = LeftBehind()
     done = 0
 
@@ -224,13 +222,13 @@ def copy_in(
                         raise
                     raise _unreadable(error, source) from error
 
-    put(guest, directory, produce, rename=rename)
+    guest.put(directory, produce, rename=rename)
     if line := left.line():
         on_skipped(os.fsencode(dest), line)
 
 
 def tar_in(
-    guest: LibguestfsGuest,
+    guest: WritableGuest,
     stream: BinaryIO,
     dest: str,
     *,
@@ -243,9 +241,7 @@ def tar_in(
     `owner` None keeps the owners of the stream. Raises `ImgtoolError` for a stream that is no tar
     or has names that lead elsewhere.
     """
-    from imgtool.engines.libguestfs.write.writing import destination, put
-
-    directory, _ = destination(guest, dest, single=False)
+    directory, _ = guest.destination(dest, single=False)
     left = LeftBehind()
 
     def produce(out: BinaryIO) -> None:
@@ -263,7 +259,7 @@ def tar_in(
         except (tarfile.TarError, EOFError) as error:
             raise ImgtoolError(f"not a whole tar stream: {error}", subject="-") from error
 
-    put(guest, directory, produce)
+    guest.put(directory, produce)
     if line := left.line():
         on_skipped(os.fsencode(dest), line)
 

@@ -20,8 +20,8 @@ from imgtool.host.process import interactive
 from imgtool.host.scratch import scratch_folder
 
 if TYPE_CHECKING:
-    from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest
     from imgtool.guest.guest import Guest
+    from imgtool.guest.writable import WritableGuest
 
 # Gives the new content for the old one.
 Change = Callable[[bytes], bytes]
@@ -245,21 +245,19 @@ def backup_of(guest: Guest, path: bytes, ending: str) -> bytes:
 
 
 def write_edited(
-    guest: LibguestfsGuest, path: bytes, old: bytes, new: bytes, *, backup: str | None
+    guest: WritableGuest, path: bytes, old: bytes, new: bytes, *, backup: str | None
 ) -> None:
     """Replace the content that was edited, once it is sure that it still is the one in the guest.
 
     With `backup` a copy of the old file is kept beside it, under the name with that ending. Raises
     `RefusedError` where the file has changed meanwhile, or something has that name.
     """
-    from imgtool.engines.libguestfs.write.changing import rewrite
-
     now = guest.resolve(path)
     if guest.read_bytes(now, LARGEST) != old:
         raise RefusedError("the file has changed since it was read", subject=os.fsdecode(path))
     if backup is not None:
-        guest.calls.copy(now, backup_of(guest, now, backup))
-    rewrite(guest, now, new)
+        guest.copy(now, backup_of(guest, now, backup))
+    guest.rewrite(now, new)
 
 
 def editor_words() -> list[str]:

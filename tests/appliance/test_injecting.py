@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from imgtool import open_guest
+from imgtool.engines.libguestfs.write.apply import apply_changes, refuse_if_changed
 from imgtool.errors import RefusedError
 from imgtool.inject.planner import LocatedStep, check, inject, plan
 from imgtool.inject.spec import read_spec
 from imgtool.inject.steps.files import AppendLine, Write
-from imgtool.inject.writing import carry_out, refuse_if_changed
 from imgtool.opening import open_guest_to_write
 from tests.support import guests
 from tests.support.guests import guest
@@ -80,7 +80,7 @@ def test_a_spec_is_carried_out_in_one_launch_and_once(tmp_path: Path, monkeypatc
             with pytest.raises(RefusedError, match="changed while"):
                 refuse_if_changed(opened, changes)
             _, back = plan(opened, spec.steps[1:3], variables)
-            carry_out(opened, back)
+            apply_changes(opened, back)
 
     def direct():
         return open_guest(image, engine="direct")
@@ -135,11 +135,11 @@ def test_every_filesystem_that_is_written_to_is_checked(tmp_path: Path):
     with open_guest_to_write(image) as opened:
         sources = {mount.mountpoint: mount.source for mount in opened.layout.mounts}
         _, first = plan(opened, [LocatedStep(Write("/boot/grub.cfg", content="x\n"), "0")], {})
-        carry_out(opened, first)
+        apply_changes(opened, first)
         opened.calls.touched.clear()
         _, changes = plan(opened, steps, {})
         assert [path for path, _ in changes.rewritten] == ["/boot/grub.cfg"]
-        carry_out(opened, changes)
+        apply_changes(opened, changes)
         checked = {one.device for one in opened._written_to()}
         assert checked >= {sources["/home"], sources["/boot"]}
         opened.calls.touched.clear()

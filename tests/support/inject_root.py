@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from imgtool.errors import NotInGuestError
+from imgtool.guest.changes import Changes
 from imgtool.guest.model import Entry
-from imgtool.inject.changes import Changes
 from imgtool.inject.planner import LocatedStep, Outcome, plan
 from imgtool.inject.steps.step import Step
 

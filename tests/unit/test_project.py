@@ -207,6 +207,16 @@ def test_the_host_never_imports_what_is_confined() -> None:
     assert inside == []
 
 
+def test_copies_and_steps_write_by_the_interface_of_guests() -> None:
+    engines = [
+        str(found)
+        for found in all_imports()
+        if found.importer.startswith(("imgtool.transfer", "imgtool.inject"))
+        and found.imported.startswith("imgtool.engines")
+    ]
+    assert engines == []
+
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
     known = {module_name(path) for path in MODULES}
     graph: dict[str, set[str]] = {name: set() for name in known}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from imgtool.errors import ImgtoolError, NotInGuestError
 from imgtool.formats.numbers import whole_number
-from imgtool.inject.changes import Owner
+from imgtool.guest.changes import Owner
 from imgtool.inject.guest_overlay import GuestOverlay
 
 PASSWD, GROUP = "/etc/passwd", "/etc/group"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from imgtool.errors import ImgtoolError, NotInGuestError, UsageError
-from imgtool.inject.changes import Owner
+from imgtool.guest.changes import Owner
 from imgtool.inject.guest_files.login_defs import login_defs, number, useradd_defaults
 from imgtool.inject.guest_files.passwd import (
     GROUP,

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-import imgtool.engines.libguestfs.write.writing as writing
 from imgtool.engines.libguestfs.guest.stream import upload
 from imgtool.errors import ImgtoolError, UsageError
 from imgtool.transfer.copy_in import Owner, copy_in, plan_sources, tar_in
@@ -29,7 +28,10 @@ class Put:
         self.skipped: list[tuple[bytes, str]] = []
         self.progress: list[tuple[int, int]] = []
 
-    def put(self, guest: Any, directory: bytes, produce: Any, *, rename: Any = None) -> None:
+    def destination(self, typed: str, *, single: bool) -> tuple[bytes, bytes | None]:
+        return os.fsencode(typed), None
+
+    def put(self, directory: bytes, produce: Any, *, rename: Any = None) -> None:
         received = bytearray()
 
         def call(name: str) -> None:
@@ -42,7 +44,7 @@ class Put:
 
     def copy(self, *sources: Path, owner: Owner = (0, 0), mode: int | None = None) -> bytes:
         copy_in(
-            None,  # type: ignore[arg-type]
+            self,  # type: ignore[arg-type]
             plan_sources(sources),
             "/dest",
             owner=owner,
@@ -56,7 +58,7 @@ class Put:
         self.stream = b""
         reading = io.BytesIO(stream)
         tar_in(
-            None,  # type: ignore[arg-type]
+            self,  # type: ignore[arg-type]
             reading,
             "/dest",
             owner=owner,
@@ -67,11 +69,8 @@ class Put:
 
 
 @pytest.fixture
-def guest(monkeypatch: pytest.MonkeyPatch) -> Put:
-    made = Put()
-    monkeypatch.setattr(writing, "put", made.put)
-    monkeypatch.setattr(writing, "destination", lambda *_, **__: (b"/dest", None))
-    return made
+def guest() -> Put:
+    return Put()
 
 
 def extracted(stream: bytes, folder: Path) -> Path:

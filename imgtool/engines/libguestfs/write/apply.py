@@ -1,4 +1,4 @@
-"""Writing what was planned into a guest, in few calls: one tar for all that is new.
+"""What was planned is written into a guest in few calls: one tar for all that is new.
 
 To be used in a transaction, which makes it whole or nothing.
 """
@@ -21,8 +21,8 @@ from imgtool.engines.libguestfs.guest.stream import upload
 from imgtool.engines.libguestfs.write.changing import explained, rewrite_from
 from imgtool.engines.libguestfs.write.writing import Labels, is_full
 from imgtool.errors import EngineError, HostError, ImgtoolError, RefusedError
+from imgtool.guest.changes import Changes, Content
 from imgtool.guest.model import Entry
-from imgtool.inject.changes import Changes, Content
 
 if TYPE_CHECKING:
     from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest
@@ -34,7 +34,7 @@ _MESSAGE = 1 << 20
 _WITHOUT_LABELS = ("vfat", "ntfs", "exfat", "iso9660", "udf")
 
 
-def carry_out(guest: LibguestfsGuest, changes: Changes) -> bool:
+def apply_changes(guest: LibguestfsGuest, changes: Changes) -> bool:
     """Write all of it; whether relabelling, if that was asked for, found a wrong label.
 
     Raises `RefusedError` if the guest is not any more what the plan was made for, `ImgtoolError`
