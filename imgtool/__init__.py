@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from imgtool.guest.guest import Guest as Guest
     from imgtool.opening import open_guest as open_guest
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Guest", "open_guest"]
 
 

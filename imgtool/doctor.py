@@ -23,6 +23,7 @@ from imgtool.engines.libguestfs.appliance.launch import remembered, saved_home
 from imgtool.engines.libguestfs.appliance.saved import all_saved
 from imgtool.errors import HostError, UsageError
 from imgtool.host.process import Limits, run
+from imgtool.host.system_packages import binding_fix, install
 
 CACHE_NEEDS = 1_000_000_000  # bytes, while supermin builds the appliance
 MEMORY_NEEDS = 1_500_000_000  # bytes: the appliance's 1280 MiB and QEMU's own
@@ -100,10 +101,6 @@ def examine(
     return tuple(checks)
 
 
-def _install(package: str) -> str:
-    return f"sudo apt-get install {package}"
-
-
 def _accessible(path: Path, mode: int) -> bool:
     # The effective user is the one that open() asks about.
     return os.access(path, mode, effective_ids=True)
@@ -130,14 +127,19 @@ def _bindings(host: Host) -> Iterator[Check]:
             found = importlib.import_module(module)
         except ImportError as error:
             ok = False if required else None
-            fix = _binding_fix(host, package)
+            fix = binding_fix(package, host.system_prefix)
             yield Check(name, ok, required, f"{error} ({sys.executable})", fix)
         else:
             yield Check(name, True, required, str(found.__file__))
     # Looked for, not imported: its licence keeps libparted out of all but imgtool.mount.
-    yield _module("Python binding parted", "parted", _binding_fix(host, "python3-parted"))
+    yield _module(
+        "Python binding parted", "parted", binding_fix("python3-parted", host.system_prefix)
+    )
     # Without it the direct engine leaves all to the appliance.
-    yield _module("Python module google_crc32c", "google_crc32c", "pip install google-crc32c")
+    known = ("google_crc32c", "crc32c")
+    crc = next((name for name in known if importlib.util.find_spec(name)), known[0])
+    fix = binding_fix("python3-crc32c", host.system_prefix)
+    yield _module("Python module for CRC-32C", crc, fix)
 
 
 def _module(name: str, module: str, fix: str) -> Check:
@@ -145,16 +147,6 @@ def _module(name: str, module: str, fix: str) -> Check:
     if found is None:
         return Check(name, None, False, f"not found by {sys.executable}", fix)
     return Check(name, True, False, str(found.origin))
-
-
-def _binding_fix(host: Host, package: str) -> str:
-    if Path(sys.base_prefix) != host.system_prefix:
-        return (
-            "Debian's bindings are for /usr/bin/python3 only: scripts/setup.sh makes a .venv of it"
-        )
-    if not any(folder.endswith("dist-packages") for folder in sys.path):
-        return "the virtual environment needs --system-site-packages: run scripts/setup.sh"
-    return _install(package)
 
 
 def _qemu(host: Host) -> Iterator[Check]:
@@ -169,7 +161,7 @@ def _qemu(host: Host) -> Iterator[Check]:
 def _program(program: str, package: str, *, required: bool) -> Check:
     missing = False if required else None
     if shutil.which(program) is None:
-        return Check(program, missing, required, "not found on PATH", _install(package))
+        return Check(program, missing, required, "not found on PATH", install(package))
     try:
         # supermin makes a folder for itself before it knows what it is asked, and leaves it.
         with tempfile.TemporaryDirectory(prefix="imgtool-") as folder:
@@ -200,7 +192,7 @@ def _appliance(host: Host) -> Iterator[Check]:
     yield _program("supermin", "supermin", required=True)
     if parts is None:
         where = path or host.libraries
-        fix = "unset LIBGUESTFS_PATH, or correct it" if path else _install("python3-guestfs")
+        fix = "unset LIBGUESTFS_PATH, or correct it" if path else install("python3-guestfs")
         yield Check("appliance", False, True, f"neither supermin.d nor a fixed one in {where}", fix)
     elif not _exists(parts / "daemon.tar.gz"):
         fix = "sudo apt-get install --reinstall libguestfs0"
@@ -221,7 +213,7 @@ def _kernel(host: Host) -> Check:
     """The kernel that supermin will take: the newest in /boot that has its modules."""
     name = "appliance kernel"
     package = {"x86_64": "linux-image-cloud-amd64", "aarch64": "linux-image-cloud-arm64"}
-    fix = f"{_install(package.get(host.machine, 'linux-image'))} (Ubuntu: linux-image-virtual)"
+    fix = f"{install(package.get(host.machine, 'linux-image'))} (Ubuntu: linux-image-virtual)"
     if chosen := os.environ.get("SUPERMIN_KERNEL"):
         kernel = Path(chosen)
     else:
@@ -274,7 +266,7 @@ def _extras(parts: Path) -> Check:
     if not missing:
         return Check(name, True, False, ", ".join(extra[0] for extra in _EXTRAS))
     packages = " ".join(package for _, package in missing if package)
-    fixes = [_install(packages)] if packages else []
+    fixes = [install(packages)] if packages else []
     if any(package is None for _, package in missing):
         fixes.append("scripts/setup.sh adds setfiles")
     found = f"without {', '.join(purpose for purpose, _ in missing)}"
@@ -387,7 +379,7 @@ _LANDLOCK_FIX = "Linux 5.13 and newer have it; in a container: a profile that pe
 
 def _namespaces_fix(host: Host) -> str:
     if shutil.which("bwrap") is None:
-        return _install("bubblewrap")
+        return install("bubblewrap")
     switches = {"unprivileged_userns_clone": "1", "apparmor_restrict_unprivileged_userns": "0"}
     for switch, wanted in switches.items():
         if _text(host.proc / "sys/kernel" / switch) not in ("", wanted):
@@ -399,7 +391,7 @@ def _fuse(host: Host) -> Check:
     found = _device(host, "FUSE", "fuse", "fuse", "fuse")
     program = shutil.which("fusermount3") or shutil.which("fusermount")
     if found.ok and program is None and os.geteuid() != 0:  # root mounts without it
-        return Check("FUSE", None, False, "fusermount3 not found on PATH", _install("fuse3"))
+        return Check("FUSE", None, False, "fusermount3 not found on PATH", install("fuse3"))
     return found
 
 

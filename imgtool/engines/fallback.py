@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import BinaryIO, TypeVar
 
 from imgtool.engines.direct.parent.client import WorkerFailed
-from imgtool.engines.direct.wire.refusals import NoSandbox, Unsupported
+from imgtool.engines.direct.wire.refusals import NoSandbox, NotInstalled, Unsupported
 from imgtool.errors import EngineError, HostError, ImageError, ImgtoolError, Interrupted
 from imgtool.formats.xattrs import Xattrs
 from imgtool.guest.guest import Guest, OnProblem, Stretches
@@ -86,7 +86,8 @@ class ChosenGuest(Guest):
         self._direct.close()
         self._direct = None
         reason = error.message if isinstance(error, WorkerFailed) else str(error)
-        if self._appliance is None and isinstance(error, NoSandbox):
+        of_host = isinstance(error, NoSandbox | NotInstalled)
+        if self._appliance is None and of_host:
             raise HostError(reason, hint="'imgtool doctor' says what each kind needs") from error
         if self._appliance is None:
             raise ImageError(
@@ -98,7 +99,7 @@ class ChosenGuest(Guest):
         try:
             self._guest = self._stack.enter_context(self._appliance())
         except HostError as failed:
-            if isinstance(error, NoSandbox):
+            if of_host:
                 failed.message = f"{failed.message}; and without it, {reason}"
             raise
 

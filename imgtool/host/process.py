@@ -23,6 +23,7 @@ from typing import Any
 
 from imgtool.errors import HostError
 from imgtool.host import interrupt
+from imgtool.host.system_packages import install_program
 
 log = logging.getLogger(__name__)
 
@@ -107,9 +108,7 @@ def _prepare_child(
 
 
 def _missing(program: str) -> HostError:
-    return HostError(
-        "program not found", subject=program, hint="'imgtool doctor' says which package has it"
-    )
+    return HostError("program not found", subject=program, hint=install_program(program))
 
 
 def run(

@@ -165,7 +165,8 @@ def test_bindings_of_another_python_are_explained(
     monkeypatch.setitem(sys.modules, "guestfs", None)
     monkeypatch.setattr(sys, "base_prefix", "/opt/python")
     assert stopping(machine) == ["Python binding guestfs"]
-    assert "scripts/setup.sh" in str(check(machine, "Python binding guestfs").fix)
+    fix = str(check(machine, "Python binding guestfs").fix)
+    assert "/usr/bin/python3 -m venv --system-site-packages" in fix
 
 
 def test_missing_bindings_of_the_system_python_name_their_package(

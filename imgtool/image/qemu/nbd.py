@@ -12,6 +12,7 @@ from imgtool.errors import HostError, ImageError
 from imgtool.host import program_messages
 from imgtool.host.process import Limits, spawn
 from imgtool.host.scratch import scratch_folder
+from imgtool.host.system_packages import binding_fix
 from imgtool.image.chain.chain import Chain
 from imgtool.image.chain.reading import passes_locks
 from imgtool.image.chain.snapshot_view import at_snapshot, loaded
@@ -31,7 +32,7 @@ def _binding() -> Any:
     except ImportError as error:
         raise HostError(
             "the Python binding of libnbd is missing",
-            hint="apt install python3-libnbd, and run imgtool with the system's own Python",
+            hint=binding_fix("python3-libnbd"),
         ) from error
     return nbd
 

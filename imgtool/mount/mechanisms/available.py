@@ -12,14 +12,7 @@ from pathlib import Path
 
 from imgtool.errors import HostError
 from imgtool.host.process import Limits, find, run
-
-_PACKAGES = {
-    "dmsetup": "dmsetup",
-    "fusermount": "fuse3",
-    "kpartx": "kpartx",
-    "qemu-nbd": "qemu-utils",
-    "qemu-storage-daemon": "qemu-system-common",
-}
+from imgtool.host.system_packages import binding_fix, install_program
 
 
 def _modprobe(module: str, *options: str) -> bool:
@@ -70,7 +63,7 @@ def no_program(program: str) -> str | None:
     """A program."""
     if find(program) is not None:
         return None
-    return f"{program} is not installed (apt install {_PACKAGES[program]})"
+    return f"{program} is not installed ({install_program(program)})"
 
 
 def not_root() -> str | None:
@@ -85,7 +78,7 @@ def no_appliance(*, load: bool) -> str | None:
     try:
         import guestfs  # noqa: F401
     except ImportError:
-        return "libguestfs's Python bindings are not installed"
+        return f"libguestfs's Python bindings are not installed ({binding_fix('python3-guestfs')})"
     if os.geteuid() != 0 and (reason := no_program("fusermount")):
         return reason
     if not any(os.access(kernel, os.R_OK) for kernel in Path("/boot").glob("vmlinu*")):

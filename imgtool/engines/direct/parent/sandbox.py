@@ -29,9 +29,15 @@ from typing import TYPE_CHECKING
 from imgtool.engines.direct.parent import identity
 from imgtool.engines.direct.wire import landlock, syscalls
 from imgtool.engines.direct.wire.frames import READY
-from imgtool.engines.direct.wire.refusals import NoSandbox, SandboxFailed, Unsupported
+from imgtool.engines.direct.wire.refusals import (
+    NoSandbox,
+    NotInstalled,
+    SandboxFailed,
+    Unsupported,
+)
 from imgtool.errors import ImageError, RefusedError
 from imgtool.host.process import PIPE, Limits, TimeoutExpired, find, spawn
+from imgtool.host.system_packages import binding_fix, install_program
 from imgtool.image.chain.chain import Chain
 from imgtool.image.chain.snapshot_view import loaded
 from imgtool.image.locking.host_file import node_driver
@@ -76,7 +82,7 @@ class Kind(enum.Enum):
 def _program(name: str) -> str:
     found = find(name)
     if found is None:
-        raise Unsupported(f"{name} is not installed")
+        raise NotInstalled(f"{name} is not installed ({install_program(name)})")
     return os.path.realpath(found)
 
 
@@ -84,13 +90,19 @@ def _package() -> Path:
     return Path(__file__).resolve().parents[3]
 
 
+def _checksums() -> str:
+    """The module with CRC-32C, of two that will do; that of PyPI is the faster one."""
+    return "google_crc32c" if find_spec("google_crc32c") else "crc32c"
+
+
 def _module_folders() -> list[str]:
     """Where the modules that are not imgtool's are on the host."""
     folders: list[str] = []
-    for module in ("nbd", "google_crc32c"):
+    for module, debian in (("nbd", "python3-libnbd"), (_checksums(), "python3-crc32c")):
         spec = find_spec(module)
         if spec is None or spec.origin is None:
-            raise Unsupported(f"the Python module {module} is not installed")
+            fix = binding_fix(debian)
+            raise NotInstalled(f"the Python module {module} is not installed ({fix})")
         package = Path(spec.origin).parent
         folder = os.path.realpath(package.parent if spec.submodule_search_locations else package)
         if folder not in folders:

@@ -7,6 +7,10 @@ class Unsupported(Exception):
     """The direct engine may not read this; the appliance can. The message is the reason."""
 
 
+class NotInstalled(Unsupported):
+    """The host lacks a program or a module. The message has the command that installs it."""
+
+
 class NoSandbox(Unsupported):
     """The host has no sandbox of a kind, or none at all. The message is the reason."""
 

@@ -34,6 +34,7 @@ from imgtool.errors import EngineError, HostError, Interrupted
 from imgtool.host import interrupt
 from imgtool.host.process import command_of, processes_naming
 from imgtool.host.scratch import goes_with, scratch_folder
+from imgtool.host.system_packages import binding_fix
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +103,7 @@ def _bindings() -> Any:
         raise HostError(
             "the libguestfs Python bindings are not available to this Python",
             subject=sys.executable,
-            hint="scripts/setup.sh makes a virtual environment that has them; "
-            "on Debian the package is python3-guestfs",
+            hint=binding_fix("python3-guestfs"),
         ) from error
     return guestfs
 
@@ -182,10 +182,10 @@ def _explain(error: Exception) -> HostError:
         return HostError(
             "no kernel for the appliance is installed",
             subject="/boot",
-            hint="install one, on Debian: apt-get install linux-image-cloud-amd64",
+            hint="sudo apt-get install linux-image-cloud-amd64 (Ubuntu: linux-image-virtual)",
         )
     if "qemu" in said and "not found" in said:
-        return HostError("QEMU is not installed", hint="apt-get install qemu-system-x86")
+        return HostError("QEMU is not installed", hint="sudo apt-get install qemu-system-x86")
     return HostError(f"the appliance does not start: {said.splitlines()[0]}", hint=_DOCTOR)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from imgtool.errors import EngineError, HostError
 from imgtool.formats.xattrs import Xattrs, ordered
 from imgtool.guest.model import Entry
+from imgtool.host.system_packages import install
 
 # All that the library says when a program in the appliance fails while it sends.
 _GAVE_UP = "file receive cancelled by daemon"
@@ -124,7 +125,7 @@ def _load() -> ctypes.CDLL:
         raise HostError(
             "libguestfs is not installed",
             subject="libguestfs.so.0",
-            hint="install libguestfs; 'imgtool doctor' lists what is missing",
+            hint=install("python3-guestfs"),
         ) from error
     strings = POINTER(c_char_p)
     for name, result, arguments in (

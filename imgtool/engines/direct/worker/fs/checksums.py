@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from functools import cache
 
-import google_crc32c
+try:
+    from google_crc32c import extend as _extend
+except ImportError:  # Debian has another of the kind, which is slower
+
+    def _extend(crc: int, chunk: bytes) -> int:
+        from crc32c import crc32c as continued
+
+        return int(continued(chunk, crc))
+
 
 _CRC16 = 0xA001  # x^16 + x^15 + x^2 + 1, bits reversed
 _ALL = 0xFFFFFFFF
@@ -16,12 +24,12 @@ _ALL = 0xFFFFFFFF
 
 def crc32c(seed: int, data: bytes) -> int:
     """CRC-32C of the data, going on from `seed`."""
-    return int(google_crc32c.extend(seed ^ _ALL, data)) ^ _ALL
+    return int(_extend(seed ^ _ALL, data)) ^ _ALL
 
 
 def standard_crc32c(data: bytes) -> int:
     """CRC-32C of the data as the rest of the world has it: inverted before and after."""
-    return int(google_crc32c.value(data))
+    return int(_extend(0, data))
 
 
 @cache
