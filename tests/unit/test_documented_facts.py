@@ -6,6 +6,8 @@ from __future__ import annotations
 import ast
 import itertools
 import re
+import tomllib
+from email.utils import parsedate_to_datetime
 
 import pytest
 
@@ -251,3 +253,34 @@ def test_modules_and_folders_that_development_names_are_there(page: str) -> None
     there = [f"/{path.relative_to(ROOT)}" + "/" * path.is_dir() for path in ROOT.rglob("[a-z_]*")]
     missing = [word for word in named if not any(path.endswith(f"/{word}") for path in there)]
     assert [word for word in missing if "NAME" not in word] == []
+
+
+def test_the_version_is_the_same_everywhere():
+    """In the package, what is installed from it, the changelogs, and in one place only."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    version, date = re.findall(r"^## \[(.*)\] - (.*)$", text, re.M)[0]
+    assert version == imgtool.__version__
+    found = re.match(r"imgtool \((.*)\)", (ROOT / "debian/changelog").read_text())
+    assert found and found[1] == version
+    signed = re.search(r"^ -- .*>  (.*)$", (ROOT / "debian/changelog").read_text(), re.M)
+    assert signed and parsedate_to_datetime(signed[1]).date().isoformat() == date
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in project["project"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "imgtool.__version__"
+
+
+def test_the_package_carries_what_the_project_asks_for():
+    """Of the modules that pyproject.toml names, the Debian package has each as new as that."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = {re.split(r"[<>=]", name)[0]: name for name in project["dependencies"]}
+    private = (ROOT / "debian/private.txt").read_text()
+    control = (ROOT / "debian/control").read_text().partition("Package: imgtool")[2]
+    names = {"pyparted": "parted", "google-crc32c": "crc32c", "PyYAML": "yaml"}
+    for name in asked:
+        package = rf"python3-{names.get(name, name)}\b"
+        assert re.search(package, control) or f"{name}==" in private, name
+    carried = re.search(r"^typer==([\d.]+)", private, re.M)
+    assert carried
+    numbers = tuple(map(int, carried[1].split(".")[:2]))
+    low, high = re.findall(r"\d+\.\d+", asked["typer"])
+    assert tuple(map(int, low.split("."))) <= numbers < tuple(map(int, high.split(".")))
