@@ -7,14 +7,14 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from imgtool.cli import differences, render
 from imgtool.errors import ExitStatus, Force, ImgtoolError, UsageError
-from imgtool.guest.mounts import parse_mount
+from imgtool.guest.guest_options import GuestOptions
 from imgtool.host import interrupt
 
 if TYPE_CHECKING:
@@ -97,57 +97,16 @@ class Failures:
             raise SystemExit(int(first if same else ExitStatus.FAILED))
 
 
-@dataclass(frozen=True)
-class Request:
-    """The common options, as one command got them."""
+@dataclass(frozen=True, kw_only=True)
+class Request(GuestOptions):
+    """The guest that a command was given, and what is to be done with it."""
 
     image: Path
-    add: Sequence[Path] = ()
-    format: str | None = None
-    snapshot: str | None = None
-    mounts: Sequence[str] = ()
-    root: str | None = None
-    keys: Sequence[str] = ()
-    engine: str = "auto"
-    backing_dirs: Sequence[Path] = ()
     debug: bool = False
     dry_run: bool = False
     clone: Path | None = None
     tmp_dir: Path | None = None
     force: Force = ()
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Request:
-        """The request that a command's own parameters, by their names, make; sets up logging."""
-        set_up_logging(verbose=given["verbose"], debug=given["debug"])
-        return cls(
-            image=given["image"],
-            add=given.get("add") or (),
-            format=given.get("format"),
-            snapshot=given.get("snapshot"),
-            mounts=given.get("mounts") or (),
-            root=given.get("root"),
-            keys=given.get("key") or (),
-            engine=given["engine"].value if "engine" in given else "auto",
-            backing_dirs=given.get("backing_dir") or (),
-            debug=given["debug"],
-            dry_run=given.get("dry_run", False),
-            clone=given.get("clone"),
-            tmp_dir=given.get("tmp_dir"),
-            force=given.get("force") or (),
-        )
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "add": self.add,
-            "format": self.format,
-            "mounts": [parse_mount(text) for text in self.mounts],
-            "root": self.root,
-            "keys": self.keys,
-            "backing_dirs": self.backing_dirs,
-            "notice": warning,
-            "debug": self.debug,
-        }
 
     def refuse_direct(self) -> None:
         """Raise `UsageError` where a command that writes is to do so by the direct engine alone."""
@@ -165,9 +124,7 @@ class Request:
 
         with (
             _timed("closed"),
-            open_guest(
-                self.image, snapshot=self.snapshot, engine=self.engine, **self._options()
-            ) as guest,
+            open_guest(self.image, **self.to_read(), notice=warning, debug=self.debug) as guest,
         ):
             yield guest
 
@@ -184,7 +141,9 @@ class Request:
                 tmp_dir=self.tmp_dir,
                 force=self.force,
                 review=self._review if self.dry_run else None,
-                **self._options(),
+                notice=warning,
+                debug=self.debug,
+                **self.to_write(),
             ) as guest,
         ):
             log.info("engine: libguestfs, since the direct engine does not write")

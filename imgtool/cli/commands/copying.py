@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from imgtool.cli import options, render
+from imgtool.cli.guest_command import READ, WRITE, guest_command
 from imgtool.cli.progress import progress
 from imgtool.cli.session import Failures, Request
 from imgtool.errors import UsageError
@@ -26,8 +27,9 @@ def _left_out(path: bytes, line: str) -> None:
     render.message("warning", f"{line} ({render.escaped(path)})")
 
 
+@guest_command(*READ)
 def copy_out(
-    image: options.Image,
+    request: Request,
     paths: options.OutwardPaths,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files that exist; merge directories.")
@@ -40,16 +42,6 @@ def copy_out(
         options.Kept,
         typer.Option("--xattrs", help="Keep user attributes and ACLs, or all: security, trusted."),
     ] = options.Kept.user,
-    add: options.Add = None,
-    format: options.Format = None,
-    snapshot: options.Snapshot = None,
-    mounts: options.Mounts = None,
-    root: options.Root = None,
-    key: options.Keys = None,
-    engine: options.EngineOption = options.Engine.auto,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Copy files and directories out of a guest.
 
@@ -64,9 +56,8 @@ def copy_out(
     from imgtool.transfer import copy_out as outward
     from imgtool.transfer.keeping import Keeping
 
-    request = Request.of(locals())
     sources, dest = _split(paths)
-    failures = Failures(debug)
+    failures = Failures(request.debug)
     if dest == "-":
         if len(sources) != 1:
             raise UsageError("a tar stream has one source")
@@ -113,8 +104,9 @@ def _mode(text: str | None) -> int | None:
     return int(text, 8)
 
 
+@guest_command(*WRITE)
 def copy_in(
-    image: options.Image,
+    request: Request,
     paths: options.InwardPaths,
     owner: Annotated[
         str | None,
@@ -126,19 +118,6 @@ def copy_in(
     mode: Annotated[
         str | None, typer.Option("--mode", metavar="MODE", help="Mode of the files, octal.")
     ] = None,
-    add: options.Add = None,
-    format: options.Format = None,
-    mounts: options.Mounts = None,
-    root: options.Root = None,
-    key: options.Keys = None,
-    engine: options.EngineOption = options.Engine.auto,
-    dry_run: options.DryRun = False,
-    clone: options.Clone = None,
-    tmp_dir: options.TmpDir = None,
-    force: options.Force = None,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Copy host files and directories into a guest.
 
@@ -153,7 +132,6 @@ def copy_in(
     """
     from imgtool.transfer import copy_in as inward
 
-    request = Request.of(locals())
     request.refuse_direct()
     sources, dest = _split(paths)
     if owner is not None and preserve_owner:

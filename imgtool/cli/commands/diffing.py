@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from imgtool.cli import completing, differences, options, render
+from imgtool.cli.guest_command import READ, guest_command
 from imgtool.cli.output import Output
 from imgtool.cli.session import Failures, Request
 from imgtool.errors import ExitStatus, UsageError
@@ -77,7 +78,9 @@ def _write_text(text: bytes) -> None:
         sys.stdout.buffer.flush()
 
 
+@guest_command(*READ)
 def diff(
+    request: Request,
     image: Annotated[Path, typer.Argument(metavar="A", help="The image before.")],
     other: Annotated[
         Path | None, typer.Argument(metavar="[B]", help="The image after; A itself if left out.")
@@ -132,13 +135,6 @@ def diff(
     format_b: Annotated[
         str | None, typer.Option("--format-b", metavar="FMT", help="Take B as this format.")
     ] = None,
-    mounts: options.Mounts = None,
-    root: options.Root = None,
-    key: options.Keys = None,
-    engine: options.EngineOption = options.Engine.auto,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> int:
     """Compare the files of two guests, or of two points of one.
 
@@ -154,14 +150,13 @@ def diff(
 
     Exit status: with --exit-code, 1 if there are differences.
     """
-    request = Request.of(locals())
     if text and output is not Output.table:
         raise UsageError("--text is a form of its own", hint="leave -o out")
-    before, after = _points(locals())
+    before, after = _points(request, locals())
     from imgtool.compare.comparing import compared, opened
     from imgtool.compare.points import links_apart
 
-    failures = Failures(debug)
+    failures = Failures(request.debug)
 
     def problem(point: Point) -> Callable[[bytes, str], None]:
         return lambda at, line: failures.problem(at, f"{point}: {line}")
@@ -198,10 +193,10 @@ def diff(
     return ExitStatus.FAILED if exit_code and first is not None else ExitStatus.DONE
 
 
-def _points(given: dict[str, Any]) -> tuple[Point, Point]:
+def _points(request: Request, given: dict[str, Any]) -> tuple[Point, Point]:
     from imgtool.compare.points import Point, against_base, two_points
 
-    folders = tuple(given["backing_dir"] or ())
+    folders = tuple(request.backing_dirs)
     image, other = given["image"], given["other"]
     snapshots = given["snapshot"], given["snapshot_b"]
     before = Point(image, tuple(given["add"] or ()), given["format"], snapshots[0], folders)

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from imgtool.cli import completing, options, render
+from imgtool.cli import completing, render
+from imgtool.cli.guest_command import WRITE, guest_command
 from imgtool.cli.session import Request
 from imgtool.errors import UsageError
 
@@ -18,8 +19,9 @@ def _note(line: str) -> None:
     render.message("note", line)
 
 
+@guest_command(*WRITE)
 def edit(
-    image: options.Image,
+    request: Request,
     path: Annotated[
         str,
         typer.Argument(
@@ -48,19 +50,6 @@ def edit(
             help="Keep the old file beside it, such as .bak; a file of that name is not replaced.",
         ),
     ] = None,
-    add: options.Add = None,
-    format: options.Format = None,
-    mounts: options.Mounts = None,
-    root: options.Root = None,
-    key: options.Keys = None,
-    engine: options.EngineOption = options.Engine.auto,
-    dry_run: options.DryRun = False,
-    clone: options.Clone = None,
-    tmp_dir: options.TmpDir = None,
-    force: options.Force = None,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Edit a file of a guest in an editor, or by -e and --set.
 
@@ -77,7 +66,6 @@ def edit(
     """
     from imgtool.transfer import edit as text
 
-    request = Request.of(locals())
     request.refuse_direct()
     if backup is not None and (not backup or "/" in backup):
         raise UsageError("not an ending for a name", subject=backup, hint="such as -b .bak")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from imgtool.cli import options, render
+from imgtool.cli.guest_command import guest_command
 from imgtool.cli.output import Output
 from imgtool.cli.session import Request
 from imgtool.errors import ImgtoolError
@@ -29,14 +30,11 @@ FIELDS = (
 )
 
 
+@guest_command("format", "backing_dir")
 def info(
-    image: options.Image,
+    request: Request,
     human: options.Human = False,
     output: options.OutputOption = Output.table,
-    format: options.Format = None,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Show what an image is: format, sizes, chain, snapshots, locks.
 
@@ -50,8 +48,8 @@ def info(
     """
     from imgtool.opening import images_to_read
 
-    request = Request.of(locals())
-    with images_to_read([image], format=format, backing_dirs=request.backing_dirs) as (chain,):
+    folders = request.backing_dirs
+    with images_to_read([request.image], format=request.format, backing_dirs=folders) as (chain,):
         _show(chain, output, human=human)
 
 

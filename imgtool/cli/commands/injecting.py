@@ -14,6 +14,7 @@ import typer
 
 from imgtool.cli import options, render
 from imgtool.cli.commands.injected import FIELDS, row, say, unopened_row
+from imgtool.cli.guest_command import WRITE, guest_command
 from imgtool.cli.output import Output
 from imgtool.cli.session import Failures, Request
 from imgtool.errors import ExitStatus, ImgtoolError, Interrupted, UsageError
@@ -84,7 +85,9 @@ def _many(name: str, metavar: str, text: str) -> Any:
     return typer.Option(name, metavar=metavar, help=text)
 
 
+@guest_command(*WRITE, image=False)
 def inject(
+    request: Request,
     paths: Annotated[
         list[Path],
         typer.Argument(metavar="IMAGE... [SPEC.yaml]", help="The disk images, and the steps."),
@@ -153,13 +156,6 @@ def inject(
     ] = False,
     parallel: options.Parallel = 1,
     output: options.OutputOption = Output.table,
-    add: options.Add = None,
-    format: options.Format = None,
-    mounts: options.Mounts = None,
-    root: options.Root = None,
-    key: options.Keys = None,
-    engine: options.EngineOption = options.Engine.auto,
-    dry_run: options.DryRun = False,
     clone: Annotated[
         list[Path] | None,
         _many("--clone", "NEW", "Leave the image alone; the result is a new overlay on it."),
@@ -170,11 +166,6 @@ def inject(
             "--clone-dir", metavar="DIR", help="As --clone, in this folder, by the images' names."
         ),
     ] = None,
-    tmp_dir: options.TmpDir = None,
-    force: options.Force = None,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Have guests as a spec says: files, users, services, network.
 
@@ -192,12 +183,11 @@ def inject(
     from imgtool.inject.option_parsers import steps_of, variables_of
 
     images, spec = _spec_and_images(paths, spec)
-    if len(images) > 1 and (add or clone):
+    if len(images) > 1 and (request.add or clone):
         raise UsageError("-a and --clone are for one image", hint="--clone-dir is for several")
     targets = _targets(images, clone or [], clone_dir)
-    request = Request.of({**locals(), "image": images[0], "clone": None})
     request.refuse_direct()
-    failures = Failures(debug)
+    failures = Failures(request.debug)
     steps, variables = _read(spec, failures)
     variables |= variables_of(var or ())
     steps += steps_of(locals())

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from imgtool.cli import options, render
+from imgtool.cli.guest_command import guest_command
 from imgtool.cli.output import Output
 from imgtool.cli.session import Request, set_up_logging
 from imgtool.errors import ExitStatus, NotInGuestError
@@ -43,21 +44,13 @@ def _pairs(system: OperatingSystem) -> list[dict[str, str]]:
     return pairs
 
 
+@guest_command("add", "format", "snapshot", "root", "key", "engine", "backing_dir")
 def inspect(
-    image: options.Image,
+    request: Request,
     packages: Annotated[
         bool, typer.Option("--packages", help="Also the installed packages.")
     ] = False,
     output: options.OutputOption = Output.table,
-    add: options.Add = None,
-    format: options.Format = None,
-    snapshot: options.Snapshot = None,
-    root: options.Root = None,
-    key: options.Keys = None,
-    engine: options.EngineOption = options.Engine.auto,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Tell what is installed in a guest: system, version, packages.
 
@@ -66,12 +59,11 @@ def inspect(
       imgtool inspect guest.qcow2
       imgtool inspect --packages -o csv guest.qcow2
     """
-    request = Request.of(locals())
     with request.opened() as guest:
         systems = guest.operating_systems(packages=packages)
         closed = () if systems else [row.device for row in guest.devices() if row.type in LOCKED]
-    if root is not None:
-        systems = tuple(system for system in systems if system.root == root)
+    if request.root is not None:
+        systems = tuple(system for system in systems if system.root == request.root)
     if not systems:
         raise NotInGuestError(
             "no operating system was found"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from imgtool.cli import options, render
+from imgtool.cli.guest_command import READ, guest_command
 from imgtool.cli.output import Output
 from imgtool.cli.session import Failures, Request
 
@@ -67,8 +68,9 @@ def _line(entry: Entry, owners: Owners, name: bytes, human: bool, checksum: bool
     )
 
 
+@guest_command(*READ)
 def ls(
-    image: options.Image,
+    request: Request,
     paths: options.GuestPaths,
     long: Annotated[bool, typer.Option("-l", help="Mode, owner, size, time, target.")] = False,
     recursive: Annotated[bool, typer.Option("-R", help="Everything below.")] = False,
@@ -80,16 +82,6 @@ def ls(
         bool, typer.Option("--xattrs", help="Extended attributes, ACLs among them.")
     ] = False,
     output: options.OutputOption = Output.table,
-    add: options.Add = None,
-    format: options.Format = None,
-    snapshot: options.Snapshot = None,
-    mounts: options.Mounts = None,
-    root: options.Root = None,
-    key: options.Keys = None,
-    engine: options.EngineOption = options.Engine.auto,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """List files of a guest.
 
@@ -99,8 +91,7 @@ def ls(
       imgtool ls -lh guest.qcow2 /var/log
       imgtool ls -R --checksum sha256 -o jsonl guest.qcow2 /etc
     """
-    request = Request.of(locals())
-    failures = Failures(debug)
+    failures = Failures(request.debug)
     with request.opened() as guest:
         owners = guest.owners() if long or output is not Output.table else None
 
@@ -175,19 +166,10 @@ def _entries(
             yield guest.summed(child, str(checksum), failures.problem) if summed else child
 
 
+@guest_command(*READ)
 def cat(
-    image: options.Image,
+    request: Request,
     paths: options.GuestPaths,
-    add: options.Add = None,
-    format: options.Format = None,
-    snapshot: options.Snapshot = None,
-    mounts: options.Mounts = None,
-    root: options.Root = None,
-    key: options.Keys = None,
-    engine: options.EngineOption = options.Engine.auto,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Write files of a guest to stdout, untouched.
 
@@ -198,8 +180,7 @@ def cat(
     """
     from imgtool.image.chain.guest_files import GuestFiles
 
-    request = Request.of(locals())
-    failures = Failures(debug)
+    failures = Failures(request.debug)
     with request.opened() as guest:
         GuestFiles(guest.chains).refuse_output(sys.stdout.buffer)
         for path in paths:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from imgtool.cli import options, render
+from imgtool.cli.guest_command import guest_command
 from imgtool.cli.output import Output
 from imgtool.cli.session import Failures, Request, set_up_logging, warning
 from imgtool.errors import UsageError
@@ -44,8 +45,9 @@ class Via(StrEnum):
     kpartx = "kpartx"
 
 
+@guest_command("add", "format", "snapshot", "mounts", "root", "key", "force", "backing_dir")
 def mount(
-    image: options.Image,
+    request: Request,
     mountpoint: Annotated[Path, typer.Argument(metavar="MOUNTPOINT", help="An empty directory.")],
     via: Annotated[
         Via, typer.Option("--via", help="How; auto takes what works here, least risk first.")
@@ -64,16 +66,6 @@ def mount(
     executable: Annotated[
         bool, typer.Option("--exec", help="Let programs of the guest be run on the host.")
     ] = False,
-    force: options.Force = None,
-    add: options.Add = None,
-    format: options.Format = None,
-    snapshot: options.Snapshot = None,
-    mounts: options.Mounts = None,
-    root: options.Root = None,
-    key: options.Keys = None,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Mount a guest's filesystems at a directory of the host.
 
@@ -89,38 +81,37 @@ def mount(
     from imgtool.mount.mounter import MountRequest
     from imgtool.mount.mounting import mount as mount_it
 
-    request = Request.of(locals())
     given = [
         name
         for name, value in (
             ("-p", partition),
             ("--lv", lv),
             ("--whole", whole),
-            ("-m", mounts),
+            ("-m", request.mounts),
         )
         if value
     ]
     if len(given) > 1:
         raise UsageError(f"{given[0]} and {given[1]} exclude each other")
-    if force and not rw:
+    if request.force and not rw:
         raise UsageError("--force means something with --rw only")
-    if key and via not in (Via.auto, Via.fuse):
+    if request.keys and via not in (Via.auto, Via.fuse):
         raise UsageError("encrypted devices are opened with --via fuse only", subject=via.value)
     mount_it(
         MountRequest(
             image=request.image,
             mountpoint=mountpoint,
-            via=Via.fuse.value if key else via.value,
+            via=Via.fuse.value if request.keys else via.value,
             partition=partition,
             lv=lv,
             writable=rw,
             executable=executable,
             force=request.force,
             add=request.add,
-            format=format,
-            snapshot=snapshot,
+            format=request.format,
+            snapshot=request.snapshot,
             mounts=[parse_mount(text) for text in request.mounts],
-            root=root,
+            root=request.root,
             keys=request.keys,
             backing_dirs=request.backing_dirs,
             notice=warning,

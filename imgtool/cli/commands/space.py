@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from imgtool.cli import options, render
+from imgtool.cli.guest_command import READ, guest_command
 from imgtool.cli.output import Output
 from imgtool.cli.session import Failures, Request
 from imgtool.errors import ImgtoolError, UsageError
@@ -73,22 +74,14 @@ def _df_shown(row: dict[str, Any], human: bool, inodes: bool) -> dict[str, Any]:
     return shown
 
 
+@guest_command(*READ)
 def df(
+    request: Request,
     image: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="The disk images.")],
     human: options.Human = False,
     inodes: Annotated[bool, typer.Option("-i", "--inodes", help="Inodes, not space.")] = False,
     parallel: options.Parallel = 1,
     output: options.OutputOption = Output.table,
-    add: options.Add = None,
-    format: options.Format = None,
-    snapshot: options.Snapshot = None,
-    mounts: options.Mounts = None,
-    root: options.Root = None,
-    key: options.Keys = None,
-    engine: options.EngineOption = options.Engine.auto,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Show the space of each filesystem of one or more guests.
 
@@ -98,10 +91,9 @@ def df(
       imgtool df -h -P 4 /srv/*.qcow2
       imgtool df -o json guest.qcow2
     """
-    if add and len(image) > 1:
+    if request.add and len(image) > 1:
         raise UsageError("-a adds a disk to one guest, and several images are given")
-    request = Request.of({**locals(), "image": image[0]})
-    failures = Failures(debug)
+    failures = Failures(request.debug)
 
     def measured(path: Path) -> tuple[tuple[SpaceUsage, ...], ImgtoolError | None]:
         try:
@@ -138,24 +130,15 @@ def df(
     failures.finish()
 
 
+@guest_command(*READ)
 def filesystems(
-    image: options.Image,
+    request: Request,
     everything: Annotated[
         bool, typer.Option("--all", help="Also partitions, LVs, VGs, PVs and devices.")
     ] = False,
     long: Annotated[bool, typer.Option("-l", "--long", help="Labels, UUIDs and parents.")] = False,
     human: options.Human = False,
     output: options.OutputOption = Output.table,
-    add: options.Add = None,
-    format: options.Format = None,
-    snapshot: options.Snapshot = None,
-    mounts: options.Mounts = None,
-    root: options.Root = None,
-    key: options.Keys = None,
-    engine: options.EngineOption = options.Engine.auto,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """List the filesystems of a guest, and what they stand on.
 
@@ -164,7 +147,7 @@ def filesystems(
       imgtool filesystems guest.qcow2
       imgtool filesystems --all -lh guest.qcow2
     """
-    with Request.of(locals()).opened() as guest:
+    with request.opened() as guest:
         found = guest.devices(everything=everything)
     rows = [dataclasses.asdict(device) for device in found]
     shown = [
@@ -179,16 +162,11 @@ def filesystems(
     render.emit(rows, FILESYSTEM_FIELDS, output, columns=columns, shown=shown)
 
 
+@guest_command("add", "format", "snapshot", "backing_dir")
 def partitions(
-    image: options.Image,
+    request: Request,
     human: options.Human = False,
     output: options.OutputOption = Output.table,
-    add: options.Add = None,
-    format: options.Format = None,
-    snapshot: options.Snapshot = None,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Show the partition table: where each partition lies, in bytes.
 
@@ -203,16 +181,15 @@ def partitions(
     from imgtool.image.checks.doubts import doubts_of
     from imgtool.opening import images_to_read
 
-    request = Request.of(locals())
     found: list[Partition] = []
     problems: list[str] = []
     with images_to_read(
-        [request.image, *request.add], format=format, backing_dirs=request.backing_dirs
+        [request.image, *request.add], format=request.format, backing_dirs=request.backing_dirs
     ) as chains:
         for number, chain in enumerate(chains):
             for doubt in doubts_of(chain):
                 render.message("warning", doubt)
-            table = partitions_of(chain, device=disk_name(number), snapshot=snapshot)
+            table = partitions_of(chain, device=disk_name(number), snapshot=request.snapshot)
             found += table.partitions
             problems += table.problems
             for row in table.partitions:
