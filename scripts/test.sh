@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 scripts/setup.sh
 scripts/make-guests
-scripts/check.sh
+scripts/check.sh --all
 # Emulated appliances then start in seconds, for every test that starts one; without, the tests take
 # longer and are the same. That it can be saved at all has a test of its own.
 .venv/bin/imgtool appliance save || true
