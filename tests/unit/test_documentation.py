@@ -23,7 +23,7 @@ from tests.support.documentation import (
 )
 
 # Options of other programs that the prose names by themselves.
-_OF_OTHERS: set[str] = set()
+_OF_OTHERS = {"--no-tests"}  # of scripts/setup.sh
 
 
 def _reference_pages():
