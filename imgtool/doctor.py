@@ -131,7 +131,8 @@ def _bindings(host: Host) -> Iterator[Check]:
             yield Check(name, ok, required, f"{error} ({sys.executable})", fix)
         else:
             yield Check(name, True, required, str(found.__file__))
-    # Looked for, not imported: its licence keeps libparted out of all but imgtool.mount.
+    # Looked for, not imported: libparted runs in a sandbox alone. Without it `partitions` reads no
+    # tables of other systems, and `mount --via loop` has no second opinion.
     yield _module(
         "Python binding parted", "parted", binding_fix("python3-parted", host.system_prefix)
     )

@@ -58,6 +58,7 @@ class Reason(StrEnum):
     OWNER = "owner"  # the file would change its owner
     SHRINK = "shrink"  # beyond the new end of a disk lies what is not zeros
     CUT_PARTITION = "cut-partition"  # the new end of a disk lies within a partition
+    OTHER_OFFSET = "other-offset"  # libparted reads another place of the partition than imgtool
     OTHER_BASE = "other-base"  # the new base has another content than the old one
     HIBERNATED = "hibernated"  # the guest sleeps, and would undo or damage what is written
     HIDDEN_MOUNT = "hidden-mount"  # the guest mounts over the folder that is written to

@@ -1,11 +1,12 @@
 """Partition tables of other systems than PCs: which one a disk has, by its own marks.
 
-Their rows are not read, but a disk that has one is not empty, and not without a table. The names
-are those of libblkid (PTTYPE). A mark of few bytes counts only with
-what else the system's own kernel looks at: a checksum, or partitions that lie on the disk.
+Their rows are not read here, but a disk that has one is not empty, and not without a table. The
+names are those of libparted, which reads most of them; of Ultrix libblkid's. A mark of few bytes
+counts only with what else the system's own kernel looks at: a checksum, or partitions that lie on
+the disk.
 
 Sources: Linux, block/partitions/ (sun.c, sgi.c, atari.c, mac.c, amiga.c, ultrix.c, aix.c);
-FreeBSD, sys/disklabel.h; util-linux, libblkid/src/partitions.
+FreeBSD, sys/disklabel.h; util-linux, libblkid/src/partitions; parted, libparted/labels/pc98.c.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ TITLES = {
     "amiga": "Amiga",
     "atari": "Atari",
     "bsd": "BSD",
+    "dvh": "SGI",
     "mac": "Apple",
-    "sgi": "SGI",
+    "pc98": "PC-98",
     "sun": "Sun",
     "ultrix": "Ultrix",
 }
@@ -109,13 +111,18 @@ def _ultrix(head: bytes, size: int) -> bool:
     return struct.unpack_from("<II", head, _ULTRIX_AT) == (_ULTRIX, 1)
 
 
+def _pc98(head: bytes, size: int) -> bool:
+    return head[4:8] == b"IPL1" and head[510:512] == b"\x55\xaa"
+
+
 _TESTS: dict[str, Callable[[bytes, int], bool]] = {
     "sun": _sun,
-    "sgi": _sgi,
+    "dvh": _sgi,
     "bsd": _bsd,
     "mac": _mac,
     "amiga": _amiga,
     "aix": _aix,
     "ultrix": _ultrix,
+    "pc98": _pc98,
     "atari": _atari,
 }

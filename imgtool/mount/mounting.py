@@ -342,6 +342,10 @@ def _mounted(wanted: MountRequest, chains: Sequence[Chain], target: Path) -> Jou
         _refuse_sleeping(wanted)
     disks = [_disk(number, chain, wanted) for number, chain in enumerate(chains)]
     items = _items(wanted, disks)
+    if mechanism.by_offset:
+        from imgtool.mount.second_opinion import compare_offsets  # only this mechanism needs it
+
+        compare_offsets(wanted, chains, disks, items)
     volumes = any(isinstance(item.source, Volume) for item in items)
     if volumes and (reason := no_device_mapper() or (None if find("lvm") else "lvm is missing")):
         raise HostError(

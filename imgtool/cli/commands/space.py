@@ -175,9 +175,8 @@ def partitions(
       imgtool partitions -h disk.raw
       imgtool partitions -o json disk.raw
     """
-    from imgtool.formats.foreign_tables import TITLES
+    from imgtool.engines.parted.parent.tables import table_of
     from imgtool.formats.partition_table import disk_name
-    from imgtool.guest.partitions import partitions_of
     from imgtool.image.checks.doubts import doubts_of
     from imgtool.opening import images_to_read
 
@@ -189,15 +188,9 @@ def partitions(
         for number, chain in enumerate(chains):
             for doubt in doubts_of(chain):
                 render.message("warning", doubt)
-            table = partitions_of(chain, device=disk_name(number), snapshot=request.snapshot)
+            table = table_of(chain, device=disk_name(number), snapshot=request.snapshot)
             found += table.partitions
             problems += table.problems
-            for row in table.partitions:
-                if row.table in TITLES:
-                    title = TITLES[row.table]
-                    problems.append(
-                        f"{row.device}: the rows of {title} partition tables are not read"
-                    )
     for problem in problems:
         render.message("warning", problem)
     rows = [{name: getattr(partition, name) for name in PARTITION_FIELDS} for partition in found]

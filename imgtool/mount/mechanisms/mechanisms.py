@@ -47,6 +47,8 @@ class Mechanism:
     raw_only: ClassVar[bool] = False
     # On an overlay even where no journal has to be replayed: to begin again would take long.
     always_overlaid: ClassVar[bool] = False
+    # Whether our own arithmetic alone says where on the file a partition is.
+    by_offset: ClassVar[bool] = False
 
     chains: Sequence[Chain]
     disks: Sequence[Disk]
@@ -175,6 +177,7 @@ class LoopMechanism(Mechanism):
 
     name = "loop"
     raw_only = True
+    by_offset = True
 
     @classmethod
     def missing(cls, *, load: bool = True) -> str | None:
@@ -196,6 +199,7 @@ class Kpartx(LoopMechanism):
     """A raw image through one loop device and device-mapper mappings of its partitions."""
 
     name = "kpartx"
+    by_offset = False
 
     @classmethod
     def missing(cls, *, load: bool = True) -> str | None:

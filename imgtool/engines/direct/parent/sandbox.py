@@ -60,14 +60,15 @@ _SETTINGS = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=33554432"
     ":glibc.malloc.trim_threshold=134217728:glibc.malloc.arena_max=1",
 }
-_START = (
-    "import sys; sys.path[:0] = {paths!r}; "
-    "from imgtool.engines.direct.worker.__main__ import main; main()"
-)
+_START = "import sys; sys.path[:0] = {paths!r}; from {module} import main; main()"
 _ENTER = (
     "import sys; sys.path[:0] = {paths!r}; "
     "from imgtool.engines.direct.worker.confinement import enter; enter(**{given!r})\n"
 )
+_CRC = "google_crc32c"
+# What the programs of sandboxes import that is not imgtool's, and Debian's package of it.
+_MODULES = {"nbd": "python3-libnbd", _CRC: "python3-crc32c", "_ped": "python3-parted"}
+_OF_WORKER = ("nbd", _CRC)
 # The program that loads libraries has the name that is in every program.
 _LOADERS = ("/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch64.so.1")
 
@@ -95,10 +96,11 @@ def _checksums() -> str:
     return "google_crc32c" if find_spec("google_crc32c") else "crc32c"
 
 
-def _module_folders() -> list[str]:
-    """Where the modules that are not imgtool's are on the host."""
+def _module_folders(modules: Sequence[str]) -> list[str]:
+    """Where modules that are not imgtool's are on the host."""
     folders: list[str] = []
-    for module, debian in (("nbd", "python3-libnbd"), (_checksums(), "python3-crc32c")):
+    for name in modules:
+        module, debian = _checksums() if name == _CRC else name, _MODULES[name]
         spec = find_spec(module)
         if spec is None or spec.origin is None:
             fix = binding_fix(debian)
@@ -181,6 +183,7 @@ def in_namespaces(
     images: Images,
     *,
     programs: Sequence[str],
+    modules: Sequence[str] = _OF_WORKER,
     options: Sequence[str] = (),
     rights: Sequence[str] = (),
     user: int = 65534,
@@ -214,7 +217,7 @@ def in_namespaces(
     words += ["--tmpfs", "/dev", "--dev-bind", "/dev/null", "/dev/null", *options]
     words += ["--remount-ro", "/dev", "--perms", "1777", "--size", str(SCRATCH), "--tmpfs", "/tmp"]
     words += ["--ro-bind", str(_package()), "/python/own/imgtool"]
-    folders = {folder: f"/python/{place}" for place, folder in enumerate(_module_folders())}
+    folders = {folder: f"/python/{place}" for place, folder in enumerate(_module_folders(modules))}
     for folder, seen in folders.items():
         words += ["--ro-bind", folder, seen]
     names = images.names()
@@ -240,16 +243,18 @@ def _bwrap() -> str:
         raise NoSandbox(str(error)) from error
 
 
-def _with_landlock() -> tuple[list[str], list[str], dict[str, int]]:
+def _with_landlock(
+    programs: Sequence[str], modules: Sequence[str]
+) -> tuple[list[str], list[str], dict[str, int]]:
     """The command line of a Python that shuts itself in, up to its options; the folders in which
     it finds modules; what may be opened, which are the files that a bwrap tree would have.
     """
     settings = [f"{name}={value}" for name, value in _SETTINGS.items()]
-    folders = _module_folders()
+    folders = _module_folders(modules)
     paths = {"/etc/ld.so.cache": landlock.READ, os.devnull: landlock.READ | landlock.WRITE}
     for folder in ("/usr/lib", "/usr/lib64", "/usr/lib32", str(_package()), *folders):
         paths[folder] = landlock.READ | landlock.LIST
-    for program in (_program("qemu-nbd"), *_LOADERS):
+    for program in (*map(_program, programs), *_LOADERS):
         paths[program] = landlock.READ | landlock.RUN
     there = {path: allowed for path, allowed in paths.items() if Path(path).exists()}
     own = str(_package().parent)
@@ -299,12 +304,21 @@ def sandboxed(
     images: Images,
     *,
     kind: Kind = Kind.NAMESPACES,
+    main: str = "imgtool.engines.direct.worker.__main__",
+    programs: Sequence[str] = ("qemu-nbd",),
+    modules: Sequence[str] = _OF_WORKER,
+    options: Sequence[str] = (),
     memory: int = MEMORY,
+    cpu: int = CPU,
+    stdin: int = PIPE,
     shared: Sequence[int] = (),
     newest: int | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The worker, running; requests go to its stdin, answers come from its stdout. It inherits the
     descriptors in `shared`. Of Landlock no version after `newest` is used.
+
+    `main` is the module of another program than the worker, with the programs, modules and
+    options of bwrap's that it needs.
 
     What it and QEMU say is in the pipe of its stderr, which holds no more than a pipe does. Raises
     `NoSandbox` where it cannot be started.
@@ -318,21 +332,21 @@ def sandboxed(
         taken = list(images.descriptors.values())
         if kind is Kind.NAMESPACES:
             words, folders, taken = stack.enter_context(
-                in_namespaces(images, programs=("qemu-nbd",))
+                in_namespaces(images, programs=programs, modules=modules, options=options)
             )
         else:
             if not landlock.version():
                 raise NoSandbox("this kernel has no Landlock")
-            words, folders, paths = _with_landlock()
+            words, folders, paths = _with_landlock(programs, modules)
             given |= {"images": taken, "paths": paths}
             given |= {} if newest is None else {"newest": newest}
-        code = _ENTER.format(paths=folders, given=given) + _START.format(paths=folders)
+        code = _ENTER.format(paths=folders, given=given) + _START.format(paths=folders, module=main)
         process = stack.enter_context(
             spawn(
                 [*words, "-I", "-S", "-B", "-c", code],
-                limits=Limits(memory=memory, cpu=CPU),
+                limits=Limits(memory=memory, cpu=cpu),
                 pass_fds=[*taken, *shared],
-                stdin=PIPE,
+                stdin=stdin,
                 stdout=PIPE,
                 stderr=PIPE,
             )

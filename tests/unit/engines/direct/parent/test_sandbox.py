@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -217,9 +217,9 @@ def inside(
     monkeypatch.setattr(sandbox, "_START", program)
     with_landlock = sandbox._with_landlock
 
-    def with_python() -> tuple[list[str], list[str], dict[str, int]]:
+    def with_python(*given: Sequence[str]) -> tuple[list[str], list[str], dict[str, int]]:
         """Python may be started too, in the place of qemu-nbd."""
-        words, folders, paths = with_landlock()
+        words, folders, paths = with_landlock(*given)
         return words, folders, {**paths, sandbox._python(): landlock.READ | landlock.RUN}
 
     monkeypatch.setattr(sandbox, "_with_landlock", with_python)

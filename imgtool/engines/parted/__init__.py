@@ -1,0 +1,1 @@
+"""libparted, in a sandbox: what it reads of partition tables."""

@@ -1,0 +1,1 @@
+"""The program in the sandbox, with libparted in it."""
