@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.roots import root_archive, unpacked
+from tests.support.roots import entering, root_archive, unpacked
 
 pytestmark = [
     pytest.mark.long,
@@ -25,22 +25,6 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = "usr/local/lib/python3.13/dist-packages"
-# A root has to be a mount to be exchanged; what was the root before is gone for what runs in it.
-PIVOT = """
-set -e
-root=$1 tree=$2; shift 2
-mount --bind "$root" "$root"
-mount --rbind /dev "$root/dev"
-mount -t proc proc "$root/proc"
-mount --rbind /sys "$root/sys"
-mkdir -p "$root$tree" "$root/old"
-mount --bind "$tree" "$root$tree"
-cd "$root"
-pivot_root . old
-umount -l /old
-cd "$tree"
-exec "$@"
-"""
 
 
 def packages() -> list[str]:
@@ -84,7 +68,6 @@ def debian() -> Iterator[Path]:
 
 def within(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """What a program says in the other root, in this tree."""
-    start = ["unshare", "--mount", "--propagation", "private", "sh", "-c", PIVOT, "sh", root, ROOT]
     environment = {
         "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME": "/root",
@@ -92,7 +75,7 @@ def within(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     return subprocess.run(
-        [*start, "/usr/bin/python3", "-m", *words],
+        [*entering(root, ROOT), "/usr/bin/python3", "-m", *words],
         env=environment,
         capture_output=True,
         text=True,

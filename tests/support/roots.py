@@ -14,6 +14,23 @@ from pathlib import Path
 
 from tests.guestmaker.build import default_cache
 
+# A root has to be a mount to be exchanged; what was the root before is gone for what runs in it.
+_PIVOT = """
+set -e
+root=$1 tree=$2; shift 2
+mount --bind "$root" "$root"
+mount --rbind /dev "$root/dev"
+mount -t proc proc "$root/proc"
+mount --rbind /sys "$root/sys"
+mkdir -p "$root$tree" "$root/old"
+mount --bind "$tree" "$root$tree"
+cd "$root"
+pivot_root . old
+umount -l /old
+cd "$tree"
+exec "$@"
+"""
+
 
 def host_release() -> str:
     """The name of the Debian that runs here."""
@@ -47,3 +64,10 @@ def unpacked(archive: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder)
+
+
+def entering(root: Path, tree: Path) -> list[str | Path]:
+    """The words before a command that runs it in the root, with a folder of the host in its place,
+    which becomes the present folder."""
+    start = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _PIVOT, "sh"]
+    return [*start, root, tree]
