@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from imgtool.engines.direct.parent import sandbox
+
 ROOT = Path(__file__).parents[2]
 MODULES = sorted((ROOT / "imgtool").rglob("*.py"))
 
@@ -167,7 +169,7 @@ def test_the_check_of_rooms_sees_upward_imports_in_every_spelling() -> None:
 # What the sandbox's programs may import: what both sides share, parsers, what a guest is made of.
 CONFINED = ("engines.direct.worker", "engines.direct.replay.inside", "engines.parted.confined")
 SHARED = (
-    *("engines.direct.wire", "formats", "errors", "text"),
+    *("engines.direct.wire", "formats", "errors"),
     *("guest.blocks", "guest.model", "guest.operating_system", "guest.packages"),
 )
 REPLAY = ("host.process", "host.interrupt")  # it starts qemu-img
@@ -201,6 +203,26 @@ def test_what_is_confined_imports_only_what_is_in_the_sandbox() -> None:
     # That this can fail:
     assert outside(CONFINED[:1], SHARED, "from imgtool.image.chain.chain import Chain") != []
     assert outside(("formats",), PURE, "import imgtool.host.process") != []
+
+
+def test_the_sandbox_has_the_modules_that_run_in_it_and_no_others() -> None:
+    known = {module_name(path): path for path in MODULES}
+    left = [name for name in known if any(is_in(name, f"imgtool.{at}") for at in CONFINED)]
+    used = set()
+    while left:
+        name = left.pop()
+        used |= {".".join(name.split(".")[:depth]) for depth in range(1, name.count(".") + 2)}
+        found = [one.imported for one in imports_of(known[name]) if not one.for_types_only]
+        named = {one if one in known else one.rpartition(".")[0] for one in found}
+        left += [one for one in named if one in known and one not in used]
+    bound = {name for name in known for at in sandbox.CONFINED if is_bound(known[name], at)}
+    assert used - bound == set()
+    # Whole folders are bound: of those one module at least is used.
+    assert [at for at in sandbox.CONFINED if not any(is_bound(known[n], at) for n in used)] == []
+
+
+def is_bound(path: Path, name: str) -> bool:
+    return path.is_relative_to(ROOT / "imgtool" / name)
 
 
 def test_the_host_never_imports_what_is_confined() -> None:

@@ -69,6 +69,16 @@ _CRC = "google_crc32c"
 # What the programs of sandboxes import that is not imgtool's, and Debian's package of it.
 _MODULES = {"nbd": "python3-libnbd", _CRC: "python3-crc32c", "_ped": "python3-parted"}
 _OF_WORKER = ("nbd", _CRC)
+# Of imgtool's own modules those that run confined, and what they import: a test knows which.
+CONFINED = (
+    *("__init__.py", "errors.py", "formats"),
+    *(f"host/{name}.py" for name in ("__init__", "interrupt", "process", "system_packages")),
+    *(f"guest/{name}.py" for name in ("__init__", "blocks", "model")),
+    *(f"guest/{name}.py" for name in ("operating_system", "packages")),
+    *("engines/__init__.py", "engines/direct/__init__.py", "engines/direct/wire"),
+    *("engines/direct/worker", "engines/direct/replay"),
+    *("engines/parted/__init__.py", "engines/parted/confined"),
+)
 # The program that loads libraries has the name that is in every program.
 _LOADERS = ("/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch64.so.1")
 
@@ -216,7 +226,8 @@ def in_namespaces(
     # No /proc: containers let none be mounted, and nothing needs it.
     words += ["--tmpfs", "/dev", "--dev-bind", "/dev/null", "/dev/null", *options]
     words += ["--remount-ro", "/dev", "--perms", "1777", "--size", str(SCRATCH), "--tmpfs", "/tmp"]
-    words += ["--ro-bind", str(_package()), "/python/own/imgtool"]
+    for name in CONFINED:
+        words += ["--ro-bind", str(_package() / name), f"/python/own/imgtool/{name}"]
     folders = {folder: f"/python/{place}" for place, folder in enumerate(_module_folders(modules))}
     for folder, seen in folders.items():
         words += ["--ro-bind", folder, seen]
@@ -252,7 +263,11 @@ def _with_landlock(
     settings = [f"{name}={value}" for name, value in _SETTINGS.items()]
     folders = _module_folders(modules)
     paths = {"/etc/ld.so.cache": landlock.READ, os.devnull: landlock.READ | landlock.WRITE}
-    for folder in ("/usr/lib", "/usr/lib64", "/usr/lib32", str(_package()), *folders):
+    confined = [_package() / name for name in CONFINED]
+    paths[str(_package())] = landlock.LIST
+    paths |= {str(path): landlock.READ for path in confined if path.is_file()}
+    own_folders = (str(path) for path in confined if path.is_dir())
+    for folder in ("/usr/lib", "/usr/lib64", "/usr/lib32", *own_folders, *folders):
         paths[folder] = landlock.READ | landlock.LIST
     for program in (*map(_program, programs), *_LOADERS):
         paths[program] = landlock.READ | landlock.RUN
