@@ -9,6 +9,7 @@ and once it has opened the chain it is looked at what it has opened.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import stat
@@ -22,8 +23,9 @@ from imgtool.image.chain.info import ImageInfo
 from imgtool.image.intent.marks import names_extents
 from imgtool.image.locking.held import bind_path
 from imgtool.image.locking.host_file import exchanged, open_host_file
-from imgtool.image.policy import folders_of
 from imgtool.text import printable
+
+_MOST_LINKS = 40  # that Linux follows
 
 
 def is_safe_from_others(chain: Chain) -> bool:
@@ -33,22 +35,54 @@ def is_safe_from_others(chain: Chain) -> bool:
 
 def is_out_of_reach(path: Path) -> bool:
     """Whether nobody but this user and root can write to a file, or put another in its place."""
-    users = (0, os.geteuid())
-    name = path.absolute()
-    folders = {*name.parents, *(p for f in folders_of(path) for p in (f, *f.parents))}
     try:
-        link, file = name.lstat(), name.stat()
-        if link.st_uid not in users or file.st_uid not in users:
-            return False
-        if stat.S_ISREG(file.st_mode) and file.st_mode & 0o022:
-            return False
-        for status in (folder.stat() for folder in folders):
-            open_to_all = status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX
-            if status.st_uid not in users or open_to_all:
+        file = path.stat()
+    except OSError:
+        return False
+    if file.st_uid not in (0, os.geteuid()):
+        return False
+    if stat.S_ISREG(file.st_mode) and file.st_mode & 0o022:
+        return False
+    return is_name_out_of_reach(path)
+
+
+def is_name_out_of_reach(path: Path) -> bool:
+    """Whether nobody but this user and root can put another file in the place of one."""
+    users = (0, os.geteuid())
+    try:
+        for name in _names_to(path.absolute()):
+            folder = name.parent.lstat()
+            if folder.st_uid not in users:
+                return False
+            if folder.st_mode & 0o022 and not (
+                # There nobody but their owners can exchange names.
+                folder.st_mode & stat.S_ISVTX and name.lstat().st_uid in users
+            ):
                 return False
     except OSError:
         return False
     return True
+
+
+def _names_to(path: Path) -> Iterator[Path]:
+    """Each name that is looked up on the way to a file, those in its links too; in folders that are
+    named without links. Raises `OSError`."""
+    at, left, links = Path("/"), [*path.parts[1:]], 0
+    while left:
+        name = at / left.pop(0)
+        if name.name == "..":
+            at = at.parent
+            continue
+        yield name
+        if not stat.S_ISLNK(name.lstat().st_mode):
+            at = name
+            continue
+        links += 1
+        if links > _MOST_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        target = name.readlink()
+        at = Path("/") if target.is_absolute() else at
+        left = [*target.parts[target.is_absolute() :], *left]
 
 
 @contextlib.contextmanager
@@ -109,13 +143,12 @@ def refuse_by_name(links: Sequence[ImageInfo]) -> None:
     """Raise `RefusedError` for root where QEMU has to be given the names of files that another user
     can exchange: it would open any file of the host for that one."""
     for path in (path for link in links for path in link.files):
-        if not is_out_of_reach(path):
-            _refuse_by_name(path)
+        _refuse_by_name(path)
 
 
 def _refuse_by_name(path: Path) -> None:
-    if os.geteuid() != 0:
-        return  # who has no rights but their own
+    if os.geteuid() != 0 or is_name_out_of_reach(path):
+        return  # who has no rights but their own, or a folder that is nobody else's
     owner = _owner_of(path.parent)
     raise RefusedError(
         "another user can exchange it for any file, and QEMU, which has to be given its name, would"

@@ -15,7 +15,13 @@ from imgtool.engines.direct.parent.sandbox import Images
 from imgtool.errors import ExitStatus, ImageError, RefusedError
 from imgtool.guest.partitions import partitions_of
 from imgtool.image.chain.chain import Chain, open_chain
-from imgtool.image.chain.steady import is_safe_from_others, refuse_others_opened, steady
+from imgtool.image.chain.steady import (
+    is_name_out_of_reach,
+    is_out_of_reach,
+    is_safe_from_others,
+    refuse_others_opened,
+    steady,
+)
 from imgtool.image.change import compacting, transaction
 from imgtool.image.change import plan as working
 from imgtool.image.checks import ages
@@ -534,3 +540,33 @@ def test_an_overlay_of_another_folder_keeps_its_times(image: Path, tmp_path: Pat
         os.utime(base, (3, 3))
     assert other.stat().st_mtime == 2
     assert image.stat().st_mtime == 3  # which is of that folder
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("what", "safe"),
+    [("folder", True), ("image of another", True), ("folder link", False), ("link", False)],
+)
+def test_a_name_is_in_reach_where_one_on_the_way_to_it_is(
+    tmp_path: Path, what: str, safe: bool
+) -> None:
+    """In a folder like /tmp each owner of a link can lead it elsewhere."""
+    ours, sticky = tmp_path / "ours", tmp_path / "sticky"
+    ours.mkdir()
+    sticky.mkdir()
+    sticky.chmod(0o1777)
+    image = ours / "disk.raw"
+    image.write_bytes(bytes(512))
+    path = image
+    if what == "image of another":
+        os.chown(image, NOBODY, NOBODY)
+    elif what == "folder link":
+        path = sticky / "link" / "disk.raw"
+        path.parent.symlink_to(ours)
+        os.lchown(path.parent, NOBODY, NOBODY)
+    elif what == "link":
+        path = sticky / "disk.raw"
+        path.symlink_to(image)
+        os.lchown(path, NOBODY, NOBODY)
+    assert is_name_out_of_reach(path) is safe
+    assert is_out_of_reach(path) is (what == "folder")
