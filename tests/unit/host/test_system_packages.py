@@ -65,7 +65,7 @@ def test_the_direct_engine_names_the_package_of_what_it_lacks(monkeypatch):
         sandbox._program("qemu-nbd")
     monkeypatch.setattr(sandbox, "find_spec", lambda module: None)
     with pytest.raises(NotInstalled, match=r"nbd .*\(sudo apt-get install python3-libnbd\)"):
-        sandbox._module_folders()
+        sandbox._module_folders(("nbd",))
 
 
 def test_a_host_that_lacks_something_is_no_fault_of_the_image():
