@@ -199,7 +199,7 @@ class DeviceNames:
         spec = _by_id(spec)
         if _ARRAY.fullmatch(spec):
             return self._arrays if len(self._arrays) > 1 else []
-        found = self._tagged(spec)
+        found = self._by_tag(spec)
         return found if found is not None and len(found) > 1 else []
 
     def learn(self, spec: str, device: str) -> None:
@@ -227,7 +227,7 @@ class DeviceNames:
         device = self._inside.get(found.device, found.device)
         return Named(device, found.guessed) if device in self._filesystems else None
 
-    def _tagged(self, spec: str) -> list[str] | None:
+    def _by_tag(self, spec: str) -> list[str] | None:
         """The devices that have what a spec says of its device; None for another kind of name."""
         if tag := _TAG.fullmatch(spec):
             return self._with(tag[1].lower(), _unquoted(tag[2]))
@@ -242,7 +242,7 @@ class DeviceNames:
     def _told_by_itself(self, spec: str) -> Named | None:
         if (name := _mapper_name(spec)) is not None:
             return self._mapped(name)
-        found = self._tagged(spec)
+        found = self._by_tag(spec)
         if found is not None:
             return Named(found[0], guessed=False) if len(found) == 1 else None
         by_hardware = _place(spec) is not None or _ARRAY.fullmatch(spec) is not None

@@ -160,7 +160,7 @@ def _loop(device: Path, disk: Path) -> str:
         return ""
     with contextlib.suppress(OSError):
         is_part = _node(device.stat().st_rdev) != disk
-        raw = _asked(Path("/dev", disk.name) if is_part else device, _GET_STATUS64, _LOOP_INFO_SIZE)
+        raw = _ioctl(Path("/dev", disk.name) if is_part else device, _GET_STATUS64, _LOOP_INFO_SIZE)
         on, inode, rdevice, offset, limit = _LOOP_INFO_START.unpack_from(raw)
         path = Path(os.fsdecode(name))
         file = path.stat()
@@ -177,11 +177,11 @@ def _loop(device: Path, disk: Path) -> str:
 def generation(path: Path) -> list[int]:
     """The generation of a file's inode, where the file system has one and the file may be read."""
     with contextlib.suppress(OSError):
-        return [int.from_bytes(_asked(path, _GET_GENERATION, 8)[:4], "little")]
+        return [int.from_bytes(_ioctl(path, _GET_GENERATION, 8)[:4], "little")]
     return []
 
 
-def _asked(path: Path, request: int, size: int) -> bytes:
+def _ioctl(path: Path, request: int, size: int) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         return fcntl.ioctl(descriptor, request, bytes(size))

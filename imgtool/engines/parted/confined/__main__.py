@@ -36,14 +36,14 @@ def main() -> None:
     seccomp.confine(seccomp.worker_filter())
     _, body = frames.receive(sys.stdin.buffer)
     asked = frames.parsed(body)
-    path = asked["path"] or _filled(asked["size"])
+    path = asked["path"] or _write_disk(asked["size"])
     os.environ["PARTED_SECTOR_SIZE"] = str(asked["sector_size"])
     frames.send_json(stream, frames.JSON, _answer(_ped, path))
     frames.send(stream, frames.END)
     stream.flush()
 
 
-def _filled(size: int) -> str:
+def _write_disk(size: int) -> str:
     """The path of a file of this size, with the sectors that come in."""
     disk = os.open(_DISK, os.O_RDWR | os.O_CREAT, 0o600)
     os.ftruncate(disk, size)
