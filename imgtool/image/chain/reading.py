@@ -80,12 +80,16 @@ def chain_to_read(
 def _overlay_of_now(path: Path, until: float) -> Path | None:
     """`unfinished_commit`, once another user's imgtool, whose record proves nothing to this one,
     is done with the image."""
+    was_idle = False
     while True:
         try:
             return unfinished_commit(path)
         except RefusedError:
-            if time.monotonic() > until or worker_on(path) in (None, os.getpid()):
+            # Once more where nobody is at work: it may have ended after its record was read.
+            idle = worker_on(path) in (None, os.getpid())
+            if (idle and was_idle) or time.monotonic() > until:
                 raise
+            was_idle = idle
             time.sleep(_PAUSE)
 
 

@@ -195,6 +195,8 @@ def line_on(image: Path) -> str | None:
     if worker is not None:
         own = worker == os.getpid()
         return None if own else f"another imgtool, process {worker}, is at work on it ({shown})"
+    if load_intent(image) != written:
+        return line_on(image)  # it went on, or ended, just now
     if not written.believed or not written.proved:
         return (
             "beside it lies a record of work that this user's imgtool did not write, or before its"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from imgtool.image.chain.chain import open_chain
 from imgtool.image.chain.reading import block_readers, chain_to_read, passes_locks, remove_unread
 from imgtool.image.change import transaction
 from imgtool.image.change.recovery import recover
+from imgtool.image.intent import intent_state
 from imgtool.image.intent.intent_log import record_path
 from imgtool.image.qemu.disk_reader import open_contents
 from tests.support.writes import NEW, cut_off, fill, made, write
@@ -139,8 +141,9 @@ def test_a_write_of_two_disks_waits_for_the_readers_of_each(tmp_path, monkeypatc
         assert not any(record_path(disk).exists() for disk in disks)
 
 
-def test_a_reader_waits_for_the_work_of_another_user(image, monkeypatch):
-    """Whose record proves nothing to him; it is not taken for one that was left."""
+@pytest.fixture
+def work_of_another(image: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process at work on the image, which proves nothing to this user; it ends with its input."""
     code = (
         "import sys\nfrom pathlib import Path\n"
         "from tests.support.records import left, record_path\n"
@@ -157,7 +160,37 @@ def test_a_reader_waits_for_the_work_of_another_user(image, monkeypatch):
         env={**os.environ, "IMGTOOL_STATE_DIR": str(image.parent / "theirs")},
     ) as other:
         other.stdout.readline()
-        threading.Timer(0.3, other.stdin.close).start()
-        with chain_to_read(image) as chain:
-            assert chain.active.path == image
+        yield other
+
+
+def test_a_reader_waits_for_the_work_of_another_user(image, work_of_another):
+    """Whose record proves nothing to him; it is not taken for one that was left."""
+    threading.Timer(0.3, work_of_another.stdin.close).start()
+    with chain_to_read(image) as chain:
+        assert chain.active.path == image
     assert not record_path(image).exists()
+
+
+def end_before(lookup, work):
+    """A lookup of who is at work that is made only once that work has ended."""
+
+    def looked_up(path):
+        work.stdin.close()
+        work.wait(10)
+        return lookup(path)
+
+    return looked_up
+
+
+def test_work_that_ends_after_its_record_was_read_was_not_left(image, work_of_another, monkeypatch):
+    monkeypatch.setattr(reading, "worker_on", end_before(reading.worker_on, work_of_another))
+    with chain_to_read(image) as chain:
+        assert chain.active.path == image
+
+
+def test_work_that_ends_after_its_record_was_read_is_not_warned_of(
+    image, work_of_another, monkeypatch
+):
+    lookup = end_before(intent_state.worker_on, work_of_another)
+    monkeypatch.setattr(intent_state, "worker_on", lookup)
+    assert intent_state.line_on(image) is None
