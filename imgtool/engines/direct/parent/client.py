@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from imgtool.engines.direct.parent.pipes import Pipes, TimeBudget
 from imgtool.engines.direct.parent.ring import Ring
+from imgtool.engines.direct.parent.scratch import Scratch
 from imgtool.engines.direct.wire import frames as wire_frames
 from imgtool.engines.direct.wire.messages import LONGEST_LINE, string
 from imgtool.engines.direct.wire.refusals import SandboxFailed, Unsupported
@@ -64,11 +65,11 @@ class Client:
         image: str,
         silence: float = SILENCE,
         ring: Ring | None = None,
-        scratch: int | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
         assert process.stdin is not None and process.stdout is not None
         _keep_memory()
-        self._pipes: Any = Pipes(process.stdin.fileno(), process.stdout.fileno(), scratch)
+        self._pipes: Any = Pipes(process.stdin.fileno(), process.stdout.fileno())
         self._silence = silence
         self._patience = TimeBudget(**_PATIENCE)
         self._patience_for_sums = TimeBudget(**_PATIENCE_FOR_SUMS)
@@ -76,7 +77,7 @@ class Client:
         self._process = process
         self._image = image
         self._ring = ring
-        self.scratch = scratch
+        self._scratch = scratch
         self._begun = False
         self._busy = False
         self._broken = False
@@ -85,6 +86,11 @@ class Client:
     def shared(self) -> int | None:
         """The descriptor of the memory that is shared with the worker."""
         return self._ring.descriptor if self._ring else None
+
+    @property
+    def scratch(self) -> int | None:
+        """The descriptor of the memory that the worker may write to, where it has no folder."""
+        return self._scratch.descriptor if self._scratch else None
 
     @contextlib.contextmanager
     def in_layout_time(self) -> Iterator[None]:
@@ -98,6 +104,8 @@ class Client:
     def failure(self, reason: str) -> WorkerFailed:
         """End the worker; the error that says why."""
         self._end()
+        if self._scratch is not None and self._scratch.is_overfull:
+            reason = "it takes too much memory"
         return WorkerFailed(
             f"the direct engine's worker failed: {reason}",
             subject=self._image,

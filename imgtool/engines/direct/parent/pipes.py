@@ -14,18 +14,15 @@ from imgtool.host import interrupt
 
 _PIPE = 1 << 20
 _TURN = 250  # milliseconds until Ctrl-C is looked for again
-_SCRATCH_BLOCKS = (256 << 20) // 512
 _LONGEST_TURN = 1.0  # seconds; what is more was spent stopped by Ctrl-Z, and is nobody's fault
 
 
 class Pipes:
     """Both pipes, neither of which blocks: every turn at them ends with Ctrl-C, and with the time
-    that was allowed, however busily the worker writes. It ends too if the worker has put more into
-    `scratch`, memory that nothing else limits, than it may.
+    that was allowed, however busily the worker writes.
     """
 
-    def __init__(self, requests: int, answers: int, scratch: int | None = None) -> None:
-        self._scratch = scratch
+    def __init__(self, requests: int, answers: int) -> None:
         self._requests = requests
         self._answers = answers
         os.set_blocking(requests, False)
@@ -56,8 +53,6 @@ class Pipes:
             raise Interrupted("interrupted")
         if self.spent() > self._allowed:
             raise TimeoutError
-        if self._scratch is not None and os.fstat(self._scratch).st_blocks > _SCRATCH_BLOCKS:
-            raise BadMessage("it takes too much memory")
 
     def read(self, length: int) -> bytes:
         """Exactly `length` bytes, or fewer at the end; `TimeoutError` when the time is over."""

@@ -26,7 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imgtool.engines.direct.parent import identity
+from imgtool.engines.direct.parent import identity, scratch
 from imgtool.engines.direct.wire import landlock, syscalls
 from imgtool.engines.direct.wire.frames import READY
 from imgtool.engines.direct.wire.refusals import (
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 # Of each process in the tree. QEMU's caches and threads need address space, not memory.
 MEMORY = 4 << 30
 CPU = 4 * 3600
-SCRATCH = 256 << 20
 _MOMENT = 10.0  # seconds
 
 _PYTHON = "/usr/bin/python3"
@@ -225,7 +224,8 @@ def in_namespaces(
         words += ["--ro-bind", _program(name), f"/usr/bin/{name}"]
     # No /proc: containers let none be mounted, and nothing needs it.
     words += ["--tmpfs", "/dev", "--dev-bind", "/dev/null", "/dev/null", *options]
-    words += ["--remount-ro", "/dev", "--perms", "1777", "--size", str(SCRATCH), "--tmpfs", "/tmp"]
+    words += ["--remount-ro", "/dev"]
+    words += ["--perms", "1777", "--size", str(scratch.LIMIT), "--tmpfs", "/tmp"]
     for name in CONFINED:
         words += ["--ro-bind", str(_package() / name), f"/python/own/imgtool/{name}"]
     folders = {folder: f"/python/{place}" for place, folder in enumerate(_module_folders(modules))}
@@ -299,19 +299,6 @@ def server(
         file = {"driver": "file", "filename": names[overlay]}
         node = {"driver": "qcow2", "file": file, "backing": node, "read-only": True}
     return [*argv, "json:" + json.dumps(node, ensure_ascii=False)]
-
-
-@contextlib.contextmanager
-def scratch(kind: Kind) -> Iterator[int | None]:
-    """A descriptor of memory for a worker that has no place to write to; None for one that has."""
-    if kind is Kind.NAMESPACES:
-        yield None
-        return
-    descriptor = os.memfd_create("imgtool", os.MFD_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from imgtool.engines.direct.parent import sandbox
 from imgtool.engines.direct.parent.ring import ring
+from imgtool.engines.direct.parent.scratch import scratch_memory
 from imgtool.engines.direct.wire.refusals import NoSandbox, SandboxFailed, Unsupported
 from imgtool.guest.model import Mount
 from imgtool.image.chain.chain import Chain
@@ -75,9 +76,12 @@ def open_direct(
                 ]
 
             memory = inner.enter_context(ring())
-            scratch = inner.enter_context(sandbox.scratch(kind))
-            handed = [memory.descriptor, *([] if scratch is None else [scratch])]
+            landlocked = kind is sandbox.Kind.LANDLOCK  # else it has a folder
+            scratch = inner.enter_context(scratch_memory()) if landlocked else None
+            handed = [memory.descriptor, *([scratch.descriptor] if scratch else [])]
             process = inner.enter_context(sandbox.sandboxed(images, kind=kind, shared=handed))
+            if scratch is not None:
+                inner.enter_context(scratch.limit(process))
             # Loaded while the worker starts.
             from imgtool.engines.direct.parent.client import Client
             from imgtool.engines.direct.parent.guest import DirectGuest

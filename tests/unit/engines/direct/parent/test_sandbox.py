@@ -14,12 +14,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from imgtool.engines.direct.parent import identity, sandbox, session
 from imgtool.engines.direct.parent.client import Client, WorkerFailed
 from imgtool.engines.direct.parent.sandbox import Kind
+from imgtool.engines.direct.parent.scratch import Scratch, scratch_memory
 from imgtool.engines.direct.wire import landlock
 from imgtool.engines.direct.worker import confinement, limits
 from imgtool.errors import HostError, ImageError
@@ -322,20 +324,24 @@ def lives(pid: int) -> bool:
         return False
 
 
+def scratch_of(kind: Kind) -> contextlib.AbstractContextManager[Scratch | None]:
+    return scratch_memory() if kind is Kind.LANDLOCK else contextlib.nullcontext()
+
+
 @pytest.mark.parametrize(("kind", "newest"), KINDS)
 def test_who_reads_is_nobody_else_and_has_one_right_at_most(image, kind, newest):
     chain = open_chain(image)
     images = sandbox.Images([chain])
     image.chmod(0o600)
     with (
-        sandbox.scratch(kind) as scratch,
+        scratch_of(kind) as scratch,
         sandbox.sandboxed(
-            images, kind=kind, newest=newest, shared=[] if scratch is None else [scratch]
+            images, kind=kind, newest=newest, shared=[scratch.descriptor] if scratch else []
         ) as process,
     ):
         client = Client(process, image=str(image), scratch=scratch)
         argv = sandbox.server(chain, images, kind=kind)
-        client.call("open", disks=[argv], scratch=scratch)
+        client.call("open", disks=[argv], scratch=client.scratch)
         outer = 0 if kind is Kind.LANDLOCK else 1  # bwrap, which waits for the others
         inner = descendants(process.pid)[outer:]
         assert len(inner) == 2
@@ -567,19 +573,36 @@ for place in range(1 << 14):
 """
 
 
-def test_a_worker_without_a_place_to_write_to_fills_no_memory(image, monkeypatch):
+@pytest.fixture
+def filler(image: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Scratch]]:
+    """A worker that has no folder, and fills the memory that it was given when it is asked."""
     monkeypatch.setattr(sandbox, "_START", FILL)
     images = sandbox.Images([open_chain(image)])
     with (
-        sandbox.scratch(Kind.LANDLOCK) as scratch,
-        sandbox.sandboxed(images, kind=Kind.LANDLOCK, shared=[scratch or 0]) as process,
+        scratch_memory() as scratch,
+        sandbox.sandboxed(images, kind=Kind.LANDLOCK, shared=[scratch.descriptor]) as process,
+        scratch.limit(process),
     ):
-        client = Client(process, image=str(image), scratch=scratch)
-        with pytest.raises(WorkerFailed, match="too much memory"):
-            client.call("open", disks=[], scratch=scratch)
+        yield process, scratch
         process.wait(10)
-        assert os.fstat(scratch or 0).st_blocks * 512 < 2 << 30
+        assert os.fstat(scratch.descriptor).st_blocks * 512 < 2 << 30
     images.close()
+
+
+def test_a_worker_that_fills_memory_has_failed(filler):
+    process, scratch = filler
+    client = Client(process, image="image", scratch=scratch)
+    with pytest.raises(WorkerFailed, match="too much memory"):
+        client.call("open", disks=[], scratch=client.scratch)
+
+
+def test_a_worker_fills_no_memory_while_nobody_waits_for_it(filler):
+    """Its answers may be read late: by who pages through them."""
+    process, scratch = filler
+    request = b'{"scratch": %d}' % scratch.descriptor
+    process.stdin.write(len(request).to_bytes(4, "big") + request)
+    process.stdin.flush()
+    assert process.wait(30) == -signal.SIGKILL
 
 
 @pytest.mark.skipif(not ROOT, reason="only root can own files of somebody else")
@@ -598,14 +621,14 @@ def test_root_reads_files_of_several_users_that_only_they_may(tmp_path, kind, ne
     chain = open_chain(overlay)
     images = sandbox.Images([chain])
     with (
-        sandbox.scratch(kind) as scratch,
+        scratch_of(kind) as scratch,
         sandbox.sandboxed(
-            images, kind=kind, shared=[] if scratch is None else [scratch]
+            images, kind=kind, shared=[scratch.descriptor] if scratch else []
         ) as process,
     ):
         client = Client(process, image=str(overlay), scratch=scratch)
         argv = sandbox.server(chain, images, kind=kind)
-        (disk,) = client.call("open", disks=[argv], scratch=scratch)["blocks"]
+        (disk,) = client.call("open", disks=[argv], scratch=client.scratch)["blocks"]
         assert disk[2] == 64 << 20
     images.close()
 
