@@ -163,6 +163,12 @@ class EngineError(ImgtoolError, OSError):
         return ImgtoolError.__str__(self)
 
 
+class NotReadDirectly(ImgtoolError):
+    """The direct engine cannot read something, and was asked alone or has begun to answer: what it
+    says is no word on the guest, and the appliance may read it.
+    """
+
+
 class Interrupted(ImgtoolError):
     """The user pressed Ctrl-C; everything was undone."""
 

@@ -11,7 +11,14 @@ from typing import BinaryIO, TypeVar
 
 from imgtool.engines.direct.parent.client import WorkerFailed
 from imgtool.engines.direct.wire.refusals import NoSandbox, NotInstalled, Unsupported
-from imgtool.errors import EngineError, HostError, ImageError, ImgtoolError, Interrupted
+from imgtool.errors import (
+    EngineError,
+    HostError,
+    ImageError,
+    ImgtoolError,
+    Interrupted,
+    NotReadDirectly,
+)
 from imgtool.formats.xattrs import Xattrs
 from imgtool.guest.guest import Guest, OnProblem, Stretches
 from imgtool.guest.model import Device, Entry, Layout, OperatingSystem, SpaceUsage
@@ -25,11 +32,23 @@ _Answer = TypeVar("_Answer")
 Opener = Callable[[], AbstractContextManager[Guest]]
 
 
+class ImageNotReadDirectly(ImageError, NotReadDirectly):
+    """The direct engine does not know this of the image."""
+
+
+class HostCannotReadDirectly(HostError, NotReadDirectly):
+    """The host lacks what the direct engine needs."""
+
+
+class CutOff(EngineError, NotReadDirectly):
+    """The direct engine has given a part of an answer, and the rest will not come."""
+
+
 def _too_late(error: Exception) -> ImgtoolError:
     """What remains to be said if a part of the answer is out already."""
     if interrupt.pending():
         return Interrupted("interrupted")
-    return EngineError(
+    return CutOff(
         f"the direct engine cannot go on: {error}", hint="read it with --engine libguestfs"
     )
 
@@ -44,7 +63,7 @@ class ChosenGuest(Guest):
     """A guest that is read directly until something needs the appliance, and by it from then on.
 
     Both engines give the same answers, and the direct one refuses before the first part of an
-    answer, so that a caller sees no seam. Without `appliance` a refusal is an `ImageError`.
+    answer, so that a caller sees no seam. Without `appliance` a refusal is a `NotReadDirectly`.
     """
 
     def __init__(
@@ -88,9 +107,11 @@ class ChosenGuest(Guest):
         reason = error.message if isinstance(error, WorkerFailed) else str(error)
         of_host = isinstance(error, NoSandbox | NotInstalled)
         if self._appliance is None and of_host:
-            raise HostError(reason, hint="'imgtool doctor' says what each kind needs") from error
+            raise HostCannotReadDirectly(
+                reason, hint="'imgtool doctor' says what each kind needs"
+            ) from error
         if self._appliance is None:
-            raise ImageError(
+            raise ImageNotReadDirectly(
                 f"the direct engine does not read this: {reason}",
                 subject=self._image,
                 hint="leave --engine out: the appliance reads what its kernel knows",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imgtool.errors import ImageError, ImgtoolError, UsageError
+from imgtool.errors import ImageError, ImgtoolError, NotReadDirectly, UsageError
 from imgtool.guest.changes import Changes
 from imgtool.guest.guest import Guest
 from imgtool.inject.guest_overlay import GuestOverlay
@@ -18,6 +19,8 @@ from imgtool.inject.steps.system import Relabel
 
 if TYPE_CHECKING:
     from imgtool.guest.writable import WritableGuest
+
+log = logging.getLogger(__name__)
 
 Opened = Callable[[], AbstractContextManager[Guest]]
 OpenedToWrite = Callable[[], "AbstractContextManager[WritableGuest]"]
@@ -77,7 +80,10 @@ def image_variables(image: Path, variables: Mapping[str, str]) -> dict[str, str]
 def plan(
     guest: Guest, steps: Sequence[LocatedStep], variables: Mapping[str, str]
 ) -> tuple[tuple[Outcome, ...], Changes]:
-    """Take the steps in a view of the guest: what became of each, and what is to be written."""
+    """Take the steps in a view of the guest: what became of each, and what is to be written.
+
+    Raises `NotReadDirectly` where the engine, not the guest, is why a step could not be taken.
+    """
     if guest.windows:
         raise ImgtoolError(
             "steps are for guests with Linux, and this is Windows",
@@ -92,6 +98,8 @@ def plan(
         try:
             status = "changed" if placed.step.apply(site) else "unchanged"
             outcomes.append(Outcome(placed, subject, status))
+        except NotReadDirectly:
+            raise
         except ImgtoolError as error:
             outcomes.append(Outcome(placed, subject, "failed", error.add_context(placed.where)))
         touched.append(view.touched)
@@ -116,15 +124,18 @@ def inject(
 ) -> Result:
     """Take steps in a guest: all of them, or none.
 
-    `opened` reads the guest without an appliance, and raises `ImageError` where that cannot be:
-    then the steps are planned in the appliance. Where nothing is to be changed, or a step fails,
-    none is started; but a clone (`clones`) is made also of a guest that is as it should be.
+    `opened` reads the guest without an appliance. Where that cannot be, from the beginning or in
+    the middle of a step (`NotReadDirectly`), the steps are planned in the appliance. Where nothing
+    is to be changed, or a step fails, none is started; but a clone (`clones`) is made also of a
+    guest that is as it should be.
     """
     planned = None
     if opened is not None:
         try:
             with opened() as guest:
                 planned = plan(guest, steps, variables)
+        except NotReadDirectly as error:
+            log.info("steps are planned in the appliance: %s", error.message)
         except ImageError:
             pass  # if it is the image's fault, it will be said again
     if planned is not None and (_failed(planned[0]) or not (planned[1] or clones)):
