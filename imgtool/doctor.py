@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from imgtool.engines.libguestfs.appliance.launch import remembered, saved_home
+from imgtool.engines.libguestfs.appliance.launch import last_accelerator, saved_home
 from imgtool.engines.libguestfs.appliance.saved import all_saved
 from imgtool.errors import HostError, UsageError
 from imgtool.host.process import Limits, run
@@ -297,7 +297,7 @@ def _kvm(host: Host) -> Check:
     finally:
         for descriptor in reversed(opened):
             os.close(descriptor)
-    if remembered() == "tcg":
+    if last_accelerator() == "tcg":
         found = f"{node} makes virtual machines, but the appliance did not start with it: {slow}"
         return Check("KVM", None, False, found, "nested virtualisation may be broken on the host")
     return Check("KVM", True, False, f"{node} makes virtual machines (API {version})")

@@ -362,7 +362,7 @@ def _appliance(
     notice: Callable[[str], None],
     debug: bool,
 ) -> Iterator[LibguestfsGuest]:
-    from imgtool.engines.libguestfs.appliance.launch import launched
+    from imgtool.engines.libguestfs.appliance.launch import launch_appliance
     from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest
 
     kind: type[LibguestfsGuest] = LibguestfsGuest
@@ -373,7 +373,7 @@ def _appliance(
 
     with contextlib.ExitStack() as stack:
         add_drives = _drives(chains, snapshot, write, stack)
-        handle = stack.enter_context(launched(add_drives, notice=notice, debug=debug))
+        handle = stack.enter_context(launch_appliance(add_drives, notice=notice, debug=debug))
         if write and not all(map(is_safe_from_others, chains)):
             refuse_others_opened(handle.get_pid(), chains)
         yield kind(

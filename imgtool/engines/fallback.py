@@ -124,14 +124,14 @@ class ChosenGuest(Guest):
                 failed.message = f"{failed.message}; and without it, {reason}"
             raise
 
-    def _asked(self, question: Callable[[Guest], _Answer]) -> _Answer:
+    def _ask(self, question: Callable[[Guest], _Answer]) -> _Answer:
         try:
             return question(self._guest)
         except (Unsupported, WorkerFailed) as error:
             self._switch(error)
             return question(self._guest)
 
-    def _listed(self, question: Callable[[Guest], Iterator[Entry]]) -> Iterator[Entry]:
+    def _list(self, question: Callable[[Guest], Iterator[Entry]]) -> Iterator[Entry]:
         begun = False
         try:
             for entry in question(self._guest):
@@ -144,11 +144,11 @@ class ChosenGuest(Guest):
             yield from question(self._guest)
 
     @contextlib.contextmanager
-    def _streamed(
+    def _stream(
         self, question: Callable[[Guest], AbstractContextManager[BinaryIO]]
     ) -> Iterator[BinaryIO]:
         with contextlib.ExitStack() as stack:
-            stream = self._asked(lambda guest: stack.enter_context(question(guest)))
+            stream = self._ask(lambda guest: stack.enter_context(question(guest)))
             try:
                 yield stream
             except (Unsupported, WorkerFailed) as error:
@@ -157,21 +157,21 @@ class ChosenGuest(Guest):
     @property
     def layout(self) -> Layout:
         """Which filesystem is mounted where; discovered at the first use."""
-        return self._asked(lambda guest: guest.layout)
+        return self._ask(lambda guest: guest.layout)
 
     def resolve(self, path: str | bytes) -> bytes:
         """The path without symbolic links; `NotInGuestError` if it leads nowhere."""
-        return self._asked(lambda guest: guest.resolve(path))
+        return self._ask(lambda guest: guest.resolve(path))
 
     def lstat(self, path: str | bytes) -> Entry:
         """One path as it is; a symbolic link is not followed."""
-        return self._asked(lambda guest: guest.lstat(path))
+        return self._ask(lambda guest: guest.lstat(path))
 
     def entries(
         self, path: str | bytes, *, xattrs: bool = False, on_problem: OnProblem | None = None
     ) -> Iterator[Entry]:
         """What is in a directory, sorted by name as bytes; the links are not followed."""
-        return self._listed(lambda guest: guest.entries(path, xattrs=xattrs, on_problem=on_problem))
+        return self._list(lambda guest: guest.entries(path, xattrs=xattrs, on_problem=on_problem))
 
     def walk(
         self,
@@ -182,7 +182,7 @@ class ChosenGuest(Guest):
         on_problem: OnProblem | None = None,
     ) -> Iterator[Entry]:
         """Everything below a directory: parents first, siblings sorted by name as bytes."""
-        return self._listed(
+        return self._list(
             lambda guest: guest.walk(path, checksum=checksum, xattrs=xattrs, on_problem=on_problem)
         )
 
@@ -192,7 +192,7 @@ class ChosenGuest(Guest):
 
     def written(self, links: Sequence[int | None]) -> Stretches:
         """Which stretches of each disk come from the topmost `links` of its chain."""
-        return self._asked(lambda guest: guest.written(links))
+        return self._ask(lambda guest: guest.written(links))
 
     def walk_unshared(
         self,
@@ -204,7 +204,7 @@ class ChosenGuest(Guest):
         on_problem: OnProblem | None = None,
     ) -> Iterator[Entry]:
         """`walk` with checksums, but not of files whose data are all outside `written`."""
-        return self._listed(
+        return self._list(
             lambda guest: guest.walk_unshared(
                 path, checksum=checksum, written=written, xattrs=xattrs, on_problem=on_problem
             )
@@ -212,15 +212,15 @@ class ChosenGuest(Guest):
 
     def xattrs(self, path: str | bytes) -> Xattrs:
         """The extended attributes of one path as it is; a symbolic link is not followed."""
-        return self._asked(lambda guest: guest.xattrs(path))
+        return self._ask(lambda guest: guest.xattrs(path))
 
     def checksum(self, kind: str, path: str | bytes) -> str:
         """The md5, sha1 or sha256 of a regular file, in hexadecimal."""
-        return self._asked(lambda guest: guest.checksum(kind, path))
+        return self._ask(lambda guest: guest.checksum(kind, path))
 
     def open(self, path: str | bytes) -> AbstractContextManager[BinaryIO]:
         """A regular file's bytes as a stream; links are followed inside the guest."""
-        return self._streamed(lambda guest: guest.open(path))
+        return self._stream(lambda guest: guest.open(path))
 
     def tar(
         self,
@@ -231,28 +231,28 @@ class ChosenGuest(Guest):
         on_problem: OnProblem | None = None,
     ) -> AbstractContextManager[BinaryIO]:
         """A directory's content (names relative to it) as a stream in tar format."""
-        return self._streamed(
+        return self._stream(
             lambda guest: guest.tar(path, excludes, xattrs=xattrs, on_problem=on_problem)
         )
 
     def data_ranges(self, path: str | bytes) -> Sequence[tuple[int, int]]:
         """Where a sparse file has data: (offset, length) in bytes, ascending."""
-        return self._asked(lambda guest: guest.data_ranges(path))
+        return self._ask(lambda guest: guest.data_ranges(path))
 
     def open_range(
         self, path: str | bytes, offset: int, length: int
     ) -> AbstractContextManager[BinaryIO]:
         """A part of a regular file as a stream."""
-        return self._streamed(lambda guest: guest.open_range(path, offset, length))
+        return self._stream(lambda guest: guest.open_range(path, offset, length))
 
     def devices(self, *, everything: bool = False) -> tuple[Device, ...]:
         """The filesystems; with `everything` also partitions, LVs, VGs, PVs and devices."""
-        return self._asked(lambda guest: guest.devices(everything=everything))
+        return self._ask(lambda guest: guest.devices(everything=everything))
 
     def usage(self) -> tuple[SpaceUsage, ...]:
         """The space of every filesystem, with an `error` where one cannot be mounted."""
-        return self._asked(lambda guest: guest.usage())
+        return self._ask(lambda guest: guest.usage())
 
     def operating_systems(self, *, packages: bool = False) -> tuple[OperatingSystem, ...]:
         """What is installed in the guest."""
-        return self._asked(lambda guest: guest.operating_systems(packages=packages))
+        return self._ask(lambda guest: guest.operating_systems(packages=packages))

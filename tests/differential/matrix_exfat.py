@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from imgtool.engines.libguestfs.appliance.launch import launched
+from imgtool.engines.libguestfs.appliance.launch import launch_appliance
 from tests.differential.matrix import MIB, Image, patch, run, tree_of_files
 from tests.support.exfat_images import ENTRY, boot_sum, entry_sum
 from tests.unmounting import unmount
@@ -68,7 +68,7 @@ def _filled_by_linux(images: Sequence[Path], tree: Path, scripts: Sequence[str])
 
     archive = tree.with_suffix(".tar")
     run("tar", "--owner=root", "--group=root", "-C", tree, "-cf", archive, ".")
-    with launched(add, notice=print) as g:
+    with launch_appliance(add, notice=print) as g:
         for device, script in zip(g.list_devices(), scripts, strict=True):
             g.mount(device, "/")
             g.tar_in(str(archive), "/")

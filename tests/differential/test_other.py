@@ -22,7 +22,7 @@ from imgtool.engines.direct.worker.fs.iso.reader import IsoFilesystem
 from imgtool.engines.direct.worker.fs.ntfs.reader import NtfsFilesystem
 from imgtool.engines.direct.worker.tree import Tree
 from imgtool.engines.direct.worker.tree_files import pieces
-from imgtool.engines.libguestfs.appliance.launch import launched
+from imgtool.engines.libguestfs.appliance.launch import launch_appliance
 from tests.differential.matrix import Image
 from tests.differential.matrix_exfat import part_written
 from tests.differential.matrix_other import make_images
@@ -168,7 +168,7 @@ def reference(
         for image in read:
             handle.add_drive_opts(str(image.path), format="raw", readonly=True)
 
-    with launched(add, notice=print) as g:
+    with launch_appliance(add, notice=print) as g:
         said: dict[str, tuple[Walk, Usage]] = {}
         for image, device in zip(read, g.list_devices(), strict=True):
             assert g.vfs_type(device) == image.type

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from imgtool.engines.libguestfs.appliance.launch import launched
+from imgtool.engines.libguestfs.appliance.launch import launch_appliance
 from imgtool.errors import UsageError
 from tests.guestmaker import awkward, debian, small, volumes, windows
 from tests.guestmaker.disks import to_qcow2
@@ -95,7 +95,7 @@ def _fill(started: Sequence[tuple[Recipe, Path]]) -> None:
             for path in paths:
                 g.add_drive_opts(str(path), format="raw", cachemode="unsafe", discard="besteffort")
 
-    with launched(add_drives, notice=say) as g:
+    with launch_appliance(add_drives, notice=say) as g:
         devices = iter(g.list_devices())
         for recipe, work in started:
             clock = time.monotonic()

@@ -329,11 +329,11 @@ def test_what_the_last_launch_found_counts_in_the_boot_that_it_was_in(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     launch._remember("tcg")
-    assert launch.remembered() == "tcg"
+    assert launch.last_accelerator() == "tcg"
     # A rescue system without /proc does not know which boot it is.
     elsewhere = lambda name: Path("/none" if name.startswith("/proc") else name)  # noqa: E731
     monkeypatch.setattr(launch, "Path", elsewhere)
-    assert launch.remembered() is None
+    assert launch.last_accelerator() is None
 
 
 def test_too_little_memory_stops_the_main_job(machine: Host) -> None:

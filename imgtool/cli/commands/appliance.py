@@ -32,10 +32,10 @@ def save(
       imgtool appliance save
       imgtool appliance save --disks 2
     """
-    from imgtool.engines.libguestfs.appliance.launch import remembered, save_appliance
+    from imgtool.engines.libguestfs.appliance.launch import last_accelerator, save_appliance
 
     set_up_logging(verbose=verbose, debug=debug)
-    if remembered() == "kvm":
+    if last_accelerator() == "kvm":
         warning("KVM works on this machine: appliances start without what is saved")
     save_appliance(disks)
 

@@ -123,7 +123,7 @@ class Client:
         with contextlib.closing(self.frames(do, **arguments)) as frames:
             for kind, payload in frames:
                 if kind != wire_frames.DATA:
-                    yield self.decode(partial(wire_frames.parsed, payload))
+                    yield self.decode(partial(wire_frames.parse_json, payload))
                 else:
                     yield payload
 
@@ -166,7 +166,7 @@ class Client:
                     lent = self._guard_io(self._lent, payload)
                     patience.credit(len(lent))
                     yield wire_frames.DATA, lent
-                    self._guard_io(self._taken)
+                    self._guard_io(self._release)
                     continue
                 yield kind, payload
         except GeneratorExit:
@@ -177,7 +177,7 @@ class Client:
             if self._busy and not self._broken:
                 self.failure("interrupted")  # perhaps within a frame: nothing more is heard
         if kind == wire_frames.ERROR:
-            raise self.decode(lambda: self._decode_error(wire_frames.parsed(payload)))
+            raise self.decode(lambda: self._decode_error(wire_frames.parse_json(payload)))
 
     def _next(self, patience: TimeBudget) -> tuple[bytes, bytes]:
         self._pipes.allow(self._silence)
@@ -196,7 +196,7 @@ class Client:
             raise wire_frames.BadMessage("nothing is shared")
         return self._ring.lent(payload)
 
-    def _taken(self) -> None:
+    def _release(self) -> None:
         """Tell the worker that it may use again what it lent."""
         # It never has more than a few slots lent: who does not take their words in does not listen.
         if not self._pipes.offer(wire_frames.RELEASE):

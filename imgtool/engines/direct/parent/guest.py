@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from imgtool.engines.direct.parent.client import Client, WorkerFailed
 from imgtool.engines.direct.parent.devices import Devices, devices
-from imgtool.engines.direct.parent.mount_options import unreplayed
+from imgtool.engines.direct.parent.mount_options import unreplayed_devices
 from imgtool.engines.direct.parent.responses import (
     AnswerStream,
     Contents,
-    excluded,
+    exclusion_path,
     problems_below,
     spool_rows,
     survey_for_tar,
@@ -78,9 +78,11 @@ class DirectGuest(Guest):
         self._mounted = False
         self._layout: Layout | None = None
         started = time.monotonic()
-        argvs, left_alone = [list(argv) for argv in disks], unreplayed(mounts)
+        argvs, left_alone = [list(argv) for argv in disks], unreplayed_devices(mounts)
         handed = {"ring": client.shared, "scratch": client.scratch}
-        answer = client.call("open", disks=argvs, lost=lost, unreplayed=left_alone, **handed)
+        answer = client.call(
+            "open", disks=argvs, lost=lost, unreplayed_devices=left_alone, **handed
+        )
         took = time.monotonic() - started
         log.info("sandbox: worker, QEMU and volumes ready in %.3f s (%s)", took, sandbox)
         self._devices: Devices = client.decode(devices, answer, len(disks))
@@ -118,12 +120,12 @@ class DirectGuest(Guest):
         if self._layout is None:
             started = time.monotonic()
             with self._client.in_layout_time():
-                self._layout = self._given_layout() if self._given else self._discovered()
+                self._layout = self._given_layout() if self._given else self._discover()
             log.info("layout: discovered in %.3f s", time.monotonic() - started)
             self._tell(self._layout)
         return self._layout
 
-    def _discovered(self) -> Layout:
+    def _discover(self) -> Layout:
         # What was refused could be, or name, the operating system: unless the one that was found
         # mounts it, only the appliance knows the layout.
         self._mounted = False
@@ -216,7 +218,7 @@ class DirectGuest(Guest):
             row = self._client.call("lstat", path=at)
         return cast(Entry, self._client.decode(partial(wire.entry_at, wire_frames.name(at), row)))
 
-    def _listed(
+    def _list(
         self,
         path: str | bytes,
         deep: bool,
@@ -247,7 +249,7 @@ class DirectGuest(Guest):
         self, path: str | bytes, *, xattrs: bool = False, on_problem: OnProblem | None = None
     ) -> Iterator[Entry]:
         """What is in a directory, sorted by name as bytes."""
-        return self._listed(path, False, None, on_problem, xattrs)
+        return self._list(path, False, None, on_problem, xattrs)
 
     def walk(
         self,
@@ -258,7 +260,7 @@ class DirectGuest(Guest):
         on_problem: OnProblem | None = None,
     ) -> Iterator[Entry]:
         """Everything below a directory: parents first, siblings sorted by name as bytes."""
-        return self._listed(path, True, checksum, on_problem, xattrs)
+        return self._list(path, True, checksum, on_problem, xattrs)
 
     def written(self, links: Sequence[int | None]) -> Stretches:
         """Which stretches of each disk come from the topmost `links` of its chain."""
@@ -280,7 +282,7 @@ class DirectGuest(Guest):
         on_problem: OnProblem | None = None,
     ) -> Iterator[Entry]:
         """`walk` with checksums, but not of files whose data are all outside `written`."""
-        return self._listed(path, True, checksum, on_problem, xattrs, written)
+        return self._list(path, True, checksum, on_problem, xattrs, written)
 
     def xattrs(self, path: str | bytes) -> Xattrs:
         """The extended attributes of one path as it is; a symbolic link is not followed."""
@@ -310,7 +312,7 @@ class DirectGuest(Guest):
         return found
 
     @contextlib.contextmanager
-    def _streamed(
+    def _stream(
         self,
         at: str,
         do: str,
@@ -341,7 +343,7 @@ class DirectGuest(Guest):
         at = wire_frames.text(file.path)
         if most >= _LARGE and any(self._clusters()):
             return self._from_the_files(at, offset, most)
-        return self._streamed(at, "read", most=most, offset=offset, length=length)
+        return self._stream(at, "read", most=most, offset=offset, length=length)
 
     @contextlib.contextmanager
     def _from_the_files(self, at: str, offset: int, most: int) -> Iterator[BinaryIO]:
@@ -355,7 +357,7 @@ class DirectGuest(Guest):
 
             def streamed(start: int) -> BinaryIO:
                 left = offset + most - start
-                stream = self._streamed(at, "read", most=left, offset=start, length=left)
+                stream = self._stream(at, "read", most=left, offset=start, length=left)
                 return stack.enter_context(stream)
 
             rows = self._client.call("runs", path=at, offset=offset, length=most)
@@ -378,10 +380,15 @@ class DirectGuest(Guest):
         at = wire_frames.text(self.resolve(path))
         # What has to be refused is refused before the stream begins.
         survey_for_tar(self, at, xattrs, on_problem)
-        names = [wire_frames.text(excluded(at, pattern)) for pattern in excludes]
+        names = [wire_frames.text(exclusion_path(at, pattern)) for pattern in excludes]
         on_row = problems_below(self._client, at, on_problem) if on_problem else None
-        return self._streamed(
-            at, "tar", on_row=on_row, excluded=names, xattrs=xattrs, passes_over=on_row is not None
+        return self._stream(
+            at,
+            "tar",
+            on_row=on_row,
+            exclusion_path=names,
+            xattrs=xattrs,
+            passes_over=on_row is not None,
         )
 
     def data_ranges(self, path: str | bytes) -> Sequence[tuple[int, int]]:

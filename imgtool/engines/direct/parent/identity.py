@@ -23,7 +23,7 @@ _NOBODY = 65534
 _DYNAMIC = range(61184, 65520)
 
 
-def _mapped() -> tuple[list[range], list[range]]:
+def _mapped_ids() -> tuple[list[range], list[range]]:
     """The users and the groups that there are in this user namespace; `NoSandbox` where that cannot
     be told.
     """
@@ -44,7 +44,7 @@ def spare_user() -> int | None:
     """
     if os.geteuid() != 0:
         return None
-    users, groups = _mapped()
+    users, groups = _mapped_ids()
     for wanted in (random.choice(_DYNAMIC), _NOBODY):
         if all(any(wanted in part for part in parts) for parts in (users, groups)):
             return wanted
@@ -69,7 +69,7 @@ def user_namespace() -> Iterator[int]:
             process.stdin.flush()
             if process.stdout.read(1) != b"+":  # which cat(1) says from within
                 raise NoSandbox("no user namespace can be made")
-            for name, parts in zip(("uid_map", "gid_map"), _mapped(), strict=True):
+            for name, parts in zip(("uid_map", "gid_map"), _mapped_ids(), strict=True):
                 lines = [f"{part.start} {part.start} {len(part)}\n" for part in parts]
                 Path(f"/proc/{process.pid}/{name}").write_text("".join(lines))
             descriptor = os.open(f"/proc/{process.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)

@@ -12,7 +12,7 @@ _UNREPLAYED = {"noload", "norecovery"}
 _TYPES = ("", "ext2", "ext3", "ext4", "xfs")
 
 
-def unreplayed(mounts: Sequence[Mount]) -> list[str]:
+def unreplayed_devices(mounts: Sequence[Mount]) -> list[str]:
     """The devices that are to be read without what is in their journals.
 
     Raises `Unsupported` for every other option, and for a type that is given.

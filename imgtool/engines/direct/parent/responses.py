@@ -118,7 +118,7 @@ def spool_rows(client: Client, frames: Iterator[bytes]) -> Iterator[Iterator[Any
         def rows() -> Iterator[Any]:
             while head := spool.read(4):
                 payload = spool.read(int.from_bytes(head, "big"))
-                batch = client.decode(partial(wire_frames.parsed, payload))
+                batch = client.decode(partial(wire_frames.parse_json, payload))
                 yield from batch
 
         yield rows()
@@ -153,7 +153,7 @@ def survey_for_tar(guest: Guest, top: str, xattrs: bool, on_problem: OnProblem |
         on_problem(*last)
 
 
-def excluded(top: str, pattern: bytes) -> bytes:
+def exclusion_path(top: str, pattern: bytes) -> bytes:
     """The path that an exclusion of `tar` means: a literal name, its wildcards escaped."""
     relative = re.sub(rb"\\(.)", rb"\1", pattern.removeprefix(b"./"), flags=re.DOTALL)
     return wire_frames.name(top).rstrip(b"/") + b"/" + relative

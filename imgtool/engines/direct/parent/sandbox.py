@@ -302,7 +302,7 @@ def server(
 
 
 @contextlib.contextmanager
-def sandboxed(
+def start_worker(
     images: Images,
     *,
     kind: Kind = Kind.NAMESPACES,
@@ -361,7 +361,7 @@ def try_kind(kind: Kind) -> None:
     cannot be done.
     """
     images = Images(())
-    with sandboxed(images, kind=kind) as process:
+    with start_worker(images, kind=kind) as process:
         try:
             said, errors = process.communicate(timeout=_MOMENT)
         except TimeoutExpired as error:

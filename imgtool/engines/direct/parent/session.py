@@ -79,7 +79,7 @@ def open_direct(
             landlocked = kind is sandbox.Kind.LANDLOCK  # else it has a folder
             scratch = inner.enter_context(scratch_memory()) if landlocked else None
             handed = [memory.descriptor, *([scratch.descriptor] if scratch else [])]
-            process = inner.enter_context(sandbox.sandboxed(images, kind=kind, shared=handed))
+            process = inner.enter_context(sandbox.start_worker(images, kind=kind, shared=handed))
             if scratch is not None:
                 inner.enter_context(scratch.limit(process))
             # Loaded while the worker starts.
@@ -115,7 +115,9 @@ def open_direct(
         from imgtool.engines.direct.replay import host
 
         started_at = time.monotonic()
-        overlays = stack.enter_context(host.recovered(chains, images, guest.disk_sizes, journals))
+        overlays = stack.enter_context(
+            host.replay_journals(chains, images, guest.disk_sizes, journals)
+        )
         log.info("journal: replayed in %.3f s", time.monotonic() - started_at)
         for overlay in overlays.values():
             images.add_made(overlay)

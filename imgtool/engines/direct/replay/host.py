@@ -1,7 +1,7 @@
 """Replaying the journal of a crashed ext3 or ext4: e2fsck on a throw-away overlay, in a sandbox.
 
-The program in that sandbox is `imgtool.engines.direct.replay.inside`, and `recovered` starts it.
-The image is not written: QEMU puts an overlay on it, exports the volume in it as a file through
+The program in that sandbox is `imgtool.engines.direct.replay.inside`, and `replay_journals` starts
+it. The image is not written: QEMU puts an overlay on it, exports the volume in it as a file through
 FUSE, and e2fsck does to that file what the kernel would do at mount: it replays the journal and
 releases orphaned inodes.
 
@@ -51,7 +51,7 @@ def overlay_node(name: str, chain: Chain, images: sandbox.Images) -> dict[str, A
 
 
 @contextlib.contextmanager
-def recovered(
+def replay_journals(
     chains: Sequence[Chain],
     images: sandbox.Images,
     sizes: Sequence[int],

@@ -31,7 +31,7 @@ _KERNEL_DOES = re.compile(
 DiskRange = tuple[int, int, int]
 
 
-def _mounted(at: str, user: int) -> int:
+def _mount_file(at: str, user: int) -> int:
     """Mount a file of `user` at `at`; gives the connection that whoever serves it needs."""
     Path(at).touch()
     connection = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
@@ -55,7 +55,7 @@ def _confine(user: int | None) -> None:
     launcher.keep_to_itself()
 
 
-def _ended(pid: int) -> int:
+def _wait_for(pid: int) -> int:
     """Wait for a program; gives its status. If it fills the overlays instead, all ends at once: the
     limit for a file's size has to let e2fsck write at the end of a volume.
     """
@@ -96,9 +96,9 @@ def _replay(overlay: dict[str, Any], place: DiskRange, at: str, connection: int)
     checker = launcher.start(
         ["/usr/bin/e2fsck", "-p", at], {0: nothing, 1: said, 2: errors}, file_size=size
     )
-    checked = _ended(checker)
+    checked = _wait_for(checker)
     os.kill(server, signal.SIGTERM)
-    served = _ended(server)  # with 0, all is written
+    served = _wait_for(server)  # with 0, all is written
     if checked not in (0, 1) or served:
         last = _lines(errors)[-1:]
         sys.exit(ascii(last[0][:200]) if last else "e2fsck is not content")
@@ -115,7 +115,7 @@ def main() -> None:
     os.environ["PATH"] = "/usr/bin"
     places: list[DiskRange] = [tuple(place) for place in request["places"]]
     mounts = [f"/tmp/volume{number}" for number in range(len(places))]
-    connections = [_mounted(at, user or 0) for at in mounts]
+    connections = [_mount_file(at, user or 0) for at in mounts]
     _confine(user)
     limits.limit(1)
     nodes = {}

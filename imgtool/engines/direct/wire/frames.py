@@ -83,7 +83,7 @@ def receive(stream: BinaryIO) -> tuple[bytes, bytes]:
     return kind, _exactly(stream, length)
 
 
-def parsed(payload: bytes) -> Any:
+def parse_json(payload: bytes) -> Any:
     """The value in a frame of JSON."""
     try:
         return json.loads(payload)

@@ -329,7 +329,7 @@ def _on(name: str, body: Sequence[bytes]) -> list[bytes]:
     return [] if called is None else [_statement(_EQUAL, called, 0, len(body)), *body]
 
 
-def _allowed(condition: Only | Without | None) -> list[bytes]:
+def _argument_tests(condition: Only | Without | None) -> list[bytes]:
     """What decides about a call by one of its arguments."""
     if condition is None:
         return [_statement(_RETURN, _ALLOW)]
@@ -351,7 +351,7 @@ def _none_but(names: Iterable[str]) -> bytes:
     # clone3(2) hides its flags, and libc does without.
     program += _on("clone3", [_statement(_RETURN, _ENOSYS)])
     for name in names:
-        program += _on(name, _allowed(ARGUMENTS.get(name)))
+        program += _on(name, _argument_tests(ARGUMENTS.get(name)))
     return b"".join((*program, _statement(_RETURN, _EPERM)))
 
 
@@ -375,9 +375,9 @@ def replay_filter(*, mounts: bool = False) -> bytes:
         if mounts and name == "mount":
             continue
         condition = ARGUMENTS.get(name)
-        program += _on(name, _allowed(condition) if condition else [_give(errno.EPERM)])
+        program += _on(name, _argument_tests(condition) if condition else [_give(errno.EPERM)])
     for name in _PARTS:
-        program += _on(name, _allowed(ARGUMENTS[name]))
+        program += _on(name, _argument_tests(ARGUMENTS[name]))
     return b"".join((*program, _statement(_RETURN, _ALLOW)))
 
 
@@ -393,7 +393,7 @@ def lone_filter(secret: int | None = None) -> bytes:
     thread = [_argument(0), _statement(_ANY_OF, _THREAD, 0, 1), _statement(_RETURN, _ALLOW)]
     program += _on("clone", [*thread, _give(errno.EPERM)])
     named = Only(0, (_PR_SET_NAME, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS))
-    program += _on("prctl", _allowed(named))
+    program += _on("prctl", _argument_tests(named))
     told: list[bytes] = []
     if secret is not None:
         told = [

@@ -21,7 +21,7 @@ def main() -> None:
     body = requests.next()
     if body is None:
         return
-    opening = frames.parsed(body)
+    opening = frames.parse_json(body)
     kept = [number for name in ("ring", "scratch") if (number := opening.get(name)) is not None]
     use_scratch(opening.pop("scratch", None))
     opening["disks"] = disks(opening["disks"], kept=kept)
@@ -41,6 +41,6 @@ def disks(servers: list[list[str]], *, kept: Collection[int] = ()) -> list[Disk]
     limits.limit(len(servers))
     # Before the first program: none of them learns from here how the next one is started.
     launcher.keep_to_itself()
-    connections = [launcher.served(argv) for argv in servers]
+    connections = [launcher.start_qemu_nbd(argv) for argv in servers]
     seccomp.confine(seccomp.lone_filter())
     return [Disk(connection) for connection in connections]

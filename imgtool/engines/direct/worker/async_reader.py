@@ -18,7 +18,7 @@ LARGE = 4 << 20  # below it the map of a file costs more than it saves
 _ON_THEIR_WAY = 4  # slots
 
 
-def mapped(volumes: Volumes, filesystem: Filesystem, inode: int) -> list[Extent] | None:
+def map_file(volumes: Volumes, filesystem: Filesystem, inode: int) -> list[Extent] | None:
     """Where all of a regular file is on the disks, ascending, holes left out; None where that is
     not known, or not all of it can be read.
     """

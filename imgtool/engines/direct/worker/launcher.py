@@ -84,7 +84,7 @@ def _become(argv: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
     os._exit(127)
 
 
-def served(argv: Sequence[str]) -> int:
+def start_qemu_nbd(argv: Sequence[str]) -> int:
     """Start qemu-nbd; gives the socket that is connected to it, or will be as soon as it listens.
 
     The name of its own socket has no place in any file system. Without a network namespace others

@@ -19,7 +19,7 @@ from imgtool.engines.direct.wire import frames, seccomp
 from imgtool.engines.direct.wire.extents import Extent
 from imgtool.engines.direct.wire.refusals import Unsupported
 from imgtool.engines.direct.wire.ring import SLOT
-from imgtool.engines.direct.worker.async_reader import LARGE, Contents, mapped
+from imgtool.engines.direct.worker.async_reader import LARGE, Contents, map_file
 from imgtool.engines.direct.worker.fs.base import Filesystem, PathNotFound, ReadFailed
 from imgtool.engines.direct.worker.requests import Requests, Stopped
 from imgtool.engines.direct.worker.slots import Slots
@@ -57,7 +57,7 @@ class Worker:
         while body := self._requests.next():
             if self._slots is not None:
                 self._slots.again()
-            self.answer(frames.parsed(body))
+            self.answer(frames.parse_json(body))
 
     def answer(self, request: dict[str, Any]) -> None:
         """Answer one request."""
@@ -116,7 +116,7 @@ class Worker:
             for piece in pieces(filesystem, found, offset, length):
                 self._data(piece)
             return
-        contents = Contents(self._opened.disks, runs, self._slots.view, self._slots.acquire)
+        contents = Contents(self._open_volumes.disks, runs, self._slots.view, self._slots.acquire)
         try:
             with contextlib.closing(contents.read(offset, end)) as filled:
                 for slot, part in filled:
@@ -131,18 +131,20 @@ class Worker:
         """Where a file is, if it pays to read this much of it by that."""
         if self._slots is None or length < LARGE:
             return None
-        if not all(disk.overlaps for disk in self._opened.disks):
+        if not all(disk.overlaps for disk in self._open_volumes.disks):
             return None
-        return mapped(self._opened, filesystem, found.place.inode)
+        return map_file(self._open_volumes, filesystem, found.place.inode)
 
-    def _summed(self, found: Found) -> Iterator[bytes | memoryview]:
+    def _read_for_checksum(self, found: Found) -> Iterator[bytes | memoryview]:
         """All of a regular file, in parts that are good until the next one."""
-        filesystem = self._mounted.filesystem(found.place)
+        filesystem = self._mounted_tree.filesystem(found.place)
         slots, runs = self._slots, self._runs(filesystem, found, found.node.size)
         if slots is None or runs is None:
             yield from pieces(filesystem, found, 0, found.node.size)
             return
-        contents = Contents(self._opened.disks, runs, slots.view, lambda wait: slots.next_slot())
+        contents = Contents(
+            self._open_volumes.disks, runs, slots.view, lambda wait: slots.next_slot()
+        )
         for slot, length in contents.read(0, found.node.size):
             yield slots.view(slot, length)
 
@@ -181,21 +183,21 @@ class Worker:
         return {"blocks": blocks, "groups": groups}
 
     @property
-    def _opened(self) -> Volumes:
+    def _open_volumes(self) -> Volumes:
         if self._volumes is None:
             raise Refused
         return self._volumes
 
     def _filesystem(self, device: str) -> Filesystem:
-        return self._opened.filesystem(device)
+        return self._open_volumes.filesystem(device)
 
     def do_journals(self) -> list[Any]:
         """Where the journals are that have to be replayed: device, and its stretches of disks."""
-        return self._opened.journals()
+        return self._open_volumes.journals()
 
     def do_written(self, links: list[int | None]) -> list[Any]:
         """Which stretches of the disks come from the topmost links of their chains."""
-        return self._opened.written(links)
+        return self._open_volumes.written(links)
 
     def do_look(self, device: str) -> None:
         """Mount one filesystem alone, to be looked into."""
@@ -239,22 +241,22 @@ class Worker:
     # Names
 
     @property
-    def _mounted(self) -> Tree:
+    def _mounted_tree(self) -> Tree:
         if self._tree is None:
             raise Refused
         return self._tree
 
     def do_resolve(self, path: str) -> str:
         """The path without symbolic links."""
-        return frames.text(self._mounted.resolve(frames.name(path))[0])
+        return frames.text(self._mounted_tree.resolve(frames.name(path))[0])
 
     def do_spelling(self, path: str) -> str:
         """The path in the case of the names on disk."""
-        return frames.text(self._mounted.spelling(frames.name(path)))
+        return frames.text(self._mounted_tree.spelling(frames.name(path)))
 
     def do_lstat(self, path: str) -> list[Any]:
         """What lstat says of a path."""
-        return _row(self._mounted.lstat(frames.name(path)))
+        return _row(self._mounted_tree.lstat(frames.name(path)))
 
     def do_walk(
         self,
@@ -269,7 +271,7 @@ class Worker:
         A file that has nothing in the `written` stretches of the disks has its place, no checksum.
         """
         raw = frames.name(path)
-        tree = self._mounted
+        tree = self._mounted_tree
         real, place = tree.resolve(raw)
         if not stat.S_ISDIR(tree.filesystem(place).stat(place.inode).mode):
             raise ReadFailed("not a directory")
@@ -301,7 +303,7 @@ class Worker:
         if written is not None:
             from imgtool.engines.direct.worker.shared import Shared
 
-            shared = Shared(self._opened, tree, written)
+            shared = Shared(self._open_volumes, tree, written)
         found = tree.walk if deep else tree.children
         for child in found(raw, place, problem):
             summed = at = None
@@ -327,21 +329,21 @@ class Worker:
             self._json(batch)
 
     def _xattrs(self, found: Found) -> Xattrs:
-        return self._mounted.filesystem(found.place).xattrs(found.place.inode)
+        return self._mounted_tree.filesystem(found.place).xattrs(found.place.inode)
 
     def _oversized_xattrs(self, found: Found) -> int:
-        return self._mounted.filesystem(found.place).oversized_xattrs(found.place.inode)
+        return self._mounted_tree.filesystem(found.place).oversized_xattrs(found.place.inode)
 
     def do_xattrs(self, path: str) -> list[Any]:
         """The extended attributes of a path, and how many others are too large to be given; a
         symbolic link is not followed."""
-        found = self._mounted.lstat(frames.name(path))
+        found = self._mounted_tree.lstat(frames.name(path))
         return [frames.pairs(self._xattrs(found)), self._oversized_xattrs(found)]
 
     # Contents
 
     def _regular(self, path: str) -> tuple[Filesystem, Found]:
-        tree = self._mounted
+        tree = self._mounted_tree
         real, _ = tree.resolve(frames.name(path))
         found = tree.lstat(real)
         if not stat.S_ISREG(found.node.mode):
@@ -355,7 +357,7 @@ class Worker:
 
         digest = hashlib.new(kind, usedforsecurity=False)
         sent = time.monotonic()
-        for piece in self._summed(found):
+        for piece in self._read_for_checksum(found):
             digest.update(piece)
             if time.monotonic() - sent >= _SIGN_OF_LIFE:
                 frames.send(self._out, frames.ALIVE)
@@ -376,7 +378,7 @@ class Worker:
     def do_runs(self, path: str, offset: int, length: int) -> list[list[int]] | None:
         """Where a part of a regular file lies, as `Extent`; None where nobody knows."""
         filesystem, found = self._regular(path)
-        runs = mapped(self._opened, filesystem, found.place.inode)
+        runs = map_file(self._open_volumes, filesystem, found.place.inode)
         if runs is None:
             return None
         first = bisect_right(runs, offset, key=lambda run: run.end)
@@ -387,7 +389,7 @@ class Worker:
         """The first bytes of a regular file, whole in one frame; nothing if there is no file, and
         a string if there is nothing in it.
         """
-        found = TreeFiles(self._mounted).read(
+        found = TreeFiles(self._mounted_tree).read(
             frames.text(frames.name(path)), min(limit, _LARGEST_SMALL)
         )
         if found:
@@ -399,8 +401,10 @@ class Worker:
         """Whether a path leads to a directory."""
         raw = frames.name(path)
         try:
-            _, place = self._mounted.resolve(self._mounted.spelling(raw) if any_case else raw)
-            return stat.S_ISDIR(self._mounted.filesystem(place).stat(place.inode).mode)
+            _, place = self._mounted_tree.resolve(
+                self._mounted_tree.spelling(raw) if any_case else raw
+            )
+            return stat.S_ISDIR(self._mounted_tree.filesystem(place).stat(place.inode).mode)
         except (PathNotFound, ReadFailed):
             return False
 
@@ -420,7 +424,7 @@ class Worker:
         from imgtool.guest.operating_system import identify
         from imgtool.guest.packages import installed
 
-        files = TreeFiles(self._mounted)
+        files = TreeFiles(self._mounted_tree)
         try:
             found = identify(files, root, mountpoints)
             answer = dataclasses.asdict(found)
@@ -442,7 +446,7 @@ class Worker:
         from imgtool.engines.direct.worker import tar_headers, tar_stream
 
         raw = frames.name(path).rstrip(b"/")
-        tree = self._mounted
+        tree = self._mounted_tree
         real, _ = tree.resolve(raw or b"/")
         if reason := tree.touches_refused(real):
             raise Unsupported(reason)

@@ -107,7 +107,7 @@ def identify(source: Source) -> Signature:
     tail = source.read(tail_at, source.size - tail_at)
     parts = [(0, head), (tail_at, tail)]
     windows = _elsewhere(head[:512]) if len(head) >= 512 else []
-    found = _probed(source.size, itertools.chain(parts, _read(source, windows)))
+    found = _probe(source.size, itertools.chain(parts, _read(source, windows)))
     if found.type is not None:
         return found
     # What its probes look at far from both ends, which few volumes need.
@@ -120,10 +120,10 @@ def identify(source: Source) -> Signature:
         parts += [*far, *_read(source, places)]
     except ReadFailed:  # it would have been something else that says so
         return found
-    return _probed(source.size, parts)
+    return _probe(source.size, parts)
 
 
-def _probed(size: int, parts: Iterable[tuple[int, bytes]]) -> Signature:
+def _probe(size: int, parts: Iterable[tuple[int, bytes]]) -> Signature:
     library = _library()
     with excerpt(size, parts) as descriptor:
         probe = library.blkid_new_probe()

@@ -83,7 +83,7 @@ class Disk:
             if start < offset + length and offset < end:
                 raise ReadFailed("this part of the image is not there: its file was cut off")
 
-    def _failed(self, error: Exception) -> Exception:
+    def _explain(self, error: Exception) -> Exception:
         if self._nbd.aio_is_ready() or self._nbd.aio_is_processing():
             return ReadFailed("a part of the image cannot be read")
         return DiskServerGone("QEMU has gone away")
@@ -107,9 +107,9 @@ class Disk:
             except ReadFailed:
                 pass  # what cannot be read may lie beside what was asked for
         if 0 < length <= _LARGEST_READ:
-            return self._fetched(offset, length)
+            return self._fetch(offset, length)
         return b"".join(
-            self._fetched(at, min(_LARGEST_READ, offset + length - at))
+            self._fetch(at, min(_LARGEST_READ, offset + length - at))
             for at in range(offset, offset + length, _LARGEST_READ)
         )
 
@@ -128,7 +128,7 @@ class Disk:
         try:
             return int(self._nbd.aio_pread(buffer, offset, flags=self._whole))
         except self._error as error:
-            raise self._failed(error) from error
+            raise self._explain(error) from error
 
     def finish(self, started: int) -> None:
         """Wait for what was begun; `ReadFailed` where QEMU cannot."""
@@ -136,7 +136,7 @@ class Disk:
             while not self._nbd.aio_command_completed(started):
                 self._nbd.poll(-1)
         except self._error as error:
-            raise self._failed(error) from error
+            raise self._explain(error) from error
 
     def written(self, links: int, most: int) -> list[tuple[int, int]] | None:
         """The stretches (start, end) in bytes that come from the topmost `links` of the chain.
@@ -173,7 +173,7 @@ class Disk:
         kept = self._kept.get(number)
         if kept is None:
             start = number * _BLOCK
-            kept = bytes(self._fetched(start, min(_BLOCK, self._size - start)))
+            kept = bytes(self._fetch(start, min(_BLOCK, self._size - start)))
             self._kept[number] = kept
             if len(self._kept) > _KEPT_BLOCKS:
                 self._kept.popitem(last=False)
@@ -181,14 +181,14 @@ class Disk:
             self._kept.move_to_end(number)
         return kept
 
-    def _fetched(self, offset: int, length: int) -> bytes:
+    def _fetch(self, offset: int, length: int) -> bytes:
         if self._lost:
             self._refuse_lost(offset, length)
         try:
             # A bytearray, which is as good as bytes here and need not be copied.
             return self._nbd.pread(length, offset, flags=self._whole)  # type: ignore[no-any-return]
         except self._error as error:
-            raise self._failed(error) from error
+            raise self._explain(error) from error
 
 
 class SourceRange:

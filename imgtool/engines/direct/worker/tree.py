@@ -80,9 +80,9 @@ class Tree:
 
     def top(self) -> InodeRef:
         """The root directory."""
-        return self._entered(InodeRef(0, self.filesystem(InodeRef(0, 0)).root))
+        return self._cross_mount(InodeRef(0, self.filesystem(InodeRef(0, 0)).root))
 
-    def _entered(self, place: InodeRef) -> InodeRef:
+    def _cross_mount(self, place: InodeRef) -> InodeRef:
         """The root of what is mounted on a place, or the place itself."""
         while (number := self._over.get(place)) is not None:
             place = InodeRef(number, self.filesystem(InodeRef(number, 0)).root)
@@ -94,7 +94,7 @@ class Tree:
         if kept is None:
             kept = self._read_names(filesystem, place)
             if kept is None:
-                return self._searched(filesystem, place, name)
+                return self._search(filesystem, place, name)
             self._names[place] = kept
             if len(self._names) > _CACHED_DIRECTORIES:
                 self._names.popitem(last=False)
@@ -103,7 +103,7 @@ class Tree:
         names, damage = kept
         known = names.get(filesystem.folded(name))
         if known is None and filesystem.ignores_case:  # FAT has aliases that are not listed
-            return self._searched(filesystem, place, name)
+            return self._search(filesystem, place, name)
         if known is None and damage is not None:
             raise damage
         if known is None:
@@ -126,7 +126,7 @@ class Tree:
         return names, None
 
     @staticmethod
-    def _searched(filesystem: Filesystem, place: InodeRef, name: bytes) -> InodeRef:
+    def _search(filesystem: Filesystem, place: InodeRef, name: bytes) -> InodeRef:
         try:
             return InodeRef(place.mount, filesystem.lookup(place.inode, name))
         except PathNotFound as error:
@@ -153,7 +153,7 @@ class Tree:
             here = trail[-1][1]
             if not stat.S_ISDIR(self._node(here).mode):
                 raise PathNotFound(path)
-            child = self._entered(self._lookup(here, part))
+            child = self._cross_mount(self._lookup(here, part))
             if (waiting or follow_last) and stat.S_ISLNK(self._node(child).mode):
                 links += 1
                 if links > MOST_LINKS:
@@ -221,7 +221,7 @@ class Tree:
         listed.sort()
         for name, inode in listed:
             try:
-                yield self._found(prefix + name, self._entered(InodeRef(place.mount, inode)))
+                yield self._found(prefix + name, self._cross_mount(InodeRef(place.mount, inode)))
             except ReadFailed as error:
                 problem(prefix + name, str(error))
 

@@ -199,7 +199,7 @@ class Volumes:
         known = self._open.get(device)
         if known is None:
             try:
-                known = self._opened(device)
+                known = self._open_filesystem(device)
             except Unsupported as error:
                 known = error
             self._open[device] = known
@@ -207,7 +207,7 @@ class Volumes:
             raise known
         return known
 
-    def _opened(self, device: str) -> Filesystem:
+    def _open_filesystem(self, device: str) -> Filesystem:
         block = self._by_name.get(device)
         if block is None:
             raise Unsupported(f"{device} is not known without the appliance")

@@ -72,7 +72,7 @@ def _machine() -> dict[str, str]:
     return {"boot": boot, "qemu": qemu, "changed": changed, "kernel": platform.release()}
 
 
-def remembered() -> str | None:
+def last_accelerator() -> str | None:
     """`kvm` or `tcg`: what the last launch on this machine, as it is now, ended with."""
     try:
         note = json.loads((cache_dir() / "acceleration.json").read_text())
@@ -229,7 +229,7 @@ def _attempts() -> list[_Attempt]:
             "('imgtool appliance save' saves it anew)"
         )
         emulated.insert(0, _Attempt("saved", SAVED_LIMIT, True, saved=True, otherwise=otherwise))
-    if not _kvm_there() or remembered() == "tcg":
+    if not _kvm_there() or last_accelerator() == "tcg":
         return emulated
     otherwise = (
         "KVM does not work on this machine; using emulation, which is slower "
@@ -239,7 +239,7 @@ def _attempts() -> list[_Attempt]:
 
 
 def _settle(handle: Any) -> None:
-    if saved.continued(handle):
+    if saved.is_continued(handle):
         saved.settle(handle)
 
 
@@ -265,7 +265,7 @@ def _first_that_starts(
                     continue
                 handle.set_hv(str(found.starter))
             _try(handle, attempt.limit, _settle if attempt.saved else lambda handle: None)
-            continues = attempt.saved and saved.continued(handle)
+            continues = attempt.saved and saved.is_continued(handle)
         except (RuntimeError, EngineError) as error:
             close(handle)
             if interrupt.pending():
@@ -287,7 +287,7 @@ def _first_that_starts(
 
 
 @contextlib.contextmanager
-def launched(
+def launch_appliance(
     add_drives: Callable[[Any], None],
     *,
     notice: Callable[[str], None],
@@ -345,7 +345,7 @@ def time_launch(*, debug: bool = False) -> float:
         handle.add_drive_scratch(1 << 20)
 
     started = time.monotonic()
-    with launched(scratch, notice=lines.append, debug=debug):
+    with launch_appliance(scratch, notice=lines.append, debug=debug):
         return time.monotonic() - started
 
 

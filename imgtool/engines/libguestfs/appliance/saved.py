@@ -43,7 +43,7 @@ from imgtool.engines.libguestfs.appliance.starter import (
     appliance_drive,
     file_of,
     identity,
-    quoted,
+    quote_option,
     shape,
 )
 from imgtool.engines.libguestfs.appliance.starter import stands as _stands
@@ -112,13 +112,13 @@ def _safe(folder: Path) -> bool:
         if facts.st_uid != os.geteuid() or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             log.info("%s is not used: others may have written to it", path)
             return False
-    if (above := _exposed(folder.parent)) is not None:
+    if (above := _find_exposed(folder.parent)) is not None:
         log.info("%s is not used: others may write to %s", folder, above)
         return False
     return True
 
 
-def _exposed(home: Path) -> Path | None:
+def _find_exposed(home: Path) -> Path | None:
     """A folder above, in which somebody else could put another in the place of this one."""
     for path in home.absolute().resolve().parents:
         facts = path.stat()
@@ -184,7 +184,7 @@ def for_handle(home: Path, handle: Any) -> Saved | None:
     return saved
 
 
-def continued(handle: Any) -> bool:
+def is_continued(handle: Any) -> bool:
     """Whether a launched handle's appliance is a saved one that continues."""
     return "-incoming" in command_of(handle.get_pid())
 
@@ -210,7 +210,7 @@ def save(home: Path, handle: Any, hypervisor: str) -> Saved:
     write to the place, and `RefusedError` while another one is saved.
     """
     with scratch_folder("save") as folder:
-        argv = _asked(handle, hypervisor, folder)
+        argv = _ask_arguments(handle, hypervisor, folder)
         try:
             with _place_for_new(home) as new:
                 _start_and_save(argv, hypervisor, folder, new)
@@ -237,7 +237,7 @@ def _place_for_new(home: Path) -> Iterator[Path]:
     for path in (home, home.parent):  # imgtool's own, whatever the umask was
         if path.stat().st_uid == os.geteuid() and path.name in ("appliance", "imgtool"):
             path.chmod(path.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
-    if (above := _exposed(home)) is not None:
+    if (above := _find_exposed(home)) is not None:
         raise HostError(
             "an appliance is not saved where others could put another in its place",
             subject=above,
@@ -311,7 +311,7 @@ def _write_starter(folder: Path) -> None:
     program.chmod(0o700)
 
 
-def _asked(handle: Any, hypervisor: str, folder: Path) -> list[str]:
+def _ask_arguments(handle: Any, hypervisor: str, folder: Path) -> list[str]:
     """The arguments with which libguestfs would start QEMU."""
     asked = folder / "asked"
     recorder = folder / "qemu"
@@ -347,13 +347,13 @@ def _start_and_save(argv: list[str], hypervisor: str, scratch: Path, new: Path) 
     with empty.open("wb") as file:
         file.truncate(_DUMMY)
     words = list(argv)
-    words[own] = f"file={quoted(root)},id=appliance,cache=unsafe,if=none,format=qcow2"
+    words[own] = f"file={quote_option(root)},id=appliance,cache=unsafe,if=none,format=qcow2"
     for number, (before, word) in enumerate(zip(["", *argv], argv, strict=False)):
         if before == "-drive" and number != own:
             disk = shape(["-drive", word])[1]
-            words[number] = f"file={quoted(empty)},snapshot=on,format=raw,id={disk},if=none"
+            words[number] = f"file={quote_option(empty)},snapshot=on,format=raw,id={disk},if=none"
         elif before == "-chardev" and _is(word, "channel0"):
-            socket = quoted(scratch / "channel")
+            socket = quote_option(scratch / "channel")
             words[number] = f"socket,path={socket},id=channel0,server=on,wait=off"
         elif before == "-chardev":  # that of the monitor
             words[number] = "stdio,id=imgtool"

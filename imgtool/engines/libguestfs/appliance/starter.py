@@ -61,7 +61,7 @@ def stands(saved: dict[str, Any]) -> bool:
         return False
 
 
-def quoted(path: Path) -> str:
+def quote_option(path: Path) -> str:
     """A path as a value of one of QEMU's lists of options."""
     return str(path).replace(",", ",,")
 
@@ -72,7 +72,7 @@ def main(folder: Path, argv: list[str]) -> None:
         state = os.open(folder / "state", os.O_RDONLY)
         os.set_inheritable(state, True)
         argv[appliance_drive(argv)] = (
-            f"file={quoted(folder / 'root.qcow2')},snapshot=on,id=appliance,cache=unsafe,"
+            f"file={quote_option(folder / 'root.qcow2')},snapshot=on,id=appliance,cache=unsafe,"
             "if=none,format=qcow2"
         )
         argv += ["-incoming", f"fd:{state}"]

@@ -59,14 +59,14 @@ _PAIR = re.compile(r'([A-Z]+)="([^"]*)"')
 _ESCAPED = re.compile(rb"\\x([0-9a-fA-F]{2})")
 
 
-def _decoded(value: str) -> str:
+def _decode(value: str) -> str:
     raw = value.encode("utf-8", "surrogateescape")
     return _ESCAPED.sub(lambda found: bytes([int(found[1], 16)]), raw).decode("utf-8", "replace")
 
 
 def _rows(listed: str) -> list[dict[str, str]]:
     return [
-        {name: _decoded(value) for name, value in _PAIR.findall(line)}
+        {name: _decode(value) for name, value in _PAIR.findall(line)}
         for line in listed.splitlines()
         if line.startswith("KNAME=")
     ]
@@ -98,11 +98,11 @@ def _disks(rows: list[dict[str, str]]) -> dict[str, str]:
     return {kernel: disk_name(number) for number, kernel in enumerate(in_order)}
 
 
-def _dashed(name: str) -> str:
+def _double_dashes(name: str) -> str:
     return name.replace("-", "--")
 
 
-def parsed(output: str) -> tuple[Block, ...]:
+def parse_blocks(output: str) -> tuple[Block, ...]:
     """What the appliance's lsblk and lvs wrote, as blocks: disks, partitions, md, LVs, mapped."""
     listed, _, rest = output.partition(_SEPARATOR)
     rest, _, probed = rest.partition(_PROBED)
@@ -114,7 +114,7 @@ def parsed(output: str) -> tuple[Block, ...]:
     logical = {}
     for line in volumes.split():
         group, volume = line.split("/")[:2]
-        logical[f"{_dashed(group)}-{_dashed(volume)}"] = f"/dev/{group}/{volume}"
+        logical[f"{_double_dashes(group)}-{_double_dashes(volume)}"] = f"/dev/{group}/{volume}"
     found: dict[str, Block] = {}
     above: dict[str, list[str]] = {}
     for row in rows:
@@ -185,7 +185,7 @@ def list_blocks(handle: Any) -> tuple[tuple[Block, ...], bool]:
         raise EngineError(
             "the block devices cannot be listed", hint="-v shows what its programs said"
         ) from error
-    blocks = parsed(output)
+    blocks = parse_blocks(output)
     split = {parent for block in blocks for parent in block.parents}
     found = tuple(
         block

@@ -243,7 +243,7 @@ class Calls:
             raise CallFailed(reason, errno, path)
         return result
 
-    def _taken(self, pointer: int) -> bytes:
+    def _take_string(self, pointer: int) -> bytes:
         try:
             return ctypes.string_at(pointer)
         finally:
@@ -251,15 +251,15 @@ class Calls:
 
     def realpath(self, path: bytes) -> bytes:
         """The path with every symbolic link resolved inside the guest."""
-        return self._taken(self._call("realpath", path, path))
+        return self._take_string(self._call("realpath", path, path))
 
     def case_sensitive_path(self, path: bytes) -> bytes:
         """The path as a case-insensitive filesystem really spells it."""
-        return self._taken(self._call("case_sensitive_path", path, path))
+        return self._take_string(self._call("case_sensitive_path", path, path))
 
     def checksum(self, kind: str, path: bytes) -> str:
         """The file's checksum, in hexadecimal."""
-        return self._taken(self._call("checksum", path, kind.encode(), path)).decode("ascii")
+        return self._take_string(self._call("checksum", path, kind.encode(), path)).decode("ascii")
 
     def getxattr(self, path: bytes, name: bytes) -> bytes:
         """One extended attribute; symbolic links are followed."""
@@ -375,7 +375,7 @@ class Calls:
         if not names:
             return []
         answer = self._call("readlinklist", directory, directory, _strings(names))
-        targets = [self._taken(answer[i]) for i in range(len(names))]
+        targets = [self._take_string(answer[i]) for i in range(len(names))]
         self._free(ctypes.cast(answer, c_void_p))
         return targets
 
@@ -480,4 +480,4 @@ class Calls:
 
         The appliance joins the words with spaces for its shell: quote what comes from a guest.
         """
-        return self._taken(self._call("debug", path, b"sh", _strings(words)))
+        return self._take_string(self._call("debug", path, b"sh", _strings(words)))

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from imgtool.engines.libguestfs.appliance.launch import kill
 from imgtool.engines.libguestfs.guest import devices, fsck, inspection, usage, walk
 from imgtool.engines.libguestfs.guest.calls import CallFailed, Calls, printable
-from imgtool.engines.libguestfs.guest.stream import streamed
+from imgtool.engines.libguestfs.guest.stream import open_stream
 from imgtool.engines.libguestfs.guest.volumes import ApplianceVolume, ApplianceVolumes, reason
 from imgtool.errors import (
     EngineError,
@@ -360,10 +360,10 @@ class LibguestfsGuest(Guest):
             raise EngineError(f"not a regular file but a {kind}", subject=printable(found))
         return found
 
-    def _streamed(self, call: Callable[[str], None]) -> AbstractContextManager[BinaryIO]:
+    def _stream(self, call: Callable[[str], None]) -> AbstractContextManager[BinaryIO]:
         @contextlib.contextmanager
         def stream() -> Iterator[BinaryIO]:
-            with self.cancellable(), streamed(call, self.handle.user_cancel) as reading:
+            with self.cancellable(), open_stream(call, self.handle.user_cancel) as reading:
                 yield reading
 
         return stream()
@@ -371,14 +371,14 @@ class LibguestfsGuest(Guest):
     def open(self, path: str | bytes) -> AbstractContextManager[BinaryIO]:
         """A regular file's bytes as a stream; links are followed inside the guest."""
         found = self._regular(path)
-        return self._streamed(lambda name: self.calls.download(found, name))
+        return self._stream(lambda name: self.calls.download(found, name))
 
     def open_range(
         self, path: str | bytes, offset: int, length: int
     ) -> AbstractContextManager[BinaryIO]:
         """A part of a regular file as a stream."""
         found = self._regular(path)
-        return self._streamed(lambda name: self.calls.download_range(found, name, offset, length))
+        return self._stream(lambda name: self.calls.download_range(found, name, offset, length))
 
     def tar(
         self,
@@ -399,7 +399,7 @@ class LibguestfsGuest(Guest):
             if self.calls.has_new_errors():
                 raise EngineError(walk.PASSED_OVER, subject=printable(found))
 
-        return self._streamed(call)
+        return self._stream(call)
 
     def data_ranges(self, path: str | bytes) -> Sequence[tuple[int, int]]:
         """Where a sparse file has data, from the kernel's own map of it (FIEMAP)."""

@@ -44,7 +44,7 @@ def _version(handle: Any, root: str) -> str | None:
     return spelling(major, minor, content)
 
 
-def _mounted(handle: Any, mountpoints: dict[str, str]) -> None:
+def _mount_all(handle: Any, mountpoints: dict[str, str]) -> None:
     for mountpoint in sorted(mountpoints, key=len):
         with contextlib.suppress(RuntimeError):  # an fstab that lies
             handle.mount_ro(mountpoints[mountpoint], mountpoint)
@@ -91,7 +91,7 @@ def operating_systems(
         listed = handle.inspect_get_mountpoints(root)
         names = guest_names(blocks, listed.values())
         mountpoints = {place: names[source] for place, source in sorted(listed.items())}
-        _mounted(handle, mountpoints)
+        _mount_all(handle, mountpoints)
         try:
             found.append(
                 OperatingSystem(

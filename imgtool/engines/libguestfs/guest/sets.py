@@ -91,10 +91,10 @@ def look_at(handle: Any, blocks: Sequence[Block], *, lacking: bool, write: bool)
     except RuntimeError as error:
         log.info("sets of disks: %s", error)
         return Sets()  # what is there is shown all the same
-    return parsed(said, blocks)
+    return parse_sets(said, blocks)
 
 
-def parsed(said: str, blocks: Sequence[Block]) -> Sets:
+def parse_sets(said: str, blocks: Sequence[Block]) -> Sets:
     """What the script wrote."""
     sets = Sets()
     names = {block.kernel: block.device for block in blocks}

@@ -12,7 +12,7 @@ from imgtool.errors import EngineError
 
 
 @contextlib.contextmanager
-def streamed(call: Callable[[str], None], cancel: Callable[[], None]) -> Iterator[BinaryIO]:
+def open_stream(call: Callable[[str], None], cancel: Callable[[], None]) -> Iterator[BinaryIO]:
     """What `call` writes to the file name that it is given, as a stream to read.
 
     An error of the call is raised when the stream has been read to its end. Leaving the block early

@@ -21,7 +21,7 @@ def _mountpoints(guest: LibguestfsGuest) -> dict[str, str]:
         return {}  # no operating system, or several: the devices are listed all the same
 
 
-def _measured(guest: LibguestfsGuest, device: str) -> dict[str, int]:
+def _measure(guest: LibguestfsGuest, device: str) -> dict[str, int]:
     guest.volumes.mount(device, "/", "ro")
     try:
         return dict(guest.handle.statvfs("/"))
@@ -45,7 +45,7 @@ def usage(guest: LibguestfsGuest) -> tuple[SpaceUsage, ...]:
             continue
         mountpoint = mountpoints.get(device)
         try:
-            numbers = guest.volumes.space.get(device) or _measured(guest, device)
+            numbers = guest.volumes.space.get(device) or _measure(guest, device)
         except RuntimeError as error:
             block = guest.volumes.block(device)
             if kind == UNKNOWN and block is not None and block.parttype == BIOS_BOOT:

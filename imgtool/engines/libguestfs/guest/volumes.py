@@ -109,14 +109,14 @@ class ApplianceVolumes:
         """The block devices, with what is in the encrypted ones that a key opens."""
         if self._blocks is None:
             started = time.monotonic()
-            found = self._listed()
+            found = self._list_blocks()
             while self._keys:
                 closed = [b for b in found if b.type in LOCKED and b.device not in self._opened]
                 unlocked = [b for b in closed if self._unlock(b)]
                 if not unlocked:
                     break
                 self._handle.lvm_scan(True)
-                found = self._listed()
+                found = self._list_blocks()
             self._blocks = found
             for line in self._sets.lines:
                 self._notice(line)
@@ -126,7 +126,7 @@ class ApplianceVolumes:
             log.info("block devices: listed in %.1f s", time.monotonic() - started)
         return self._blocks
 
-    def _listed(self) -> tuple[Block, ...]:
+    def _list_blocks(self) -> tuple[Block, ...]:
         found, lacking = list_blocks(self._handle)
         self._sets = look_at(self._handle, found, lacking=lacking, write=self._write)
         if self._sets.changed:

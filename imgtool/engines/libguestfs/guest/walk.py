@@ -85,11 +85,11 @@ def stats(
     """`lstat` of many paths, in their order; what cannot be read goes to `on_problem`."""
     found = _stats(calls, paths, on_problem)
     while xattrs and (batch := list(islice(found, BATCH))):
-        yield from _attributed(calls, batch, on_problem)
+        yield from _with_xattrs(calls, batch, on_problem)
     yield from found
 
 
-def _attributed(
+def _with_xattrs(
     calls: Calls, entries: Sequence[Entry], on_problem: OnProblem | None
 ) -> Iterator[Entry]:
     """Entries with their extended attributes, with one call a directory where that suffices."""

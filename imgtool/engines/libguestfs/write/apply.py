@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from imgtool.engines.libguestfs.guest.calls import CallFailed, printable
 from imgtool.engines.libguestfs.guest.stream import upload
-from imgtool.engines.libguestfs.write.changing import explained, rewrite_from
+from imgtool.engines.libguestfs.write.changing import explain, rewrite_from
 from imgtool.engines.libguestfs.write.writing import Labels, is_full
 from imgtool.errors import EngineError, HostError, ImgtoolError, RefusedError
 from imgtool.guest.changes import Changes, Content
@@ -63,7 +63,7 @@ def apply_changes(guest: LibguestfsGuest, changes: Changes) -> bool:
         guest.calls.chown(os.fsencode(path), *owner)
     for path, mode in changes.modes:
         guest.calls.chmod(os.fsencode(path), mode)
-    return changes.relabel and relabelled(guest)
+    return changes.relabel and relabel_files(guest)
 
 
 def refuse_if_changed(guest: LibguestfsGuest, changes: Changes) -> None:
@@ -99,7 +99,7 @@ def _rewrite(guest: LibguestfsGuest, path: str, content: Content) -> None:
         # In one message: an upload takes half a second without KVM, whatever its size.
         guest.calls.write(where, content)
     except CallFailed as error:
-        raise explained(guest, where, error) from error
+        raise explain(guest, where, error) from error
 
 
 def _write(content: Content, out: BinaryIO) -> None:
@@ -186,7 +186,7 @@ def _label(guest: LibguestfsGuest, contexts: str, paths: Sequence[str]) -> None:
         _setfiles(guest, contexts, paths[start : start + _BATCH], "-q")
 
 
-def relabelled(guest: LibguestfsGuest) -> bool:
+def relabel_files(guest: LibguestfsGuest) -> bool:
     """Give every file the label of the guest's policy; whether one had another.
 
     Raises `HostError` if the appliance cannot, and `ImgtoolError` for a guest without SELinux.

@@ -58,10 +58,10 @@ def rewrite_from(guest: LibguestfsGuest, path: bytes, produce: Callable[[BinaryI
             guest.calls.copy_xattrs(kept, path)
             guest.calls.rm_rf(kept)
     except CallFailed as error:
-        raise explained(guest, path, error) from error
+        raise explain(guest, path, error) from error
 
 
-def explained(guest: LibguestfsGuest, path: bytes, error: CallFailed) -> ImgtoolError:
+def explain(guest: LibguestfsGuest, path: bytes, error: CallFailed) -> ImgtoolError:
     """The error of a write that failed, or that the filesystem is full."""
     folder = path.rpartition(b"/")[0] or b"/"
     if guest.interrupted() or not is_full(guest, folder, inodes=False):

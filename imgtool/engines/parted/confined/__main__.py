@@ -35,7 +35,7 @@ def main() -> None:
 
     seccomp.confine(seccomp.worker_filter())
     _, body = frames.receive(sys.stdin.buffer)
-    asked = frames.parsed(body)
+    asked = frames.parse_json(body)
     path = asked["path"] or _write_disk(asked["size"])
     os.environ["PARTED_SECTOR_SIZE"] = str(asked["sector_size"])
     frames.send_json(stream, frames.JSON, _answer(_ped, path))

@@ -109,7 +109,7 @@ def _answer(kind: sandbox.Kind, read: Read, size: int, sector_size: int) -> Labe
         request.flush()
         request.seek(0)
         process = stack.enter_context(
-            sandbox.sandboxed(
+            sandbox.start_worker(
                 images,
                 kind=kind,
                 main=_MAIN,
@@ -126,7 +126,7 @@ def _answer(kind: sandbox.Kind, read: Read, size: int, sector_size: int) -> Labe
             heard = _heard(process)
             if not heard.startswith(frames.READY):
                 raise SandboxFailed(_last_line(process))
-            label = parsed(heard, size, sector_size)
+            label = parse_answer(heard, size, sector_size)
         except frames.Ended as error:
             log.info("libparted: %s", _last_line(process))
             raise _failure("it ended without an answer") from error
@@ -172,13 +172,13 @@ def _last_line(process: subprocess.Popen[bytes]) -> str:
     return printable(lines[-1][:200]) if lines else "it ended"
 
 
-def parsed(heard: bytes, size: int, sector_size: int) -> Label:
+def parse_answer(heard: bytes, size: int, sector_size: int) -> Label:
     """The answer in what was heard; `BadMessage` for anything else."""
     stream = io.BytesIO(heard)
     said = [frames.receive(stream) for _ in range(3)]
     if [kind for kind, _ in said] != [frames.READY, frames.JSON, frames.END] or stream.read(1):
         raise BadMessage("not one answer")
-    told = mapping(frames.parsed(said[1][1]), frozenset(("label", "rows", "said")))
+    told = mapping(frames.parse_json(said[1][1]), frozenset(("label", "rows", "said")))
     rows = items(told["rows"])
     if len(rows) > _MOST_ROWS:
         raise BadMessage("too many rows")

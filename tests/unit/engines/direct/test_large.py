@@ -281,7 +281,7 @@ def test_one_unreadable_cluster_is_damage_of_what_is_in_it(way, tmp_path):
 def failure(image: Path, monkeypatch: pytest.MonkeyPatch, program: str, memory: Ring | None) -> str:
     monkeypatch.setattr(sandbox, "_START", program + " # {paths!r}")
     images = sandbox.Images([open_chain(image)])
-    with sandbox.sandboxed(images) as process:
+    with sandbox.start_worker(images) as process:
         client = Client(process, image=str(image), silence=4.0, ring=memory)
         with pytest.raises(WorkerFailed) as failed:
             for _ in client.request("read"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from imgtool.engines.libguestfs.guest.blocks import list_blocks, parsed
+from imgtool.engines.libguestfs.guest.blocks import list_blocks, parse_blocks
 from imgtool.engines.libguestfs.guest.volumes import guest_names
 from imgtool.errors import EngineError
 from imgtool.guest.blocks import Block, filesystems_on
@@ -41,13 +41,13 @@ def part(kernel: str, parent: str, **more: object) -> str:
 
 
 def blocks(*lines: str, volumes: str = "") -> dict[str, Block]:
-    return {b.device: b for b in parsed("".join(lines) + "--logical-volumes--\n" + volumes)}
+    return {b.device: b for b in parse_blocks("".join(lines) + "--logical-volumes--\n" + volumes)}
 
 
 def test_what_blkid_says_of_the_ambiguous_is_taken() -> None:
     listed = disk("sda", 0) + disk("sdb", 1, fstype="ext2")
     probed = "--logical-volumes--\n--probed--\nKNAME=sda\nTYPE=erofs\nLABEL=a\\ b\n"
-    (found,) = parsed(listed + probed)
+    (found,) = parse_blocks(listed + probed)
     assert (found.type, found.label) == ("erofs", "a b")
 
 

@@ -163,7 +163,7 @@ def quick(home, tmp_path, monkeypatch):
         (new / "state").write_bytes(b"new state")
         (new / "root.qcow2").write_bytes(b"overlay")
 
-    monkeypatch.setattr(saved, "_asked", lambda *arguments: asked(tmp_path))
+    monkeypatch.setattr(saved, "_ask_arguments", lambda *arguments: asked(tmp_path))
     monkeypatch.setattr(saved, "_start_and_save", write)
     return tmp_path / "cache/imgtool/appliance"
 
@@ -245,7 +245,7 @@ def test_removing_leaves_nothing_also_of_what_was_cut_off(home):
 
 
 def test_a_cache_that_cannot_be_made_is_an_error_of_the_host(tmp_path, monkeypatch):
-    monkeypatch.setattr(saved, "_asked", lambda *arguments: asked(tmp_path))
+    monkeypatch.setattr(saved, "_ask_arguments", lambda *arguments: asked(tmp_path))
     (tmp_path / "file").touch()
     with pytest.raises(HostError, match="cannot be saved: Not a directory"):
         saved.save(tmp_path / "file/appliance", Handle(1, tmp_path), "qemu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from imgtool.engines.libguestfs.guest.sets import look_at, parsed
+from imgtool.engines.libguestfs.guest.sets import look_at, parse_sets
 from imgtool.guest.blocks import Block
 
 MISSING = "eMxn5M-wWDk-mg6L-8BRG-wtoY-xFf6-srwaEU"
@@ -13,7 +13,7 @@ def block(device: str, kind: str = "device", type: str | None = None, *parents: 
 
 
 def test_a_raid_that_runs_without_a_disk_is_said_and_shown():
-    sets = parsed("md md127 clean 2 1\nchanged\n", [block("/dev/md127", "md")])
+    sets = parse_sets("md md127 clean 2 1\nchanged\n", [block("/dev/md127", "md")])
     assert sets.lines == ["the RAID /dev/md127 lacks 1 of 2 disks and is read without"]
     assert sets.changed
     assert not sets.idle
@@ -21,7 +21,7 @@ def test_a_raid_that_runs_without_a_disk_is_said_and_shown():
 
 def test_a_raid_that_does_not_run_is_not_shown_and_its_members_are_named():
     blocks = [block("/dev/sda"), block("/dev/md127", "md", None, "/dev/sda")]
-    sets = parsed("md md127 inactive 0 0\n", blocks)
+    sets = parse_sets("md md127 inactive 0 0\n", blocks)
     assert sets.idle == {"/dev/md127"}
     (line,) = sets.lines
     assert line.startswith("the RAID /dev/md127 lacks disks and is not shown (/dev/sda of it")
@@ -32,14 +32,14 @@ def test_a_container_of_firmware_raid_is_no_array():
     disk = block("/dev/sda", "device", "ddf_raid_member")
     container = block("/dev/md127", "md", None, "/dev/sda")
     volume = Block("/dev/md126", "md", 1, "ext4", kernel="md126")
-    sets = parsed("md md127 container 0 0\nmd md126 clean 2 0\n", [disk, container, volume])
+    sets = parse_sets("md md127 container 0 0\nmd md126 clean 2 0\n", [disk, container, volume])
     assert (sets.lines, sets.idle) == ([], {"/dev/md127"})
-    (line,) = parsed("md md127 container 0 0\n", [disk, container]).lines
+    (line,) = parse_sets("md md127 container 0 0\n", [disk, container]).lines
     assert line.startswith("none of the volumes of the firmware RAID (/dev/sda of it is there)")
 
 
 def test_a_whole_raid_is_not_worth_a_word():
-    assert parsed("md md127 active 2 0\n", [block("/dev/md127", "md")]).lines == []
+    assert parse_sets("md md127 active 2 0\n", [block("/dev/md127", "md")]).lines == []
 
 
 def test_of_a_group_it_is_said_what_is_missing_and_what_is_not_shown_without():
@@ -48,7 +48,7 @@ def test_of_a_group_it_is_said_what_is_missing_and_what_is_not_shown_without():
         "lv vg0/a/active/-wi-a-----\nlv vg0/b//-wi-----p-\nlv vg0/m/active/rwi-a-r-p-\n"
         "lv other/c/active/-wi-a-----\n"
     )
-    assert parsed(said, []).lines == [
+    assert parse_sets(said, []).lines == [
         f"the volume group vg0 lacks {MISSING}; /dev/vg0/m can be read without; "
         "/dev/vg0/b is not shown; add what is missing: -A IMAGE"
     ]
@@ -62,7 +62,7 @@ def test_a_btrfs_on_two_devices_is_one():
         "btrfs \nbtrfs Label: 'x'  uuid: aaaa\nbtrfs Total devices 1 FS bytes used 1\n"
         "btrfs devid    1 size 1 used 1 path /dev/sdc\n"
     )
-    sets = parsed(said, [block(f"/dev/sd{c}", "device", "btrfs") for c in "abc"])
+    sets = parse_sets(said, [block(f"/dev/sd{c}", "device", "btrfs") for c in "abc"])
     assert sets.parts == {"/dev/sdb"}
     assert sets.lines == []
 
@@ -72,7 +72,7 @@ def test_a_btrfs_that_lacks_a_device_is_said_with_what_can_be_tried():
         "btrfs Label: none  uuid: f5ec\nbtrfs Total devices 2 FS bytes used 147456\n"
         "btrfs devid    1 size 1 used 1 path /dev/sda\nbtrfs *** Some devices missing\n"
     )
-    (line,) = parsed(said, [block("/dev/sda", "device", "btrfs")]).lines
+    (line,) = parse_sets(said, [block("/dev/sda", "device", "btrfs")]).lines
     assert line == (
         "the btrfs on /dev/sda lacks 1 of 2 devices; add what is missing: -A IMAGE, "
         "or try what can be read without: -m /dev/sda:/:degraded"

@@ -131,7 +131,7 @@ def test_without_a_sandbox_the_table_is_named_and_the_command_answers(
     def none(*_: object, **__: object) -> None:
         raise NoSandbox("there is none")
 
-    monkeypatch.setattr(sandbox, "sandboxed", none)
+    monkeypatch.setattr(sandbox, "start_worker", none)
     status, out, err = run(capfd, "partitions", disk, "-o", "json")
     (row,) = json.loads(out)
     assert (status, row["table"], row["number"]) == (0, "sun", None)
@@ -171,7 +171,7 @@ def told(**changes: object) -> bytes:
 
 
 def test_a_true_answer_is_taken() -> None:
-    label = asking.parsed(told(), SIZE, 512)
+    label = asking.parse_answer(told(), SIZE, 512)
     assert (label.name, label.rows[0].start, label.rows[0].size) == ("sun", 4096, 8192)
 
 
@@ -201,11 +201,11 @@ def test_a_true_answer_is_taken() -> None:
 )
 def test_a_lie_of_the_sandbox_is_not_believed(lie: bytes) -> None:
     with pytest.raises(frames.BadMessage):
-        asking.parsed(lie, SIZE, 512)
+        asking.parse_answer(lie, SIZE, 512)
 
 
 def test_what_it_says_cannot_steer_a_terminal() -> None:
-    (line,) = asking.parsed(told(said=["\x1b[2J" + "x" * 1000]), SIZE, 512).said
+    (line,) = asking.parse_answer(told(said=["\x1b[2J" + "x" * 1000]), SIZE, 512).said
     assert "\x1b" not in line and len(line) <= 300
 
 

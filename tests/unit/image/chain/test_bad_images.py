@@ -19,7 +19,7 @@ def no_appliance(monkeypatch):
     def launched(*arguments, **options):
         raise AssertionError("an appliance was started")
 
-    monkeypatch.setattr(launch, "launched", launched)
+    monkeypatch.setattr(launch, "launch_appliance", launched)
 
 
 def run(capfd, *arguments) -> tuple[int, str]:

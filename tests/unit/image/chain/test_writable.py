@@ -153,7 +153,7 @@ def no_appliance(monkeypatch: pytest.MonkeyPatch) -> None:
     def launched(*arguments: object, **options: object) -> None:
         raise AssertionError("an appliance was started")
 
-    monkeypatch.setattr(launch, "launched", launched)
+    monkeypatch.setattr(launch, "launch_appliance", launched)
 
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS.keys())

@@ -447,7 +447,7 @@ def test_a_defect_of_imgtool_is_not_taken_for_a_lying_worker(image, monkeypatch,
 
     monkeypatch.setattr(messages, "entry_at", broken)
     launched: list[str] = []
-    monkeypatch.setattr(launch, "launched", lambda *_, **__: launched.append("appliance"))
+    monkeypatch.setattr(launch, "launch_appliance", lambda *_, **__: launched.append("appliance"))
     mounts = [Mount("/dev/sda", "/")]
     with open_guest(image, mounts=mounts) as guest, pytest.raises(defect, match="ours"):
         guest.lstat("/small")

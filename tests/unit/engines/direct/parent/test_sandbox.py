@@ -228,7 +228,7 @@ def inside(
     chain = open_chain(image)
     images = sandbox.Images([chain])
     given["seen"] = images.names(kind)[chain.active.path]
-    with sandbox.sandboxed(images, kind=kind, newest=newest) as process:
+    with sandbox.start_worker(images, kind=kind, newest=newest) as process:
         assert process.stdin and process.stdout and process.stderr
         argv = sandbox.server(chain, images, kind=kind)
         for line in (argv, given):
@@ -335,7 +335,7 @@ def test_who_reads_is_nobody_else_and_has_one_right_at_most(image, kind, newest)
     image.chmod(0o600)
     with (
         scratch_of(kind) as scratch,
-        sandbox.sandboxed(
+        sandbox.start_worker(
             images, kind=kind, newest=newest, shared=[scratch.descriptor] if scratch else []
         ) as process,
     ):
@@ -580,7 +580,7 @@ def filler(image: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, 
     images = sandbox.Images([open_chain(image)])
     with (
         scratch_memory() as scratch,
-        sandbox.sandboxed(images, kind=Kind.LANDLOCK, shared=[scratch.descriptor]) as process,
+        sandbox.start_worker(images, kind=Kind.LANDLOCK, shared=[scratch.descriptor]) as process,
         scratch.limit(process),
     ):
         yield process, scratch
@@ -622,7 +622,7 @@ def test_root_reads_files_of_several_users_that_only_they_may(tmp_path, kind, ne
     images = sandbox.Images([chain])
     with (
         scratch_of(kind) as scratch,
-        sandbox.sandboxed(
+        sandbox.start_worker(
             images, kind=kind, shared=[scratch.descriptor] if scratch else []
         ) as process,
     ):
@@ -637,7 +637,7 @@ def conversation(image: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> 
     closed = "import sys; sys.stdout.buffer.write(b'!' + bytes(4)); sys.stdout.flush(); "
     monkeypatch.setattr(sandbox, "_START", closed + program)
     images = sandbox.Images([open_chain(image)])
-    with sandbox.sandboxed(images) as process:
+    with sandbox.start_worker(images) as process:
         client = Client(process, image=str(image), silence=4.0)
         with pytest.raises(WorkerFailed) as failed:
             client.call("open", disks=[])
@@ -670,7 +670,7 @@ def test_a_worker_that_fails_is_an_error_in_time(image, monkeypatch, program, re
 
 def test_the_worker_dies_with_its_conversation(image):
     images = sandbox.Images([open_chain(image)])
-    with sandbox.sandboxed(images) as process:
+    with sandbox.start_worker(images) as process:
         client = Client(process, image=str(image))
         chain = open_chain(image)
         argv = sandbox.server(chain, images, snapshot=None, force_share=False)

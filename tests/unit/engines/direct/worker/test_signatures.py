@@ -168,7 +168,7 @@ def test_a_raid_of_promise_is_known_wherever_its_header_lies(sectors, tmp_path):
 def test_what_is_unknown_is_looked_at_once_and_in_few_places(monkeypatch):
     """Disks may have hundreds of partitions without a known type."""
     looked: list[int] = []
-    probed = signatures._probed
+    probed = signatures._probe
 
     def counted(size, parts):
         parts = list(parts)
@@ -182,7 +182,7 @@ def test_what_is_unknown_is_looked_at_once_and_in_few_places(monkeypatch):
             self.taken += length
             return super().read(offset, length)
 
-    monkeypatch.setattr(signatures, "_probed", counted)
+    monkeypatch.setattr(signatures, "_probe", counted)
     volume = Counted(8 * MIB)
     volume.data[:] = random.Random(1).randbytes(8 * MIB)
     assert identify(volume).type is None

@@ -76,7 +76,7 @@ class ExfatFilesystem(Filesystem):
     def open(cls, source: Source, *, unreplayed: bool = False) -> ExfatFilesystem:
         """Check the boot region, the root directory, the up-case table and the bitmap's place."""
         found = cls(source, read_geometry(source))
-        found._listed(_ROOT)
+        found._list_directory(_ROOT)
         return found
 
     def stat(self, inode: int) -> Node:
@@ -91,7 +91,7 @@ class ExfatFilesystem(Filesystem):
 
     def names(self, inode: int) -> Iterator[tuple[bytes, int]]:
         """What the directory's entry sets name; no volume label, nothing deleted."""
-        yield from self._listed(inode)[0]
+        yield from self._list_directory(inode)[0]
 
     def target(self, inode: int) -> bytes:
         """exFAT has no symbolic links."""
@@ -124,7 +124,7 @@ class ExfatFilesystem(Filesystem):
 
     def lookup(self, inode: int, name: bytes) -> int:
         """By the volume's own table of upper-case letters, without regard to dots at the end."""
-        child = self._listed(inode)[1].get(self.folded(name))
+        child = self._list_directory(inode)[1].get(self.folded(name))
         if child is None:
             raise PathNotFound
         return child
@@ -160,7 +160,7 @@ class ExfatFilesystem(Filesystem):
             raise Unsupported("a file on exFAT is larger than the volume")
         return entry
 
-    def _listed(self, inode: int) -> tuple[list[tuple[bytes, int]], dict[bytes, int]]:
+    def _list_directory(self, inode: int) -> tuple[list[tuple[bytes, int]], dict[bytes, int]]:
         """What a directory lists, and which entry the kernel finds for a folded name."""
         if self._last_listed[0] == inode:
             return self._last_listed[1:]
@@ -268,7 +268,7 @@ class ExfatFilesystem(Filesystem):
         while waiting:
             directory = waiting.pop()
             try:
-                listed = self._listed(directory)[0]
+                listed = self._list_directory(directory)[0]
                 places = self._places(directory)
             except (Unsupported, ReadFailed):
                 continue  # whoever lists it will hear of it

@@ -198,7 +198,7 @@ class ExtFilesystem(Filesystem):
         if not self._super.first_inode <= number <= self._super.inodes:
             raise ReadFailed("the inode of an attribute is out of range")
         raw = self._raw_inode(number)
-        inode = self._parsed(number, raw, attribute=True)
+        inode = self._parse_inode(number, raw, attribute=True)
         value = self._bytes(inode, 0, size) if inode.node.size == size else b""
         if len(value) != size:
             raise ReadFailed("the inode of an attribute is damaged")
@@ -356,14 +356,14 @@ class ExtFilesystem(Filesystem):
             raise ReadFailed("an inode number is out of range")
         if number < superblock.first_inode and number != _ROOT and not reserved:
             raise ReadFailed("a name points at a reserved inode")
-        inode = self._parsed(number, self._raw_inode(number))
+        inode = self._parse_inode(number, self._raw_inode(number))
         if len(self._inodes) >= _INODES:
             self._inodes.clear()
         if not reserved:
             self._inodes[number] = inode
         return inode
 
-    def _parsed(self, number: int, raw: bytes, attribute: bool = False) -> _Inode:
+    def _parse_inode(self, number: int, raw: bytes, attribute: bool = False) -> _Inode:
         superblock = self._super
         (mode, uid, size, mtime, gid, links, units, flags) = struct.unpack_from(
             "<HHI8xi4xHHII", raw

@@ -79,7 +79,7 @@ class FatFilesystem(Filesystem):
 
     def names(self, inode: int) -> Iterator[tuple[bytes, int]]:
         """Long names where there are any, else 8.3 names; no volume labels, nothing deleted."""
-        for entry, child in self._listed(inode)[0]:
+        for entry, child in self._list_directory(inode)[0]:
             yield entry.name, child
 
     def target(self, inode: int) -> bytes:
@@ -107,7 +107,7 @@ class FatFilesystem(Filesystem):
 
     def lookup(self, inode: int, name: bytes) -> int:
         """By long name or alias, without regard to the case of ASCII letters or dots at the end."""
-        child = self._listed(inode)[1].get(self.folded(name.rstrip(b".")))
+        child = self._list_directory(inode)[1].get(self.folded(name.rstrip(b".")))
         if child is None:
             raise PathNotFound
         return child
@@ -124,7 +124,7 @@ class FatFilesystem(Filesystem):
     def _entry(self, inode: int) -> Content:
         return fat_directory.content(self._source.read(inode * ENTRY, ENTRY), self._geometry.bits)
 
-    def _listed(self, inode: int) -> tuple[list[tuple[Entry, int]], dict[bytes, int]]:
+    def _list_directory(self, inode: int) -> tuple[list[tuple[Entry, int]], dict[bytes, int]]:
         """What a directory lists, and which entry the kernel finds for a folded name."""
         data = self._directory(inode)
         places = self._places(inode)
@@ -232,7 +232,7 @@ class FatFilesystem(Filesystem):
         while waiting:
             directory = waiting.pop()
             try:
-                listed = self._listed(directory)[0]
+                listed = self._list_directory(directory)[0]
                 clusters = self._clusters(directory)
             except (Unsupported, ReadFailed):
                 continue  # whoever lists it will hear of it

@@ -64,13 +64,13 @@ def read_volume(source: Source) -> Volume:
                 break
             return Volume(primary[0], primary[1], joliet)
         if block[0] == _PRIMARY and primary is None:
-            primary = _described(block, source)
+            primary = _read_descriptor(block, source)
         elif block[0] == _SUPPLEMENTARY and block[88:91] in _JOLIET and joliet is None:
-            joliet = _described(block, source)[1]
+            joliet = _read_descriptor(block, source)[1]
     raise Unsupported("the volume descriptors are not those of ISO 9660")
 
 
-def _described(block: bytes, source: Source) -> tuple[int, int]:
+def _read_descriptor(block: bytes, source: Source) -> tuple[int, int]:
     (blocks,) = struct.unpack_from("<I", block, 80)
     (size,) = struct.unpack_from("<H", block, 128)
     if size != BLOCK or block[6] != 1:

@@ -31,7 +31,7 @@ from imgtool.engines.direct.worker.fs.ntfs.records import (
     Attribute,
     Damaged,
     Record,
-    joined,
+    join_extents,
     parse_list,
     parse_record,
 )
@@ -306,7 +306,7 @@ class NtfsFilesystem(Filesystem):
                 if attribute.name != listed.name or attribute.lowest != listed.lowest:
                     raise Damaged("an NTFS attribute list names what is not there")
                 extents.setdefault((attribute.kind, attribute.name), []).append(attribute)
-        return {key: joined(parts) for key, parts in extents.items() if key[0] in _NEEDED}
+        return {key: join_extents(parts) for key, parts in extents.items() if key[0] in _NEEDED}
 
     def _extension(self, reference: int, base: int) -> Record:
         record = self._record(reference & NUMBER)

@@ -178,7 +178,7 @@ def _runs(pairs: bytes, start: int, clusters: int) -> list[Extent]:
     return runs
 
 
-def joined(extents: list[Attribute]) -> Attribute:
+def join_extents(extents: list[Attribute]) -> Attribute:
     """The extents of one attribute, in order, as one."""
     first = extents[0]
     if first.lowest != 0:

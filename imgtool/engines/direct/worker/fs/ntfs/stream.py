@@ -60,7 +60,7 @@ class Stream:
         if self._attribute.value is not None:
             return self._attribute.value[offset : offset + length]
         written = max(0, min(length, self._attribute.initialized - offset))
-        data = self._unpacked(offset, written) if self._unit else self._raw(offset, written)
+        data = self._unpack_range(offset, written) if self._unit else self._raw(offset, written)
         return data + bytes(length - written) if written < length else data
 
     def ranges(self) -> list[tuple[int, int]]:
@@ -95,7 +95,7 @@ class Stream:
             offset, length, at = offset + take, length - take, at + 1
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _unpacked(self, offset: int, length: int) -> bytes:
+    def _unpack_range(self, offset: int, length: int) -> bytes:
         parts = []
         while length:
             number, within = divmod(offset, self._unit)

@@ -66,12 +66,12 @@ class Attributes:
             size += len(name) + len(value)
             if size > MOST_XATTRS:
                 raise ReadFailed("its extended attributes are too large")
-            found.append(self._named(flags, name, value))
+            found.append(self._with_prefix(flags, name, value))
             if flags & _ROOT and name in _ACLS:
                 found.append((_ACLS[name], self._acl(value)))
         return xattrs.ordered(found)
 
-    def _named(self, flags: int, name: bytes, value: bytes) -> tuple[bytes, bytes]:
+    def _with_prefix(self, flags: int, name: bytes, value: bytes) -> tuple[bytes, bytes]:
         prefix = _PREFIXES.get(flags & (_ROOT | _SECURE))
         if flags & ~_KNOWN or prefix is None or not name or b"\0" in name:
             raise self._damaged
