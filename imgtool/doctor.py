@@ -86,7 +86,7 @@ def examine(
         *_qemu(host),
         *_appliance(host),
         kvm,
-        _saved(kvm),
+        _check_saved_appliance(kvm),
         _cache_space(),
         _memory(host),
         *_sandboxes(host),
@@ -303,7 +303,7 @@ def _kvm(host: Host) -> Check:
     return Check("KVM", True, False, f"{node} makes virtual machines (API {version})")
 
 
-def _saved(kvm: Check) -> Check:
+def _check_saved_appliance(kvm: Check) -> Check:
     """Whether an emulated appliance was saved that commands can continue."""
     name = "saved appliance"
     if kvm.ok:

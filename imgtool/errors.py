@@ -31,14 +31,14 @@ class ExitStatus(IntEnum):
 _LISTED = 8  # names in one line
 
 
-def listed(names: Iterable[str], separator: str = ", ") -> str:
+def join_names(names: Iterable[str], separator: str = ", ") -> str:
     """Names for one line of a message: the first ones, and how many more there are."""
     every = list(names)
     shown = separator.join(every[:_LISTED])
     return shown if len(every) <= _LISTED else f"{shown} and {len(every) - _LISTED} more"
 
 
-def shortened(text: str, most: int = 300) -> str:
+def shorten(text: str, most: int = 300) -> str:
     """What another program or a guest said, on one line of at most so many characters."""
     line = " ".join(text.split())
     return line if len(line) <= most else line[: most - 4] + " ..."

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imgtool.errors import Force, ImgtoolError, UsageError, shortened
+from imgtool.errors import Force, ImgtoolError, UsageError, shorten
 from imgtool.guest.guest import Guest
 from imgtool.guest.keys import Key, parse_key
 from imgtool.guest.model import Mount
@@ -275,15 +275,13 @@ def _refuse_new_faults(
         if new := new_faults(known.get(one.device), one):
             raise ImgtoolError(
                 "what was written left its filesystem unsound, and nothing was changed:"
-                f" {shortened(new[0])}",
+                f" {shorten(new[0])}",
                 subject=one.device,
                 hint="it had faults before: on a copy of the image, have it mended first"
                 if one.device in known
                 else None,
             )
-        options["notice"](
-            f"{one.device} had faults before it was written to: {shortened(one.said)}"
-        )
+        options["notice"](f"{one.device} had faults before it was written to: {shorten(one.said)}")
 
 
 @contextlib.contextmanager

@@ -78,10 +78,10 @@ def line(difference: Difference, *, human: bool) -> str:
 
 def show(before: Opener, after: Opener, on_problem: Callable[[bytes, str], None]) -> None:
     """Print what differs between two guests that can be opened."""
-    from imgtool.compare.comparing import compared, opened
+    from imgtool.compare.comparing import compare_trees, open_pair
 
-    with opened(before, after) as pair:
-        found = compared(
+    with open_pair(before, after) as pair:
+        found = compare_trees(
             pair, "/", checksum=None, everything=False, links=None,
             on_problem=(on_problem, on_problem),
         )  # fmt: skip

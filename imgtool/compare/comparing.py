@@ -21,7 +21,7 @@ from imgtool.compare.differences import (
     Walk,
     below,
     changed_fields,
-    merged,
+    merge_walks,
 )
 from imgtool.errors import EngineError, NotInGuestError
 from imgtool.guest.guest import Guest, OnProblem, Stretches
@@ -57,7 +57,7 @@ class Pair:
 
 
 @contextlib.contextmanager
-def opened(before: Opener, after: Opener) -> Iterator[Pair]:
+def open_pair(before: Opener, after: Opener) -> Iterator[Pair]:
     """Both guests, open; each opener is called in the thread of its side."""
     with (
         ThreadPoolExecutor(1) as first,
@@ -72,7 +72,7 @@ def opened(before: Opener, after: Opener) -> Iterator[Pair]:
         yield pair
 
 
-def compared(
+def compare_trees(
     pair: Pair,
     path: str | bytes = "/",
     *,
@@ -94,7 +94,7 @@ def compared(
     """
     before, after = pair.before, pair.after
     hidden = _mounted_on_one_side(pair, path)
-    places = pair.both(lambda: _resolved(before, path), lambda: _resolved(after, path))
+    places = pair.both(lambda: _resolve(before, path), lambda: _resolve(after, path))
     if places[0] is not None and places[0] == places[1]:
         path = places[0]
     walks = Walk(on_problem[0]), Walk(on_problem[1])
@@ -106,7 +106,7 @@ def compared(
     tops = pair.both(lambda: _top(before, path), lambda: _top(after, path))
     if tops[0] is None and tops[1] is None:
         before.lstat(path)  # raises
-    written = None if checksum is None else _written(pair, links)
+    written = None if checksum is None else _written_stretches(pair, links)
     started = time.monotonic()
 
     def begin(guest: Guest, walk: Walk, top: Entry | None) -> None:
@@ -118,7 +118,7 @@ def compared(
     )
     log.info("compared: both sides walked in %.3f s", time.monotonic() - started)
     contents = _Contents(before, checksum, walks[0])
-    for one, other in merged(*walks):
+    for one, other in merge_walks(*walks):
         if one is None or other is None:
             yield Difference(
                 ADDED if one is None else REMOVED,
@@ -174,7 +174,7 @@ def _top(guest: Guest, path: str | bytes) -> Entry | None:
         return None
 
 
-def _resolved(guest: Guest, path: str | bytes) -> bytes | None:
+def _resolve(guest: Guest, path: str | bytes) -> bytes | None:
     try:
         return guest.resolve(path)
     except NotInGuestError:
@@ -206,7 +206,7 @@ def _entries(
     return itertools.chain([top], list(itertools.islice(below, 1)), below)
 
 
-def _written(pair: Pair, links: Links | None) -> Stretches | None:
+def _written_stretches(pair: Pair, links: Links | None) -> Stretches | None:
     """What either side has written above the links in common; None if they have nothing."""
     if links is None or len(links[0]) != len(links[1]):
         return None
@@ -218,7 +218,7 @@ def _written(pair: Pair, links: Links | None) -> Stretches | None:
     )
     found: list[Sequence[tuple[int, int]] | None] = []
     for mine, theirs in zip(one, other, strict=True):
-        found.append(None if mine is None or theirs is None else _joined([*mine, *theirs]))
+        found.append(None if mine is None or theirs is None else _join_stretches([*mine, *theirs]))
     log.info(
         "map: %d bytes differ in the chains, asked in %.3f s",
         sum(end - start for row in found for start, end in row or ()),
@@ -227,7 +227,7 @@ def _written(pair: Pair, links: Links | None) -> Stretches | None:
     return None if all(row is None for row in found) else found
 
 
-def _joined(stretches: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _join_stretches(stretches: list[tuple[int, int]]) -> list[tuple[int, int]]:
     joined: list[tuple[int, int]] = []
     for start, end in sorted(stretches):
         if joined and joined[-1][1] >= start:

@@ -122,7 +122,7 @@ class Walk:
         return True
 
 
-def merged(before: Walk, after: Walk) -> Iterator[tuple[Entry | None, Entry | None]]:
+def merge_walks(before: Walk, after: Walk) -> Iterator[tuple[Entry | None, Entry | None]]:
     """The entries of both sides by their paths; None for a side that certainly has none.
 
     What one side does not know is in no pair: it was said to be unreadable.

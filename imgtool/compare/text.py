@@ -31,7 +31,7 @@ def text_difference(
         return b""
     if not set(difference.fields) & ({"content"} if summed else {"size", "mtime"}):
         return b""
-    old, new = quoted(b"a" + one.path), quoted(b"b" + other.path)
+    old, new = quote_name(b"a" + one.path), quote_name(b"b" + other.path)
     if max(one.size, other.size) > LONGEST:
         return b"File %b is longer than %d bytes: its text is not compared\n" % (new, LONGEST)
     was = before.read_bytes(one.path, LONGEST)
@@ -41,12 +41,12 @@ def text_difference(
     if b"\0" in was[:_LOOKED_AT] or b"\0" in now[:_LOOKED_AT]:
         return b"Binary files %b and %b differ\n" % (old, new)
     try:
-        return _unified(was, now, old, new)
+        return _unified_diff(was, now, old, new)
     except (ProgramFailed, TimedOut):
         return b"Files %b and %b differ, too much for their lines to be compared\n" % (old, new)
 
 
-def quoted(name: bytes) -> bytes:
+def quote_name(name: bytes) -> bytes:
     """A name in the header of a diff: as it is, or as git quotes it, which patch(1) knows too."""
     try:
         text = name.decode("utf-8")
@@ -66,7 +66,7 @@ def quoted(name: bytes) -> bytes:
     return b'"' + b"".join(shown) + b'"'
 
 
-def _unified(was: bytes, now: bytes, old: bytes, new: bytes) -> bytes:
+def _unified_diff(was: bytes, now: bytes, old: bytes, new: bytes) -> bytes:
     with _memory(was) as first, _memory(now) as second:
         argv = ["diff", "--text", "--unified"]
         argv += [f"--label={os.fsdecode(label)}" for label in (old, new)]

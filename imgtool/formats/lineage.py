@@ -41,7 +41,7 @@ class Lineage:
     parent_id: str | None = None
 
 
-def _named(kind: str, id: bytes) -> str | None:
+def _name_of(kind: str, id: bytes) -> str | None:
     return f"{kind} {id.hex()}" if any(id) else None
 
 
@@ -49,13 +49,13 @@ def _of_vhd(file: BinaryIO) -> Lineage | None:
     footer = vhd.read_footer(file)
     if footer is None:
         return None
-    own = _named("vpc", footer.id)
+    own = _name_of("vpc", footer.id)
     if footer.kind != vhd.DIFFERENCING:
         return Lineage("vpc", own)
     dynamic = vhd.read_dynamic(file, footer)
     if dynamic is None:
         return Lineage("vpc", own, differencing=True)
-    return Lineage("vpc", own, True, dynamic.parent or None, _named("vpc", dynamic.parent_id))
+    return Lineage("vpc", own, True, dynamic.parent or None, _name_of("vpc", dynamic.parent_id))
 
 
 def _of_vmdk(file: BinaryIO) -> Lineage:
@@ -77,15 +77,15 @@ def read(file: BinaryIO) -> Lineage | None:
         image = vhdx.read(file)
         if image is None:
             return Lineage("vhdx")
-        parent = _named("vhdx", image.parent_id) if image.has_parent else None
-        own = _named("vhdx", image.id)
+        parent = _name_of("vhdx", image.parent_id) if image.has_parent else None
+        own = _name_of("vhdx", image.id)
         return Lineage("vhdx", own, image.has_parent, image.parent or None, parent)
     if start[vdi.SIGNATURE_OFFSET :].startswith(vdi.SIGNATURE):
         disk = vdi.read(file)
         if disk is None:
             return Lineage("vdi")
-        parent = _named("vdi", disk.parent_id)
-        return Lineage("vdi", _named("vdi", disk.id), disk.has_parent, None, parent)
+        parent = _name_of("vdi", disk.parent_id)
+        return Lineage("vdi", _name_of("vdi", disk.id), disk.has_parent, None, parent)
     if start.startswith((vmdk.SPARSE_MAGIC, vmdk.COWD_MAGIC)) or vmdk.looks_like_descriptor(start):
         return _of_vmdk(file)
     return _of_vhd(file)

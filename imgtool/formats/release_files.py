@@ -159,7 +159,7 @@ def _lsb_release(_files: Files, content: bytes, release: Release) -> bool:
     return satisfied
 
 
-def _named(distribution: str, pattern: bytes | None = None) -> _Test:
+def _name_test(distribution: str, pattern: bytes | None = None) -> _Test:
     def test(_files: Files, content: bytes, release: Release) -> bool:
         first = b"" if len(content) > SMALL_FILE else content.partition(b"\n")[0]
         if not first:
@@ -206,7 +206,7 @@ def _suse(_files: Files, content: bytes, release: Release) -> bool:
 
 def _buildroot(files: Files, content: bytes, release: Release) -> bool:
     cirros = files.file_header("/usr/share/cirros/logo", 1) is not None
-    return _named("cirros" if cirros else "buildroot")(files, content, release)
+    return _name_test("cirros" if cirros else "buildroot")(files, content, release)
 
 
 _UPDATES = rb".*release ([0-9]+).*Update ([0-9]+)"
@@ -215,7 +215,7 @@ _MAJOR = rb".*release ([0-9]+)"
 
 
 def _releases(path: str, distribution: str, name: bytes, *forms: bytes) -> list[tuple[str, _Test]]:
-    return [(path, _named(distribution, name + form)) for form in forms]
+    return [(path, _name_test(distribution, name + form)) for form in forms]
 
 
 _REDHAT = "/etc/redhat-release"
@@ -224,33 +224,33 @@ _TESTS: tuple[tuple[str, _Test], ...] = (
     ("/etc/lsb-release", _lsb_release),
     (
         "/etc/openmandriva-release",
-        _named("openmandriva", rb"OpenMandriva.*release ([0-9]+)\.([0-9]+)\.?(?:[0-9]+)? .*"),
+        _name_test("openmandriva", rb"OpenMandriva.*release ([0-9]+)\.([0-9]+)\.?(?:[0-9]+)? .*"),
     ),
     *_releases("/etc/oracle-release", "oraclelinux", b"Oracle Linux", _UPDATES, _MINOR, _MAJOR),
     *_releases("/etc/centos-release", "centos", b"CentOS", _UPDATES, _MINOR, _MAJOR),
     *_releases("/etc/rocky-release", "rocky", b"Rocky Linux", _MINOR, _MAJOR),
-    ("/etc/altlinux-release", _named("altlinux")),
-    (_REDHAT, _named("fedora", rb"Fedora release ([0-9]+)")),
+    ("/etc/altlinux-release", _name_test("altlinux")),
+    (_REDHAT, _name_test("fedora", rb"Fedora release ([0-9]+)")),
     *_releases(_REDHAT, "rhel", b"Red Hat", _UPDATES, _MINOR, _MAJOR),
     *_releases(_REDHAT, "centos", b"CentOS", _UPDATES, _MINOR, _MAJOR),
     *_releases(_REDHAT, "rocky", b"Rocky Linux", _MINOR, _MAJOR),
     *_releases(_REDHAT, "scientificlinux", b"Scientific Linux", _UPDATES, _MINOR, _MAJOR),
-    (_REDHAT, _named("redhat-based")),
+    (_REDHAT, _name_test("redhat-based")),
     (_REDHAT, _just("redhat-based")),
-    ("/etc/debian_version", _named("debian")),
-    ("/etc/pardus-release", _named("pardus")),
+    ("/etc/debian_version", _name_test("debian")),
+    ("/etc/pardus-release", _name_test("pardus")),
     ("/etc/arch-release", _just("archlinux")),
-    ("/etc/gentoo-release", _named("gentoo")),
-    ("/etc/meego-release", _named("meego")),
-    ("/etc/slackware-version", _named("slackware")),
-    ("/etc/ttylinux-target", _named("ttylinux")),
+    ("/etc/gentoo-release", _name_test("gentoo")),
+    ("/etc/meego-release", _name_test("meego")),
+    ("/etc/slackware-version", _name_test("slackware")),
+    ("/etc/ttylinux-target", _name_test("ttylinux")),
     ("/etc/SuSE-release", _suse),
     ("/etc/SuSE-release", _just("suse-based")),
-    ("/etc/cirros/version", _named("cirros")),
+    ("/etc/cirros/version", _name_test("cirros")),
     ("/etc/br-version", _buildroot),
-    ("/etc/alpine-release", _named("alpinelinux")),
-    ("/etc/frugalware-release", _named("frugalware", rb"Frugalware ([0-9]+)\.([0-9]+)")),
-    ("/etc/pld-release", _named("pldlinux", rb"([0-9]+)\.([0-9]+) PLD Linux")),
+    ("/etc/alpine-release", _name_test("alpinelinux")),
+    ("/etc/frugalware-release", _name_test("frugalware", rb"Frugalware ([0-9]+)\.([0-9]+)")),
+    ("/etc/pld-release", _name_test("pldlinux", rb"([0-9]+)\.([0-9]+) PLD Linux")),
 )
 
 

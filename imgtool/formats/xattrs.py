@@ -29,7 +29,7 @@ TAGS = {
 }
 
 
-def ordered(found: Iterable[tuple[bytes, bytes]]) -> Xattrs:
+def order_xattrs(found: Iterable[tuple[bytes, bytes]]) -> Xattrs:
     """Attributes as an entry has them; of two with one name the first."""
     kept: dict[bytes, bytes] = {}
     for name, value in found:

@@ -113,13 +113,13 @@ def contents(blocks: Sequence[Block]) -> dict[str, str]:
     }
 
 
-def unmeasured(rows: Sequence[Device], blocks: Sequence[Block]) -> dict[str, str]:
+def unmeasured_rows(rows: Sequence[Device], blocks: Sequence[Block]) -> dict[str, str]:
     """Why the space of those rows of `filesystems_on` that hold no files themselves is not known.
 
     Nothing of those where there is no space to know: of swap, and of what others are made of.
     """
     above = {parent for block in blocks for parent in block.parents}
-    closed = set(locked(blocks))
+    closed = set(locked_devices(blocks))
     found = {}
     for row in rows:
         type = row.type or UNKNOWN
@@ -133,7 +133,7 @@ def unmeasured(rows: Sequence[Device], blocks: Sequence[Block]) -> dict[str, str
     return found
 
 
-def locked(blocks: Sequence[Block]) -> tuple[str, ...]:
+def locked_devices(blocks: Sequence[Block]) -> tuple[str, ...]:
     """The encrypted devices in which nothing can be seen, since no key has opened them."""
     opened = {parent for block in blocks for parent in block.parents}
     return tuple(b.device for b in blocks if b.type in LOCKED and b.device not in opened)

@@ -98,7 +98,7 @@ def mapper_to_volume(name: str) -> str | None:
     return f"/dev/{group}/{volume}".replace("\0", "-")
 
 
-def unescaped(name: str) -> str:
+def unescape(name: str) -> str:
     r"""A name without udev's escapes: `my\x20disk`."""
     raw = name.encode("utf-8", "surrogateescape").decode("latin-1")
     plain = _ESCAPED.sub(lambda found: chr(int(found[1], 16)), raw)
@@ -230,9 +230,9 @@ class DeviceNames:
     def _by_tag(self, spec: str) -> list[str] | None:
         """The devices that have what a spec says of its device; None for another kind of name."""
         if tag := _TAG.fullmatch(spec):
-            return self._with(tag[1].lower(), _unquoted(tag[2]))
+            return self._with(tag[1].lower(), _unquote(tag[2]))
         if folder := _FOLDER.fullmatch(spec):
-            return self._with(folder[1], unescaped(folder[2]))
+            return self._with(folder[1], unescape(folder[2]))
         if lvm := _LVM.fullmatch(spec):
             return self._with("dm_uuid", lvm[1])
         if crypt := _CRYPT.fullmatch(spec):
@@ -241,7 +241,7 @@ class DeviceNames:
 
     def _told_by_itself(self, spec: str) -> Named | None:
         if (name := _mapper_name(spec)) is not None:
-            return self._mapped(name)
+            return self._find_mapped(name)
         found = self._by_tag(spec)
         if found is not None:
             return Named(found[0], guessed=False) if len(found) == 1 else None
@@ -250,7 +250,7 @@ class DeviceNames:
             return Named(spec, guessed=False)
         return None
 
-    def _mapped(self, name: str) -> Named | None:
+    def _find_mapped(self, name: str) -> Named | None:
         for layers in range(_MOST_LAYERS):
             for device in (mapper_to_volume(name) or "", f"/dev/mapper/{name}"):
                 if device in self._known and device not in self._named_by_us:
@@ -315,18 +315,18 @@ class DeviceNames:
 def _mapper_name(spec: str) -> str | None:
     for prefix in _MAPPED:
         if spec.startswith(prefix):
-            return unescaped(spec.removeprefix(prefix))
+            return unescape(spec.removeprefix(prefix))
     return None
 
 
 def _by_id(spec: str) -> str:
     """`ID=`, a tag of newer libmount, as the folder that it stands for."""
     if spec.startswith("ID="):
-        return f"/dev/disk/by-id/{_unquoted(spec.removeprefix('ID='))}"
+        return f"/dev/disk/by-id/{_unquote(spec.removeprefix('ID='))}"
     return spec
 
 
-def _unquoted(value: str) -> str:
+def _unquote(value: str) -> str:
     if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
         return value[1:-1]
     return value

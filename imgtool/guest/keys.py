@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from imgtool.errors import ImgtoolError, UsageError, listed
+from imgtool.errors import ImgtoolError, UsageError, join_names
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def keys_told(
     for key in keys:
         if key.selector == "all" or any(key.fits(*pair) for pair in encrypted.items()):
             continue
-        there = listed(
+        there = join_names(
             f"{device} ({uuid})" if uuid else device for device, uuid in encrypted.items()
         )
         lines.append(

@@ -17,13 +17,13 @@ from typing import Protocol
 from imgtool.errors import (
     EngineError,
     NotInGuestError,
-    listed,
-    shortened,
+    join_names,
+    shorten,
 )
 from imgtool.formats.foreign_tables import SUFFIX, TITLES
 from imgtool.formats.fstab import FstabEntry, named_devices, parse_fstab
 from imgtool.formats.numbers import whole_number
-from imgtool.guest.blocks import LOCKED, UNKNOWN, Block, locked
+from imgtool.guest.blocks import LOCKED, UNKNOWN, Block, locked_devices
 from imgtool.guest.device_names import DeviceNames, parse_crypttab
 from imgtool.guest.model import Device, Layout, Mount, Unshown
 from imgtool.text import typed
@@ -111,7 +111,7 @@ class Findings:
 def there_is(known: Collection[str]) -> str:
     """What to say to who names a filesystem that is not among those that there are."""
     if known:
-        return "it has: " + listed(sorted(known))
+        return "it has: " + join_names(sorted(known))
     return "it has none that can be read; 'imgtool filesystems --all' shows what it holds"
 
 
@@ -205,7 +205,7 @@ def survey(volumes: Volumes) -> Findings:
     return Findings(filesystems, tuple(_without_snapshots(roots, filesystems)), failures)
 
 
-def _titled(type: str) -> str:
+def _describe_type(type: str) -> str:
     table = TITLES.get(type.removesuffix(SUFFIX))
     if type.endswith(SUFFIX) and table:
         return f"its {table} partition table is not read"
@@ -234,15 +234,15 @@ def _still_readable(findings: Findings) -> str:
     return "'imgtool filesystems --all' shows what the image holds"
 
 
-def _described(findings: Findings) -> str:
+def _describe(findings: Findings) -> str:
     words = []
     for filesystem in findings.filesystems:
         note = findings.failures.get(filesystem.device)
         words.append(
-            f"{filesystem.device} ({_titled(filesystem.type or UNKNOWN)}"
-            + (f", cannot be mounted: {shortened(note, 120)})" if note else ")")
+            f"{filesystem.device} ({_describe_type(filesystem.type or UNKNOWN)}"
+            + (f", cannot be mounted: {shorten(note, 120)})" if note else ")")
         )
-    return listed(words)
+    return join_names(words)
 
 
 def _choose_root(findings: Findings, wanted: str | None) -> Root | None:
@@ -251,14 +251,14 @@ def _choose_root(findings: Findings, wanted: str | None) -> Root | None:
         for root in roots:
             if root.source == wanted:
                 return root
-        choices = listed(r.source for r in roots) or "none was found"
+        choices = join_names(r.source for r in roots) or "none was found"
         raise NotInGuestError(
             "no operating system has this root filesystem",
             subject=wanted,
             hint=f"operating systems in the image: {choices}",
         )
     if len(roots) > 1:
-        choices = listed(
+        choices = join_names(
             (f"--root {_word(root.source)}  ({root.title})" for root in roots), "  or  "
         )
         raise NotInGuestError("the image has several operating systems", hint=f"add {choices}")
@@ -278,16 +278,16 @@ def _data_layout(findings: Findings, closed: Sequence[str]) -> Layout:
     if not usable:
         if findings.failures:
             raise NothingMounts(
-                "no filesystem can be mounted: " + _described(findings),
+                "no filesystem can be mounted: " + _describe(findings),
                 hint=_still_readable(findings),
             )
         raise NotInGuestError(
             "the image holds no filesystem that can be read"
-            + (f": {_described(findings)}" if findings.filesystems else ""),
+            + (f": {_describe(findings)}" if findings.filesystems else ""),
             hint="'imgtool partitions' and 'imgtool info' show what it is",
         )
     raise NotInGuestError(
-        "no operating system was found; filesystems: " + _described(findings),
+        "no operating system was found; filesystems: " + _describe(findings),
         hint="say which one to use: " + "  or  ".join(f"-m {_word(f.device)}" for f in usable),
     )
 
@@ -325,7 +325,7 @@ class _Found:
     def __init__(self, volumes: Volumes, root: Root, findings: Findings) -> None:
         self._volumes = volumes
         self._names = _device_names(volumes, root, findings)
-        self._closed = locked(volumes.blocks())
+        self._closed = locked_devices(volumes.blocks())
         self._asked: dict[FstabEntry, str | None] = {}
         own = btrfs_device(root.source, findings.filesystems) or root.source
         # What is shown already, and by which name of it: nothing else than that can mean it.
@@ -353,7 +353,7 @@ class _Found:
             return ""
         are = "is" if len(self._closed) == 1 else "are"
         key = f"--key {self._closed[0]}:file:FILE"
-        return f", or in {listed(self._closed)}, which {are} encrypted ({key})"
+        return f", or in {join_names(self._closed)}, which {are} encrypted ({key})"
 
     def source(self, entry: FstabEntry) -> str | Unshown:
         """What to mount, or why there is nothing."""
@@ -367,10 +367,10 @@ class _Found:
             # A guess that leads to what is there already was wrong: it is on another disk.
             if known_as == entry.spec:
                 return source
-        said = shortened(entry.spec, _MOST_SAID)
+        said = shorten(entry.spec, _MOST_SAID)
         why = f"{said} is on none of the disks given{self._or_locked()}"
         if several := self._names.several(entry.spec):
-            why = f"{said} may be each of these: {listed(several)}"
+            why = f"{said} may be each of these: {join_names(several)}"
         return Unshown(entry.mountpoint, why, entry.at_boot, entry.is_optional)
 
 
@@ -396,7 +396,7 @@ def _from_fstab(volumes: Volumes, root: Root, findings: Findings) -> Layout:
     found.sort(key=lambda mount: (mount.mountpoint.count("/"), mount.mountpoint != "/"))
     missing = [one for one in unshown.values() if one.mountpoint not in taken]
     lines += [
-        f"{shortened(one.mountpoint, _MOST_SAID)} is not shown: {one.why}"
+        f"{shorten(one.mountpoint, _MOST_SAID)} is not shown: {one.why}"
         for one in missing
         if one.is_said
     ]
@@ -446,5 +446,5 @@ def discover(volumes: Volumes, *, root: str | None = None) -> Layout:
     findings = survey(volumes)
     chosen = _choose_root(findings, root)
     if chosen is None:
-        return _data_layout(findings, locked(volumes.blocks()))
+        return _data_layout(findings, locked_devices(volumes.blocks()))
     return _from_fstab(volumes, chosen, findings)

@@ -87,7 +87,7 @@ def _apk(stream: BinaryIO) -> Rows:
     return rows
 
 
-def _described(content: bytes) -> dict[bytes, bytes]:
+def _parse_description(content: bytes) -> dict[bytes, bytes]:
     fields: dict[bytes, bytes] = {}
     key = b""
     for line in content.split(b"\n"):
@@ -114,7 +114,7 @@ def _pacman(files: Files) -> Rows:
             continue
         if b"\0" in content:
             raise Undetermined(f"{text(name)} has a NUL byte")
-        fields = _described(content)
+        fields = _parse_description(content)
         if len(fields) < 3:
             continue
         epoch, version, release = _version(fields[b"%VERSION%"])
@@ -125,7 +125,7 @@ def _pacman(files: Files) -> Rows:
     return rows
 
 
-def installed(files: Files, package_format: str | None) -> tuple[Application, ...]:
+def installed_packages(files: Files, package_format: str | None) -> tuple[Application, ...]:
     """The packages, in libguestfs's order; none for a format that libguestfs cannot list.
 
     Raises `Undetermined` where the database is missing, damaged, or in a form not known here.

@@ -20,7 +20,7 @@ class MountInfo:
     read_only: bool
 
 
-def _unescaped(text: str) -> str:
+def _unescape(text: str) -> str:
     raw = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), os.fsencode(text))
     return os.fsdecode(raw)
 
@@ -34,9 +34,9 @@ def mounts(process: int | str = "self") -> list[MountInfo]:
         after = words[words.index("-") + 1 :]
         found.append(
             MountInfo(
-                target=_unescaped(words[4]),
+                target=_unescape(words[4]),
                 fstype=after[0],
-                source=_unescaped(after[1]),
+                source=_unescape(after[1]),
                 device=words[2],
                 read_only="ro" in after[2].split(","),
             )

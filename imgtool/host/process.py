@@ -136,7 +136,7 @@ def run(
     options = _options(limits, pass_fds, env, preexec)
     options["process_group"] = 0 if new_group else None
     stdin = subprocess.DEVNULL if input is None else PIPE
-    with _started(words, stdin=stdin, stdout=PIPE, stderr=PIPE, **options) as process:
+    with _start(words, stdin=stdin, stdout=PIPE, stderr=PIPE, **options) as process:
         try:
             out, said = process.communicate(input, timeout=limits.wall)
         except subprocess.TimeoutExpired as error:
@@ -170,7 +170,7 @@ def spawn(
     options = _options(limits or Limits(), pass_fds, env)
     if outlives:
         options |= {"preexec_fn": None, "start_new_session": True}
-    with _started(words, stdin=stdin, stdout=stdout, stderr=stderr, **options) as process:
+    with _start(words, stdin=stdin, stdout=stdout, stderr=stderr, **options) as process:
         yield process
 
 
@@ -191,7 +191,7 @@ def _options(
 
 
 @contextlib.contextmanager
-def _started(words: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+def _start(words: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
     """A program that has ended, and was waited for, when the block ends: also after Ctrl-C, when
     what it had locked would else be locked for a moment more."""
     process = None

@@ -148,7 +148,7 @@ _RPM = (
 )
 
 
-def _explained(text: str, known: tuple[_Known, ...], name: str) -> Said | None:
+def _explain(text: str, known: tuple[_Known, ...], name: str) -> Said | None:
     for one in known:
         if re.search(one.words, text):
             return Said(one.means, one.step and one.step.format(name))
@@ -164,18 +164,18 @@ def by_qemu(text: str, name: str = "IMAGE") -> Said:
     """What QEMU's words about an image mean; `name` is what a user would type for it."""
     _log("QEMU", text)
     unknown = Said("QEMU cannot do it, and says nothing that imgtool knows", "-v shows its words")
-    return _explained(text, _QEMU, name) or unknown
+    return _explain(text, _QEMU, name) or unknown
 
 
 def by_mount(text: str) -> Said:
     """What the words of mount(8) and its like mean."""
     _log("mount", text)
     unknown = Said("the kernel refuses it, for a reason that imgtool does not know", "-v shows it")
-    return _explained(text, _MOUNT, "") or unknown
+    return _explain(text, _MOUNT, "") or unknown
 
 
 def by_rpm(text: str) -> Said:
     """What the words of rpm, or of who asked it for the packages, mean."""
     _log("inspection", text)
     unknown = Said("the appliance cannot tell", "-v shows why")
-    return _explained(text, _RPM, "") or unknown
+    return _explain(text, _RPM, "") or unknown

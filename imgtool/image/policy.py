@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from imgtool.errors import ImageError, RefusedError, listed
+from imgtool.errors import ImageError, RefusedError, join_names
 from imgtool.formats.protocols import protocol_of
 from imgtool.image.locking.held import real_path
 from imgtool.text import printable, typed
@@ -82,11 +82,11 @@ class AllowedDirs:
     def follow(self, name: str, *, of: Path, role: str) -> Path:
         """The absolute path of the file that the header of `of` names as its `role`.
 
-        Relative names start in the folder of `of` (`_named`). Nothing is opened. Raises
+        Relative names start in the folder of `of` (`_named_path`). Nothing is opened. Raises
         `RefusedError` for a name that leaves the allowed folders or is not a plain file name.
         """
         shown = printable(name)
-        path = _named(name, of, role)
+        path = _named_path(name, of, role)
         try:
             real = path.resolve()
             if _is_link(real):  # so far Python 3.13 gets in a circle of links
@@ -111,7 +111,7 @@ class AllowedDirs:
 
         Raises `RefusedError` where several of them have one.
         """
-        path = _named(name, of, _BASE)
+        path = _named_path(name, of, _BASE)
         if not self.searched or _there(path):
             return self.follow(name, of=of, role=_BASE), None
         found: list[Path] = []
@@ -124,7 +124,7 @@ class AllowedDirs:
         if len(found) > 1:
             raise RefusedError(
                 f"its backing file '{printable(name)}' is not there, and of that name are several:"
-                f" {listed(printable(one) for one in found)}",
+                f" {join_names(printable(one) for one in found)}",
                 subject=printable(of),
                 hint="give one --backing-dir alone",
             )
@@ -149,7 +149,7 @@ def _there(path: Path) -> bool:
     return True
 
 
-def _named(name: str, of: Path, role: str) -> Path:
+def _named_path(name: str, of: Path, role: str) -> Path:
     """The path that the header of `of` names as its `role`.
 
     A relative name starts where the file itself is; only if there is nothing, in the folder of a

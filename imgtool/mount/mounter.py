@@ -18,7 +18,7 @@ from imgtool.errors import (
     NotInGuestError,
     Reason,
     RefusedError,
-    listed,
+    join_names,
 )
 from imgtool.guest.hidden import refuse_hidden
 from imgtool.guest.mending import (
@@ -128,7 +128,7 @@ class MountAttempt:
             uuids.setdefault(group, set()).add(uuid)
         for number, group in enumerate(needed):
             if group not in members:
-                there = listed(sorted(name for name in members if name)) or "none"
+                there = join_names(sorted(name for name in members if name)) or "none"
                 raise NotInGuestError(
                     "no such volume group", subject=group, hint=f"volume groups: {there}"
                 )

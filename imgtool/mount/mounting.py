@@ -21,7 +21,7 @@ from imgtool.errors import (
     Reason,
     RefusedError,
     UsageError,
-    listed,
+    join_names,
 )
 from imgtool.formats.partition_table import disk_name
 from imgtool.guest.hibernation import refuse_sleeping_devices, refuse_sleeping_files
@@ -144,7 +144,7 @@ def _refuse_if_mounted(wanted: MountRequest, chains: Sequence[Chain], besides: s
             raise RefusedError(
                 f"it is mounted at {journal.mountpoint}"
                 + (", to be written" if journal.writable else ""),
-                subject=listed(shared),
+                subject=join_names(shared),
                 hint=f"imgtool umount {journal.mountpoint}",
             )
 

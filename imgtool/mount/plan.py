@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from imgtool.errors import HostError, NotInGuestError, UsageError, listed
+from imgtool.errors import HostError, NotInGuestError, UsageError, join_names
 from imgtool.formats.partition_table import Partition, disk_name
 from imgtool.guest.layout import BTRFS_VOLUME, btrfs_device
 from imgtool.guest.model import Layout
@@ -83,7 +83,7 @@ def partition(disks: Sequence[Disk], number: int, disk: int = 0) -> DiskRange:
                     subject=str(place),
                 )
             return place
-    there = listed(
+    there = join_names(
         f"{row.number} ({row.type_name or row.type or 'no type'}, {row.size} bytes)"
         for row in rows
         if row.number is not None

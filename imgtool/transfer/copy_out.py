@@ -141,7 +141,7 @@ def copy_out(
                     marshal.dump(child.path, names)
                 else:
                     report.skipped(child.path, f"a {_KINDS[child.type]} is not copied")
-            for path in _dumped(names):
+            for path in _load_dumped(names):
                 copy_out(
                     guest,
                     os.fsdecode(path),
@@ -171,7 +171,7 @@ def _name(typed: bytes, entry: Entry) -> bytes:
     return entry.name if same else name
 
 
-def _dumped(file: BinaryIO) -> Iterator[Any]:
+def _load_dumped(file: BinaryIO) -> Iterator[Any]:
     """What was written into a file with `marshal.dump`, from its start."""
     file.seek(0)
     while True:
@@ -229,7 +229,7 @@ class _Copy:
         else:
             self._directory()
             return True
-        self._finished(self._top, b"")
+        self._finish_entry(self._top, b"")
         return True
 
     def _advance(self, count: int) -> None:
@@ -328,9 +328,9 @@ class _Copy:
             marshal.dump((*fields, *more, entry.target, entry.xattrs), records)
         return frozenset(sparse) if room >= 0 else None
 
-    def _recorded(self, records: BinaryIO) -> Iterator[tuple[Entry, bytes]]:
+    def _load_records(self, records: BinaryIO) -> Iterator[tuple[Entry, bytes]]:
         """What `_survey` wrote, in preorder, with each path relative to the directory."""
-        for values in _dumped(records):
+        for values in _load_dumped(records):
             path, mode, uid, gid, size, mtime, blocks, nlink, inode, device, target, kept = values
             entry = Entry(path, mode, uid, gid, size, mtime, blocks, nlink, inode, device)
             entry = replace(entry, target=target, xattrs=kept)
@@ -370,7 +370,7 @@ class _Copy:
     def _one_by_one(self, records: BinaryIO, only: frozenset[bytes] | None = None) -> None:
         linked = _Paths()
         full = False
-        for entry, relative in self._recorded(records):
+        for entry, relative in self._load_records(records):
             if only is not None and entry.path not in only:
                 continue
             inode = (entry.device, entry.inode)
@@ -397,7 +397,7 @@ class _Copy:
     def _finish(self, records: BinaryIO) -> None:
         """Attributes from the walk, which has nanoseconds; each directory after what is in it."""
         open_directories: list[tuple[Entry, bytes]] = [(self._top, b"")]
-        for entry, relative in self._recorded(records):
+        for entry, relative in self._load_records(records):
             while not _is_below(relative, open_directories[-1][1]):
                 self._attribute(*open_directories.pop())
             if entry.type == "directory":
@@ -407,7 +407,7 @@ class _Copy:
         for directory, path in reversed(open_directories):
             self._attribute(directory, path)
 
-    def _finished(self, entry: Entry, relative: bytes) -> bool:
+    def _finish_entry(self, entry: Entry, relative: bytes) -> bool:
         kept = self._report.xattrs
         xattrs = kept.chosen(entry.xattrs or ())
         attributes = Attributes(entry.mode, entry.uid, entry.gid, entry.mtime_ns, xattrs)
@@ -415,7 +415,7 @@ class _Copy:
 
     def _attribute(self, entry: Entry, relative: bytes) -> None:
         try:
-            there = self._finished(entry, relative)
+            there = self._finish_entry(entry, relative)
             # Seen by the walk, not in the stream.
             if not there and self._failed.get(relative) is None:
                 self._report.problem(entry.path, "was not copied")

@@ -132,18 +132,18 @@ class Setting:
         end = b"\r\n" if lines and lines[0].endswith(b"\r\n") else b"\n"
         for number, line in enumerate(lines):
             if matched := commented.match(line.rstrip(b"\r\n")):
-                lines[number] = _ended(line, end)
+                lines[number] = _with_line_end(line, end)
                 lines.insert(number + 1, (matched[1] or matched[2]) + value + end)
                 return b"".join(lines)
         if lines:
-            lines[-1] = _ended(lines[-1], end)
+            lines[-1] = _with_line_end(lines[-1], end)
         separator = b"=" if _uses_equals(lines) else b" "
         return b"".join(
             [*lines, self.key.encode("utf-8", "surrogateescape") + separator + value + end]
         )
 
 
-def _ended(line: bytes, end: bytes) -> bytes:
+def _with_line_end(line: bytes, end: bytes) -> bytes:
     return line if line.endswith((b"\n", b"\r")) else line + end
 
 

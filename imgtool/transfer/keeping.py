@@ -58,12 +58,12 @@ class Keeping:
         if self._left:
             said.append(
                 "extended attributes that could give rights on the host are not kept "
-                f"({_counted(self._left)}): --xattrs all keeps them"
+                f"({_describe_counts(self._left)}): --xattrs all keeps them"
             )
         if self._refused:
             said.append(
                 "extended attributes that the destination's filesystem, or the rights of the user, "
-                f"do not allow are not kept ({_counted(self._refused)})"
+                f"do not allow are not kept ({_describe_counts(self._refused)})"
             )
         return said
 
@@ -99,7 +99,7 @@ class LeftBehind:
         """What is said of them, if there are any."""
         if not self._counts:
             return None
-        return f"extended attributes are not copied ({_counted(self._counts)})"
+        return f"extended attributes are not copied ({_describe_counts(self._counts)})"
 
 
 def _kind(name: bytes) -> str:
@@ -108,7 +108,7 @@ def _kind(name: bytes) -> str:
     return os.fsdecode(name.partition(b".")[0]) + ".*"
 
 
-def _counted(counts: Counter[str]) -> str:
+def _describe_counts(counts: Counter[str]) -> str:
     return ", ".join(f"{kind}: {count}" for kind, count in sorted(counts.items()))
 
 

@@ -132,12 +132,12 @@ def _empty(top: int) -> None:
     moved = 0
     while names := os.listdir(top):
         for name in names:
-            if _unlinked(name, top):
+            if _unlink(name, top):
                 continue
             folder = os.open(name, _FOLDER, dir_fd=top)
             try:
                 for child in os.listdir(folder):  # noqa: PTH208
-                    if not _unlinked(child, folder):
+                    if not _unlink(child, folder):
                         moved += 1
                         os.rename(child, str(moved), src_dir_fd=folder, dst_dir_fd=top)
             finally:
@@ -145,7 +145,7 @@ def _empty(top: int) -> None:
             os.rmdir(name, dir_fd=top)
 
 
-def _unlinked(name: str, folder: int) -> bool:
+def _unlink(name: str, folder: int) -> bool:
     """Whether it was a file and is gone; a directory is made writable instead."""
     try:
         os.unlink(name, dir_fd=folder)
@@ -189,7 +189,7 @@ class Staging:
         return self._parent / os.fsdecode(self._name)
 
     def __enter__(self) -> Staging:
-        with self._explained():
+        with self._explain_errors():
             # The user named the parent: links in it are the user's own.
             self._parent_fd = os.open(self._parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
@@ -224,7 +224,7 @@ class Staging:
         os.close(self._parent_fd)
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explain_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -286,7 +286,7 @@ class Staging:
 
     def directory(self, path: bytes) -> None:
         """Make a directory; one that is there already stays."""
-        with self._explained():
+        with self._explain_errors():
             folder, name = self._place(path)
             try:
                 os.mkdir(name, 0o700, dir_fd=folder)
@@ -300,10 +300,10 @@ class Staging:
         Only an error of the host is raised as such; what `blocks` raises goes on as it is and
         leaves the bytes so far.
         """
-        return self.file_at(path, self._numbered(blocks), size=size)
+        return self.file_at(path, self._number_blocks(blocks), size=size)
 
     @staticmethod
-    def _numbered(blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    def _number_blocks(blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         offset = 0
         for block in blocks:
             yield offset, block
@@ -316,7 +316,7 @@ class Staging:
 
         Where the guest ends them with an error, the file has what came before it.
         """
-        with self._explained():
+        with self._explain_errors():
             folder, name = self._place(path)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=folder)
@@ -327,14 +327,14 @@ class Staging:
             with contextlib.closing(Writes(file)) as writes:
                 try:
                     for offset, piece in pieces:
-                        with self._explained():
+                        with self._explain_errors():
                             writes.add(offset, piece)
                         end = max(end, offset + len(piece))
                 except (EngineError, NotInGuestError):
                     size = None
                     raise
                 finally:
-                    with self._explained():
+                    with self._explain_errors():
                         writes.finish()
                         os.ftruncate(file, end if size is None else size)
         finally:
@@ -345,7 +345,7 @@ class Staging:
         """Make a symbolic link; its target is data and is not looked at."""
         if b"\0" in target:
             raise BadName("a symbolic link in the guest leads nowhere; it was left out")
-        with self._explained():
+        with self._explain_errors():
             folder, name = self._place(path)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=folder)
@@ -354,7 +354,7 @@ class Staging:
     def hardlink(self, path: bytes, existing: bytes) -> None:
         """Make another name of a file of this result."""
         parts = (_TOP, *split(existing))
-        with self._explained():
+        with self._explain_errors():
             source = os.dup(self._open_folder(parts[:-1]))
             try:
                 folder, name = self._place(path)
@@ -374,7 +374,7 @@ class Staging:
 
     def remove(self, path: bytes) -> None:
         """Remove a file of the result, if it is there."""
-        with self._explained(), contextlib.suppress(FileNotFoundError):
+        with self._explain_errors(), contextlib.suppress(FileNotFoundError):
             folder, name = self._place(path)
             os.unlink(name, dir_fd=folder)
 
@@ -386,7 +386,7 @@ class Staging:
 
         Directories come last, when nothing is made in them any more.
         """
-        with self._explained():
+        with self._explain_errors():
             try:
                 folder, name = self._place(path)
                 there = os.lstat(name, dir_fd=folder)
@@ -419,13 +419,13 @@ class Staging:
     def commit(self) -> None:
         """Move the result to its final name; `RefusedError` if something else got there first."""
         self._forget()
-        with self._explained(), folders.movable(_TOP, self._root_fd):
-            if self._moved():
+        with self._explain_errors(), folders.movable(_TOP, self._root_fd):
+            if self._move():
                 return
             self._refuse_existing()
             self._replace()
 
-    def _moved(self) -> bool:
+    def _move(self) -> bool:
         """Move the result to a name that does not exist; False if it does."""
         if not _libc.renameat2(self._root_fd, _TOP, self._parent_fd, self._name, _RENAME_NOREPLACE):
             return True

@@ -9,7 +9,7 @@ import random
 import subprocess
 from pathlib import Path
 
-from imgtool.formats.xattrs import Xattrs, ordered
+from imgtool.formats.xattrs import Xattrs, order_xattrs
 
 # name of a file: how many attributes, of how many bytes each
 _SIZES = {
@@ -72,6 +72,6 @@ def _set(path: Path, key: str, value: bytes) -> None:
 def of_kernel(path: bytes) -> Xattrs:
     """What the kernel says to root, in order, without XFS's own form of ACLs."""
     names = os.listxattr(path, follow_symlinks=False)
-    return ordered(
+    return order_xattrs(
         (os.fsencode(name), os.getxattr(path, name, follow_symlinks=False)) for name in names
     )

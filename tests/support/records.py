@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from imgtool.image.change.changes import marks
-from imgtool.image.intent.intent_log import opened, record_path
+from imgtool.image.intent.intent_log import open_record, record_path
 from imgtool.image.intent.marks import identity_of
 
 
@@ -22,7 +22,7 @@ def known_of(image: Path, overlay: Path | None = None) -> dict[str, Any]:
 def left(image: Path, *, of_overlay: Path | None = None, **facts: Any) -> Path:
     """A record as this user's imgtool leaves it."""
     record_path(image).unlink(missing_ok=True)
-    with opened(image, create=True) as record:
+    with open_record(image, create=True) as record:
         assert record is not None
         record.note(**{**known_of(image, of_overlay), **facts})
     return record_path(image)

@@ -89,7 +89,7 @@ def _held(path: Path) -> list[str]:
 def _problems(link: ImageInfo, below: ImageInfo | None) -> list[str]:
     """What is wrong with a link, and with the way it stands on the one below."""
     from imgtool.image.checks.doubts import wrong_entries
-    from imgtool.image.checks.findings import between
+    from imgtool.image.checks.findings import pair_findings
     from imgtool.image.intent.intent_state import line_on
     from imgtool.text import printable
 
@@ -97,7 +97,7 @@ def _problems(link: ImageInfo, below: ImageInfo | None) -> list[str]:
     if wrong := wrong_entries(link):
         found.append(f"{printable(link.path)}: {wrong} entries or more of its tables are wrong")
     if below is not None:
-        findings = between(link, below, link.backing_format)
+        findings = pair_findings(link, below, link.backing_format)
         path = printable(link.path)
         found += [f"{path}: {one.means}" for one in findings if one.severity != "note"]
     return found

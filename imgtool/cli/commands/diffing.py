@@ -153,7 +153,7 @@ def diff(
     if text and output is not Output.table:
         raise UsageError("--text is a form of its own", hint="leave -o out")
     before, after = _points(request, locals())
-    from imgtool.compare.comparing import compared, opened
+    from imgtool.compare.comparing import compare_trees, open_pair
     from imgtool.compare.points import links_apart
 
     failures = Failures(request.debug)
@@ -161,8 +161,8 @@ def diff(
     def problem(point: Point) -> Callable[[bytes, str], None]:
         return lambda at, line: failures.problem(at, f"{point}: {line}")
 
-    with opened(_at(request, before).opened, _at(request, after).opened) as pair:
-        found = compared(
+    with open_pair(_at(request, before).opened, _at(request, after).opened) as pair:
+        found = compare_trees(
             pair,
             path,
             checksum=checksum.value if checksum else None,

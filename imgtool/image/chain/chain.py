@@ -14,7 +14,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from imgtool.errors import ImageError, ImagePermissionError, NotInGuestError, RefusedError, listed
+from imgtool.errors import (
+    ImageError,
+    ImagePermissionError,
+    NotInGuestError,
+    RefusedError,
+    join_names,
+)
 from imgtool.host import program_messages
 from imgtool.host.process import ProgramFailed, TimedOut, run
 from imgtool.image.chain.info import PROBE_LIMITS, ImageInfo, Snapshot, ask_qemu, probe
@@ -117,7 +123,7 @@ class Chain:
         for known in ([s for s in there if s.name == name], [s for s in there if s.id == name]):
             if known:
                 return known[0]
-        names = listed(printable(snapshot.name) for snapshot in there)
+        names = join_names(printable(snapshot.name) for snapshot in there)
         raise NotInGuestError(
             f"no internal snapshot '{printable(name)}'",
             subject=printable(self.active.path),

@@ -170,7 +170,7 @@ def lost(expected: Holdings, found: Holdings | None) -> list[str]:
     if expected.snapshots is not None:
         there = set(found.snapshots or ())
         named = {row.name for row in there}
-        missing += _named(
+        missing += _names_of(
             "snapshot",
             [
                 row.name
@@ -180,7 +180,7 @@ def lost(expected: Holdings, found: Holdings | None) -> list[str]:
         )
     if expected.bitmaps is not None:
         kept = set(found.bitmaps or ())
-        missing += _named("bitmap", [row.name for row in expected.bitmaps if row not in kept])
+        missing += _names_of("bitmap", [row.name for row in expected.bitmaps if row not in kept])
     if (expected.backing, expected.backing_format) != (found.backing, found.backing_format):
         missing.append("the name of its base")
     if expected.data_file != found.data_file:
@@ -192,7 +192,7 @@ def lost(expected: Holdings, found: Holdings | None) -> list[str]:
     return missing
 
 
-def _named(what: str, names: Sequence[bytes]) -> list[str]:
+def _names_of(what: str, names: Sequence[bytes]) -> list[str]:
     if not names:
         return []
     shown = ", ".join(f"'{printable(name.decode(errors='replace'))}'" for name in names[:_SHOWN])
@@ -200,7 +200,7 @@ def _named(what: str, names: Sequence[bytes]) -> list[str]:
     return [f"{what}{'s' if len(names) > 1 else ''} {shown}{more}"]
 
 
-def noted(before: Holdings | None, after: Holdings | None) -> dict[str, Any]:
+def note_holdings(before: Holdings | None, after: Holdings | None) -> dict[str, Any]:
     """For a record: what has to be there in the middle of the work too, before and after it.
 
     Of a bitmap, whether it was of no use already. Empty where there is nothing to lose.
@@ -246,4 +246,4 @@ def since(note: object, found: Holdings | None) -> Since:
         ]
     except (TypeError, ValueError):
         return Since()
-    return Since(gone=tuple(_named("snapshot", rows)), spoilt=tuple(_named("bitmap", spoilt)))
+    return Since(gone=tuple(_names_of("snapshot", rows)), spoilt=tuple(_names_of("bitmap", spoilt)))

@@ -21,7 +21,7 @@ from imgtool.image.chain.chain import Chain, open_chain
 from imgtool.image.intent.intent_log import read_facts, worker_on
 from imgtool.image.intent.intent_state import is_unfinished, unfinished_commit
 from imgtool.image.locking.held import real_path, remove_file, way_to
-from imgtool.image.locking.host_file import exchanged
+from imgtool.image.locking.host_file import exchanged_file
 from imgtool.image.locking.locks import PATIENCE, in_use_for_writing
 from imgtool.text import printable
 
@@ -117,7 +117,7 @@ def base_lock(chain: Chain) -> Iterator[None]:
     until = time.monotonic() + PATIENCE
     with contextlib.ExitStack() as held:
         for path in chain.files:
-            while not _locked(path, held, fcntl.F_RDLCK):
+            while not _try_lock(path, held, fcntl.F_RDLCK):
                 if time.monotonic() > until:
                     raise _being_written(path)
                 time.sleep(_PAUSE)
@@ -133,7 +133,7 @@ def block_readers(paths: Sequence[Path]) -> Iterator[None]:
     until = time.monotonic() + PATIENCE
     with contextlib.ExitStack() as held:
         for path in paths:
-            while not _locked(path, held):
+            while not _try_lock(path, held):
                 if time.monotonic() > until:
                     raise RefusedError(
                         f"another imgtool has been reading it for {PATIENCE:g} s or more",
@@ -144,7 +144,7 @@ def block_readers(paths: Sequence[Path]) -> Iterator[None]:
         yield
 
 
-def _locked(path: Path, held: contextlib.ExitStack, kind: int = fcntl.F_WRLCK) -> bool:
+def _try_lock(path: Path, held: contextlib.ExitStack, kind: int = fcntl.F_WRLCK) -> bool:
     with contextlib.ExitStack() as attempt:
         if not _lock(path, kind, attempt):
             return False
@@ -160,4 +160,4 @@ def remove_unread(path: Path) -> None:
         if way_to(path) == path:
             path.unlink()
         elif not remove_file(real_path(path), way_to(path).stat()):
-            raise exchanged(path)
+            raise exchanged_file(path)

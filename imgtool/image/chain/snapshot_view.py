@@ -30,7 +30,7 @@ _CLUSTER = 64 << 10  # of the overlay: the header, which ends before
 _SIZE_AT, _L1_AT, _SNAPSHOTS_AT, _AUTOCLEAR_AT = 24, 36, 60, 88
 
 
-def loaded(chain: Chain, snapshot: str | None) -> list[str]:
+def snapshot_option(chain: Chain, snapshot: str | None) -> list[str]:
     """The option that makes qemu-nbd, or `qemu-img convert`, load a snapshot of a chain that
     `at_snapshot` gave."""
     if snapshot is None or chain.header is not None:

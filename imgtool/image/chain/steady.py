@@ -22,7 +22,7 @@ from imgtool.image.chain.chain import Chain
 from imgtool.image.chain.info import ImageInfo
 from imgtool.image.intent.marks import names_extents
 from imgtool.image.locking.held import bind_path
-from imgtool.image.locking.host_file import exchanged, open_host_file
+from imgtool.image.locking.host_file import exchanged_file, open_host_file
 from imgtool.text import printable
 
 _MOST_LINKS = 40  # that Linux follows
@@ -109,9 +109,9 @@ def bind_images(links: Sequence[ImageInfo]) -> Iterator[None]:
         except FileNotFoundError:  # removed by the work itself
             continue
         except OSError as error:  # such as a circle of links
-            raise exchanged(path) from error
+            raise exchanged_file(path) from error
         if (status.st_dev, status.st_ino) != identity:
-            raise exchanged(path)
+            raise exchanged_file(path)
 
 
 @contextlib.contextmanager
@@ -208,13 +208,13 @@ def refuse_others_opened(
         ) from error
     for identity, path in known.items():
         if identity not in found:
-            raise exchanged(path)
+            raise exchanged_file(path)
     if besides is None:
         return
     own = {folder.resolve() for folder in besides}
     for identity, path in found.items():
         if identity not in known and not own.intersection(path.parents):
-            raise exchanged(chains[0].active.path)
+            raise exchanged_file(chains[0].active.path)
 
 
 def _files_of(pid: int) -> dict[tuple[int, int], Path]:

@@ -16,7 +16,7 @@ from imgtool.errors import Force, Reason, RefusedError
 from imgtool.formats import qcow2
 from imgtool.formats.qcow2_snapshots import read_snapshots, same_as_active
 from imgtool.image.checks.dependants import overlays_on
-from imgtool.image.intent.intent_log import Record, ended
+from imgtool.image.intent.intent_log import Record, last_write_time
 from imgtool.image.intent.intent_state import to_keep
 from imgtool.image.intent.marks import (
     Mark,
@@ -34,7 +34,7 @@ from imgtool.text import printable, typed
 Dirs = Sequence[str | Path]
 
 
-def noted(record: Record, which: str) -> object:
+def noted_mark(record: Record, which: str) -> object:
     """The mark of the `image` or the `overlay` that was noted last."""
     files = record.facts.get("noted")
     return files.get(which) if isinstance(files, dict) else None
@@ -52,9 +52,9 @@ def _what_changed(
     """What somebody did to the files of a record after its work was cut off; None for nothing."""
     image = record.image
     if Reason.COPY not in force:
-        if not anew and (what := _used(record, overlay, "overlay")):
+        if not anew and (what := _use_since(record, overlay, "overlay")):
             return what
-        if what := _used(record, image, "image"):
+        if what := _use_since(record, image, "image"):
             return what
     for other in overlays_on(image, backing_dirs):
         new = other.stat().st_ctime_ns > record.touched
@@ -63,9 +63,9 @@ def _what_changed(
     return None
 
 
-def _used(record: Record, path: Path, which: str) -> str | None:
+def _use_since(record: Record, path: Path, which: str) -> str | None:
     """What somebody did to a file that QEMU had open for writing when it was killed."""
-    before = noted(record, which)
+    before = noted_mark(record, which)
     if is_as_noted(before, path) or (which == "image" and not isinstance(before, dict)):
         return None
     if which == "image" and is_as_noted(record.facts.get("left"), path):
@@ -93,7 +93,7 @@ def _what_became(record: Record, then: Mark, now: Mark) -> str | None:
     if "written" in now:  # when nobody knows
         same = now["written"] is not None and now["written"] == then.get("written")
         return None if same else "may have been written to"
-    if now["mtime"] > ended(record):
+    if now["mtime"] > last_write_time(record):
         return "was written to"
     mtime = then.get("mtime")
     if isinstance(mtime, int) and now["mtime"] < mtime:  # an older one, copied over it
@@ -124,13 +124,13 @@ def is_intact(record: Record, overlay: Path, force: Force = ()) -> bool:
     """Whether an overlay is as it was when its commit began."""
     if Reason.COPY in force or Reason.CHANGED in force:
         return way_to(overlay).exists()
-    return is_as_noted(noted(record, "overlay"), overlay)
+    return is_as_noted(noted_mark(record, "overlay"), overlay)
 
 
 def why_needed(record: Record, overlay: Path, backing_dirs: Dirs, force: Force) -> str | None:
     """Why an overlay that was committed may not be removed; None where it may."""
     for path, which in ((overlay, "overlay"), (record.image, "image")):
-        same = is_as_noted(noted(record, which), path)
+        same = is_as_noted(noted_mark(record, which), path)
         if not same and Reason.COPY not in force and Reason.CHANGED not in force:
             return f"{printable(path)} was used since"
     if not way_to(overlay).is_file():

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from imgtool.errors import Force, HostError, ImageError, Reason, RefusedError, listed
+from imgtool.errors import Force, HostError, ImageError, Reason, RefusedError, join_names
 from imgtool.formats.qcow2_bitmaps import Bitmap
 from imgtool.image.chain.chain import Chain
 from imgtool.image.chain.holdings import bitmaps_in
@@ -185,7 +185,7 @@ def need_space(folder: Path, needed: int) -> None:
 def refuse_snapshots(chain: Chain, what: str, *, force: Force = ()) -> None:
     """Raise `RefusedError` if the active image has internal snapshots, which `what` would ruin."""
     if chain.active.snapshots and Reason.SNAPSHOTS not in force:
-        names = listed(printable(snapshot.name) for snapshot in chain.active.snapshots)
+        names = join_names(printable(snapshot.name) for snapshot in chain.active.snapshots)
         raise RefusedError(
             f"{what} would lose its internal snapshots: {names}",
             subject=printable(chain.active.path),

@@ -37,7 +37,7 @@ def repair_metadata(
         return
     if link.driver == "file":
         _lengthen(image)  # else a table that lies beyond the end escapes the check
-    if not _mended(link).sound:
+    if not _mend(link).sound:
         raise ImgtoolError(
             "its tables are damaged after an interruption",
             subject=printable(image),
@@ -47,7 +47,7 @@ def repair_metadata(
         _lengthen(image)
 
 
-def _mended(link: ImageInfo) -> CheckResult:
+def _mend(link: ImageInfo) -> CheckResult:
     """The check of an image after its repair, or without one where snapshots would be lost by it.
 
     What is left over then is space that nothing uses.

@@ -14,7 +14,7 @@ from imgtool.image.chain.holdings import bitmaps_in, left_out
 from imgtool.image.chain.info import ImageInfo, probe
 from imgtool.image.chain.reading import base_lock, block_readers
 from imgtool.image.chain.steady import refuse_by_name, steady
-from imgtool.image.change.changes import is_intact, noted
+from imgtool.image.change.changes import is_intact, noted_mark
 from imgtool.image.change.copies import convert, options_like, size_of_copy
 from imgtool.image.change.guards import (
     refuse_bitmaps,
@@ -33,8 +33,8 @@ from imgtool.image.change.guards import (
     refuse_to_write,
 )
 from imgtool.image.change.plan import Plan, Seen, Work, sync_file
-from imgtool.image.change.recovery import committed, pending_below
-from imgtool.image.checks.ages import changed
+from imgtool.image.change.recovery import finish_commit, pending_below
+from imgtool.image.checks.ages import change_time
 from imgtool.image.checks.dependants import overlays_on, refuse_if_base
 from imgtool.image.checks.doubts import doubts_of, refuse_doubtful
 from imgtool.image.headers import is_newer
@@ -197,7 +197,7 @@ def plan_commit(
         with block_readers([into]):
             record = work.record
             if record.facts.get("step") != "proved" or not is_intact(record, overlay):
-                files = {"image": noted(record, "image"), "overlay": mark_of(overlay)}
+                files = {"image": noted_mark(record, "image"), "overlay": mark_of(overlay)}
                 record.note(step="begun", noted=files)
                 words: list[str | Path] = ["commit", "-d", chain.filename(read_only=False)]
                 with record.at_work():
@@ -207,7 +207,7 @@ def plan_commit(
                 work.refuse_if_lost(into, "the overlay has all of the content still")
                 sync_file(into)
             # Not a link by which it was given: that would be removed.
-            work.say(committed(record, real_path(overlay), backing_dirs))
+            work.say(finish_commit(record, real_path(overlay), backing_dirs))
 
     # Named as it will be found if the folder is moved before the work is done.
     named = name_beside(into.resolve(), overlay.resolve())
@@ -244,7 +244,7 @@ def _refuse_other_size(chain: Chain, base: Chain) -> None:
         refuse_to_resize(base.active)
 
 
-def _described(overlay: ImageInfo, below: Chain) -> str:
+def _describe(overlay: ImageInfo, below: Chain) -> str:
     """An overlay's own clusters over a base of our choice."""
     return Chain((overlay, *below.links)).filename()
 
@@ -306,7 +306,7 @@ def plan_rebase(
         now = probe(overlay, backing_dirs=backing_dirs)
         what = "the overlay had another content on its new base, and was put back on its old one"
         try:
-            work.prove_same(_described(now, old), _described(now, below), what, overlay)
+            work.prove_same(_describe(now, old), _describe(now, below), what, overlay)
         except ImgtoolError:
             before = str(chain.active.backing)
             back = _rebase(overlay, before, old.active.format, "-u")
@@ -349,7 +349,7 @@ def _plan_unsafe(link: ImageInfo, below: Chain, *, force: Force, backing_dirs: D
     def do(work: Work) -> None:
         status = way_to(overlay).stat()
         work.qemu_img("rebase", _rebase(overlay, name, base.format, "-u"), overlay)
-        if is_newer(changed(base), status.st_mtime_ns):
+        if is_newer(change_time(base), status.st_mtime_ns):
             # That the base may be another is to be seen afterwards too.
             os.utime(way_to(overlay), ns=(status.st_atime_ns, status.st_mtime_ns))
 

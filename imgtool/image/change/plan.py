@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from imgtool.errors import Force, HostError, ImgtoolError, RefusedError
 from imgtool.host import interrupt
-from imgtool.image.chain.holdings import Holdings, holdings_of, lost, noted
+from imgtool.image.chain.holdings import Holdings, holdings_of, lost, note_holdings
 from imgtool.image.chain.info import ImageInfo
 from imgtool.image.chain.steady import bind_images
 from imgtool.image.change.changes import marks
@@ -22,10 +22,10 @@ from imgtool.image.change.made import made_file, make_file, written_as_made
 from imgtool.image.change.mending import repair_metadata
 from imgtool.image.change.recovery import refuse_if_used_since, resolve_intent
 from imgtool.image.checks.ages import kept_as_noted, younger
-from imgtool.image.intent.intent_log import Record, opened
+from imgtool.image.intent.intent_log import Record, open_record
 from imgtool.image.intent.marks import identity_of
 from imgtool.image.locking.held import is_one_file, way_to
-from imgtool.image.locking.host_file import exchanged
+from imgtool.image.locking.host_file import exchanged_file
 from imgtool.image.locking.locks import held_for_writing
 from imgtool.image.qemu.qemu_img import OnPart, qemu_img, same_content
 from imgtool.text import printable
@@ -210,7 +210,7 @@ class Plan:
         """Do it: whole, or as if it had not been begun, or to be finished by repeating it."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(bind_images(self.in_place))
-            record = stack.enter_context(opened(self.image, create=True))
+            record = stack.enter_context(open_record(self.image, create=True))
             assert record is not None
             if record.facts and not self._repeats(record):
                 raise RefusedError(
@@ -275,7 +275,7 @@ class Plan:
         if self.same_in is not None:
             known |= {"younger": younger(self.same_in, self.backing_dirs)}
         after = None if before is None else self.after(before)
-        return {**known, **noted(before, after)}
+        return {**known, **note_holdings(before, after)}
 
     def _repeats(self, record: Record) -> bool:
         return (
@@ -366,11 +366,11 @@ def _looked_at(image: ImageInfo, name: str, folder: int) -> Iterator[int]:
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(name, flags, dir_fd=folder)
     except OSError as error:
-        raise exchanged(image.path) from error
+        raise exchanged_file(image.path) from error
     try:
         status = os.fstat(descriptor)
         if (status.st_dev, status.st_ino) != dict(image.inodes).get(image.path):
-            raise exchanged(image.path)
+            raise exchanged_file(image.path)
         yield descriptor
     finally:
         os.close(descriptor)

@@ -19,7 +19,7 @@ from imgtool.image.chain.steady import bind_images, bind_paths
 from imgtool.image.change.changes import (
     is_intact,
     marks,
-    noted,
+    noted_mark,
     refuse_if_changed,
     why_needed,
 )
@@ -33,7 +33,7 @@ from imgtool.image.intent.intent_log import (
     Record,
     is_temporary_of,
     load_intent,
-    opened,
+    open_record,
     records_of_devices,
 )
 from imgtool.image.intent.intent_state import (
@@ -45,7 +45,7 @@ from imgtool.image.intent.intent_state import (
     stands_no_longer,
     stands_on,
     to_keep,
-    unproved,
+    unproved_record,
 )
 from imgtool.image.intent.marks import is_as_noted, is_same_file
 from imgtool.image.locking.held import is_one_file, real_path, remove_file, way_to
@@ -80,7 +80,7 @@ def resolve_intent(
         record.remove()
         return None
     if not record.proved and Reason.UNPROVED not in force:
-        raise unproved(image, record.facts, record.owner)
+        raise unproved_record(image, record.facts, record.owner)
     if operation not in NEW_FILES and not way_to(image).exists():
         raise _gone(record)
     if operation not in NEW_FILES and operation not in REPLACED_FILES:
@@ -107,7 +107,7 @@ def resolve_intent(
             subject=name,
             hint=f"use the imgtool that began it; {to_keep(image)}",
         )
-    return _ended(record, line)
+    return _end_record(record, line)
 
 
 def _was_not_begun(record: Record) -> bool:
@@ -116,7 +116,7 @@ def _was_not_begun(record: Record) -> bool:
     return in_the_image and record.facts.get("step") is None and is_untouched(record)
 
 
-def _ended(record: Record, line: str | None) -> str | None:
+def _end_record(record: Record, line: str | None) -> str | None:
     """The record of work that was settled goes; the line, and what else became of the image."""
     now, operation = _since(record), record.operation
     record.remove()
@@ -217,7 +217,7 @@ def recover(
     line = None
     if below and (base := pending_below(image, backing_dirs)) is not None:
         line = recover(base, backing_dirs=backing_dirs, below=False, force=force, end=end)
-    with opened(image, create=False) as record:
+    with open_record(image, create=False) as record:
         settled = None
         if record is not None and record.operation is not None and end:
             settled = keep(record)
@@ -321,12 +321,12 @@ def finish_write(
             record.note(step="written", noted=marks(image, overlay))
     line = None
     if os.path.lexists(overlay):
-        same = Reason.COPY in force or is_as_noted(noted(record, "overlay"), overlay)
+        same = Reason.COPY in force or is_as_noted(noted_mark(record, "overlay"), overlay)
         if same and _is_of(record, overlay, force):
             remove_unread(overlay)
         else:
             line = f"{printable(image)} is whole; {printable(overlay)} was changed, and stays"
-    return _ended(record, line)
+    return _end_record(record, line)
 
 
 def refuse_if_used_since(record: Record, backing_dirs: Dirs, force: Force) -> None:
@@ -405,15 +405,15 @@ def _settle_repair(record: Record) -> str | None:
 
 def is_untouched(record: Record) -> bool:
     """Whether work was cut off before it had written anything."""
-    return is_as_noted(noted(record, "image"), record.image)
+    return is_as_noted(noted_mark(record, "image"), record.image)
 
 
 def _settle_commit(record: Record, *, finish: bool, backing_dirs: Dirs, force: Force) -> str | None:
     base, overlay = record.image, _overlay(record, backing_dirs, force)
     name = f"an interrupted commit of {printable(overlay)} into {printable(base)} was"
     if record.facts.get("step") == "proved":
-        left = committed(record, overlay, backing_dirs, force)
-        return _ended(record, left or f"{name} finished")
+        left = finish_commit(record, overlay, backing_dirs, force)
+        return _end_record(record, left or f"{name} finished")
     if is_untouched(record) and (not finish or not is_intact(record, overlay, force)):
         record.remove()
         return f"{name} undone: nothing had been written yet"
@@ -435,11 +435,11 @@ def _settle_commit(record: Record, *, finish: bool, backing_dirs: Dirs, force: F
         repair_metadata(base, as_named_in=overlay)  # what was counted twice over shows only now
         if not record.facts.get("remove"):
             repair_metadata(overlay)  # QEMU writes down its bitmaps too
-        left = committed(record, overlay, backing_dirs, force)
-    return _ended(record, left or f"{name} finished")
+        left = finish_commit(record, overlay, backing_dirs, force)
+    return _end_record(record, left or f"{name} finished")
 
 
-def committed(
+def finish_commit(
     record: Record, overlay: Path, backing_dirs: Dirs = (), force: Force = ()
 ) -> str | None:
     """The base is proved to have all of an overlay: say so, then end what the overlay is for.

@@ -19,7 +19,7 @@ from imgtool.formats import vmdk
 from imgtool.image.chain.chain import Chain, open_chain
 from imgtool.image.chain.holdings import bitmaps_in, left_out
 from imgtool.image.chain.info import ImageInfo, probe
-from imgtool.image.chain.snapshot_view import at_snapshot, loaded
+from imgtool.image.chain.snapshot_view import at_snapshot, snapshot_option
 from imgtool.image.chain.steady import steady
 from imgtool.image.chain.writable import refuse_unmended
 from imgtool.image.change.copies import size_of_copy
@@ -155,7 +155,7 @@ def plan_convert(
     def do(work: Work) -> None:
         work.reserve(temporary)
         with at_snapshot(chain, snapshot) as then, steady(then) as seen:
-            given = [*words, *loaded(seen, snapshot), seen.filename(), temporary]
+            given = [*words, *snapshot_option(seen, snapshot), seen.filename(), temporary]
             work.qemu_img("convert", given, path, made=temporary)
             if to == "vmdk":
                 with made_file(temporary, write=True) as descriptor:

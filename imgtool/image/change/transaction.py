@@ -19,7 +19,7 @@ from pathlib import Path
 from imgtool.errors import Force, HostError, ImgtoolError, RefusedError
 from imgtool.host import interrupt
 from imgtool.image.chain.chain import Chain, open_chain
-from imgtool.image.chain.holdings import holdings_of, noted
+from imgtool.image.chain.holdings import holdings_of, note_holdings
 from imgtool.image.chain.info import probe
 from imgtool.image.chain.reading import base_lock, block_readers
 from imgtool.image.chain.steady import bind_images
@@ -37,10 +37,10 @@ from imgtool.image.change.plan import Notice, put_in_place, sync_file
 from imgtool.image.change.recovery import finish_write, is_untouched, resolve_intent
 from imgtool.image.checks.checking import check_metadata
 from imgtool.image.checks.dependants import refuse_if_base
-from imgtool.image.intent.intent_log import Record, opened, sync_folder, temporary_path
+from imgtool.image.intent.intent_log import Record, open_record, sync_folder, temporary_path
 from imgtool.image.intent.marks import identity_of, is_same_file
 from imgtool.image.locking.held import real_path, way_to
-from imgtool.image.locking.host_file import exchanged
+from imgtool.image.locking.host_file import exchanged_file
 from imgtool.image.locking.locks import held_for_writing, refuse_if_in_use
 from imgtool.image.policy import name_beside
 from imgtool.image.qemu.qemu_img import qemu_img
@@ -80,11 +80,11 @@ def _refuse_other_files(above: Chain, path: Path, made: object, chain: Chain) ->
     were looked at."""
     with above.open_file(path) as file:
         if not is_same_file(made, Path(f"/proc/self/fd/{file.fileno()}")):
-            raise exchanged(path)
+            raise exchanged_file(path)
     below = [link.inodes for link in above.links[1:]]
     for link, found in zip(chain.links, below, strict=True):
         if [one for _, one in link.inodes] != [one for _, one in found]:
-            raise exchanged(link.path)
+            raise exchanged_file(link.path)
 
 
 class Transaction:
@@ -195,7 +195,7 @@ def clone(chain: Chain, new: Path, *, force: Force = ()) -> Iterator[Clone]:
     refuse_existing(new)
     # Others may read it, as other clones do.
     refuse_if_in_use(chain, read_only=True, force=force)
-    with base_lock(chain), opened(new, create=True) as record:
+    with base_lock(chain), open_record(new, create=True) as record:
         assert record is not None
         resolve_intent(record, finish=True)
         temporary = temporary_path(new)
@@ -240,7 +240,7 @@ def transaction(
         overlays = []
         try:
             for chain, image in zip(chains, images, strict=True):
-                record = stack.enter_context(opened(image, create=True))
+                record = stack.enter_context(open_record(image, create=True))
                 assert record is not None
                 if record.facts:
                     raise RefusedError(
@@ -260,7 +260,7 @@ def transaction(
                     number=len(records),
                     overlay=name_beside(image, overlay),
                     identity=identity_of(image),
-                    **noted(held, held),
+                    **note_holdings(held, held),
                 )
                 records.append(record)
                 overlays.append(overlay)

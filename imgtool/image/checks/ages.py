@@ -18,13 +18,13 @@ from imgtool.image import headers
 from imgtool.image.chain.info import ImageInfo
 from imgtool.image.chain.steady import is_out_of_reach
 from imgtool.image.checks.dependants import Overlays
-from imgtool.image.intent.intent_log import Record, ended, is_name
+from imgtool.image.intent.intent_log import Record, is_name, last_write_time
 from imgtool.image.locking.held import is_one_file, real_path, way_to
 from imgtool.image.locking.host_file import Identity, open_host_file
 from imgtool.image.policy import name_from
 
 
-def changed(link: ImageInfo) -> int:
+def change_time(link: ImageInfo) -> int:
     """When the newest of an image's files was changed, in nanoseconds; 0 for a device, which does
     not tell."""
     times = [0]
@@ -43,7 +43,7 @@ def newer_bases(links: Sequence[ImageInfo]) -> Iterator[tuple[ImageInfo, ImageIn
     Two files that are sure to have been copied in one go are not among them.
     """
     for number, (overlay, base) in enumerate(itertools.pairwise(links)):
-        if headers.is_newer(changed(base), changed(overlay)):
+        if headers.is_newer(change_time(base), change_time(overlay)):
             from imgtool.image.checks.copied import copied_together
 
             if not copied_together(links[number:]):
@@ -114,7 +114,8 @@ def younger(image: Path, backing_dirs: Sequence[str | Path] = ()) -> list[str]:
 def _noted_as_younger(record: Record, image: Path) -> list[tuple[Path, Identity]]:
     names, found = record.facts.get("younger"), []
     with contextlib.suppress(OSError):
-        if not isinstance(names, list) or way_to(image).stat().st_mtime_ns > ended(record):
+        changed = way_to(image).stat().st_mtime_ns
+        if not isinstance(names, list) or changed > last_write_time(record):
             return []
     for name in filter(is_name, names or ()):
         overlay = real_path(image).parent / name

@@ -161,7 +161,7 @@ class ChainCheck:
                 return
             seen.add(identity)
             if above is not None:
-                yield from findings.between(above, link, format)
+                yield from findings.pair_findings(above, link, format)
             if identity in self.looked_at:
                 return  # what is below has been looked at with it
             self.looked_at.add(identity)
@@ -199,12 +199,12 @@ class ChainCheck:
         if self._on_link is not None:
             self._on_link(link.path)
         if (operation := operation_of(read_facts(link.path))) is not None:
-            yield findings.interrupted(link.path, operation)
-        yield from findings.marked(link)
+            yield findings.interrupted_work(link.path, operation)
+        yield from findings.header_findings(link)
         writer = findings.writer_of(link.path)
         if writer is not None:
             self.unchecked["in use"] += 1
-            yield findings.written(link, above, writer)
+            yield findings.being_written(link, above, writer)
         else:
             if link.dirty:
                 yield findings.dirty(link)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from imgtool.errors import Force, Reason, RefusedError, listed
+from imgtool.errors import Force, Reason, RefusedError, join_names
 from imgtool.image import headers
 from imgtool.image.chain.chain import Chain
 from imgtool.image.headers import Header
@@ -141,7 +141,7 @@ def refuse_if_base(
         if but_for is None or not is_one_file(overlay, but_for)
     ]
     if overlays:
-        names = listed(printable(overlay) for overlay in overlays)
+        names = join_names(printable(overlay) for overlay in overlays)
         raise RefusedError(
             f"it is the base of {'an overlay' if len(overlays) == 1 else 'overlays'}: {names}",
             subject=printable(path),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from imgtool.errors import ImgtoolError, RefusedError, listed
+from imgtool.errors import ImgtoolError, RefusedError, join_names
 from imgtool.formats.protocols import protocol_of
 from imgtool.image import headers
 from imgtool.image.chain.info import FORMATS, ImageInfo
@@ -149,7 +149,7 @@ def too_long(path: Path, most: int, last: Path) -> Finding:
     )
 
 
-def between(above: ImageInfo, below: ImageInfo, format: str | None) -> Iterator[Finding]:
+def pair_findings(above: ImageInfo, below: ImageInfo, format: str | None) -> Iterator[Finding]:
     """What is odd about an overlay and its base, given the format that the overlay names."""
     name = printable(below.path)
     if format is None:
@@ -216,7 +216,7 @@ def _taken_as_raw(above: ImageInfo, below: ImageInfo) -> Iterator[Finding]:
         )
 
 
-def marked(link: ImageInfo) -> Iterator[Finding]:
+def header_findings(link: ImageInfo) -> Iterator[Finding]:
     """What an image's header says of its state, and of what is not seen of its disk."""
     if link.unseen is not None:
         yield Finding(link.path, "risk", link.unseen.what, link.unseen.means, link.unseen.do)
@@ -230,7 +230,7 @@ def marked(link: ImageInfo) -> Iterator[Finding]:
         )
 
 
-def interrupted(path: Path, operation: str) -> Finding:
+def interrupted_work(path: Path, operation: str) -> Finding:
     """Work of imgtool's own on an image that was cut off, or is under way."""
     half = operation in ("commit", "write")
     return Finding(
@@ -255,7 +255,7 @@ def dirty(link: ImageInfo) -> Finding:
     )
 
 
-def written(link: ImageInfo, above: ImageInfo | None, writer: Holder) -> Finding:
+def being_written(link: ImageInfo, above: ImageInfo | None, writer: Holder) -> Finding:
     """An image that is being written; `above` is the overlay on it that it was reached from."""
     if above is not None and not _same_process(above.path, writer):
         return Finding(
@@ -287,7 +287,7 @@ def _same_process(path: Path, writer: Holder) -> bool:
 def several(path: Path, overlays: Sequence[Path]) -> Iterator[Finding]:
     """An image that more than one overlay stands on."""
     if len(overlays) > 1:
-        names = listed(printable(overlay.name) for overlay in overlays)
+        names = join_names(printable(overlay.name) for overlay in overlays)
         yield Finding(
             path,
             "note",

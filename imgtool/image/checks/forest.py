@@ -66,7 +66,7 @@ def users(trees: Sequence[Tree]) -> dict[Path, tuple[str, ...]]:
     return found
 
 
-def _ignored(path: Path, error: OSError) -> None:
+def _ignore(path: Path, error: OSError) -> None:
     """Nobody wants to know."""
 
 
@@ -218,7 +218,7 @@ def forest(
     folders: Sequence[str | Path],
     *,
     backing_dirs: Sequence[str | Path] = (),
-    on_error: OnError = _ignored,
+    on_error: OnError = _ignore,
 ) -> tuple[Tree, ...]:
     """The images below the folders as trees: bases without overlays, and bases with theirs.
 

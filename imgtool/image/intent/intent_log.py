@@ -27,7 +27,7 @@ from imgtool.host import interrupt
 from imgtool.image.intent import devices
 from imgtool.image.intent.marks import mark_of, parts_of
 from imgtool.image.intent.proof import proof_of, proves
-from imgtool.image.intent.witness import is_marked, witnessed
+from imgtool.image.intent.witness import is_marked, witness
 from imgtool.image.locking.held import real_path, remove_file, way_to
 from imgtool.text import printable
 
@@ -120,7 +120,7 @@ class Record:
 
     `path` is where it is, `owner` the id of the user who wrote it, and `proved` whether that was
     this user's imgtool. `touched` is when that was last at work, in nanoseconds since 1970; when it
-    ended, where that was `witnessed`.
+    ended, where that was `witness`.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class Record:
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
         try:
-            with witnessed(self._descriptor):
+            with witness(self._descriptor):
                 yield
         except BaseException:
             self._note_what_is_left()
@@ -376,7 +376,7 @@ def is_ours(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def opened(image: Path, *, create: bool) -> Iterator[Record | None]:
+def open_record(image: Path, *, create: bool) -> Iterator[Record | None]:
     """The record of an image, locked; None where there is none and none is to be made.
 
     A record that is empty when the block ends is removed. Raises `RefusedError` where another
@@ -386,7 +386,7 @@ def opened(image: Path, *, create: bool) -> Iterator[Record | None]:
     with contextlib.ExitStack() as stack:
         with interrupt.defer_interrupts():  # an empty record would be left
             path = record_path(image)
-            record = _of_descriptor(image, path, _locked(image, path, create=create), stack)
+            record = _of_descriptor(image, path, _lock_record(image, path, create=create), stack)
         yield record
 
 
@@ -410,7 +410,7 @@ def _of_descriptor(
     return record
 
 
-def _locked(image: Path, path: Path, *, create: bool) -> int | None:
+def _lock_record(image: Path, path: Path, *, create: bool) -> int | None:
     while True:
         try:
             descriptor = _open(path, create=create)
@@ -462,7 +462,7 @@ def _open(path: Path, *, create: bool) -> int:
 _MARGIN = 1_500_000_000  # nanoseconds
 
 
-def ended(record: Record) -> int:
+def last_write_time(record: Record) -> int:
     """When the work of a record that was cut off wrote for the last time, at the latest, in
     nanoseconds."""
     return record.touched if record.witnessed else record.touched + _MARGIN

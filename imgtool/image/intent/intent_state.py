@@ -170,7 +170,7 @@ def would_do(image: Path, facts: dict[str, Any]) -> str:
     return f"have QEMU repair the tables of {shown}"
 
 
-def unproved(image: Path, facts: dict[str, Any], owner: int) -> RefusedError:
+def unproved_record(image: Path, facts: dict[str, Any], owner: int) -> RefusedError:
     """The error for a record of which it cannot be known that this user's imgtool wrote it."""
     shown = printable(image)
     whose = "this user's imgtool did not write, or before its secret was lost"
@@ -257,7 +257,7 @@ def _holding_all(image: Path, written: Written) -> Path | None:
     if not written.believed:
         raise not_believed(image)
     if not written.proved:
-        raise unproved(image, facts, written.owner)
+        raise unproved_record(image, facts, written.owner)
     if facts.get("step") is None and _is_untouched(image, facts):
         return None  # killed before its first byte
     refuse_strange_overlay(image, facts, written.owner)
@@ -349,7 +349,7 @@ def is_committed(image: Path, facts: dict[str, Any], *, proved: bool = True) -> 
             hint=f"bring that disk and its record back; {to_keep(image)}",
         )
     if proved and not of_first.proved:
-        raise unproved(folder / first, of_first.facts, of_first.owner)
+        raise unproved_record(folder / first, of_first.facts, of_first.owner)
     return of_first.facts.get("step") == "commit"
 
 

@@ -25,7 +25,7 @@ def is_marked(status: os.stat_result) -> bool:
 
 
 @contextlib.contextmanager
-def witnessed(record: int) -> Iterator[None]:
+def witness(record: int) -> Iterator[None]:
     """While the block runs there is a witness of the record that this descriptor is of; where there
     can be none it runs without."""
     with contextlib.ExitStack() as stack:

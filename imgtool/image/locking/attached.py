@@ -99,7 +99,7 @@ def _and_above(folder: Path, left: int = _DEEPEST) -> Iterator[Path]:
             yield from _and_above(above.resolve(), left - 1)
 
 
-def _mounted(folder: Path, rows: Sequence[MountInfo]) -> list[MountInfo]:
+def _mounts_of(folder: Path, rows: Sequence[MountInfo]) -> list[MountInfo]:
     """The mounts of a device and of what stands on it."""
     numbers, nodes = set(), set()
     for device in _and_above(folder):
@@ -111,7 +111,7 @@ def _mounted(folder: Path, rows: Sequence[MountInfo]) -> list[MountInfo]:
     return [row for row in rows if row.device in numbers or row.source in nodes]
 
 
-def _described(what: str, mounted: Sequence[MountInfo]) -> str:
+def _describe(what: str, mounted: Sequence[MountInfo]) -> str:
     places = list(dict.fromkeys(row.target for row in mounted))
     more = f" and {len(places) - 3} more" if len(places) > 3 else ""
     return f"{what}, mounted at {', '.join(places[:3])}{more}" if places else what
@@ -127,12 +127,12 @@ def attached_to(path: Path) -> list[Attached]:
         rows = mounts() if rows is None else rows
         with contextlib.suppress(OSError):
             read_only = (folder / "ro").read_text().strip() == "1"
-            text = _described(f"the loop device /dev/{folder.name}", _mounted(folder, rows))
+            text = _describe(f"the loop device /dev/{folder.name}", _mounts_of(folder, rows))
             found.append(Attached(text, writes=not read_only))
     if stat.S_ISBLK(status.st_mode):
         number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-        mounted = _mounted(Path("/sys/dev/block", number).resolve(), mounts())
+        mounted = _mounts_of(Path("/sys/dev/block", number).resolve(), mounts())
         if mounted:
             writes = any(not row.read_only for row in mounted)
-            found.append(Attached(_described("the host", mounted), writes))
+            found.append(Attached(_describe("the host", mounted), writes))
     return found

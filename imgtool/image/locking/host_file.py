@@ -46,11 +46,11 @@ def open_host_file(
     Raises `RefusedError` if what was opened is not `within` the folders that a chain may use, or
     is another file than the one that was `noted`: its name was looked at before.
     """
-    file = _opened(path)
+    file = _open_regular(path)
     try:
         status = os.fstat(file.fileno())
         if noted not in (None, (status.st_dev, status.st_ino)) or not _is_within(file, within):
-            raise exchanged(path)
+            raise exchanged_file(path)
     except BaseException:
         file.close()
         raise
@@ -67,7 +67,7 @@ def _is_within(file: BinaryIO, places: AllowedDirs | None) -> bool:
     return places.hold(Path(real))
 
 
-def exchanged(path: Path) -> RefusedError:
+def exchanged_file(path: Path) -> RefusedError:
     """The error for a file that is another one than when its name was looked at."""
     return RefusedError(
         "it was exchanged for another file while it was being opened",
@@ -76,7 +76,7 @@ def exchanged(path: Path) -> RefusedError:
     )
 
 
-def _opened(path: Path) -> BinaryIO:
+def _open_regular(path: Path) -> BinaryIO:
     shown = printable(path)
     try:
         # Looked at before it is opened: a fifo would block, a tape would rewind.

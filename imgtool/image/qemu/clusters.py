@@ -81,11 +81,11 @@ class _Qcow2:
         cluster, within = divmod(offset, self._cluster)
         number, index = divmod(cluster, self._part)
         entries = self._entries(number)
-        first = self._checked(entries[index])
+        first = self._check_entry(entries[index])
         step = self._cluster if first & _OFFSET and not first & _ZERO else 0
         most = min(len(entries), index + -(-(within + length) // self._cluster))
         following = index + 1
-        while following < most and self._checked(entries[following]) == first + step:
+        while following < most and self._check_entry(entries[following]) == first + step:
             first, following = first + step, following + 1
         count = following - index
         length = min(length, count * self._cluster - within)
@@ -98,7 +98,7 @@ class _Qcow2:
             raise _UnsupportedMapping
         return ByteRange(self._descriptor, place, length)
 
-    def _checked(self, entry: int) -> int:
+    def _check_entry(self, entry: int) -> int:
         """An entry without what does not matter here: the offset, or 1 for zeros, or 0."""
         entry &= ~_COPIED
         if entry & ~(_OFFSET | _ZERO) or (entry & _OFFSET) % self._cluster:

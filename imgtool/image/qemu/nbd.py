@@ -15,7 +15,7 @@ from imgtool.host.scratch import scratch_folder
 from imgtool.host.system_packages import binding_fix
 from imgtool.image.chain.chain import Chain
 from imgtool.image.chain.reading import passes_locks
-from imgtool.image.chain.snapshot_view import at_snapshot, loaded
+from imgtool.image.chain.snapshot_view import at_snapshot, snapshot_option
 from imgtool.image.chain.steady import refuse_others_opened, steady
 from imgtool.text import printable, typed
 
@@ -50,7 +50,7 @@ class NbdServer:
         """The address, for programs that take NBD URIs."""
         return f"nbd+unix:///?socket={self.socket}"
 
-    def _connected(self) -> Any:
+    def _connection(self) -> Any:
         if self._handle is None:
             nbd = _binding()
             handle = nbd.NBD()
@@ -59,22 +59,22 @@ class NbdServer:
             try:
                 handle.connect_unix(str(self.socket))
             except nbd.Error as error:
-                raise self._failed(error) from error
+                raise self._explain(error) from error
             self._handle = handle
         return self._handle
 
-    def _failed(self, error: Exception) -> ImageError:
+    def _explain(self, error: Exception) -> ImageError:
         told = program_messages.by_qemu(str(error), typed(self._image))
         return ImageError(told.means, subject=printable(self._image), hint=told.step)
 
     @property
     def size(self) -> int:
         """The size of the disk in bytes, at the snapshot if there is one."""
-        return int(self._connected().get_size())
+        return int(self._connection().get_size())
 
     def read(self, offset: int, length: int) -> bytes:
         """`length` bytes at `offset`, fewer past the end. Raises `ImageError` if QEMU cannot."""
-        handle = self._connected()
+        handle = self._connection()
         length = max(min(length, self.size - offset), 0)
         parts = []
         while length:
@@ -82,7 +82,7 @@ class NbdServer:
             try:
                 parts.append(bytes(handle.pread(wanted, offset)))
             except _binding().Error as error:
-                raise self._failed(error) from error
+                raise self._explain(error) from error
             offset += wanted
             length -= wanted
         return b"".join(parts)
@@ -109,7 +109,7 @@ def serve(chain: Chain, *, snapshot: str | None = None) -> Iterator[NbdServer]:
     with scratch_folder("nbd") as folder, contextlib.ExitStack() as up:
         chain = up.enter_context(at_snapshot(chain, snapshot))
         chain = up.enter_context(steady(chain))
-        argv += loaded(chain, snapshot)
+        argv += snapshot_option(chain, snapshot)
         socket, ready, output = (folder / name for name in ("socket", "pid", "log"))
         argv += [f"--socket={socket}", f"--pid-file={ready}"]
         argv += [chain.filename(force_share=passes_locks(chain))]

@@ -44,7 +44,7 @@ def qemu_img(
     """
     status, output = _run(words, on_part, new_group=new_group)
     if status != 0:
-        raise _failed(output, image)
+        raise _explain(output, image)
 
 
 def _run(
@@ -78,7 +78,7 @@ def _run(
         return status, output.read().decode(errors="replace")
 
 
-def _failed(stderr: str, image: Path) -> ImgtoolError:
+def _explain(stderr: str, image: Path) -> ImgtoolError:
     kind: type[ImgtoolError] = Locked if 'Failed to get "' in stderr else ImgtoolError
     if any(full in stderr for full in _HOST_FULL):
         kind = HostError

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from imgtool.errors import ExitStatus, HostError, ImgtoolError, Reason, RefusedError, listed
+from imgtool.errors import ExitStatus, HostError, ImgtoolError, Reason, RefusedError, join_names
 from imgtool.host import interrupt
 from imgtool.host.process import ProgramFailed, leave_running, run
 from imgtool.mount import kernel
@@ -121,7 +121,7 @@ def unmount(target: str) -> None:
         users = kernel.users_of(target)
         if isinstance(error, ProgramFailed) or error.errno == errno.EBUSY or users:
             raise RefusedError(
-                "it is in use" + (" by " + listed(users) if users else ""),
+                "it is in use" + (" by " + join_names(users) if users else ""),
                 subject=target,
                 hint="leave the directory or end the process, then try again",
             ) from error

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from imgtool.errors import HostError, RefusedError
-from imgtool.image.locking.host_file import exchanged
+from imgtool.image.locking.host_file import exchanged_file
 from imgtool.mount.kernel import PATIENCE, wait_until
 
 _CLR_FD, _GET_STATUS64, _SET_DIRECT_IO, _CONFIGURE = 0x4C01, 0x4C05, 0x4C08, 0x4C0A
@@ -94,7 +94,7 @@ def attach(
         try:
             status = os.fstat(backing)
             if noted is not None and (status.st_dev, status.st_ino) != tuple(noted):
-                raise exchanged(Path(path))
+                raise exchanged_file(Path(path))
             flags = _AUTOCLEAR | (0 if writable else _READ_ONLY)
             info = _INFO.pack(
                 0, 0, 0, offset, size, 0, 0, 0, flags, mark.encode()[:63], b"", b"", 0, 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from imgtool.errors import HostError, RefusedError, listed
+from imgtool.errors import HostError, RefusedError, join_names
 from imgtool.host.process import Limits, ProgramFailed, run
 from imgtool.mount.steps import udev
 from imgtool.mount.steps.step import Save, Step
@@ -47,7 +47,7 @@ def _unmap(names: Callable[[], list[str]]) -> None:
                 )
         if not names():
             return
-    raise RefusedError("the mappings are in use", subject=listed(names()))
+    raise RefusedError("the mappings are in use", subject=join_names(names()))
 
 
 @dataclass

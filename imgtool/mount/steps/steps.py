@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from imgtool.errors import EngineError, HostError, ImgtoolError, RefusedError, listed
+from imgtool.errors import EngineError, HostError, ImgtoolError, RefusedError, join_names
 from imgtool.host import program_messages
 from imgtool.host.mountinfo import mounts
 from imgtool.host.process import Limits, ProgramFailed, command_of, processes_naming, run
@@ -108,7 +108,7 @@ class Loop(Step):
                 loop.detach(self.number, self.mark)
                 return
             raise RefusedError(
-                f"{self.device} is still mounted: " + listed(places),
+                f"{self.device} is still mounted: " + join_names(places),
                 subject=self.path,
                 hint="unmount it there, or end the process, then try again",
             ) from error
@@ -161,7 +161,7 @@ class Filesystem(Step):
                     time.sleep(0.05)
                     continue
                 raise RefusedError(
-                    "it is in use by " + listed(users),
+                    "it is in use by " + join_names(users),
                     subject=self.target,
                     hint="leave the directory or end the process, then try again",
                 ) from error

@@ -22,7 +22,7 @@ import pytest
 
 from imgtool.cli.commands import diffing
 from imgtool.compare import differences, points, text
-from imgtool.compare.differences import Walk, changed_fields, merged
+from imgtool.compare.differences import Walk, changed_fields, merge_walks
 from imgtool.engines.direct.worker.shared import Shared
 from imgtool.engines.direct.worker.volumes import DiskRange
 from imgtool.errors import UsageError
@@ -329,7 +329,7 @@ def test_text_goes_to_a_file_byte_for_byte_and_to_a_terminal_escaped(
     ],
 )
 def test_a_name_cannot_break_out_of_the_header_of_a_patch(name: bytes, header: bytes) -> None:
-    assert text.quoted(name) == header
+    assert text.quote_name(name) == header
 
 
 def test_names_that_would_steer_a_terminal_are_escaped(base: Path, tmp_path: Path) -> None:
@@ -419,7 +419,7 @@ def walked(*paths: str) -> tuple[Walk, list[bytes]]:
 def shown(one: Walk, other: Walk) -> list[str]:
     return [
         ("-" if b is None else "+" if a is None else "=") + (a or b).path.decode()
-        for a, b in merged(one, other)
+        for a, b in merge_walks(one, other)
     ]
 
 

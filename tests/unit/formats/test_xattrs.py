@@ -21,7 +21,7 @@ from imgtool.engines.direct.wire.frames import BadMessage
 from imgtool.engines.direct.wire.messages import xattrs as received
 from imgtool.engines.direct.worker import tar_headers
 from imgtool.errors import EngineError
-from imgtool.formats.xattrs import ACL_ACCESS, ACL_DEFAULT, acl, acl_text, ordered
+from imgtool.formats.xattrs import ACL_ACCESS, ACL_DEFAULT, acl, acl_text, order_xattrs
 from imgtool.guest.model import Entry
 from imgtool.host.process import environment
 from imgtool.transfer import keeping
@@ -153,7 +153,7 @@ def test_a_liar_has_no_odd_attributes(rows: Any) -> None:
 
 def test_the_second_form_of_acls_on_xfs_is_left_out_and_names_are_in_order() -> None:
     pairs = [(b"user.b", b"1"), (b"trusted.SGI_ACL_FILE", b"2"), (b"user.a", b"3")]
-    assert ordered([*pairs, (b"user.b", b"later")]) == ((b"user.a", b"3"), (b"user.b", b"1"))
+    assert order_xattrs([*pairs, (b"user.b", b"later")]) == ((b"user.a", b"3"), (b"user.b", b"1"))
 
 
 # Shown
@@ -463,13 +463,13 @@ def test_what_only_the_appliance_can_read_is_found_out_before_a_tar_stream(guest
     """A worker whose attributes need the appliance says so when it is asked for them."""
     asked: list[bool] = []
     worker = guest._guest
-    listed = worker._listed
+    listed = worker._list
 
     def note(path, deep, checksum, on_problem, xattrs, written=None):
         asked.append(xattrs)
         return listed(path, deep, checksum, on_problem, xattrs, written)
 
-    monkeypatch.setattr(worker, "_listed", note)
+    monkeypatch.setattr(worker, "_list", note)
     tar_out(guest, "/d", io.BytesIO())
     with guest.tar("/d") as stream:
         assert stream.read(1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from imgtool import cli
-from imgtool.guest.blocks import Block, locked
+from imgtool.guest.blocks import Block, locked_devices
 
 
 @pytest.fixture(scope="module")
@@ -50,5 +50,5 @@ def test_inspect_says_that_it_is_encrypted(disk, capfd):
 def test_what_a_key_opened_is_not_locked():
     closed = Block(device="/dev/sda1", kind="partition", size=1, type="crypto_LUKS")
     inside = Block(device="/dev/mapper/x", kind="mapped", size=1, parents=("/dev/sda1",))
-    assert locked([closed]) == ("/dev/sda1",)
-    assert locked([closed, inside]) == ()
+    assert locked_devices([closed]) == ("/dev/sda1",)
+    assert locked_devices([closed, inside]) == ()

@@ -14,7 +14,7 @@ import pytest
 from imgtool.formats.application import Application
 from imgtool.formats.files import Undetermined
 from imgtool.formats.rpm_database import rpm_header
-from imgtool.guest.packages import installed
+from imgtool.guest.packages import installed_packages
 
 STATUS = "/var/lib/dpkg/status"
 PACMAN = "/var/lib/pacman/local"
@@ -96,7 +96,7 @@ def test_dpkg_packages_are_split_and_sorted_as_libguestfs_does():
         b"Package: Upper\nStatus: install ok installed\nVersion: 5.0~rc1+b2\n\n"
         b"Package: last\nStatus: install ok installed\nVersion: 1\n"
     )
-    assert installed(FakeFiles({STATUS: status}), "deb") == (
+    assert installed_packages(FakeFiles({STATUS: status}), "deb") == (
         Application("Upper", "5.0~rc1+b2"),
         Application("half", "3.1", "2-3", 0, "all"),
         Application("zlib1g", "1.2.13.dfsg", "1", 1, "amd64"),
@@ -111,21 +111,21 @@ def test_a_line_of_1023_bytes_ends_a_dpkg_entry_as_it_does_in_libguestfs():
         + depends
         + b"\nVersion: 9\n\n"
     )
-    assert installed(FakeFiles({STATUS: status}), "deb") == (
+    assert installed_packages(FakeFiles({STATUS: status}), "deb") == (
         Application("exact", "1", "2", 0, "amd64"),
     )
 
 
 def test_a_name_that_is_not_utf8_is_replaced():
     status = b"Package: \xff\nStatus: install ok installed\nVersion: 1\n\n"
-    assert installed(FakeFiles({STATUS: status}), "deb") == (Application("�", "1"),)
+    assert installed_packages(FakeFiles({STATUS: status}), "deb") == (Application("�", "1"),)
 
 
 @pytest.mark.parametrize("version", [b"x:1", b"-1:1", b"99999999999:1", b"\xd9\xa1:1"])
 def test_an_epoch_that_is_not_a_number_is_left_to_the_appliance(version):
     status = b"Package: a\nStatus: install ok installed\nVersion: " + version + b"\n\n"
     with pytest.raises(Undetermined):
-        installed(FakeFiles({STATUS: status}), "deb")
+        installed_packages(FakeFiles({STATUS: status}), "deb")
 
 
 def test_apk_packages_lose_the_r_of_their_release():
@@ -134,7 +134,7 @@ def test_apk_packages_lose_the_r_of_their_release():
         b"P:busybox\nV:1.36.1-r15\nA:x86_64\nT:d\n\nP:noversion\n\nP:b\nV:2\nA:noarch\n\n"
         b"P:unfinished\nV:1\n"
     )
-    assert installed(FakeFiles({"/lib/apk/db/installed": database}), "apk") == (
+    assert installed_packages(FakeFiles({"/lib/apk/db/installed": database}), "apk") == (
         Application("b", "2", "", 0, "noarch"),
         Application("busybox", "1.36.1", "15", 0, "x86_64"),
         Application("musl", "1.2.4_git20230717", "4", 0, "x86_64"),
@@ -149,7 +149,7 @@ def test_pacman_packages_need_a_name_a_version_with_a_release_and_an_architectur
         f"{PACMAN}/long-1/desc": b"%NAME%\nlong\n\n%VERSION%\n1-1\n\n%ARCH%\nany\n" + b"x" * 8192,
         f"{PACMAN}/ALPM_DB_VERSION": b"9\n",
     }
-    assert installed(FakeFiles(files), "pacman") == (
+    assert installed_packages(FakeFiles(files), "pacman") == (
         Application("acl", "2.3.1", "3.1", 0, "any"),
         Application("zlib", "1.3.1", "2", 1, "x86_64"),
     )
@@ -166,7 +166,7 @@ def test_rpm_packages_of_one_name_come_last_one_first(tmp_path):
             rpm_package("Zeta", "0~rc1", "5^git", 0, "noarch"),
         ],
     )
-    assert installed(rpm_guest(database), "rpm") == (
+    assert installed_packages(rpm_guest(database), "rpm") == (
         Application("Zeta", "0~rc1", "5^git", 0, "noarch"),
         Application("beta", "2.5", "3.fc40", 2, "noarch"),
         Application("gpg-pubkey", "1234", "5678", 0, "(none)"),
@@ -189,9 +189,9 @@ def test_rpm_packages_of_one_name_come_last_one_first(tmp_path):
 )
 def test_an_rpm_database_in_another_form_or_place_is_left_to_the_appliance(tmp_path, files):
     database = rpm_database(tmp_path, [rpm_package("a", "1", "1", None, "noarch")])
-    assert len(installed(rpm_guest(database), "rpm")) == 1
+    assert len(installed_packages(rpm_guest(database), "rpm")) == 1
     with pytest.raises(Undetermined):
-        installed(rpm_guest(database, **files), "rpm")
+        installed_packages(rpm_guest(database, **files), "rpm")
 
 
 def test_a_hostile_schema_of_the_rpm_database_is_not_run(tmp_path):
@@ -200,7 +200,7 @@ def test_a_hostile_schema_of_the_rpm_database_is_not_run(tmp_path):
         " (SELECT 1 UNION ALL SELECT hnum + 1 FROM n) SELECT hnum, x'00' AS blob FROM n"
     )
     with pytest.raises(Undetermined):
-        installed(rpm_guest(rpm_database(tmp_path, [], endless)), "rpm")
+        installed_packages(rpm_guest(rpm_database(tmp_path, [], endless)), "rpm")
 
 
 def test_every_cut_and_every_flipped_byte_of_an_rpm_header_ends_well():
@@ -222,15 +222,15 @@ def test_every_flipped_page_of_an_rpm_database_ends_well(tmp_path):
         bad = bytearray(database)
         bad[position] ^= 0xFF
         with contextlib.suppress(Undetermined):
-            assert len(installed(rpm_guest(bytes(bad)), "rpm")) <= 200
+            assert len(installed_packages(rpm_guest(bytes(bad)), "rpm")) <= 200
 
 
 @pytest.mark.parametrize("package_format", ["deb", "apk", "pacman", "rpm", "something"])
 def test_a_database_that_is_not_there_is_left_to_the_appliance(package_format):
     with pytest.raises(Undetermined):
-        installed(FakeFiles({}), package_format)
+        installed_packages(FakeFiles({}), package_format)
 
 
 @pytest.mark.parametrize("package_format", [None, "ebuild", "pisi", "xbps"])
 def test_formats_that_libguestfs_does_not_list_have_no_packages(package_format):
-    assert installed(FakeFiles({}), package_format) == ()
+    assert installed_packages(FakeFiles({}), package_format) == ()

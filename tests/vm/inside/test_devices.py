@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from imgtool.image.intent.devices import identity, same_device
-from imgtool.image.intent.intent_log import opened, read_facts, record_path
+from imgtool.image.intent.intent_log import open_record, read_facts, record_path
 from tests.vm.inside.machine import MIB, loop_device, run, sparse, wait_until
 from tests.vm.inside.test_the_machine import make_group
 
@@ -22,7 +22,7 @@ def test_a_volume_is_the_same_by_every_name_and_after_it_was_renamed(tmp_path: P
             ids = identity(volume)
             assert ids[0].startswith("dm:LVM-") and len(ids[0]) == len("dm:LVM-") + 64
             assert same_device(ids, identity(other)) is False
-            with opened(volume, create=True) as record:
+            with open_record(volume, create=True) as record:
                 assert record is not None
                 record.note(operation="resize", identity=ids)
             links = [

@@ -35,7 +35,7 @@ from imgtool.errors import (
     UsageError,
 )
 from imgtool.formats.xattrs import Xattrs
-from imgtool.guest.blocks import BIOS_BOOT, UNKNOWN, unmeasured
+from imgtool.guest.blocks import BIOS_BOOT, UNKNOWN, unmeasured_rows
 from imgtool.guest.guest import CHECKSUMS, Guest, OnProblem, Stretches
 from imgtool.guest.layout import discover, holds_files, survey, there_is
 from imgtool.guest.model import Device, Entry, Layout, Mount, OperatingSystem, SpaceUsage
@@ -80,9 +80,7 @@ class DirectGuest(Guest):
         started = time.monotonic()
         argvs, left_alone = [list(argv) for argv in disks], unreplayed_devices(mounts)
         handed = {"ring": client.shared, "scratch": client.scratch}
-        answer = client.call(
-            "open", disks=argvs, lost=lost, unreplayed_devices=left_alone, **handed
-        )
+        answer = client.call("open", disks=argvs, lost=lost, unreplayed=left_alone, **handed)
         took = time.monotonic() - started
         log.info("sandbox: worker, QEMU and volumes ready in %.3f s (%s)", took, sandbox)
         self._devices: Devices = client.decode(devices, answer, len(disks))
@@ -386,7 +384,7 @@ class DirectGuest(Guest):
             at,
             "tar",
             on_row=on_row,
-            exclusion_path=names,
+            excluded=names,
             xattrs=xattrs,
             passes_over=on_row is not None,
         )
@@ -443,7 +441,7 @@ class DirectGuest(Guest):
         rows = []
         mountpoints = self._mountpoints()
         types = {block.device: block.parttype for block in self._blocks}
-        unread = unmeasured(self._volumes.filesystems(), self._blocks)
+        unread = unmeasured_rows(self._volumes.filesystems(), self._blocks)
         for filesystem in self._volumes.filesystems():
             device, kind = filesystem.device, filesystem.type
             if not holds_files(kind):

@@ -39,7 +39,7 @@ from imgtool.errors import ImageError, RefusedError
 from imgtool.host.process import PIPE, Limits, TimeoutExpired, find, spawn
 from imgtool.host.system_packages import binding_fix, install_program
 from imgtool.image.chain.chain import Chain
-from imgtool.image.chain.snapshot_view import loaded
+from imgtool.image.chain.snapshot_view import snapshot_option
 from imgtool.image.locking.host_file import node_driver
 from imgtool.text import printable
 
@@ -290,7 +290,7 @@ def server(
     An `overlay` of the images stands on the chain.
     """
     program = "/usr/bin/qemu-nbd" if kind is Kind.NAMESPACES else _program("qemu-nbd")
-    argv = [program, "--read-only", "--allocation-depth", *loaded(chain, snapshot)]
+    argv = [program, "--read-only", "--allocation-depth", *snapshot_option(chain, snapshot)]
     names = images.names(kind)
     node = chain.blockdev(force_share=force_share, names=names)
     if (unseen := chain.active.unseen) is not None and node["driver"] == "raw":

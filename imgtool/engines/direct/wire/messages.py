@@ -14,9 +14,9 @@ from functools import lru_cache
 from typing import Any
 
 from imgtool.engines.direct.wire import frames
-from imgtool.errors import shortened
+from imgtool.errors import shorten
 from imgtool.formats.application import Application
-from imgtool.formats.xattrs import Xattrs, ordered
+from imgtool.formats.xattrs import Xattrs, order_xattrs
 from imgtool.guest.blocks import Block
 from imgtool.guest.model import FILE_TYPES, Entry, OperatingSystem
 from imgtool.text import printable
@@ -95,7 +95,7 @@ def reasons(rows: Any, count: int) -> list[str | None]:
     """
     if not all(row is None or isinstance(row, str) for row in items(rows, count)):
         raise frames.BadMessage("no reason")
-    return [None if row is None else shortened(printable(row[:LONGEST_LINE])) for row in rows]
+    return [None if row is None else shorten(printable(row[:LONGEST_LINE])) for row in rows]
 
 
 def _optional(value: object) -> str | None:
@@ -156,7 +156,7 @@ def xattrs(rows: Any) -> Xattrs:
         if not named or b"\0" in named or len(named) > _LONGEST_ATTRIBUTE:
             raise frames.BadMessage("no name of an attribute")
         found.append((named, binary(value)))
-    if ordered(found) != tuple(found):
+    if order_xattrs(found) != tuple(found):
         raise frames.BadMessage("attributes that are not in order")
     return tuple(found)
 

@@ -422,14 +422,14 @@ class Worker:
         """What the operating system in the mounted tree is, and its packages if asked for."""
         from imgtool.formats.files import Undetermined
         from imgtool.guest.operating_system import identify
-        from imgtool.guest.packages import installed
+        from imgtool.guest.packages import installed_packages
 
         files = TreeFiles(self._mounted_tree)
         try:
             found = identify(files, root, mountpoints)
             answer = dataclasses.asdict(found)
             if packages:
-                rows = installed(files, found.package_format)
+                rows = installed_packages(files, found.package_format)
                 answer["applications"] = [dataclasses.astuple(row) for row in rows]
         except Undetermined as error:
             raise Unsupported(f"inspection: {error}") from error

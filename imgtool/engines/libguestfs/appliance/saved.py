@@ -47,7 +47,7 @@ from imgtool.engines.libguestfs.appliance.starter import (
     shape,
 )
 from imgtool.engines.libguestfs.appliance.starter import stands as _stands
-from imgtool.errors import EngineError, HostError, ImgtoolError, RefusedError, shortened
+from imgtool.errors import EngineError, HostError, ImgtoolError, RefusedError, shorten
 from imgtool.host.process import PIPE, command_of, run, spawn
 from imgtool.host.scratch import scratch_folder
 
@@ -199,7 +199,7 @@ def settle(handle: Any) -> None:
     except RuntimeError as error:
         raise EngineError(f"the saved appliance does not see the disks: {error}") from error
     if said.split()[-1:] != ["settled"]:
-        raise EngineError(f"the saved appliance does not see the disks: {shortened(said)}")
+        raise EngineError(f"the saved appliance does not see the disks: {shorten(said)}")
 
 
 def save(home: Path, handle: Any, hypervisor: str) -> Saved:

@@ -19,7 +19,7 @@ from itertools import islice
 from typing import Any
 
 from imgtool.errors import EngineError, HostError
-from imgtool.formats.xattrs import Xattrs, ordered
+from imgtool.formats.xattrs import Xattrs, order_xattrs
 from imgtool.guest.model import Entry
 from imgtool.host.system_packages import install
 
@@ -285,7 +285,7 @@ class Calls:
             raise
         try:
             found = answer.contents
-            return ordered((x.name, x.content) for x in found.val[: found.len])
+            return order_xattrs((x.name, x.content) for x in found.val[: found.len])
         finally:
             self._library.guestfs_free_xattr_list(answer)
 
@@ -305,7 +305,7 @@ class Calls:
                 if error.errno != errno.E2BIG:
                     raise
                 self.oversized_xattrs += 1
-        return ordered(found)
+        return order_xattrs(found)
 
     def xattrs_in(self, directory: bytes, names: Sequence[bytes]) -> list[Xattrs | None]:
         """The extended attributes of names in a directory, which have to fit into one message;
@@ -320,7 +320,7 @@ class Calls:
                 # string with a NUL at its end.
                 count = head.content.rstrip(b"\0")
                 of_it = [(x.name, x.content) for x in islice(rows, int(count or b"0"))]
-                found.append(ordered(of_it) if count else None)
+                found.append(order_xattrs(of_it) if count else None)
             return found
         finally:
             self._library.guestfs_free_xattr_list(answer)

@@ -46,7 +46,7 @@ from imgtool.guest.model import (
     SpaceUsage,
 )
 from imgtool.guest.operating_system import identify
-from imgtool.guest.packages import installed
+from imgtool.guest.packages import installed_packages
 from imgtool.host import interrupt, program_messages
 
 log = logging.getLogger(__name__)
@@ -462,7 +462,7 @@ class LibguestfsGuest(Guest):
         mountpoints = {mount.mountpoint: mount.source for mount in layout.mounts}
         found = identify(files, layout.root, mountpoints)
         if packages:
-            rows = installed(files, found.package_format)
+            rows = installed_packages(files, found.package_format)
             found = dataclasses.replace(found, applications=rows)
         return found
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from imgtool.errors import listed
+from imgtool.errors import join_names
 from imgtool.formats.numbers import whole_number
 from imgtool.guest.blocks import Block
 
@@ -120,7 +120,7 @@ def _array(sets: Sets, words: list[str], blocks: Sequence[Block]) -> None:
     name, state, total, missing = [*words, "", "", "", ""][:4]
     device = f"/dev/{name}"
     members = next((block.parents for block in blocks if block.device == device), ())
-    there = f" ({listed(members)} of it is there)" if members else ""
+    there = f" ({join_names(members)} of it is there)" if members else ""
     if state == "container":  # of firmware RAID, whose volumes are arrays of their own
         sets.idle.add(device)
         if not any(
@@ -151,11 +151,11 @@ def _volumes(sets: Sets, physical: list[str], logical: list[str]) -> None:
             for _, name, active, attributes in own
             if active and attributes[8:9] == "p"
         ]
-        line = f"the volume group {group} lacks {listed(uuids)}"
+        line = f"the volume group {group} lacks {join_names(uuids)}"
         if halves:
-            line += f"; {listed(halves)} can be read without"
+            line += f"; {join_names(halves)} can be read without"
         if lost:
-            line += f"; {listed(lost)} is not shown"
+            line += f"; {join_names(lost)} is not shown"
         sets.lines.append(f"{line}; {_ADD}")
 
 
@@ -179,6 +179,6 @@ def _one_btrfs(sets: Sets, total: int, found: list[str]) -> None:
     sets.parts.update(found[1:])
     if len(found) < total:
         sets.lines.append(
-            f"the btrfs on {listed(found)} lacks {total - len(found)} of {total} devices; {_ADD}, "
-            f"or try what can be read without: -m {found[0]}:/:degraded"
+            f"the btrfs on {join_names(found)} lacks {total - len(found)} of {total} devices;"
+            f" {_ADD}, or try what can be read without: -m {found[0]}:/:degraded"
         )

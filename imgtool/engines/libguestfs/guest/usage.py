@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from imgtool.engines.libguestfs.guest.volumes import is_subvolume, reason
 from imgtool.errors import ImgtoolError
-from imgtool.guest.blocks import BIOS_BOOT, UNKNOWN, unmeasured
+from imgtool.guest.blocks import BIOS_BOOT, UNKNOWN, unmeasured_rows
 from imgtool.guest.layout import holds_files
 from imgtool.guest.model import SpaceUsage
 
@@ -34,7 +34,7 @@ def usage(guest: LibguestfsGuest) -> tuple[SpaceUsage, ...]:
     rows: list[SpaceUsage] = []
     mountpoints = _mountpoints(guest)
     guest.unmount_layout()
-    unread = unmeasured(guest.volumes.filesystems(), guest.volumes.blocks())
+    unread = unmeasured_rows(guest.volumes.filesystems(), guest.volumes.blocks())
     for filesystem in guest.volumes.filesystems():
         device, kind = filesystem.device, filesystem.type
         if not holds_files(kind):

@@ -13,7 +13,7 @@ from imgtool.engines.libguestfs.guest.blocks import list_blocks
 from imgtool.engines.libguestfs.guest.calls import Calls
 from imgtool.engines.libguestfs.guest.sets import Sets, look_at
 from imgtool.errors import EngineError, HostError
-from imgtool.guest.blocks import LOCKED, Block, filesystems_on, locked
+from imgtool.guest.blocks import LOCKED, Block, filesystems_on, locked_devices
 from imgtool.guest.keys import Key, keys_told
 from imgtool.guest.layout import BTRFS_VOLUME, SMALL_FILE
 from imgtool.guest.model import Device
@@ -121,7 +121,7 @@ class ApplianceVolumes:
             for line in self._sets.lines:
                 self._notice(line)
             encrypted = {b.device: b.uuid or "" for b in found if b.type in LOCKED}
-            for line in keys_told(self._keys, encrypted, locked(found)):
+            for line in keys_told(self._keys, encrypted, locked_devices(found)):
                 self._notice(line)
             log.info("block devices: listed in %.1f s", time.monotonic() - started)
         return self._blocks

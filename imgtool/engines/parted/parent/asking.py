@@ -23,7 +23,7 @@ from imgtool.engines.direct.wire.frames import BadMessage
 from imgtool.engines.direct.wire.messages import items, mapping, string, whole
 from imgtool.engines.direct.wire.refusals import NoSandbox, SandboxFailed
 from imgtool.engines.parted.parent.sectors import Read, table_sectors
-from imgtool.errors import EngineError, shortened
+from imgtool.errors import EngineError, shorten
 from imgtool.text import printable
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def parse_answer(heard: bytes, size: int, sector_size: int) -> Label:
     name = None if told["label"] is None else _word(told["label"])
     if name is None and found:
         raise BadMessage("rows of no table")
-    lines = tuple(shortened(printable(string(line))) for line in items(told["said"]))
+    lines = tuple(shorten(printable(string(line))) for line in items(told["said"]))
     return Label(name, found, lines)
 
 

@@ -13,7 +13,7 @@ import pytest
 from imgtool.errors import ImgtoolError
 from imgtool.formats.qcow2 import read_header
 from imgtool.host.process import ProgramFailed
-from imgtool.image.chain.holdings import lost, noted
+from imgtool.image.chain.holdings import lost, note_holdings
 from imgtool.image.chain.info import probe
 from imgtool.image.change import snapshots
 from imgtool.image.change.plan import Plan, Work
@@ -217,7 +217,13 @@ def test_a_bitmap_that_a_killed_writer_has_spoilt_is_said(image, imgtool_cli):
 
 
 def test_bitmaps_that_were_being_written_down_at_a_kill_are_said(image, imgtool_cli):
-    left(image, operation="resize", format="qcow2", noted={}, **noted(held(image), held(image)))
+    left(
+        image,
+        operation="resize",
+        format="qcow2",
+        noted={},
+        **note_holdings(held(image), held(image)),
+    )
     patch(image, AUTOCLEAR, b"\0")  # as QEMU does before it writes them
     done = imgtool_cli("recover", image)
     assert done.status == 0 and "its bitmap 'since' has to begin anew" in done.err

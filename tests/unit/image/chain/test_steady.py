@@ -497,7 +497,7 @@ def test_a_record_that_goes_takes_no_other_with_it(image: Path, tmp_path: Path) 
     """By its name there is that of another image in another folder by now."""
     folder, ours = image.parent, tmp_path / "ours"
     ours.mkdir()
-    with intent_log.opened(image, create=True) as own:
+    with intent_log.open_record(image, create=True) as own:
         assert own is not None
         own.note(operation="resize")
         other = ours / own.path.name
@@ -521,7 +521,7 @@ def test_a_record_changes_no_file_that_is_put_in_its_place(
         return real(name, flags, *arguments, **named)
 
     monkeypatch.setattr(os, "open", put_there)
-    with pytest.raises(RefusedError), intent_log.opened(image, create=True):
+    with pytest.raises(RefusedError), intent_log.open_record(image, create=True):
         pass
     assert secret.stat().st_mode & 0o777 == 0o600
     assert secret.read_bytes() == b"S" * MIB

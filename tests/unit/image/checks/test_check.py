@@ -17,7 +17,7 @@ import pytest
 from imgtool.image.chain.chain import MAX_LINKS
 from imgtool.image.checks import checking, findings
 from imgtool.image.checks.checking import ChainCheck, check_chain
-from imgtool.image.intent.intent_log import opened
+from imgtool.image.intent.intent_log import open_record
 from tests.support.chain_images import (
     CLUSTER,
     CORRUPT,
@@ -229,7 +229,7 @@ def pseudo_name(folder: Path) -> Path:
 
 def left_behind(folder: Path) -> Path:
     image = qcow2(folder / "top")
-    with opened(image, create=True) as record:
+    with open_record(image, create=True) as record:
         assert record is not None
         record.note(operation="resize")
     return image
@@ -237,7 +237,7 @@ def left_behind(folder: Path) -> Path:
 
 def half_written(folder: Path) -> Path:
     image = qcow2(folder / "top")
-    with opened(image, create=True) as record:
+    with open_record(image, create=True) as record:
         assert record is not None
         record.note(operation="write", step="begun")
     return image

@@ -13,7 +13,7 @@ from imgtool.image.change.plan import keep_attributes
 from imgtool.image.change.recovery import recover
 from imgtool.image.intent.intent_log import (
     is_temporary_of,
-    opened,
+    open_record,
     read_facts,
     record_path,
     temporary_path,
@@ -33,30 +33,30 @@ def image(tmp_path: Path) -> Path:
 def test_a_record_is_one_for_all_names_of_an_image_and_goes_when_it_says_nothing(image):
     link = image.with_name("link")
     link.symlink_to(image.name)
-    with opened(link, create=True) as record:
+    with open_record(link, create=True) as record:
         assert record_path(link) == record_path(image)
         record.note(operation="compact", temporary="x")
         assert read_facts(image) == {"operation": "compact", "temporary": "x"}
         record.remove()
-    with opened(image, create=True):
+    with open_record(image, create=True):
         assert record_path(image).exists()
     assert not record_path(image).exists()
 
 
 def test_two_at_once_are_one_and_a_refusal(image):
-    with opened(image, create=True):
+    with open_record(image, create=True):
         with (
             pytest.raises(RefusedError, match="another imgtool is at work"),
-            opened(image, create=True),
+            open_record(image, create=True),
         ):
             pass
         assert record_path(image).exists()
 
 
 def test_a_record_that_is_done_with_takes_no_other_away(image):
-    with opened(image, create=True) as first:
+    with open_record(image, create=True) as first:
         first.remove()
-        with opened(image, create=True) as second:
+        with open_record(image, create=True) as second:
             second.note(operation="resize")
             first.remove()
             assert read_facts(image) == {"operation": "resize"}
@@ -69,7 +69,7 @@ def test_a_record_that_is_done_with_takes_no_other_away(image):
 def test_a_torn_line_says_nothing_and_does_not_swallow_the_next(image, torn):
     record_path(image).write_bytes(torn)
     assert read_facts(image) == {}
-    with opened(image, create=True) as record:
+    with open_record(image, create=True) as record:
         assert record.facts == {}
         record.note(operation="resize")
         assert read_facts(image) == {"operation": "resize"}
@@ -77,12 +77,12 @@ def test_a_torn_line_says_nothing_and_does_not_swallow_the_next(image, torn):
 
 def test_what_was_written_whole_before_a_torn_line_counts(image):
     record_path(image).write_bytes(b'{"operation": "revert"}\n{"step": "app')
-    with opened(image, create=False) as record:
+    with open_record(image, create=False) as record:
         assert record.facts == {"operation": "revert"}
 
 
 def test_there_is_no_room_for_a_record(image, monkeypatch):
-    with opened(image, create=True) as record:
+    with open_record(image, create=True) as record:
         record.note(operation="revert")
         really = os.write
         monkeypatch.setattr(os, "write", lambda to, what: really(to, what[:5]))
@@ -105,7 +105,7 @@ def test_what_is_no_record_of_ours_is_not_opened(image, kind, tmp_path):
         "directory": path.mkdir,
     }[kind]()
     assert read_facts(image) == {}
-    with pytest.raises((HostError, RefusedError)), opened(image, create=True):
+    with pytest.raises((HostError, RefusedError)), open_record(image, create=True):
         pass
     assert other.read_text() == "precious\n"
 
@@ -140,7 +140,7 @@ def test_another_user_reads_the_record_and_is_told_who_can_settle_it(image):
 def test_others_can_read_a_record_whatever_the_umask(image):
     before = os.umask(0o077)
     try:
-        with opened(image, create=True):
+        with open_record(image, create=True):
             assert record_path(image).stat().st_mode & 0o777 == 0o644
     finally:
         os.umask(before)
@@ -225,7 +225,7 @@ def test_a_folder_that_was_moved_is_settled_where_it_is_now(image, tmp_path):
 def test_any_name_of_an_image_has_a_record(tmp_path, name):
     image = tmp_path / name
     image.write_bytes(b"x")
-    with opened(image, create=True) as record:
+    with open_record(image, create=True) as record:
         record.note(operation="resize", name=name)
         assert read_facts(image)["name"] == name
         assert is_temporary_of(image, temporary_path(image).name)

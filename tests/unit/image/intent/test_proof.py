@@ -18,7 +18,7 @@ from imgtool.image.change.recovery import recover
 from imgtool.image.intent import proof
 from imgtool.image.intent.intent_log import (
     load_intent,
-    opened,
+    open_record,
     read_facts,
     record_path,
     temporary_path,
@@ -172,7 +172,7 @@ def test_no_record_makes_a_message_long(disk, imgtool_cli):
     ids=["changed", "first missing", "other order", "added", "repeated"],
 )
 def test_a_record_that_somebody_changed_proves_nothing(disk, change):
-    with opened(disk, create=True) as record:
+    with open_record(disk, create=True) as record:
         for step in ("a", "aa", "b"):
             record.note(operation="resize", step=step)
     written = load_intent(disk)

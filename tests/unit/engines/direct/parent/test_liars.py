@@ -359,7 +359,7 @@ def test_a_lost_disk_is_no_damage_of_one_file(lying):
     lies = """
 honest = Worker.do_read
 def read(self, path, offset, length):
-    self._opened.disks[0]._nbd.shutdown()
+    self._open_volumes.disks[0]._nbd.shutdown()
     return honest(self, path, offset, length)
 Worker.do_read = read
 """
@@ -608,7 +608,7 @@ def test_a_slow_disk_gives_signs_of_life_by_the_clock(monkeypatch):
     monkeypatch.setattr(server, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     out = io.BytesIO()
     summing = server.Worker(SimpleNamespace(poll_control=lambda: None), out)  # type: ignore[arg-type]
-    monkeypatch.setattr(summing, "_summed", lambda found: [b"x"] * 20)
+    monkeypatch.setattr(summing, "_read_for_checksum", lambda found: [b"x"] * 20)
     found: Any = None
     assert summing._sum(found, "md5") == hashlib.md5(b"x" * 20).hexdigest()
     assert out.getvalue().count(frames.ALIVE) >= 9

@@ -177,8 +177,8 @@ code = "targets = " + repr({{"seen": targets["seen"]}}) + chr(10) + targets["cod
 if not targets["filtered"]:
     seccomp.confine = lambda program: None
 if targets["started"]:
-    started = launcher.served
-    launcher.served = lambda argv: (
+    started = launcher.start_qemu_nbd
+    launcher.start_qemu_nbd = lambda argv: (
         started(argv),
         launcher.start(["/usr/bin/python3", "-I", "-S", "-B", "-c", code], {{1: 1}}),
     )[0]
@@ -812,7 +812,7 @@ class Watched(_socket.socket):
         Watched.other = other
 _socket.socket = Watched
 try:
-    launcher.served(argv)
+    launcher.start_qemu_nbd(argv)
     said = "served"
 except BlockingIOError:
     said = "refused"

@@ -38,7 +38,7 @@ from imgtool.engines.direct.worker.fs.ext.superblock import (
     Superblock,
     read_superblock,
 )
-from imgtool.formats.xattrs import Xattrs, ordered
+from imgtool.formats.xattrs import Xattrs, order_xattrs
 
 _ROOT = 2
 _JOURNAL_MAGIC = 0xC03B3998
@@ -191,7 +191,7 @@ class ExtFilesystem(Filesystem):
             found += ext_xattrs.in_block(self._block(number), number, self._super, value_of)
         if sum(len(value) for _, value in found) > MOST_XATTRS:
             raise ReadFailed("its extended attributes are too large")
-        return ordered(found)
+        return order_xattrs(found)
 
     def _attribute(self, owner: _Inode, number: int, size: int) -> bytes:
         """The value of an attribute, an inode of its own that keeps the checksum of its content."""

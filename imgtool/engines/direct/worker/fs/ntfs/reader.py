@@ -37,7 +37,7 @@ from imgtool.engines.direct.worker.fs.ntfs.records import (
 )
 from imgtool.engines.direct.worker.fs.ntfs.stream import Stream
 from imgtool.engines.direct.worker.fs.pages import Pages
-from imgtool.formats.xattrs import Xattrs, ordered
+from imgtool.formats.xattrs import Xattrs, order_xattrs
 
 _TABLE, _VOLUME, _ROOT, _BITMAP, _FIRST_USER = 0, 3, 5, 6, 16
 _MIRRORED = 4
@@ -148,7 +148,7 @@ class NtfsFilesystem(Filesystem):
         fitting = [(n, s) for n, s in self._named_streams(inode) if s.size <= _LARGEST_XATTR]
         if sum(stream.size for _, stream in fitting) > MOST_XATTRS:
             raise ReadFailed("its extended attributes are too large")
-        return ordered(
+        return order_xattrs(
             (b"user." + ntfs_index.utf8(name), stream.read(0, stream.size))
             for name, stream in fitting
         )

@@ -69,7 +69,7 @@ class Attributes:
             found.append(self._with_prefix(flags, name, value))
             if flags & _ROOT and name in _ACLS:
                 found.append((_ACLS[name], self._acl(value)))
-        return xattrs.ordered(found)
+        return xattrs.order_xattrs(found)
 
     def _with_prefix(self, flags: int, name: bytes, value: bytes) -> tuple[bytes, bytes]:
         prefix = _PREFIXES.get(flags & (_ROOT | _SECURE))
