@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from imgtool.errors import ImgtoolError, UsageError
 from imgtool.inject.planner import LocatedStep
-from imgtool.inject.steps import (
-    accounts,
-    cloud,
-    files,
-    firstboot,
-    host_keys,
-    network,
-    passwords,
-    services,
-    ssh_keys,
-    system,
-)
-from imgtool.inject.steps.step import Step
+from imgtool.inject.registry import STEPS
+from imgtool.inject.steps.schema import DEFINITIONS, Schema, mapping
 from imgtool.inject.yaml_lines import Lines
+
+_VARIABLES = {
+    "description": "Variables of templates and of 'hostname', used as {{ NAME }}. 'image' is the "
+    "name of the image without its ending.",
+    "type": "object",
+    "propertyNames": {"pattern": "^[A-Za-z_][A-Za-z0-9_-]*$"},
+    "additionalProperties": {"type": ["string", "integer", "number"]},
+}
 
 
 @dataclass(frozen=True)
@@ -35,9 +31,38 @@ class Spec:
     variables: Mapping[str, str]
 
 
+def schema() -> Schema:
+    """The JSON schema of a spec, made of those of the steps."""
+    spec = mapping(
+        {
+            "vars": _VARIABLES,
+            "steps": {"type": "array", "items": {"$ref": "#/$defs/step"}},
+        },
+        required=("steps",),
+    )
+    step = {
+        "type": "object",
+        "minProperties": 1,
+        "maxProperties": 1,
+        "additionalProperties": False,
+        "properties": {kind: step.schema for kind, step in STEPS.items()},
+    }
+    definitions = {**DEFINITIONS, "step": step}
+    for one in STEPS.values():
+        definitions |= one.definitions
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A spec of imgtool inject",
+        "description": "Steps that are taken in a guest in their order. Relative files of the host "
+        "are sought beside the spec.",
+        **spec,
+        "$defs": definitions,
+    }
+
+
 def schema_text() -> str:
-    """The JSON schema of a spec."""
-    return resources.files("imgtool.inject").joinpath("schema.json").read_text("utf-8")
+    """`schema`, as it is printed."""
+    return json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 def read_spec(path: Path) -> tuple[Spec | None, list[ImgtoolError]]:
@@ -53,8 +78,7 @@ def read_spec(path: Path) -> tuple[Spec | None, list[ImgtoolError]]:
     for number, step in enumerate(lines.data["steps"]):
         ((kind, value),) = step.items()
         where = lines.where(("steps", number, kind))
-        made = _STEPS[kind](value, path.parent)
-        steps += [LocatedStep(one, where) for one in (made if isinstance(made, list) else [made])]
+        steps += [LocatedStep(one, where) for one in STEPS[kind].from_spec(value, path.parent)]
     variables = {name: str(value) for name, value in lines.data.get("vars", {}).items()}
     return Spec(tuple(steps), variables), []
 
@@ -62,11 +86,10 @@ def read_spec(path: Path) -> tuple[Spec | None, list[ImgtoolError]]:
 def _problems(lines: Lines) -> list[ImgtoolError]:
     import jsonschema
 
-    schema = json.loads(schema_text())
     if lines.data is None:
         return [UsageError(f"{lines.where(())}: the spec is empty")]
     found: dict[tuple[str, str], UsageError] = {}
-    for error in jsonschema.Draft202012Validator(schema).iter_errors(lines.data):
+    for error in jsonschema.Draft202012Validator(schema()).iter_errors(lines.data):
         # Of alternatives, the one that comes nearest.
         deepest = jsonschema.exceptions.best_match([error]) or error
         place, message = tuple(deepest.absolute_path), _said(deepest)
@@ -111,88 +134,3 @@ def _said(error: Any) -> str:
     if error.validator == "maxProperties":
         return "a step is one thing: begin the next one with '- '"
     return f"{name}: {error.message[:200]}" if name else str(error.message)[:200]
-
-
-def _plain(make: Callable[..., Step]) -> Callable[[Any, Path], Step]:
-    """A step whose fields are called as in the spec; a lone value is its `path` or `name`."""
-
-    def build(value: Any, folder: Path) -> Step:
-        if not isinstance(value, dict):
-            return make(value)
-        fields = dict(value)
-        if "source" in fields:
-            fields["source"] = folder / fields["source"]
-        if "owner" in fields:
-            fields["owner"] = str(fields["owner"])
-        return make(**fields)
-
-    return build
-
-
-def _user(value: Any, folder: Path) -> Step:
-    fields = {"name": value} if isinstance(value, str) else dict(value)
-    groups = fields.get("groups", ())
-    fields["groups"] = (groups,) if isinstance(groups, str) else tuple(groups)
-    return accounts.User(**fields)
-
-
-def _ssh_key(value: Any, folder: Path) -> Step:
-    file = folder / value["file"] if "file" in value else None
-    return ssh_keys.SshKey(value["user"], file, value.get("key"))
-
-
-def _password(value: Any, folder: Path) -> Step:
-    source = next(name for name in ("file", "env", "hash") if name in value)
-    name = str(folder / value[source]) if source == "file" else value[source]
-    return passwords.Password(value["user"], passwords.Secret(source, name))
-
-
-def _services(value: Any, folder: Path) -> list[Step]:
-    ((action, units),) = value.items()
-    return [services.Service(action, u) for u in ([units] if isinstance(units, str) else units)]
-
-
-def _firstboot(value: Any, folder: Path) -> Step:
-    if isinstance(value, str):
-        return firstboot.FirstBoot(folder / value)
-    return firstboot.FirstBoot(name=value["name"], content=value["content"])
-
-
-def _network(value: Any, folder: Path) -> Step:
-    ethernets = [network.Ethernet.of(name, one) for name, one in value["ethernets"].items()]
-    return network.Network(tuple(ethernets), value.get("renderer"))
-
-
-def _cloud_init(value: Any, folder: Path) -> Step:
-    parts = {key: folder / v if isinstance(v, str) else v for key, v in value.items()}
-    return cloud.CloudInit(parts)
-
-
-def _bare(make: Callable[[], Step]) -> Callable[[Any, Path], Step]:
-    return lambda value, folder: make()
-
-
-_STEPS: dict[str, Callable[[Any, Path], Step | list[Step]]] = {
-    "write": _plain(files.Write),
-    "copy": _plain(files.Copy),
-    "template": _plain(files.Template),
-    "append-line": _plain(files.AppendLine),
-    "mkdir": _plain(files.MakeFolder),
-    "chmod": _plain(files.ChangeMode),
-    "chown": _plain(files.ChangeOwner),
-    "link": _plain(files.Link),
-    "delete": _plain(files.Delete),
-    "user": _user,
-    "ssh-key": _ssh_key,
-    "password": _password,
-    "service": _services,
-    "firstboot": _firstboot,
-    "network": _network,
-    "cloud-init": _cloud_init,
-    "hostname": _plain(system.Hostname),
-    "timezone": _plain(system.Timezone),
-    "locale": _plain(system.Locale),
-    "machine-id": _bare(system.MachineId),
-    "ssh-host-keys": _bare(host_keys.SshHostKeys),
-    "selinux": _bare(system.Relabel),
-}

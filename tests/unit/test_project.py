@@ -327,7 +327,7 @@ def test_no_module_grows_past_500_lines() -> None:
 
 
 def imported_by_running(*arguments: str) -> set[str]:
-    """The packages that `python -m imgtool ARGUMENTS` imports, by what Python itself reports."""
+    """The modules that `python -m imgtool ARGUMENTS` imports, by what Python itself reports."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "imgtool", *arguments],
         cwd=ROOT,
@@ -341,17 +341,22 @@ def imported_by_running(*arguments: str) -> set[str]:
     errors = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == 0, "\n".join(errors)
     return {
-        line.rsplit("|", 1)[1].strip().split(".")[0]
+        line.rsplit("|", 1)[1].strip()
         for line in done.stderr.splitlines()
         if line.startswith("import time:")
     }
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("ls", "--help")], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("--version",), ("ls", "--help"), ("inject", "--help")], ids=" ".join
+)
 def test_help_imports_no_binding_and_no_engine(arguments: tuple[str, ...]) -> None:
-    imported = imported_by_running(*arguments)
+    modules = imported_by_running(*arguments)
+    imported = {name.split(".")[0] for name in modules}
     assert "imgtool" in imported
+    assert [name for name in modules if name.startswith("imgtool.engines")] == []
     assert imported & {"guestfs", "libguestfsmod", "parted", "_ped", "nbd", "libnbdmod"} == set()
+    assert imported & {"yaml", "jsonschema"} == set()
     assert "rich" not in imported
 
 

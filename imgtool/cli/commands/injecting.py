@@ -17,6 +17,7 @@ from imgtool.cli.commands.injected import FIELDS, row, say, unopened_row
 from imgtool.cli.guest_command import WRITE, guest_command
 from imgtool.cli.output import Output
 from imgtool.cli.session import Failures, Request
+from imgtool.cli.step_options import step_options
 from imgtool.errors import ExitStatus, ImgtoolError, Interrupted, UsageError
 from imgtool.host import interrupt
 
@@ -81,13 +82,11 @@ def _show_schema(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _many(name: str, metavar: str, text: str) -> Any:
-    return typer.Option(name, metavar=metavar, help=text)
-
-
 @guest_command(*WRITE, image=False)
+@step_options(after="var")
 def inject(
     request: Request,
+    asked: Mapping[str, Any],
     paths: Annotated[
         list[Path],
         typer.Argument(metavar="IMAGE... [SPEC.yaml]", help="The disk images, and the steps."),
@@ -97,57 +96,9 @@ def inject(
         typer.Option("--spec", metavar="FILE", help="The steps, whatever the file is called."),
     ] = None,
     var: Annotated[
-        list[str] | None, _many("--var", "NAME=VALUE", "A variable of templates.")
-    ] = None,
-    user: Annotated[
-        list[str] | None, _many("--user", "NAME[:GROUP,...][:sudo]", "Have a user.")
-    ] = None,
-    password: Annotated[
         list[str] | None,
-        _many("--password", "USER:file:FILE", "A password: file:FILE, env:NAME, stdin, prompt."),
+        typer.Option("--var", metavar="NAME=VALUE", help="A variable of templates."),
     ] = None,
-    ssh_key: Annotated[
-        list[str] | None, _many("--ssh-key", "USER:FILE", "A public key that may log in.")
-    ] = None,
-    hostname: Annotated[
-        str | None, _many("--hostname", "NAME", "The host's name; {{ image }} is the image's.")
-    ] = None,
-    timezone: Annotated[str | None, _many("--timezone", "ZONE", "Such as Europe/Warsaw.")] = None,
-    locale: Annotated[str | None, _many("--locale", "LOCALE", "Such as pl_PL.UTF-8.")] = None,
-    mkdir: Annotated[list[str] | None, _many("--mkdir", "PATH", "Have a folder.")] = None,
-    copy: Annotated[
-        list[str] | None, _many("--copy", "SRC:DEST", "Copy a host file or folder.")
-    ] = None,
-    template: Annotated[
-        list[str] | None, _many("--template", "SRC:DEST", "Copy a text, its {{ NAME }} filled in.")
-    ] = None,
-    write: Annotated[list[str] | None, _many("--write", "PATH:TEXT", "A file of one line.")] = None,
-    append_line: Annotated[
-        list[str] | None, _many("--append-line", "PATH:LINE", "A line that a file has.")
-    ] = None,
-    link: Annotated[
-        list[str] | None, _many("--link", "PATH:TARGET", "A symbolic link at PATH.")
-    ] = None,
-    delete: Annotated[list[str] | None, _many("--delete", "PATH", "Have nothing there.")] = None,
-    chmod: Annotated[list[str] | None, _many("--chmod", "MODE:PATH", "Change a mode.")] = None,
-    chown: Annotated[
-        list[str] | None, _many("--chown", "USER:GROUP:PATH", "Change an owner.")
-    ] = None,
-    service: Annotated[
-        list[str] | None, _many("--service", "enable:UNIT", "Or disable:, mask:, unmask:.")
-    ] = None,
-    firstboot: Annotated[
-        list[str] | None, _many("--firstboot", "SCRIPT", "Run once, at the next start.")
-    ] = None,
-    machine_id_reset: Annotated[
-        bool, typer.Option("--machine-id-reset", help="A new machine ID at the next start.")
-    ] = False,
-    ssh_host_keys_remove: Annotated[
-        bool, typer.Option("--ssh-host-keys-remove", help="No SSH host keys.")
-    ] = False,
-    selinux_relabel: Annotated[
-        bool, typer.Option("--selinux-relabel", help="Label every file anew.")
-    ] = False,
     schema: Annotated[
         bool,
         typer.Option(
@@ -158,7 +109,11 @@ def inject(
     output: options.OutputOption = Output.table,
     clone: Annotated[
         list[Path] | None,
-        _many("--clone", "NEW", "Leave the image alone; the result is a new overlay on it."),
+        typer.Option(
+            "--clone",
+            metavar="NEW",
+            help="Leave the image alone; the result is a new overlay on it.",
+        ),
     ] = None,
     clone_dir: Annotated[
         Path | None,
@@ -190,7 +145,7 @@ def inject(
     failures = Failures(request.debug)
     steps, variables = _read(spec, failures)
     variables |= variables_of(var or ())
-    steps += steps_of(locals())
+    steps += steps_of(asked)
     _check(steps, [new or image for image, new in targets], variables, failures)
     failures.finish()
     if not steps:

@@ -7,7 +7,8 @@ import stat
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 from imgtool.errors import ImgtoolError, NotInGuestError, UsageError
 from imgtool.guest.changes import Owner
@@ -26,7 +27,8 @@ from imgtool.inject.guest_files.passwd import (
     with_line,
 )
 from imgtool.inject.guest_overlay import GuestOverlay
-from imgtool.inject.steps.step import Step, StepContext
+from imgtool.inject.steps.schema import NAMES, PATH, TEXT, WORD, YES_OR_NO, Schema, mapping
+from imgtool.inject.steps.step import Option, Step, StepContext
 
 # useradd(8), of Debian and others.
 _NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
@@ -37,7 +39,34 @@ _SUDOERS = "/etc/sudoers.d"
 class User(Step):
     """A user that the guest has, with at least these groups."""
 
-    kind: ClassVar[str] = "user"
+    kind = "user"
+    schema: ClassVar[Schema] = {
+        "description": "A user; a name alone takes the guest's own defaults.",
+        "anyOf": [
+            WORD,
+            mapping(
+                {
+                    "name": WORD,
+                    "uid": {"type": "integer", "minimum": 1, "maximum": 4294967293},
+                    "comment": TEXT,
+                    "home": PATH,
+                    "shell": PATH,
+                    "groups": {**NAMES, "description": "Further groups, which the guest has."},
+                    "system": {
+                        **YES_OR_NO,
+                        "description": "A number below UID_MIN, and no home.",
+                    },
+                    "sudo": {
+                        "description": "May become root by sudo: with the own password, or "
+                        "without.",
+                        "enum": [True, False, "password", "nopasswd"],
+                    },
+                },
+                required=("name",),
+            ),
+        ],
+    }
+    option = Option("--user", "NAME[:GROUP,...][:sudo]", "Have a user.")
     name: str
     uid: int | None = None
     comment: str | None = None
@@ -46,6 +75,26 @@ class User(Step):
     groups: Sequence[str] = ()
     system: bool = False
     sudo: bool | str = False
+
+    @classmethod
+    def from_spec(cls, value: Any, folder: Path) -> Sequence[Step]:
+        """A name, or all that is said of the user."""
+        fields = {"name": value} if isinstance(value, str) else dict(value)
+        groups = fields.get("groups", ())
+        fields["groups"] = (groups,) if isinstance(groups, str) else tuple(groups)
+        return [cls(**fields)]
+
+    @classmethod
+    def from_option(cls, text: str) -> Step:
+        """A name, groups between commas, and whether the user may become root."""
+        name, *rest = text.split(":")
+        sudo = rest[-1:] == ["sudo"]
+        groups = rest[: len(rest) - sudo]
+        if len(groups) > 1:
+            raise UsageError(
+                "--user takes NAME, NAME:GROUP,... and ':sudo' at its end", subject=text
+            )
+        return cls(name, groups=tuple(g for g in "".join(groups).split(",") if g), sudo=sudo)
 
     @property
     def subject(self) -> str:

@@ -5,13 +5,14 @@ Source: cloud-init's documentation, "NoCloud" (/var/lib/cloud/seed/nocloud) and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from imgtool.errors import ImgtoolError, NotInGuestError, UsageError
 from imgtool.inject.guest_overlay import GuestOverlay
+from imgtool.inject.steps.schema import Schema, mapping
 from imgtool.inject.steps.step import Step, StepContext, host_file
 
 SEED = "/var/lib/cloud/seed/nocloud"
@@ -23,6 +24,7 @@ _HEADERS = (
     *("MIME-Version:", "From nobody"),
 )
 _GZIP = b"\x1f\x8b"
+_FILE_OR_MAPPING: Schema = {"type": ["string", "object"]}
 PARTS = ("user-data", "meta-data", "network-config")
 
 
@@ -30,8 +32,18 @@ PARTS = ("user-data", "meta-data", "network-config")
 class CloudInit(Step):
     """The parts of a seed: each a file of the host, or a mapping that is written as YAML."""
 
-    kind: ClassVar[str] = "cloud-init"
+    kind = "cloud-init"
+    schema = mapping(
+        dict.fromkeys(PARTS, _FILE_OR_MAPPING),
+        description="A NoCloud seed; each part is a file of the host, or what would be in it.",
+        required=("meta-data",),
+    )
     parts: Mapping[str, Path | Mapping[str, Any]]
+
+    @classmethod
+    def from_spec(cls, value: Any, folder: Path) -> Sequence[Step]:
+        """A text is the name of a file."""
+        return [cls({key: folder / v if isinstance(v, str) else v for key, v in value.items()})]
 
     @property
     def subject(self) -> str:

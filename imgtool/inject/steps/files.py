@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from imgtool.errors import ImgtoolError, NotInGuestError, UsageError
 from imgtool.inject.guest_files.passwd import owner_in
 from imgtool.inject.guest_overlay import GuestOverlay
-from imgtool.inject.steps.step import Step, StepContext, filled, guest_path, host_file, octal
+from imgtool.inject.steps.schema import (
+    HOST_FILE,
+    MODE,
+    OWNER,
+    PATH,
+    TEXT,
+    WORD,
+    YES_OR_NO,
+    Schema,
+    mapping,
+)
+from imgtool.inject.steps.step import (
+    Option,
+    Step,
+    StepContext,
+    filled,
+    guest_path,
+    host_file,
+    octal,
+)
 
 _TEMPLATE = 16 << 20
+_FROM_HOST = "SRC:DEST, and DEST is absolute"
 
 
 @dataclass(frozen=True)
@@ -29,6 +49,17 @@ class _OnPath(Step):
     def check(self, variables: Mapping[str, str]) -> None:
         """The path makes sense."""
         guest_path(self.path)
+
+    @classmethod
+    def from_spec(cls, value: Any, folder: Path) -> Sequence[Step]:
+        """A source is a file of the host, an owner may be a number."""
+        if isinstance(value, dict):
+            value = dict(value)
+            if "source" in value:
+                value["source"] = folder / value["source"]
+            if "owner" in value:
+                value["owner"] = str(value["owner"])
+        return super().from_spec(value, folder)
 
 
 @dataclass(frozen=True)
@@ -65,8 +96,22 @@ def _owner_form(text: str) -> None:
 class Write(_WithOwner):
     """A file with this text."""
 
-    kind: ClassVar[str] = "write"
+    kind = "write"
+    schema = mapping(
+        {"path": PATH, "content": TEXT, "mode": MODE, "owner": OWNER},
+        description="A file with this text.",
+        required=("path", "content"),
+    )
+    option = Option("--write", "PATH:TEXT", "A file of one line.")
     content: str = ""
+
+    @classmethod
+    def from_option(cls, text: str) -> Step:
+        """The text gets a line end, unless there is none."""
+        path, colon, content = text.partition(":")
+        if not colon:
+            raise UsageError("--write takes PATH:TEXT", subject=path)
+        return cls(path, content=content + "\n" if content else "")
 
     def apply(self, site: StepContext) -> bool:
         """A file that is there keeps its mode and owner unless they are given."""
@@ -77,9 +122,22 @@ class Write(_WithOwner):
 class Template(_WithOwner):
     """A file from a text with `{{ NAME }}` in it, which is `content` or in the file `source`."""
 
-    kind: ClassVar[str] = "template"
+    kind = "template"
+    schema = mapping(
+        {"path": PATH, "source": HOST_FILE, "content": TEXT, "mode": MODE, "owner": OWNER},
+        description="A file from a text in which {{ NAME }} stands for a variable.",
+        required=("path",),
+        one_of=("source", "content"),
+    )
+    option = Option("--template", "SRC:DEST", "Copy a text, its {{ NAME }} filled in.")
     source: Path | None = None
     content: str | None = None
+
+    @classmethod
+    def from_option(cls, text: str) -> Step:
+        """From a file of the host."""
+        source, path = cls.option.with_path(text, _FROM_HOST)
+        return cls(path, source=Path(source))
 
     def _text(self) -> str:
         if self.source is None:
@@ -105,8 +163,21 @@ class Copy(_WithOwner):
     at the end everything does. Times are those of the copying; the owner is root unless given.
     """
 
-    kind: ClassVar[str] = "copy"
+    kind = "copy"
+    schema = mapping(
+        {"source": HOST_FILE, "path": PATH, "mode": MODE, "owner": OWNER},
+        description="A file or folder of the host; "
+        "a 'path' with a slash at its end is a folder to copy into.",
+        required=("source", "path"),
+    )
+    option = Option("--copy", "SRC:DEST", "Copy a host file or folder.")
     source: Path = Path()
+
+    @classmethod
+    def from_option(cls, text: str) -> Step:
+        """With mode and owner as the source has and root is."""
+        source, path = cls.option.with_path(text, _FROM_HOST)
+        return cls(path, source=Path(source))
 
     def check(self, variables: Mapping[str, str]) -> None:
         """Everything below the source can be read."""
@@ -162,8 +233,20 @@ def _below(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
 class AppendLine(_OnPath):
     """A line that a file has, at its end if nowhere else."""
 
-    kind: ClassVar[str] = "append-line"
+    kind = "append-line"
+    schema = mapping(
+        {"path": PATH, "line": TEXT},
+        description="A line that a file has; added at its end where it has not.",
+        required=("path", "line"),
+    )
+    option = Option("--append-line", "PATH:LINE", "A line that a file has.")
     line: str = ""
+
+    @classmethod
+    def from_option(cls, text: str) -> Step:
+        """The line may have colons."""
+        path, line = cls.option.two_parts(text)
+        return cls(path, line=line)
 
     def check(self, variables: Mapping[str, str]) -> None:
         """It is one line."""
@@ -187,7 +270,15 @@ class AppendLine(_OnPath):
 class MakeFolder(_WithOwner):
     """A folder, and those above it."""
 
-    kind: ClassVar[str] = "mkdir"
+    kind = "mkdir"
+    schema: ClassVar[Schema] = {
+        "description": "A folder, and those above it.",
+        "anyOf": [
+            PATH,
+            mapping({"path": PATH, "mode": MODE, "owner": OWNER}, required=("path",)),
+        ],
+    }
+    option = Option("--mkdir", "PATH", "Have a folder.")
 
     def apply(self, site: StepContext) -> bool:
         """One that is there keeps its mode and owner unless they are given."""
@@ -199,8 +290,16 @@ class MakeFolder(_WithOwner):
 class ChangeMode(_OnPath):
     """The mode of what is at a path; a link is followed."""
 
-    kind: ClassVar[str] = "chmod"
+    kind = "chmod"
+    schema = mapping({"path": PATH, "mode": MODE}, required=("path", "mode"))
+    option = Option("--chmod", "MODE:PATH", "Change a mode.")
     mode: str | int = "0644"
+
+    @classmethod
+    def from_option(cls, text: str) -> Step:
+        """The path may have colons."""
+        mode, path = cls.option.two_parts(text)
+        return cls(path, mode=mode)
 
     def check(self, variables: Mapping[str, str]) -> None:
         """Path and mode make sense."""
@@ -218,9 +317,19 @@ class ChangeMode(_OnPath):
 class ChangeOwner(_OnPath):
     """The owner of what is at a path, by the guest's own names; with `recursive` of all below."""
 
-    kind: ClassVar[str] = "chown"
+    kind = "chown"
+    schema = mapping(
+        {"path": PATH, "owner": OWNER, "recursive": YES_OR_NO}, required=("path", "owner")
+    )
+    option = Option("--chown", "USER:GROUP:PATH", "Change an owner.")
     owner: str = ""
     recursive: bool = False
+
+    @classmethod
+    def from_option(cls, text: str) -> Step:
+        """Of the path alone, not of what is below it."""
+        owner, path = cls.option.with_path(text)
+        return cls(path, owner=owner)
 
     def check(self, variables: Mapping[str, str]) -> None:
         """Path and owner make sense."""
@@ -246,8 +355,20 @@ class ChangeOwner(_OnPath):
 class Link(_OnPath):
     """A symbolic link."""
 
-    kind: ClassVar[str] = "link"
+    kind = "link"
+    schema = mapping(
+        {"path": PATH, "target": WORD},
+        description="A symbolic link at 'path'.",
+        required=("path", "target"),
+    )
+    option = Option("--link", "PATH:TARGET", "A symbolic link at PATH.")
     target: str = ""
+
+    @classmethod
+    def from_option(cls, text: str) -> Step:
+        """The target may have colons."""
+        path, target = cls.option.two_parts(text)
+        return cls(path, target=target)
 
     def check(self, variables: Mapping[str, str]) -> None:
         """The link leads to something."""
@@ -264,7 +385,9 @@ class Link(_OnPath):
 class Delete(_OnPath):
     """Nothing at a path."""
 
-    kind: ClassVar[str] = "delete"
+    kind = "delete"
+    schema: ClassVar[Schema] = {"description": "Nothing at this path.", **PATH}
+    option = Option("--delete", "PATH", "Have nothing there.")
 
     def check(self, variables: Mapping[str, str]) -> None:
         """It is not the root."""

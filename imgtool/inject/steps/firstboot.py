@@ -8,16 +8,17 @@ script ran is written down before it starts: one that restarts the machine is no
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from imgtool.errors import UsageError
 from imgtool.inject.guest_files.units import ADMIN, require_systemd
 from imgtool.inject.guest_overlay import GuestOverlay
+from imgtool.inject.steps.schema import HOST_FILE, WORD, Schema, mapping
 from imgtool.inject.steps.services import enable
-from imgtool.inject.steps.step import Step, StepContext, host_file
+from imgtool.inject.steps.step import Option, Step, StepContext, host_file
 
 FOLDER = "/usr/lib/imgtool-firstboot"
 SCRIPTS = f"{FOLDER}/scripts"
@@ -78,10 +79,31 @@ WantedBy=multi-user.target
 class FirstBoot(Step):
     """A script that runs once."""
 
-    kind: ClassVar[str] = "firstboot"
+    kind = "firstboot"
+    schema: ClassVar[Schema] = {
+        "description": "A script that runs once, when the guest starts the next time.",
+        "anyOf": [
+            HOST_FILE,
+            mapping(
+                {"name": {"type": "string", "pattern": f"^{_NAME.pattern}$"}, "content": WORD},
+                required=("name", "content"),
+            ),
+        ],
+    }
+    option = Option("--firstboot", "SCRIPT", "Run once, at the next start.")
     script: Path | None = None
     name: str = ""
     content: str | None = None
+
+    @classmethod
+    def from_spec(cls, value: Any, folder: Path) -> Sequence[Step]:
+        """A file of the host, or a name with what is to be in it."""
+        return [cls(folder / value) if isinstance(value, str) else cls(**value)]
+
+    @classmethod
+    def from_option(cls, text: str) -> Step:
+        """A file of the host."""
+        return cls(Path(text))
 
     @property
     def subject(self) -> str:

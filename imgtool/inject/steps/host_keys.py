@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from imgtool.inject.guest_files.units import ADMIN, FOLDERS, has_systemd
 from imgtool.inject.guest_overlay import GuestOverlay
+from imgtool.inject.steps.schema import Schema
 from imgtool.inject.steps.services import enable
-from imgtool.inject.steps.step import Step, StepContext
+from imgtool.inject.steps.step import Option, StepContext, WordStep
 
 UNIT = "imgtool-ssh-host-keys.service"
 _KEY = re.compile(r"ssh_host_[A-Za-z0-9_]*key(\.pub|-cert\.pub)?")
@@ -33,15 +34,13 @@ WantedBy=multi-user.target
 
 
 @dataclass(frozen=True)
-class SshHostKeys(Step):
+class SshHostKeys(WordStep):
     """No SSH host keys, lest several guests have the same; the guest makes its own."""
 
-    kind: ClassVar[str] = "ssh-host-keys"
-
-    @property
-    def subject(self) -> str:
-        """What is done."""
-        return "remove"
+    kind = "ssh-host-keys"
+    word = "remove"
+    schema: ClassVar[Schema] = {"const": word}
+    option = Option("--ssh-host-keys-remove", None, "No SSH host keys.")
 
     def apply(self, site: StepContext) -> bool:
         """Delete /etc/ssh/ssh_host_*_key and .pub, and see to it that new ones are made."""

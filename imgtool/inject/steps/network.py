@@ -11,14 +11,16 @@ import ipaddress
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from imgtool.errors import ImgtoolError, NotInGuestError, UsageError
 from imgtool.inject.guest_files import resolver
 from imgtool.inject.guest_files.units import ADMIN
 from imgtool.inject.guest_overlay import GuestOverlay
+from imgtool.inject.steps.schema import TEXT, YES_OR_NO, Schema, mapping
 from imgtool.inject.steps.step import Step, StepContext
 
 NETPLAN = "/etc/netplan/90-imgtool.yaml"
@@ -26,6 +28,25 @@ KEYFILES = "/etc/NetworkManager/system-connections"
 NETWORKD = "/etc/systemd/network"
 INTERFACES = "/etc/network/interfaces"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,14}")
+_TEXTS: Schema = {"type": "array", "items": TEXT}
+_ETHERNET = mapping(
+    {
+        "dhcp4": YES_OR_NO,
+        "dhcp6": YES_OR_NO,
+        "addresses": _TEXTS,
+        "routes": {
+            "type": "array",
+            "items": mapping({"to": TEXT, "via": TEXT}, required=("to", "via")),
+        },
+        "nameservers": mapping({"addresses": _TEXTS, "search": _TEXTS}),
+        "macaddress": {
+            "description": "Of the interface that is meant, whatever it is called.",
+            "type": "string",
+            "pattern": "^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$",
+        },
+        "mtu": {"type": "integer", "minimum": 68, "maximum": 65535},
+    }
+)
 _DOMAIN = re.compile(r"[A-Za-z0-9~._-]{1,253}")
 
 
@@ -106,9 +127,29 @@ def _parsed(parse: Callable[[str], Any], text: str) -> Any:
 class Network(Step):
     """The interfaces of a guest."""
 
-    kind: ClassVar[str] = "network"
+    kind = "network"
+    schema = mapping(
+        {
+            "renderer": {"enum": ["netplan", "NetworkManager", "networkd", "ifupdown"]},
+            "ethernets": {
+                "type": "object",
+                "minProperties": 1,
+                "propertyNames": {"pattern": f"^{_NAME.pattern}$"},
+                "additionalProperties": {"$ref": "#/$defs/ethernet"},
+            },
+        },
+        description="Interfaces, in the words of netplan; written for what the guest uses.",
+        required=("ethernets",),
+    )
+    definitions: ClassVar[Mapping[str, Schema]] = {"ethernet": _ETHERNET}
     ethernets: tuple[Ethernet, ...]
     renderer: str | None = None
+
+    @classmethod
+    def from_spec(cls, value: Any, folder: Path) -> Sequence[Step]:
+        """All interfaces at once."""
+        ethernets = [Ethernet.of(name, one) for name, one in value["ethernets"].items()]
+        return [cls(tuple(ethernets), value.get("renderer"))]
 
     @property
     def subject(self) -> str:

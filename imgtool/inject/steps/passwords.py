@@ -6,17 +6,17 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 from imgtool.errors import UsageError
-from imgtool.inject import crypt
 from imgtool.inject.guest_files.login_defs import login_defs
 from imgtool.inject.guest_files.passwd import PASSWD, SHADOW, account, rows, with_fields, with_line
 from imgtool.inject.guest_overlay import GuestOverlay
-from imgtool.inject.steps.step import Step, StepContext, host_file
+from imgtool.inject.steps.schema import HOST_FILE, WORD, mapping
+from imgtool.inject.steps.step import Option, Step, StepContext, host_file
 
 SOURCES = ("file", "env", "prompt", "stdin", "hash")
 # crypt(5): what libcrypt takes, and more than anybody types.
@@ -79,9 +79,43 @@ def _asked(user: str) -> bytes:
 class Password(Step):
     """The password of a user."""
 
-    kind: ClassVar[str] = "password"
+    kind = "password"
+    schema = mapping(
+        {"user": WORD, "file": HOST_FILE, "env": WORD, "hash": WORD},
+        description="The password of a user, from a file or a variable of the environment, "
+        "or hashed as in shadow.",
+        required=("user",),
+        one_of=("file", "env", "hash"),
+    )
+    option = Option(
+        "--password", "USER:file:FILE", "A password: file:FILE, env:NAME, stdin, prompt."
+    )
     user: str
     secret: Secret = field(repr=False)
+
+    @classmethod
+    def from_spec(cls, value: Any, folder: Path) -> Sequence[Step]:
+        """From a file, a variable, or as a hash."""
+        source = next(name for name in ("file", "env", "hash") if name in value)
+        name = str(folder / value[source]) if source == "file" else value[source]
+        return [cls(value["user"], Secret(source, name))]
+
+    @classmethod
+    def from_option(cls, text: str) -> Step:
+        """From anywhere but the command line itself."""
+        user, _, source = text.partition(":")
+        kind, _, name = source.partition(":")
+        # What was typed is not repeated: somebody may have typed the password.
+        if (
+            not user
+            or kind not in ("file", "env", "prompt", "stdin")
+            or bool(name) != (kind in ("file", "env"))
+        ):
+            raise UsageError(
+                "--password takes USER:file:FILE, USER:env:NAME, USER:stdin or USER:prompt",
+                hint="a password on the command line can be seen by everybody on this machine",
+            )
+        return cls(user, Secret(kind, name))
 
     @property
     def subject(self) -> str:
@@ -94,6 +128,8 @@ class Password(Step):
 
     def apply(self, site: StepContext) -> bool:
         """Write its hash, unless the one that is there is of the same password."""
+        from imgtool.inject import crypt
+
         view = site.view
         account(view, self.user)
         shadowed = view.read(SHADOW) is not None
@@ -122,6 +158,8 @@ def _stored(view: GuestOverlay, path: str, user: str) -> str | None:
 
 def _method(view: GuestOverlay) -> str:
     """The kind of hash that the guest itself would make; SHA-512 is known to every guest."""
+    from imgtool.inject import crypt
+
     if login_defs(view).get("ENCRYPT_METHOD", "").upper() == "YESCRYPT":
         return crypt.YESCRYPT
     for name in ("common-password", "system-auth"):

@@ -6,9 +6,10 @@ Source: systemctl(1), and src/shared/install.c of systemd for what is linked whe
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 from imgtool.errors import ImgtoolError, UsageError
 from imgtool.inject.guest_files.units import (
@@ -22,7 +23,8 @@ from imgtool.inject.guest_files.units import (
     unit_name,
 )
 from imgtool.inject.guest_overlay import GuestOverlay
-from imgtool.inject.steps.step import Step, StepContext
+from imgtool.inject.steps.schema import NAMES, Schema
+from imgtool.inject.steps.step import Option, Step, StepContext
 
 ACTIONS = ("enable", "disable", "mask", "unmask")
 # The keys of [Install] that make links in folders of other units, and how these are called.
@@ -33,9 +35,29 @@ _FOLDERS = {"WantedBy": "wants", "RequiredBy": "requires", "UpheldBy": "upholds"
 class Service(Step):
     """A unit that is started with the guest, or not, or never."""
 
-    kind: ClassVar[str] = "service"
+    kind = "service"
+    schema: ClassVar[Schema] = {
+        "description": "Units of systemd.",
+        "type": "object",
+        "minProperties": 1,
+        "maxProperties": 1,
+        "additionalProperties": False,
+        "properties": dict.fromkeys(ACTIONS, NAMES),
+    }
+    option = Option("--service", "enable:UNIT", "Or disable:, mask:, unmask:.")
     action: str
     unit: str
+
+    @classmethod
+    def from_spec(cls, value: Any, folder: Path) -> Sequence[Step]:
+        """A step for each unit."""
+        ((action, units),) = value.items()
+        return [cls(action, unit) for unit in ([units] if isinstance(units, str) else units)]
+
+    @classmethod
+    def from_option(cls, text: str) -> Step:
+        """What is done, to which unit."""
+        return cls(*cls.option.two_parts(text, "enable:UNIT, disable:, mask: or unmask:"))
 
     @property
     def subject(self) -> str:

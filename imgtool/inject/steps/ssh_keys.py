@@ -5,15 +5,16 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 from imgtool.errors import NotInGuestError, RefusedError, UsageError
 from imgtool.inject.guest_files.passwd import Account, account
 from imgtool.inject.guest_overlay import GuestOverlay
-from imgtool.inject.steps.step import Step, StepContext, host_file
+from imgtool.inject.steps.schema import HOST_FILE, WORD, mapping
+from imgtool.inject.steps.step import Option, Step, StepContext, host_file
 
 _KEY_TYPES = re.compile(r"(ssh|ecdsa|sk-ssh|sk-ecdsa)-[A-Za-z0-9@.-]+")
 _LONGEST_KEYS = 1 << 20
@@ -23,10 +24,29 @@ _LONGEST_KEYS = 1 << 20
 class SshKey(Step):
     """Public keys with which a user may log in."""
 
-    kind: ClassVar[str] = "ssh-key"
+    kind = "ssh-key"
+    schema = mapping(
+        {"user": WORD, "file": HOST_FILE, "key": WORD},
+        description="A public key that may log in as the user.",
+        required=("user",),
+        one_of=("file", "key"),
+    )
+    option = Option("--ssh-key", "USER:FILE", "A public key that may log in.")
     user: str
     file: Path | None = None
     key: str | None = None
+
+    @classmethod
+    def from_spec(cls, value: Any, folder: Path) -> Sequence[Step]:
+        """The key itself, or a file."""
+        file = folder / value["file"] if "file" in value else None
+        return [cls(value["user"], file, value.get("key"))]
+
+    @classmethod
+    def from_option(cls, text: str) -> Step:
+        """The keys in a file."""
+        user, file = cls.option.two_parts(text)
+        return cls(user, Path(file))
 
     @property
     def subject(self) -> str:

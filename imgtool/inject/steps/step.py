@@ -1,16 +1,19 @@
-"""What a step is."""
+"""What a step is. Its class says all of it: what it is called in a spec, what it has there, and
+with which option it is asked for.
+"""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from imgtool.errors import UsageError
 from imgtool.inject.guest_overlay import GuestOverlay
+from imgtool.inject.steps.schema import Schema
 
 _VARIABLE = re.compile(r"\{\{\s*([A-Za-z_][A-Za-z0-9_-]*)\s*\}\}")
 _MODE = re.compile(r"[0-7]{1,4}")
@@ -28,10 +31,66 @@ class StepContext:
         return filled(text, self.variables, what)
 
 
+@dataclass(frozen=True)
+class Option:
+    """The option of `inject` that asks for a step, with its line of help. Without `metavar` it
+    takes no value; with `once` it is not repeated.
+    """
+
+    name: str
+    metavar: str | None
+    help: str
+    once: bool = False
+
+    @property
+    def parameter(self) -> str:
+        """Its name as that of a variable."""
+        return self.name.removeprefix("--").replace("-", "_")
+
+    def two_parts(self, text: str, form: str | None = None) -> tuple[str, str]:
+        """What is before and after the first colon. Raises `UsageError`, with the form, if one is
+        empty.
+        """
+        first, _, second = text.partition(":")
+        if not first or not second:
+            raise UsageError(f"{self.name} takes {form or self.metavar}", subject=text)
+        return first, second
+
+    def with_path(self, text: str, form: str | None = None) -> tuple[str, str]:
+        """What is before a guest path, and the path, which begins with the last `:/`: a file of the
+        host may have a colon in its name. Raises `UsageError`, with the form, if one is empty.
+        """
+        first, colon, path = text.rpartition(":/")
+        if not colon or not first:
+            raise UsageError(f"{self.name} takes {form or self.metavar}", subject=text)
+        return first, f"/{path}"
+
+
 class Step(ABC):
-    """One thing that a guest is to have. `subject` says which, in a few words without secrets."""
+    """One thing that a guest is to have. `subject` says which, in a few words without secrets.
+
+    `kind` is its key in a spec, `schema` the JSON schema of what stands there, which may refer to
+    `DEFINITIONS` and to its own `definitions`.
+    """
 
     kind: ClassVar[str]
+    schema: ClassVar[Schema]
+    definitions: ClassVar[Mapping[str, Schema]] = {}
+    option: ClassVar[Option | None] = None
+
+    @classmethod
+    def from_spec(cls, value: Any, folder: Path) -> Sequence[Step]:
+        """The steps that a spec means by a value, which fits the schema; relative files of the host
+        are in `folder`. Here fields are called as in the spec, and a lone value is the first.
+        """
+        make: Callable[..., Step] = cls
+        return [make(**value) if isinstance(value, dict) else make(value)]
+
+    @classmethod
+    def from_option(cls, text: str) -> Step:
+        """The step that the option means by a text. Raises `UsageError` for one of another form."""
+        make: Callable[..., Step] = cls
+        return make(text)
 
     @property
     @abstractmethod
@@ -56,6 +115,27 @@ class Step(ABC):
         Raises `NotInGuestError` for what the guest does not have, `ImgtoolError` for what cannot be
         done in it.
         """
+
+
+class WordStep(Step):
+    """A step without details: one word in a spec, an option without a value."""
+
+    word: ClassVar[str]
+
+    @property
+    def subject(self) -> str:
+        """What is done."""
+        return self.word
+
+    @classmethod
+    def from_spec(cls, value: Any, folder: Path) -> Sequence[Step]:
+        """The step."""
+        return [cls()]
+
+    @classmethod
+    def from_option(cls, text: str) -> Step:
+        """The step."""
+        return cls()
 
 
 def filled(text: str, variables: Mapping[str, str], what: object) -> str:

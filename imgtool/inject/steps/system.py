@@ -11,7 +11,8 @@ from typing import ClassVar
 from imgtool.errors import ImgtoolError, NotInGuestError, UsageError
 from imgtool.inject.guest_files.passwd import missing
 from imgtool.inject.guest_overlay import GuestOverlay
-from imgtool.inject.steps.step import Step, StepContext, filled
+from imgtool.inject.steps.schema import WORD, Schema
+from imgtool.inject.steps.step import Option, Step, StepContext, WordStep, filled
 
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?")
 _ZONES = "/usr/share/zoneinfo"
@@ -21,6 +22,7 @@ _LOCALE = re.compile(r"[A-Za-z]{1,3}(_[A-Z]{2})?(\.[A-Za-z0-9-]+)?(@[a-z]+)?|C(\
 
 @dataclass(frozen=True)
 class _Named(Step):
+    schema = WORD
     name: str
 
     @property
@@ -33,7 +35,8 @@ class _Named(Step):
 class Hostname(_Named):
     """The name of the host, in /etc/hostname and /etc/hosts."""
 
-    kind: ClassVar[str] = "hostname"
+    kind = "hostname"
+    option = Option("--hostname", "NAME", "The host's name; {{ image }} is the image's.", once=True)
 
     def subject_in(self, variables: Mapping[str, str]) -> str:
         """The name, filled in."""
@@ -110,7 +113,8 @@ def hosts_with(text: str, old: str, name: str, *, always: bool) -> str:
 class Timezone(_Named):
     """The time zone: /etc/localtime, and /etc/timezone where it is."""
 
-    kind: ClassVar[str] = "timezone"
+    kind = "timezone"
+    option = Option("--timezone", "ZONE", "Such as Europe/Warsaw.", once=True)
 
     def check(self, variables: Mapping[str, str]) -> None:
         """It looks like a name of the zone database."""
@@ -145,7 +149,8 @@ class Timezone(_Named):
 class Locale(_Named):
     """The language of the system: LANG."""
 
-    kind: ClassVar[str] = "locale"
+    kind = "locale"
+    option = Option("--locale", "LOCALE", "Such as pl_PL.UTF-8.", once=True)
 
     def check(self, variables: Mapping[str, str]) -> None:
         """It looks like a locale."""
@@ -199,15 +204,13 @@ class Locale(_Named):
 
 
 @dataclass(frozen=True)
-class MachineId(Step):
+class MachineId(WordStep):
     """No machine ID: the guest makes itself one at its next start."""
 
-    kind: ClassVar[str] = "machine-id"
-
-    @property
-    def subject(self) -> str:
-        """What is done."""
-        return "reset"
+    kind = "machine-id"
+    word = "reset"
+    schema: ClassVar[Schema] = {"const": word}
+    option = Option("--machine-id-reset", None, "A new machine ID at the next start.")
 
     def apply(self, site: StepContext) -> bool:
         """Empty, not missing: an empty file is filled where /etc is mounted read-only too, and does
@@ -226,15 +229,13 @@ class MachineId(Step):
 
 
 @dataclass(frozen=True)
-class Relabel(Step):
+class Relabel(WordStep):
     """The SELinux labels of the guest's policy on every file."""
 
-    kind: ClassVar[str] = "selinux"
-
-    @property
-    def subject(self) -> str:
-        """What is done."""
-        return "relabel"
+    kind = "selinux"
+    word = "relabel"
+    schema: ClassVar[Schema] = {"const": word}
+    option = Option("--selinux-relabel", None, "Label every file anew.")
 
     def apply(self, site: StepContext) -> bool:
         """Asked for here; whether a label was another one is known when it has been done."""

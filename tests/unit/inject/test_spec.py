@@ -11,7 +11,8 @@ import pytest
 
 import imgtool.opening
 from imgtool.errors import UsageError
-from imgtool.inject.option_parsers import OPTIONS, steps_of, variables_of
+from imgtool.inject.option_parsers import steps_of, variables_of
+from imgtool.inject.registry import OPTIONS
 from imgtool.inject.spec import read_spec, schema_text
 from imgtool.inject.steps.passwords import Password
 from tests.support.inject_root import Root
@@ -121,7 +122,7 @@ def test_a_password_is_in_no_message(tmp_path):
 def test_options_are_taken_in_the_order_of_the_help(imgtool_cli):
     text = imgtool_cli("inject", "--help").text
     shown = text[text.index("Options") :]  # and not in the examples
-    places = [shown.index(f" {option} ") for option in OPTIONS]
+    places = [shown.index(f" {option.name} ") for option, _ in OPTIONS]
     assert places == sorted(places)
 
 
