@@ -433,16 +433,13 @@ def _nbd(host: Host) -> Check:
 
 def _mounts() -> Iterator[Check]:
     """What `mount --via` can do here, asked of the mounts themselves."""
-    from imgtool.mount.mechanisms.available import no_appliance, not_root
-    from imgtool.mount.mechanisms.mechanisms import MECHANISMS
+    from imgtool.mount.mechanisms.available import not_root
+    from imgtool.mount.mechanisms.registry import mechanisms
 
-    ways = [("fuse", "every image", no_appliance(load=False))]
-    for mechanism in MECHANISMS:
-        images = "raw images" if mechanism.raw_only else "every image"
-        ways.append((mechanism.name, images, mechanism.missing(load=False)))
-    for name, images, missing in ways:
-        name = f"mount --via {name}"
+    for via, mechanism in mechanisms():
+        name, missing = f"mount --via {via}", mechanism.missing(load=False)
         if missing is None:
+            images = "raw images" if mechanism.raw_only else "every image"
             yield Check(name, True, False, images)
         else:
             fix = "run imgtool as root" if missing == not_root() else None

@@ -31,7 +31,7 @@ from imgtool.guest.mending import (
 from imgtool.guest.model import Mount
 from imgtool.host.process import find
 from imgtool.mount import filesystems, kernel
-from imgtool.mount.mechanisms.mechanisms import Mechanism
+from imgtool.mount.mechanisms.mechanisms import DeviceMechanism
 from imgtool.mount.plan import DiskRange, Item, Volume, only_the_appliance
 from imgtool.mount.steps import mapper, steps
 
@@ -76,7 +76,7 @@ class NeedsOverlay(Exception):
 class MountAttempt:
     """One attempt to mount the items."""
 
-    def __init__(self, wanted: MountRequest, mechanism: Mechanism, target: Path) -> None:
+    def __init__(self, wanted: MountRequest, mechanism: DeviceMechanism, target: Path) -> None:
         self._wanted = wanted
         self._mechanism = mechanism
         self._journal = mechanism.journal

@@ -39,16 +39,14 @@ from imgtool.image.locking.locks import warn_if_written
 from imgtool.mount import kernel, plan
 from imgtool.mount.journal import Journal, journals, remove_empty_folders
 from imgtool.mount.mechanisms import appliance
-from imgtool.mount.mechanisms.available import no_appliance, no_device_mapper
-from imgtool.mount.mechanisms.mechanisms import MECHANISMS, Mechanism
+from imgtool.mount.mechanisms.available import no_device_mapper
+from imgtool.mount.mechanisms.mechanisms import DeviceMechanism, Mechanism
+from imgtool.mount.mechanisms.registry import AUTO, VIA, mechanisms
 from imgtool.mount.mounter import MountAttempt, MountRequest, NeedsOverlay
 from imgtool.mount.plan import Disk, Item, Volume
 from imgtool.mount.steps import steps
 
 log = logging.getLogger(__name__)
-
-FUSE = "fuse"
-VIA = ("auto", FUSE, *(mechanism.name for mechanism in MECHANISMS))
 
 
 def _target(path: Path) -> Path:
@@ -86,24 +84,18 @@ def _unusable(mechanism: type[Mechanism], chains: Sequence[Chain]) -> str | None
     return mechanism.missing()
 
 
-def choose(via: str, chains: Sequence[Chain]) -> type[Mechanism] | None:
-    """The mechanism; None for `fuse`. `auto` takes the first that works, least risk first.
-
-    In the appliance a hostile filesystem meets a kernel that is thrown away. Of the others, which
-    all let the host's own kernel read it, those come first that leave least behind if all fails.
-    """
+def choose(via: str, chains: Sequence[Chain]) -> tuple[str, type[Mechanism]]:
+    """The mechanism and its name. `auto` takes the first that works, least risk first."""
     why_not: list[str] = []
-    for name, mechanism in ((FUSE, None), *((m.name, m) for m in MECHANISMS)):
-        if via not in ("auto", name):
-            continue
-        reason = no_appliance(load=True) if mechanism is None else _unusable(mechanism, chains)
+    for name, mechanism in mechanisms(via):
+        reason = _unusable(mechanism, chains)
         if reason is None:
             for line in why_not:
                 log.info("mechanism: not %s", line)
             log.info("mechanism: %s", name)
-            return mechanism
+            return name, mechanism
         why_not.append(f"{name}: {reason}")
-    hint = "'imgtool doctor' explains" if via == "auto" else "--via auto takes what works here"
+    hint = "'imgtool doctor' explains" if via == AUTO else "--via auto takes what works here"
     raise HostError("it cannot be mounted here: " + "; ".join(why_not), hint=hint)
 
 
@@ -317,11 +309,11 @@ def mount(wanted: MountRequest) -> Journal:
 
 def _mounted(wanted: MountRequest, chains: Sequence[Chain], target: Path) -> Journal:
     _check_images(wanted, chains)
-    mechanism = choose(wanted.via, chains)
-    if mechanism is None:
+    name, mechanism = choose(wanted.via, chains)
+    if not issubclass(mechanism, DeviceMechanism):
         if wanted.partition is not None:  # sooner than the appliance could tell
             plan.partition([_disk(0, chains[0], wanted)], wanted.partition)
-        journal = _start(wanted, chains, target, FUSE)
+        journal = _start(wanted, chains, target, name)
         try:
             try:
                 journal.do(
@@ -357,7 +349,7 @@ def _mounted(wanted: MountRequest, chains: Sequence[Chain], target: Path) -> Jou
     # The clone of a volume group is written to: on an overlay.
     overlays = not wanted.writable and (volumes or mechanism.always_overlaid)
     while True:
-        journal = _start(wanted, chains, target, mechanism.name)
+        journal = _start(wanted, chains, target, name)
         try:
             made = mechanism(
                 chains, disks, journal, wanted.writable, overlays, snapshot=wanted.snapshot

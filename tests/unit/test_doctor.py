@@ -19,8 +19,7 @@ from imgtool.engines.direct.wire import landlock
 from imgtool.engines.libguestfs.appliance import launch
 from imgtool.engines.libguestfs.appliance.saved import Saved
 from imgtool.errors import HostError, UsageError
-from imgtool.mount.mechanisms import available
-from imgtool.mount.mechanisms.mechanisms import MECHANISMS
+from imgtool.mount.mechanisms.registry import MECHANISMS, mechanisms
 
 KERNEL = "6.1.0-9-cloud-amd64"
 PROGRAMS = (
@@ -444,10 +443,9 @@ def test_every_way_to_mount_is_asked_and_no_module_is_loaded(
 
         return missing
 
-    for mechanism in MECHANISMS:
-        reason = "no luck here" if mechanism.name == "nbd" else None
-        monkeypatch.setattr(mechanism, "missing", answer(mechanism.name, reason))
-    monkeypatch.setattr(available, "no_appliance", answer("fuse", None))
+    for name, mechanism in mechanisms():
+        reason = "no luck here" if name == "nbd" else None
+        monkeypatch.setattr(mechanism, "missing", answer(name, reason))
     for name in ("fuse", "export"):
         assert check(machine, f"mount --via {name}").found == "every image"
     assert check(machine, "mount --via loop") == Check(
@@ -456,7 +454,7 @@ def test_every_way_to_mount_is_asked_and_no_module_is_loaded(
     assert check(machine, "mount --via nbd") == Check(
         "mount --via nbd", None, False, "no luck here"
     )
-    assert {name for name, _ in asked} == {"fuse", *(way.name for way in MECHANISMS)}
+    assert {name for name, _ in asked} == set(MECHANISMS)
     assert not any(load for _, load in asked)
 
 

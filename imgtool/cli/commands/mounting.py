@@ -16,6 +16,7 @@ from imgtool.cli.output import Output
 from imgtool.cli.session import Failures, Request, set_up_logging, warning
 from imgtool.errors import UsageError
 from imgtool.guest.mounts import parse_mount
+from imgtool.mount.mechanisms.registry import VIA
 
 if TYPE_CHECKING:
     from imgtool.mount.journal import Journal
@@ -35,14 +36,12 @@ FIELDS = (
 
 
 class Via(StrEnum):
-    """The mechanisms."""
+    """The mechanisms, and the first that works here."""
 
-    auto = "auto"
-    fuse = "fuse"
-    loop = "loop"
-    export = "export"
-    nbd = "nbd"
-    kpartx = "kpartx"
+    _ignore_ = "members name"
+    members = vars()
+    for name in VIA:
+        members[name] = name
 
 
 @guest_command("add", "format", "snapshot", "mounts", "root", "key", "force", "backing_dir")
@@ -51,7 +50,7 @@ def mount(
     mountpoint: Annotated[Path, typer.Argument(metavar="MOUNTPOINT", help="An empty directory.")],
     via: Annotated[
         Via, typer.Option("--via", help="How; auto takes what works here, least risk first.")
-    ] = Via.auto,
+    ] = Via("auto"),
     partition: Annotated[
         int | None,
         typer.Option("-p", "--partition", metavar="N", min=1, help="This partition alone."),
@@ -95,13 +94,13 @@ def mount(
         raise UsageError(f"{given[0]} and {given[1]} exclude each other")
     if request.force and not rw:
         raise UsageError("--force means something with --rw only")
-    if request.keys and via not in (Via.auto, Via.fuse):
+    if request.keys and via not in ("auto", "fuse"):
         raise UsageError("encrypted devices are opened with --via fuse only", subject=via.value)
     mount_it(
         MountRequest(
             image=request.image,
             mountpoint=mountpoint,
-            via=Via.fuse.value if request.keys else via.value,
+            via="fuse" if request.keys else via.value,
             partition=partition,
             lv=lv,
             writable=rw,

@@ -1,4 +1,4 @@
-"""What host mounts need of this machine: each function gives why it cannot be had, in one line, or
+"""What mechanisms need of this machine: each `Need` gives why it cannot be had, in one line, or
 None if it can.
 
 With `load` the kernel's module is loaded where it is not; without it, it only has to be there.
@@ -9,10 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from imgtool.errors import HostError
 from imgtool.host.process import Limits, find, run
 from imgtool.host.system_packages import binding_fix, install_program
+
+
+class Need(Protocol):
+    """One thing that a mechanism needs."""
+
+    def __call__(self, *, load: bool) -> str | None:
+        """Why it cannot be had; None if it can."""
 
 
 def _modprobe(module: str, *options: str) -> bool:
@@ -51,7 +59,7 @@ def no_device_mapper(*, load: bool = True) -> str | None:
     return _no_module("dm-mod", "device-mapper", there, load) or no_program("dmsetup")
 
 
-def no_nbd() -> str | None:
+def no_nbd(*, load: bool = True) -> str | None:
     """The kernel's nbd devices, whose module the mount itself loads."""
     there = Path("/sys/block/nbd0").exists() or any(
         Path("/lib/modules", os.uname().release).glob("kernel/drivers/block/nbd.ko*")
@@ -59,14 +67,14 @@ def no_nbd() -> str | None:
     return None if there else "the kernel has no nbd (modprobe nbd)"
 
 
-def no_program(program: str) -> str | None:
+def no_program(program: str, *, load: bool = True) -> str | None:
     """A program."""
     if find(program) is not None:
         return None
     return f"{program} is not installed ({install_program(program)})"
 
 
-def not_root() -> str | None:
+def not_root(*, load: bool = True) -> str | None:
     """The right to mount block devices."""
     return None if os.geteuid() == 0 else "only root can mount block devices"
 

@@ -1,8 +1,8 @@
-"""The ways to make the disks of a guest block devices of the host, one class each.
+"""The mechanisms of `mount`, one class each; `registry` has their names.
 
-Every mechanism answers two things: the path of a whole disk, to be looked into, and the block
-device of a place on it. Where nothing may be written they stand on a throw-away overlay, so that
-the kernel can replay a journal without a byte of the image changing.
+Those that make block devices of the host answer two things: the path of a whole disk, to be looked
+into, and the block device of a place on it. Where nothing may be written they stand on a throw-away
+overlay, so that the kernel can replay a journal without a byte of the image changing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from imgtool.image.chain.reading import passes_locks
 from imgtool.mount import kernel
 from imgtool.mount.journal import Journal
 from imgtool.mount.mechanisms import available
+from imgtool.mount.mechanisms.available import Need
 from imgtool.mount.plan import Disk, DiskRange
 from imgtool.mount.steps import mapper, qemu, steps
 
@@ -35,16 +37,37 @@ def _on_overlay(below: dict[str, Any], name: str, overlay: Path | None) -> dict[
     }
 
 
-@dataclass
 class Mechanism:
-    """What the mechanisms share: the chains, the disks in them, and the journal of the mount.
+    """A way to mount a guest: what it takes, and what it needs of this machine."""
+
+    raw_only: ClassVar[bool] = False
+    # In this order they are asked for; the first that is missing is told.
+    needs: ClassVar[Sequence[Need]]
+
+    @classmethod
+    def missing(cls, *, load: bool = True) -> str | None:
+        """Why this machine cannot do it, in one line; None if it can.
+
+        With `load` a module that the kernel lacks is loaded.
+        """
+        return next((why for need in cls.needs if (why := need(load=load))), None)
+
+
+class ApplianceMechanism(Mechanism):
+    """Any format, through the appliance and FUSE: `appliance` beside this."""
+
+    needs = (available.no_appliance,)
+
+
+@dataclass
+class DeviceMechanism(Mechanism):
+    """What those share that make block devices of the host: the chains, the disks in them, and the
+    journal of the mount.
 
     With `overlays` the disks stand on throw-away overlays and can be written to, though not
     `writable`. With `snapshot` they are as they were at that internal snapshot.
     """
 
-    name: ClassVar[str]
-    raw_only: ClassVar[bool] = False
     # On an overlay even where no journal has to be replayed: to begin again would take long.
     always_overlaid: ClassVar[bool] = False
     # Whether our own arithmetic alone says where on the file a partition is.
@@ -61,14 +84,6 @@ class Mechanism:
         self._loops: list[steps.Loop] = []
         self._blocks: dict[DiskRange, str] = {}
         self._read_only: dict[str, str] = {}
-
-    @classmethod
-    def missing(cls, *, load: bool = True) -> str | None:
-        """Why this machine cannot do it, in one line; None if it can.
-
-        With `load` a module that the kernel lacks is loaded.
-        """
-        raise NotImplementedError
 
     def start(self) -> None:
         """Do what is done once, before anything is looked at."""
@@ -172,17 +187,12 @@ class Mechanism:
         return list(points.values())
 
 
-class LoopMechanism(Mechanism):
+class LoopMechanism(DeviceMechanism):
     """A raw image through loop devices, with the offset and size of each partition."""
 
-    name = "loop"
+    needs: ClassVar[Sequence[Need]] = (available.not_root, available.no_loop)
     raw_only = True
     by_offset = True
-
-    @classmethod
-    def missing(cls, *, load: bool = True) -> str | None:
-        """Root and loop devices."""
-        return available.not_root() or available.no_loop(load=load)
 
     def start(self) -> None:
         """The files themselves, or on overlays what QEMU makes of them."""
@@ -195,26 +205,22 @@ class LoopMechanism(Mechanism):
         return self._paths[number]
 
 
-class Kpartx(LoopMechanism):
+class KpartxMechanism(LoopMechanism):
     """A raw image through one loop device and device-mapper mappings of its partitions."""
 
-    name = "kpartx"
+    needs = (
+        available.not_root,
+        available.no_loop,
+        partial(available.no_program, "kpartx"),
+        available.no_device_mapper,
+    )
     by_offset = False
-
-    @classmethod
-    def missing(cls, *, load: bool = True) -> str | None:
-        """Root, loop devices, device-mapper and kpartx."""
-        return (
-            super().missing(load=load)
-            or available.no_program("kpartx")
-            or available.no_device_mapper(load=load)
-        )
 
     def start(self) -> None:
         """One loop device a disk."""
         super().start()
         self._whole = [
-            super(Kpartx, self)._make_block(DiskRange(disk.number, None, 0, disk.size))
+            super(KpartxMechanism, self)._make_block(DiskRange(disk.number, None, 0, disk.size))
             for disk in self.disks
         ]
         self._mappings: dict[int, mapper.Mapping] = {}
@@ -237,16 +243,11 @@ class Kpartx(LoopMechanism):
         return node
 
 
-class NbdMechanism(Mechanism):
+class NbdMechanism(DeviceMechanism):
     """Any format, through the kernel's nbd and qemu-nbd."""
 
-    name = "nbd"
+    needs = (available.not_root, partial(available.no_program, "qemu-nbd"), available.no_nbd)
     always_overlaid = True
-
-    @classmethod
-    def missing(cls, *, load: bool = True) -> str | None:
-        """Root, qemu-nbd and the module, loaded or to be loaded."""
-        return available.not_root() or available.no_program("qemu-nbd") or available.no_nbd()
 
     def start(self) -> None:
         """Connect every disk."""
@@ -282,20 +283,15 @@ class NbdMechanism(Mechanism):
         return str(node)
 
 
-class ExportMechanism(Mechanism):
+class ExportMechanism(DeviceMechanism):
     """Any format, through a FUSE export of QEMU's storage daemon and loop devices."""
 
-    name = "export"
-
-    @classmethod
-    def missing(cls, *, load: bool = True) -> str | None:
-        """Root, loop devices, FUSE and the daemon."""
-        return (
-            available.not_root()
-            or available.no_loop(load=load)
-            or available.no_fuse(load=load)
-            or available.no_program("qemu-storage-daemon")
-        )
+    needs = (
+        available.not_root,
+        available.no_loop,
+        available.no_fuse,
+        partial(available.no_program, "qemu-storage-daemon"),
+    )
 
     def start(self) -> None:
         """One daemon for every disk."""
@@ -304,6 +300,3 @@ class ExportMechanism(Mechanism):
     def disk(self, number: int) -> str:
         """The exported file."""
         return self._paths[number]
-
-
-MECHANISMS: tuple[type[Mechanism], ...] = (LoopMechanism, ExportMechanism, NbdMechanism, Kpartx)

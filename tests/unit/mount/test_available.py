@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 
+from imgtool.cli.commands.mounting import Via
 from imgtool.errors import HostError
 from imgtool.mount.mechanisms import available
+from imgtool.mount.mechanisms import mechanisms as module
+from imgtool.mount.mechanisms.registry import AUTO, MECHANISMS, VIA, mechanisms
 
 
 @pytest.fixture
@@ -53,3 +57,39 @@ def test_a_missing_program_comes_with_its_package(monkeypatch: pytest.MonkeyPatc
     assert said == "qemu-storage-daemon is not installed (sudo apt-get install qemu-system-common)"
     monkeypatch.setattr(available, "find", lambda program: str(Path("/usr/bin", program)))
     assert available.no_program("kpartx") is None
+
+
+def test_each_mechanism_is_registered_and_says_what_it_needs() -> None:
+    classes = {
+        one
+        for one in vars(module).values()
+        if inspect.isclass(one) and issubclass(one, module.Mechanism) and hasattr(one, "needs")
+    }
+    registered = dict(mechanisms())
+    assert set(registered.values()) == classes
+    assert list(registered) == list(MECHANISMS)
+    assert all(mechanism.needs for mechanism in classes)
+
+
+def test_the_values_of_via_are_the_mechanisms() -> None:
+    assert tuple(one.value for one in Via) == VIA == (AUTO, *MECHANISMS)
+    for name in MECHANISMS:
+        assert [found for found, _ in mechanisms(name)] == [name]
+
+
+def test_the_first_need_that_is_missing_is_told_and_none_after_it_is_asked() -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def need(name: str, reason: str | None) -> available.Need:
+        def ask(*, load: bool) -> str | None:
+            asked.append((name, load))
+            return reason
+
+        return ask
+
+    class Probe(module.Mechanism):
+        needs = (need("a", None), need("b", "no b"), need("c", "no c"))
+
+    assert Probe.missing(load=False) == "no b"
+    assert Probe.missing() == "no b"
+    assert asked == [("a", False), ("b", False), ("a", True), ("b", True)]

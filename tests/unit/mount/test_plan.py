@@ -16,7 +16,7 @@ from imgtool.formats.partition_table import Partition
 from imgtool.guest.model import Layout, Mount
 from imgtool.mount import filesystems, mounter, mounting
 from imgtool.mount.mechanisms import appliance
-from imgtool.mount.mechanisms.mechanisms import MECHANISMS
+from imgtool.mount.mechanisms.registry import MECHANISMS, mechanisms
 from imgtool.mount.plan import Disk, DiskRange, Item, Volume, items_of, partition, source_of, volume
 
 MIB = 1 << 20
@@ -207,7 +207,7 @@ def test_why_the_kernel_did_not_mount_it(number, error, says):
 
 # The mechanism
 
-NAMES = ["fuse", *(mechanism.name for mechanism in MECHANISMS)]
+NAMES = list(MECHANISMS)
 
 
 def chains(*formats: str) -> list[SimpleNamespace]:
@@ -223,17 +223,16 @@ def machine(monkeypatch, caplog):
         def missing(name: str) -> str | None:
             return None if name in names else f"no {name} here"
 
-        monkeypatch.setattr(mounting, "no_appliance", lambda load: missing("fuse"))
-        for mechanism in MECHANISMS:
-            name = mechanism.name
+        for name, mechanism in mechanisms():
             monkeypatch.setattr(mechanism, "missing", lambda *, load=True, name=name: missing(name))
 
     return only
 
 
 def chosen(via: str, *formats: str) -> str:
-    mechanism = mounting.choose(via, chains(*formats))  # type: ignore[arg-type]
-    return "fuse" if mechanism is None else mechanism.name
+    name, mechanism = mounting.choose(via, chains(*formats))  # type: ignore[arg-type]
+    assert mechanism.__name__ == MECHANISMS[name]
+    return name
 
 
 @pytest.mark.parametrize(
