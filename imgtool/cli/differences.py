@@ -36,7 +36,7 @@ def _value(entry: Entry, field: str, human: bool) -> str:
     if field == "size":
         return render.human(entry.size) if human else str(entry.size)
     if field == "target":
-        return render.escaped(entry.target or b"")
+        return render.escape(entry.target or b"")
     if field == "rdev":
         return str(device_numbers(entry))
     return str(getattr(entry, field))
@@ -47,7 +47,7 @@ def _details(difference: Difference, human: bool) -> str:
     if before is None or after is None:
         entry = difference.entry
         size = f" size {_value(entry, 'size', human)}" if entry.type == "file" else ""
-        target = f" -> {render.escaped(entry.target)}" if entry.target is not None else ""
+        target = f" -> {render.escape(entry.target)}" if entry.target is not None else ""
         summed = f" {entry.checksum}" if entry.checksum else ""
         mode = _value(entry, "mode", human)
         return f"{mode} {entry.uid}:{entry.gid}{size}{summed}{target}"
@@ -58,7 +58,7 @@ def _details(difference: Difference, human: bool) -> str:
             continue
         if field == "xattrs":
             names = {name for name, _ in set(before.xattrs or ()) ^ set(after.xattrs or ())}
-            parts.append(f"xattrs {','.join(map(render.escaped, sorted(names)))}")
+            parts.append(f"xattrs {','.join(map(render.escape, sorted(names)))}")
             continue
         if field == "mtime":
             one, other = _moments(before, after)
@@ -71,7 +71,7 @@ def _details(difference: Difference, human: bool) -> str:
 def line(difference: Difference, *, human: bool) -> str:
     """A difference as a table shows it."""
     return (
-        f"{difference.change:<7}  {difference.entry.type:<9}  {render.escaped(difference.path)}"
+        f"{difference.change:<7}  {difference.entry.type:<9}  {render.escape(difference.path)}"
         f"  {_details(difference, human)}"
     )
 

@@ -23,7 +23,7 @@ _LONGEST_LINE = 4000  # characters, of messages
 _ESCAPES = {7: "a", 8: "b", 9: "t", 10: "n", 11: "v", 12: "f", 13: "r", 0x5C: "\\"}
 
 
-def escaped(name: bytes) -> str:
+def escape(name: bytes) -> str:
     """A name as `ls -b` shows it: what is not printable is a C escape or three octal digits."""
     try:
         text = name.decode("utf-8")
@@ -50,7 +50,7 @@ def escaped(name: bytes) -> str:
 
 def plain(text: str) -> str:
     """Text from a guest with nothing in it that steers a terminal; spaces stay."""
-    return escaped(text.encode("utf-8", "surrogateescape")).replace("\\ ", " ")
+    return escape(text.encode("utf-8", "surrogateescape")).replace("\\ ", " ")
 
 
 def timestamp(nanoseconds: int) -> str:
@@ -84,7 +84,7 @@ def human(size: int) -> str:
     return f"{tenths // 10}.{tenths % 10}{units[exponent]}"
 
 
-def named(key: str, name: bytes) -> dict[str, str]:
+def name_fields(key: str, name: bytes) -> dict[str, str]:
     """A name for JSON: `key`, and `key_bytes` in base64 if it is not UTF-8."""
     try:
         return {key: name.decode("utf-8")}
@@ -103,7 +103,7 @@ def attributes(xattrs: Xattrs | None, output: Output) -> list[Any] | None:
         return None
     if output is Output.csv:
         return [attribute(name, value) for name, value in xattrs]
-    return [{**named("name", name), **_value(value)} for name, value in xattrs]
+    return [{**name_fields("name", name), **_value(value)} for name, value in xattrs]
 
 
 def _value(value: bytes) -> dict[str, str | None]:
@@ -129,12 +129,12 @@ def attribute(name: bytes, value: bytes) -> str:
 
     shown = acl_text(value) if name in ACLS else None
     if shown is not None:
-        return f"{escaped(name)}={shown.rstrip().replace(chr(10), ',')}"
+        return f"{escape(name)}={shown.rstrip().replace(chr(10), ',')}"
     text = _text(value)
     if text is None:
-        return f"{escaped(name)}=0s{base64.b64encode(value).decode('ascii')}"
+        return f"{escape(name)}=0s{base64.b64encode(value).decode('ascii')}"
     quoted = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'{escaped(name)}="{quoted}"'
+    return f'{escape(name)}="{quoted}"'
 
 
 def _cell(value: object) -> str:

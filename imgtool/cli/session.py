@@ -76,7 +76,7 @@ class Failures:
 
     def problem(self, path: bytes, line: str) -> None:
         """A path of the guest that could not be served."""
-        render.message("error", f"{line} ({render.escaped(path)})")
+        render.message("error", f"{line} ({render.escape(path)})")
         self.statuses.append(ExitStatus.FAILED)
 
     @contextlib.contextmanager

@@ -123,8 +123,8 @@ def compare_trees(
             yield Difference(
                 ADDED if one is None else REMOVED,
                 (),
-                one and contents.summed(before, one, walks[0]),
-                other and contents.summed(after, other, walks[1]),
+                one and contents.with_checksum(before, one, walks[0]),
+                other and contents.with_checksum(after, other, walks[1]),
             )
             continue
         fields = changed_fields(one, other, everything=everything)
@@ -132,8 +132,8 @@ def compare_trees(
             if fields:
                 yield Difference(CHANGED, fields, *contents.summed_once(one, other))
             continue
-        one = contents.summed(before, one, walks[0])
-        other = contents.summed(after, other, walks[1])
+        one = contents.with_checksum(before, one, walks[0])
+        other = contents.with_checksum(after, other, walks[1])
         if contents.differ(one, other):
             fields += ("content",)
         if fields:
@@ -192,10 +192,10 @@ def _entries(
     if top is None:
         return iter(())
     if xattrs:
-        top = guest.attributed(top, problem)
+        top = guest.with_xattrs(top, problem)
     if top.type != "directory":
         summed = checksum is not None and top.type == "file"
-        return iter([guest.summed(top, str(checksum), problem) if summed else top])
+        return iter([guest.with_checksum(top, str(checksum), problem) if summed else top])
     if checksum is not None and written is not None:
         below = guest.walk_unshared(
             top.path, checksum=checksum, written=written, xattrs=xattrs, on_problem=problem
@@ -214,7 +214,8 @@ def _written_stretches(pair: Pair, links: Links | None) -> Stretches | None:
         return None
     started = time.monotonic()
     one, other = pair.both(
-        lambda: pair.before.written(links[0]), lambda: pair.after.written(links[1])
+        lambda: pair.before.written_stretches(links[0]),
+        lambda: pair.after.written_stretches(links[1]),
     )
     found: list[Sequence[tuple[int, int]] | None] = []
     for mine, theirs in zip(one, other, strict=True):
@@ -258,7 +259,7 @@ class _Contents:
 
     def summed_once(self, one: Entry, other: Entry) -> tuple[Entry, Entry]:
         """Both entries of a file whose blocks they share, with its checksum."""
-        one = self.summed(self._before, one, self._walk)
+        one = self.with_checksum(self._before, one, self._walk)
         return one, dataclasses.replace(other, checksum=one.checksum)
 
     def differ(self, one: Entry, other: Entry) -> bool:
@@ -269,7 +270,7 @@ class _Contents:
             return one.size != other.size
         return one.checksum != other.checksum
 
-    def summed(self, guest: Guest, entry: Entry, walk: Walk) -> Entry:
+    def with_checksum(self, guest: Guest, entry: Entry, walk: Walk) -> Entry:
         """The entry with its checksum, if one is asked for and was not tried already."""
         if self._kind is None or entry.extent_digest is None:
             return entry

@@ -190,9 +190,9 @@ class ChosenGuest(Guest):
         """The mount points whose filesystems could not be mounted, and why."""
         return self._guest.unshown()
 
-    def written(self, links: Sequence[int | None]) -> Stretches:
+    def written_stretches(self, links: Sequence[int | None]) -> Stretches:
         """Which stretches of each disk come from the topmost `links` of its chain."""
-        return self._ask(lambda guest: guest.written(links))
+        return self._ask(lambda guest: guest.written_stretches(links))
 
     def walk_unshared(
         self,

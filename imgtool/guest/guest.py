@@ -139,7 +139,7 @@ class Guest(ABC):
         Without `on_problem` the first unreadable entry raises; with it the walk goes on.
         """
 
-    def written(self, links: Sequence[int | None]) -> Stretches:
+    def written_stretches(self, links: Sequence[int | None]) -> Stretches:
         """Which stretches of each disk come from the topmost `links` of its chain.
 
         None stands for all of a disk: for `links` of None, or where the engine cannot tell.
@@ -212,7 +212,7 @@ class Guest(ABC):
     def operating_systems(self, *, packages: bool = False) -> tuple[OperatingSystem, ...]:
         """What is installed in the guest."""
 
-    def summed(self, entry: Entry, kind: str, on_problem: OnProblem | None) -> Entry:
+    def with_checksum(self, entry: Entry, kind: str, on_problem: OnProblem | None) -> Entry:
         """The entry of a regular file with its checksum; without if it cannot be read."""
         try:
             return dataclasses.replace(entry, checksum=self.checksum(kind, entry.path))
@@ -222,7 +222,7 @@ class Guest(ABC):
             on_problem(entry.path, error.message)
             return entry
 
-    def attributed(self, entry: Entry, on_problem: OnProblem | None) -> Entry:
+    def with_xattrs(self, entry: Entry, on_problem: OnProblem | None) -> Entry:
         """The entry with its extended attributes; without if they cannot be read."""
         try:
             return dataclasses.replace(entry, xattrs=self.xattrs(entry.path))

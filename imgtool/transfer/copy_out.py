@@ -156,7 +156,7 @@ def copy_out(
     parent = dest
     if not dest.is_dir():
         parent, name = dest.absolute().parent, os.fsencode(dest.name)
-    entry = guest.attributed(entry, report.problem)
+    entry = guest.with_xattrs(entry, report.problem)
     kept = GuestFiles(guest.chains) if overwrite else None
     with Staging(parent, name, overwrite=overwrite, kept=kept) as staging:
         if not _Copy(guest, entry, staging, report, keep_partial).run():
@@ -409,9 +409,9 @@ class _Copy:
 
     def _finish_entry(self, entry: Entry, relative: bytes) -> bool:
         kept = self._report.xattrs
-        xattrs = kept.chosen(entry.xattrs or ())
+        xattrs = kept.choose(entry.xattrs or ())
         attributes = Attributes(entry.mode, entry.uid, entry.gid, entry.mtime_ns, xattrs)
-        return self._staging.finish(relative, attributes, kept.refused)
+        return self._staging.finish(relative, attributes, kept.note_refusal)
 
     def _attribute(self, entry: Entry, relative: bytes) -> None:
         try:

@@ -38,7 +38,7 @@ class Keeping:
         self._left: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
 
-    def chosen(self, xattrs: Xattrs) -> Xattrs:
+    def choose(self, xattrs: Xattrs) -> Xattrs:
         """Those that are kept; the others are counted."""
         kept = []
         for name, value in xattrs:
@@ -48,7 +48,7 @@ class Keeping:
                 self._left[_kind(name)] += 1
         return tuple(kept)
 
-    def refused(self, name: bytes) -> None:
+    def note_refusal(self, name: bytes) -> None:
         """The host does not take this one."""
         self._refused[_kind(name)] += 1
 

@@ -145,7 +145,7 @@ def grow(case: Subject, run: Callable[..., None]) -> None:
         assert case.image.read_bytes() == content
         return
     run("resize", case.image, "9M")
-    assert held(case.image) == case.holdings.resized(9 * MIB)
+    assert held(case.image) == case.holdings.after_resize(9 * MIB)
     was, *kept = case.contents
     assert contents(case.image) == [was.ljust(9 * MIB, b"\0"), *kept]
 

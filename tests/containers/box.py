@@ -45,7 +45,7 @@ class Box:
     ) -> subprocess.CompletedProcess[str]:
         """What a program says in a new container, as this user, with the usual profile but for the
         calls in `without`."""
-        for folder in {ROOT, Path(sys.prefix), self.images}:
+        for folder in map(Path, self._folders()):
             (self.root / folder.relative_to("/")).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as bundle:
             config = self._config([str(word) for word in words], user, without)
@@ -64,11 +64,15 @@ class Box:
         """As `run`, for this tree's imgtool."""
         return self.run(sys.executable, "-m", "imgtool", *words, **options)
 
+    def _folders(self) -> list[str]:
+        # Some of what is needed may be Debian's on the host; the release is the same.
+        host = {name for name in sys.path if name.endswith("dist-packages") and Path(name).is_dir()}
+        return sorted({str(ROOT), sys.prefix, str(self.images), *host})
+
     def _config(self, words: Sequence[str], user: int, without: Sequence[str]) -> dict[str, Any]:
         held = list(CAPABILITIES) if user == 0 else []
-        folders = sorted({str(ROOT), sys.prefix, str(self.images)})
         temporary = [_mount(at, "tmpfs", "mode=1777") for at in ("/tmp", "/var/tmp")]
-        bound = [_mount(at, "bind", "rbind", "ro", source=at) for at in folders]
+        bound = [_mount(at, "bind", "rbind", "ro", source=at) for at in self._folders()]
         return {
             "ociVersion": "1.0.2",
             "hostname": "box",

@@ -11,6 +11,8 @@ import resource
 import subprocess
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -58,8 +60,11 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[Seed]:
     return made
 
 
-def _run(seeds: list[Seed], first: int, count: int) -> None:
-    print(f"hostile tables {first} to {first + count - 1}; again: IMGTOOL_SEED={first}")
+def _ask_all(
+    seeds: list[Seed], first: int, count: int
+) -> tuple[Counter[str], list[str], float, int]:
+    """How often each way to end was met, what is wrong, the longest time in seconds, and the
+    largest memory in bytes of what this process has started."""
     how: Counter[str] = Counter()
     defects = []
     slowest = 0.0
@@ -79,11 +84,18 @@ def _run(seeds: list[Seed], first: int, count: int) -> None:
         if slowest > asking.PATIENCE + 5:
             defects.append(f"{made}: {slowest:.1f} s")
             slowest = 0
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    print(f"{count} tables: {dict(how)}; slowest {slowest:.1f} s; most memory {memory >> 10} MiB")
+    return how, defects, slowest, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
+
+
+def _run(seeds: list[Seed], first: int, count: int) -> None:
+    print(f"hostile tables {first} to {first + count - 1}; again: IMGTOOL_SEED={first}")
+    # Of this process an appliance may have been started, which takes more than any of them may.
+    with ProcessPoolExecutor(1, get_context("spawn")) as apart:
+        how, defects, slowest, memory = apart.submit(_ask_all, seeds, first, count).result()
+    print(f"{count} tables: {dict(how)}; slowest {slowest:.1f} s; most memory {memory >> 20} MiB")
     assert defects == []
     assert how["read"] and how["refused"]
-    assert memory << 10 <= asking.MEMORY
+    assert 0 < memory <= asking.MEMORY
 
 
 def test_sound_tables_are_read(seeds: list[Seed]) -> None:

@@ -60,8 +60,8 @@ class TreeOutput(StrEnum):
 
 
 def name(key: str, value: str | Path | None) -> dict[str, str | None]:
-    """A name for JSON, as `render.named` gives it."""
-    return {key: None} if value is None else {**render.named(key, os.fsencode(value))}
+    """A name for JSON, as `render.name_fields` gives it."""
+    return {key: None} if value is None else {**render.name_fields(key, os.fsencode(value))}
 
 
 def _text(name: str | Path) -> str:

@@ -24,7 +24,7 @@ def _split(paths: list[str]) -> tuple[list[str], str]:
 
 
 def _left_out(path: bytes, line: str) -> None:
-    render.message("warning", f"{line} ({render.escaped(path)})")
+    render.message("warning", f"{line} ({render.escape(path)})")
 
 
 @guest_command(*READ)

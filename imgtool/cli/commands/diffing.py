@@ -45,7 +45,7 @@ def _side(entry: Entry | None, side: str) -> dict[str, Any]:
         "checksum": entry.checksum,
     }
     row = {f"{name}_{side}": value for name, value in values.items()}
-    return row if entry.target is None else {**row, **render.named(target, entry.target)}
+    return row if entry.target is None else {**row, **render.name_fields(target, entry.target)}
 
 
 def row(difference: Difference, output: Output, *, xattrs: bool = False) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def row(difference: Difference, output: Output, *, xattrs: bool = False) -> dict
     sides = {**_side(difference.before, "a"), **_side(difference.after, "b")}
     return {
         "change": difference.change,
-        **render.named("path", difference.path),
+        **render.name_fields("path", difference.path),
         "fields": list(difference.fields),
         **{name: sides.pop(name) for name in FIELDS if name in sides},
         **sides,  # names that are not UTF-8

@@ -86,7 +86,7 @@ def edit(
         found, old = text.read_to_edit(guest, path, backup=backup if in_editor else None)
     new = text.all_of(changes)(old)
     if new == old:
-        render.message("note", f"unchanged, nothing was written ({render.escaped(found)})")
+        render.message("note", f"unchanged, nothing was written ({render.escape(found)})")
         return
     with contextlib.ExitStack() as stack:
         if in_editor:

@@ -36,9 +36,11 @@ FIELDS = (
 
 def row(entry: Entry, owners: Owners) -> dict[str, Any]:
     """The row of an entry for JSON and CSV."""
-    target = {"target": None} if entry.target is None else render.named("target", entry.target)
+    target = (
+        {"target": None} if entry.target is None else render.name_fields("target", entry.target)
+    )
     return {
-        **render.named("path", entry.path),
+        **render.name_fields("path", entry.path),
         "type": entry.type,
         "mode": f"{stat.S_IMODE(entry.mode):04o}",
         "uid": entry.uid,
@@ -60,11 +62,11 @@ def _line(entry: Entry, owners: Owners, name: bytes, human: bool, checksum: bool
     else:
         size = render.human(entry.size) if human else str(entry.size)
     moment = render.timestamp(entry.mtime_ns)[:19].replace("T", " ")
-    target = "" if entry.target is None else f" -> {render.escaped(entry.target)}"
+    target = "" if entry.target is None else f" -> {render.escape(entry.target)}"
     summed = f"{entry.checksum or '-'}  " if checksum else ""
     return (
         f"{stat.filemode(entry.mode)} {entry.nlink:>3} {user:<8} {group:<8} {size:>10} {moment} "
-        f"{summed}{render.escaped(name)}{target}"
+        f"{summed}{render.escape(name)}{target}"
     )
 
 
@@ -124,9 +126,9 @@ def ls(
                     if owners is not None:
                         print(_line(entry, owners, name, human, checksum is not None))
                     elif checksum is not None:
-                        print(f"{entry.checksum or '-'}  {render.escaped(name)}")
+                        print(f"{entry.checksum or '-'}  {render.escape(name)}")
                     else:
-                        print(render.escaped(name))
+                        print(render.escape(name))
                     for pair in entry.xattrs or ():
                         print(f"    {render.attribute(*pair)}")
     sys.stdout.flush()
@@ -153,9 +155,9 @@ def _entries(
 ) -> Iterator[Entry]:
     """What `ls PATH` lists: a directory's content, or the one thing that the path names."""
     if entry.type != "directory":
-        entry = guest.attributed(entry, failures.problem) if xattrs else entry
+        entry = guest.with_xattrs(entry, failures.problem) if xattrs else entry
         summed = checksum is not None and entry.type == "file"
-        yield guest.summed(entry, str(checksum), failures.problem) if summed else entry
+        yield guest.with_checksum(entry, str(checksum), failures.problem) if summed else entry
     elif recursive:
         yield from guest.walk(
             entry.path, checksum=checksum, xattrs=xattrs, on_problem=failures.problem
@@ -163,7 +165,7 @@ def _entries(
     else:
         for child in guest.entries(entry.path, xattrs=xattrs, on_problem=failures.problem):
             summed = checksum is not None and child.type == "file"
-            yield guest.summed(child, str(checksum), failures.problem) if summed else child
+            yield guest.with_checksum(child, str(checksum), failures.problem) if summed else child
 
 
 @guest_command(*READ)

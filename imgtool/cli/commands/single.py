@@ -86,7 +86,7 @@ def check(
         )
     working.say_of_records([image])
     link = probe(image, format=format, backing_dirs=backing_dir or ())
-    row: dict[str, Any] = {**render.named("path", bytes(link.path)), "format": link.format}
+    row: dict[str, Any] = {**render.name_fields("path", bytes(link.path)), "format": link.format}
     row.update(sound=None, corruptions=None, leaks=None, errors=None, supported=True)
     row["not_looked_at"] = None
     try:

@@ -90,7 +90,7 @@ class Chain:
         return (
             self.header is None
             and not self.names
-            and self.unnamed is None
+            and self.misleading_base is None
             and all(
                 (link.backing is None or link.backing_format is not None)
                 and (link.data_file is None or link.data_file.startswith("/"))
@@ -99,7 +99,7 @@ class Chain:
         )
 
     @property
-    def unnamed(self) -> tuple[ImageInfo, ImageInfo] | None:
+    def misleading_base(self) -> tuple[ImageInfo, ImageInfo] | None:
         """The first link, and what it stands on, whose name for that leads elsewhere when QEMU
         follows the names from the active image's own place; None if there is none."""
         path = self.active.path.resolve()

@@ -62,7 +62,7 @@ class Holdings:
         """Whether there is a snapshot or a bitmap, or a table of them that cannot be read."""
         return self.snapshots != () or self.bitmaps != ()
 
-    def resized(self, size: int) -> Holdings:
+    def after_resize(self, size: int) -> Holdings:
         """The same with a disk of another size."""
         return replace(self, virtual_size=size)
 
@@ -78,17 +78,17 @@ class Holdings:
         """The same and a snapshot more."""
         return replace(self, snapshots=(*(self.snapshots or ()), Held(name.encode())))
 
-    def reverted(self, id: str) -> Holdings:
+    def after_revert(self, id: str) -> Holdings:
         """The same with the disk as large as it was at a snapshot."""
         there = [row.disk_size for row in self.snapshots or () if row.id == id.encode()]
-        return self.resized(there[0]) if there else self
+        return self.after_resize(there[0]) if there else self
 
     def without_snapshot(self, id: str) -> Holdings:
         """The same without the snapshot that has this id."""
         rows = self.snapshots or ()
         return replace(self, snapshots=tuple(row for row in rows if row.id != id.encode()))
 
-    def copied(self, bitmaps: tuple[Bitmap, ...]) -> Holdings:
+    def of_copy(self, bitmaps: tuple[Bitmap, ...]) -> Holdings:
         """What a copy of the content has, with these bitmaps."""
         return replace(self, snapshots=(), bitmaps=bitmaps)
 

@@ -224,7 +224,7 @@ def plan_commit(
         writes_to=(overlay, into),
         repeatable=("overlay", "remove"),
         same_in=overlay,
-        after=lambda holdings: holdings.resized(
+        after=lambda holdings: holdings.after_resize(
             max(chain.active.virtual_size, base.active.virtual_size)
         ),
         backing_dirs=backing_dirs,
@@ -440,7 +440,7 @@ def plan_flatten(overlay: Path, *, force: Force = (), backing_dirs: Dirs = ()) -
         space=space,
         facts={"temporary": str(temporary)},
         seen=Seen.of(*chain.files),
-        after=lambda holdings: holdings.copied(bitmaps).on(None, None),
+        after=lambda holdings: holdings.of_copy(bitmaps).on(None, None),
     )
 
 

@@ -228,7 +228,7 @@ def plan_resize(
         active.format,
         seen=Seen.of(*chain.files),
         in_place=chain.links,
-        after=lambda holdings: holdings.resized(wanted),
+        after=lambda holdings: holdings.after_resize(wanted),
     )
 
 

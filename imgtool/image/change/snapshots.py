@@ -208,7 +208,7 @@ def plan_revert(
                 on_snapshots(path, "-d", saved)
 
     def after(holdings: Holdings) -> Holdings:
-        reverted = holdings.reverted(snapshot.id)
+        reverted = holdings.after_revert(snapshot.id)
         return reverted if save_as is None else reverted.with_snapshot(save_as)
 
     return Plan(

@@ -82,7 +82,7 @@ def refuse_doubtful(chain: Chain, *, force: Force = ()) -> None:
 def refuse_elsewhere(chain: Chain) -> None:
     """Raise `RefusedError` for a chain with a base that is not where the name in the overlay leads:
     which of two it is on is then written into it first."""
-    if (elsewhere := chain.unnamed) is not None:
+    if (elsewhere := chain.misleading_base) is not None:
         link, below = elsewhere
         raise RefusedError(
             f"its base {printable(below.path)} is not where the name in it leads to, and so only"

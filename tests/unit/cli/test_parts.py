@@ -34,7 +34,7 @@ from imgtool.guest.paths import guest_path
     ],
 )
 def test_a_hostile_name_cannot_steer_the_terminal(name, shown):
-    assert render.escaped(name) == shown
+    assert render.escape(name) == shown
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def test_times_have_nanoseconds_and_damaged_ones_do_not_stop_a_listing():
 
 
 def test_a_name_that_is_not_utf8_keeps_its_bytes_in_json():
-    assert render.named("path", b"/a") == {"path": "/a"}
-    assert render.named("path", b"/\xff") == {"path": "/\ufffd", "path_bytes": "L/8="}
+    assert render.name_fields("path", b"/a") == {"path": "/a"}
+    assert render.name_fields("path", b"/\xff") == {"path": "/\ufffd", "path_bytes": "L/8="}
 
 
 def test_json_is_one_array_and_jsonl_one_object_a_line(capsys):

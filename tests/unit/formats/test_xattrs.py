@@ -107,7 +107,7 @@ def test_every_way_to_ask_gives_the_same_attributes(guest) -> None:
     assert walked[b"/d"] == guest.xattrs("/d") == _sorted(FOLDER)
     assert guest.xattrs("/d/link") == _sorted(LINK)
     for path, values in EXPECTED.items():
-        assert guest.attributed(guest.lstat(path), None).xattrs == values
+        assert guest.with_xattrs(guest.lstat(path), None).xattrs == values
 
 
 def test_without_being_asked_for_there_are_none(guest) -> None:
@@ -328,7 +328,7 @@ def test_a_read_only_file_gets_its_attributes_before_its_mode(image, tmp_path) -
         words = ["debugfs", "-w", "-R", command, other]
         subprocess.run(words, check=True, env=environment(), capture_output=True)
     with open_guest(other, engine="direct") as guest:
-        entry = guest.attributed(guest.lstat("/d/file"), None)
+        entry = guest.with_xattrs(guest.lstat("/d/file"), None)
     place = tmp_path / "place"
     place.mkdir()
     os.chown(place, 65534, 65534)
@@ -350,9 +350,9 @@ def _copied_here(entry: Entry) -> int:
     kept = Keeping(everything=True)
     with Staging(Path("."), b"file") as staging:
         staging.file(b"", [b"content"])
-        xattrs = kept.chosen(entry.xattrs or ())
+        xattrs = kept.choose(entry.xattrs or ())
         attributes = Attributes(entry.mode, entry.uid, entry.gid, entry.mtime_ns, xattrs)
-        staging.finish(b"", attributes, kept.refused)
+        staging.finish(b"", attributes, kept.note_refusal)
         staging.commit()
     found = os.listxattr("file")
     right = "user.comment" in found and "system.posix_acl_access" in found

@@ -134,7 +134,7 @@ class FakeGuest:
             if name.startswith(below) and b"/" not in name[len(below) :]:
                 yield self.files[name][0]
 
-    def attributed(self, entry: Entry, on_problem: Any) -> Entry:
+    def with_xattrs(self, entry: Entry, on_problem: Any) -> Entry:
         return entry
 
     def walk(self, path: bytes, *, xattrs: bool = False, on_problem: Any = None) -> Iterator[Entry]:

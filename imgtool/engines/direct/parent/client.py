@@ -160,7 +160,7 @@ class Client:
                     continue
                 if kind in (wire_frames.END, wire_frames.ERROR):
                     self._busy = False
-                    patience.answered()
+                    patience.credit_answer()
                     break
                 if kind == wire_frames.GRANT:
                     lent = self._guard_io(self._lent, payload)

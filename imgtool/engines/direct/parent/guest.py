@@ -260,7 +260,7 @@ class DirectGuest(Guest):
         """Everything below a directory: parents first, siblings sorted by name as bytes."""
         return self._list(path, True, checksum, on_problem, xattrs)
 
-    def written(self, links: Sequence[int | None]) -> Stretches:
+    def written_stretches(self, links: Sequence[int | None]) -> Stretches:
         """Which stretches of each disk come from the topmost `links` of its chain."""
         above = [
             # What was replayed is in an overlay on top of them.

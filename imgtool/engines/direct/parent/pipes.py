@@ -119,6 +119,6 @@ class TimeBudget:
         """So many bytes of an answer are here."""
         self._left = min(self._left + length / self._least, self._start)
 
-    def answered(self) -> None:
+    def credit_answer(self) -> None:
         """An answer is complete."""
         self._left = min(self._left + self._answer, self._start)

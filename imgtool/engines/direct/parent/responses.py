@@ -144,7 +144,7 @@ def survey_for_tar(guest: Guest, top: str, xattrs: bool, on_problem: OnProblem |
         nonlocal last
         last = path, reason
 
-    first = [guest.attributed(guest.lstat(top), keep)] if xattrs else []
+    first = [guest.with_xattrs(guest.lstat(top), keep)] if xattrs else []
     for entry in itertools.chain(first, guest.walk(top, xattrs=xattrs, on_problem=keep)):
         if not xattrs or last[0] != entry.path:
             continue  # what else cannot be read, the stream says

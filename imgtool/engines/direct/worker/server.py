@@ -197,7 +197,7 @@ class Worker:
 
     def do_written(self, links: list[int | None]) -> list[Any]:
         """Which stretches of the disks come from the topmost links of their chains."""
-        return self._open_volumes.written(links)
+        return self._open_volumes.written_stretches(links)
 
     def do_look(self, device: str) -> None:
         """Mount one filesystem alone, to be looked into."""

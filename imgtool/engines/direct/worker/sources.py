@@ -138,7 +138,7 @@ class Disk:
         except self._error as error:
             raise self._explain(error) from error
 
-    def written(self, links: int, most: int) -> list[tuple[int, int]] | None:
+    def written_stretches(self, links: int, most: int) -> list[tuple[int, int]] | None:
         """The stretches (start, end) in bytes that come from the topmost `links` of the chain.
 
         None if QEMU does not tell, or if there are more than `most`.

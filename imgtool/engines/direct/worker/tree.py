@@ -101,7 +101,7 @@ class Tree:
         else:
             self._names.move_to_end(place)
         names, damage = kept
-        known = names.get(filesystem.folded(name))
+        known = names.get(filesystem.fold(name))
         if known is None and filesystem.ignores_case:  # FAT has aliases that are not listed
             return self._search(filesystem, place, name)
         if known is None and damage is not None:
@@ -118,7 +118,7 @@ class Tree:
         names: dict[bytes, int] = {}
         try:
             for found, inode in filesystem.names(place.inode):
-                names.setdefault(filesystem.folded(found), inode)
+                names.setdefault(filesystem.fold(found), inode)
                 if len(names) > _CACHED_NAMES:
                     return None
         except ReadFailed as error:
@@ -187,7 +187,7 @@ class Tree:
         for number, part in enumerate(parts):
             try:
                 _, place = self.resolve(done or b"/")
-                names = [name for name, _ in self.filesystem(place).listed(place.inode)[0]]
+                names = [name for name, _ in self.filesystem(place).read_names(place.inode)[0]]
             except (PathNotFound, ReadFailed):
                 return b"/".join((done, *parts[number:]))
             if part not in names:
@@ -215,7 +215,7 @@ class Tree:
         directory itself, if it is damaged, before what could be read of it.
         """
         prefix = path.rstrip(b"/") + b"/"
-        listed, damage = self.filesystem(place).listed(place.inode)
+        listed, damage = self.filesystem(place).read_names(place.inode)
         if damage is not None:
             problem(path, str(damage))
         listed.sort()

@@ -182,14 +182,14 @@ class Volumes:
         device = next(device for device, known in self._open.items() if known is filesystem)
         return self._places[device]
 
-    def written(self, links: Sequence[int | None]) -> list[list[tuple[int, int]] | None]:
+    def written_stretches(self, links: Sequence[int | None]) -> list[list[tuple[int, int]] | None]:
         """Of each disk the stretches that come from the topmost `links` of its chain; None where
         that is not known.
         """
         found = []
         most = _MOST_STRETCHES
         for disk, above in zip(self._disks, links, strict=True):
-            stretches = None if above is None else disk.written(above, most)
+            stretches = None if above is None else disk.written_stretches(above, most)
             most -= len(stretches or ())
             found.append(stretches)
         return found

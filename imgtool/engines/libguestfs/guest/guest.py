@@ -332,7 +332,7 @@ class LibguestfsGuest(Guest):
                 if checksum is None or entry.type != "file":
                     yield entry
                     continue
-                yield self.summed(entry, checksum, on_problem)
+                yield self.with_checksum(entry, checksum, on_problem)
 
     def xattrs(self, path: str | bytes) -> Xattrs:
         """The extended attributes of one path as it is; a symbolic link is not followed."""

@@ -100,7 +100,7 @@ class Filesystem(ABC):
         of the directory is damaged, `ReadFailed` comes after all that could be read.
         """
 
-    def listed(self, inode: int) -> tuple[list[tuple[bytes, int]], ReadFailed | None]:
+    def read_names(self, inode: int) -> tuple[list[tuple[bytes, int]], ReadFailed | None]:
         """What can be read of `names`, and why that is not all of it."""
         found: list[tuple[bytes, int]] = []
         try:
@@ -144,13 +144,13 @@ class Filesystem(ABC):
 
     def lookup(self, inode: int, name: bytes) -> int:
         """The inode of one name in a directory; `PathNotFound` if it is certainly not there."""
-        wanted = self.folded(name)
+        wanted = self.fold(name)
         for found, child in self.names(inode):
-            if self.folded(found) == wanted:
+            if self.fold(found) == wanted:
                 return child
         raise PathNotFound
 
-    def folded(self, name: bytes) -> bytes:
+    def fold(self, name: bytes) -> bytes:
         """The name as it is compared."""
         if not self.ignores_case:
             return name

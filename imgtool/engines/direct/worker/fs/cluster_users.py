@@ -50,7 +50,7 @@ class Owners:
             else:
                 self._users[first : first + count] = part.translate(_ONE_MORE)
 
-    def checked(self, chain: Chain) -> Chain:
+    def check(self, chain: Chain) -> Chain:
         """A chain up to the first cluster that something else uses too."""
         done = 0
         for first, count in chain.pieces:
@@ -110,7 +110,7 @@ class Sharing:
         self._table = table
         self._files = 0
 
-    def checked(self, inode: int, chain: Chain) -> Chain:
+    def check(self, inode: int, chain: Chain) -> Chain:
         """A file's chain up to the first cluster that something else uses too; all of it where to
         find out would take too long.
         """
@@ -119,7 +119,7 @@ class Sharing:
         self._files += 1
         if self._files <= _FEW_FILES and self._is_alone(inode, chain):
             return chain
-        return self._owners.checked(chain) if self._owners else chain
+        return self._owners.check(chain) if self._owners else chain
 
     @cached_property
     def _owners(self) -> Owners | None:

@@ -580,7 +580,7 @@ def test_patience_is_earned():
     patience = TimeBudget(10.0, least=100.0, answer=1.0)
     for _ in range(10):
         patience.spend(2.0)
-        patience.answered()
+        patience.credit_answer()
         if patience._left < 2:
             break
     with pytest.raises(BadMessage):

@@ -74,7 +74,7 @@ class Upcase:
             raise Unsupported("exFAT with a damaged up-case table")
         self._table = table
 
-    def folded(self, units: bytes) -> bytes:
+    def fold(self, units: bytes) -> bytes:
         """A name in UTF-16 (little-endian) in upper case."""
         table = self._table
         found = [table[unit] for unit in numbers(units, "H")]
@@ -146,7 +146,7 @@ def _name(raw: bytes, length: int, upcase: Upcase) -> tuple[bytes, bytes]:
         raise Unsupported("a name on exFAT is not UTF-16") from None
     if any(rest) or name.endswith(".") or any(c < " " or c in _FORBIDDEN for c in name):
         raise Unsupported("a name on exFAT is impossible")
-    folded = upcase.folded(units)
+    folded = upcase.fold(units)
     (hashed,) = struct.unpack_from("<H", raw, ENTRY + 4)
     if rotated_sum(folded, 16) != hashed:
         raise Unsupported("a name on exFAT has a wrong hash")

@@ -124,15 +124,15 @@ class ExfatFilesystem(Filesystem):
 
     def lookup(self, inode: int, name: bytes) -> int:
         """By the volume's own table of upper-case letters, without regard to dots at the end."""
-        child = self._list_directory(inode)[1].get(self.folded(name))
+        child = self._list_directory(inode)[1].get(self.fold(name))
         if child is None:
             raise PathNotFound
         return child
 
-    def folded(self, name: bytes) -> bytes:
+    def fold(self, name: bytes) -> bytes:
         """In upper case by the volume's own table, without the dots at its end."""
         try:
-            return self._upcase.folded(name.rstrip(b".").decode().encode("utf-16-le"))
+            return self._upcase.fold(name.rstrip(b".").decode().encode("utf-16-le"))
         except UnicodeDecodeError:
             return name
 
@@ -219,7 +219,7 @@ class ExfatFilesystem(Filesystem):
         if entry.attributes & DIRECTORY:
             raise ReadFailed("not a regular file")
         if self._last_runs[0] != inode:
-            chain = self._sharing.checked(inode, self._file_chain(entry))
+            chain = self._sharing.check(inode, self._file_chain(entry))
             runs = cluster_chains.runs(chain, self._place, self._geometry.cluster_size)
             self._last_runs = (inode, runs)
         return self._last_runs[1]

@@ -107,12 +107,12 @@ class FatFilesystem(Filesystem):
 
     def lookup(self, inode: int, name: bytes) -> int:
         """By long name or alias, without regard to the case of ASCII letters or dots at the end."""
-        child = self._list_directory(inode)[1].get(self.folded(name.rstrip(b".")))
+        child = self._list_directory(inode)[1].get(self.fold(name.rstrip(b".")))
         if child is None:
             raise PathNotFound
         return child
 
-    def folded(self, name: bytes) -> bytes:
+    def fold(self, name: bytes) -> bytes:
         """The kernel's `iocharset=ascii` knows no other letters."""
         return name.upper()
 
@@ -139,10 +139,10 @@ class FatFilesystem(Filesystem):
             child = place // ENTRY
             if not entry.is_dot:
                 listed.append((entry, child))
-                found.setdefault(self.folded(entry.alias), child)
-                found.setdefault(self.folded(entry.name), child)
+                found.setdefault(self.fold(entry.alias), child)
+                found.setdefault(self.fold(entry.name), child)
         for entry, child in listed:
-            if found.get(self.folded(entry.name.rstrip(b"."))) != child:
+            if found.get(self.fold(entry.name.rstrip(b"."))) != child:
                 raise Unsupported("a directory on FAT has two entries of one name")
         return listed, found
 
@@ -190,7 +190,7 @@ class FatFilesystem(Filesystem):
             raise ReadFailed("not a regular file")
         if entry.cluster == 0:
             raise Unsupported("a file on FAT has a size and no clusters")
-        chain = self._sharing.checked(inode, self._chain(entry))
+        chain = self._sharing.check(inode, self._chain(entry))
         runs = cluster_chains.runs(chain, self._place, self._geometry.cluster_size)
         self._last_runs = (inode, runs)
         return runs

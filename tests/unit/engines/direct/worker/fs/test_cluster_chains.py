@@ -68,11 +68,11 @@ def test_a_chain_is_sound_up_to_the_first_cluster_of_another_file() -> None:
     owners = Owners(20)
     one, other = Chain([(2, 3), (9, 2)], None), Chain([(12, 1), (10, 1)], None)
     owners.claim(one.pieces)
-    assert owners.checked(one) == one
+    assert owners.check(one) == one
     owners.claim(other.pieces)
-    assert owners.checked(one).pieces == [(2, 3), (9, 1)]
-    assert owners.checked(other).pieces == [(12, 1)]
-    assert SHARED in str(owners.checked(other).problem)
+    assert owners.check(one).pieces == [(2, 3), (9, 1)]
+    assert owners.check(other).pieces == [(12, 1)]
+    assert SHARED in str(owners.check(other).problem)
 
 
 @pytest.fixture(autouse=True, params=["of one file", "of the volume"])

@@ -272,7 +272,7 @@ def test_directories_that_share_their_clusters_are_left_to_the_appliance(volume:
 def test_an_upcase_table_skips_what_is_its_own_upper_case() -> None:
     packed = struct.pack("<5H", 0xFFFF, 0x61, 0x41, 0xFFFF, 0xFF9E)
     table = Upcase(packed, rotated_sum(packed, 32))
-    assert table.folded("ab\u0107".encode("utf-16-le")) == "Ab\u0107".encode("utf-16-le")
+    assert table.fold("ab\u0107".encode("utf-16-le")) == "Ab\u0107".encode("utf-16-le")
     for bad in (packed[:-2], packed + b"\0\0" * 2):
         with pytest.raises(Unsupported, match="up-case"):
             Upcase(bad, rotated_sum(bad, 32))
