@@ -1,90 +1,116 @@
-"""The options with which a command opens a guest: each is spelled once, here.
+"""The options that many commands have: each is spelled once, here.
 
     @guest_command(*READ)
     def ls(request: Request, paths: options.GuestPaths, ...) -> None:
 
 gives `ls` the parameter IMAGE before its own and the options of `READ` after them, and calls it
-with the request that they make.
+with the request that they make. What opens no guest is a `plain_command`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from imgtool.cli import options
-from imgtool.cli.session import Request, set_up_logging
+from imgtool.cli.session import Common, Request, set_up_logging
 
-# Each option in the order of the help: its annotation, its default, and the field of `Request` that
-# has it. What may be given several times is None where it is not given.
-OPTIONS: dict[str, tuple[Any, Any, str]] = {
-    "add": (options.Add, None, "add"),
-    "format": (options.Format, None, "format"),
-    "snapshot": (options.Snapshot, None, "snapshot"),
-    "mounts": (options.Mounts, None, "mounts"),
-    "root": (options.Root, None, "root"),
-    "key": (options.Keys, None, "keys"),
-    "engine": (options.EngineOption, options.Engine.auto, "engine"),
-    "dry_run": (options.DryRun, False, "dry_run"),
-    "clone": (options.Clone, None, "clone"),
-    "tmp_dir": (options.TmpDir, None, "tmp_dir"),
-    "force": (options.Force, None, "force"),
-    "backing_dir": (options.BackingDirs, None, "backing_dirs"),
-    "verbose": (options.Verbose, False, "verbose"),
-    "debug": (options.Debug, False, "debug"),
+# Each option, called as the field of `Request` or `Common` that has it: its annotation, and its
+# default. What may be given several times is None where it is not given.
+OPTIONS: dict[str, tuple[Any, Any]] = {
+    "add": (options.Add, None),
+    "format": (options.Format, None),
+    "snapshot": (options.Snapshot, None),
+    "mounts": (options.Mounts, None),
+    "root": (options.Root, None),
+    "keys": (options.Keys, None),
+    "engine": (options.EngineOption, options.Engine.auto),
+    "dry_run": (options.DryRun, False),
+    "clone": (options.Clone, None),
+    "tmp_dir": (options.TmpDir, None),
+    "force": (options.Force, None),
+    "backing_dirs": (options.BackingDirs, None),
+    "verbose": (options.Verbose, False),
+    "debug": (options.Debug, False),
 }
-READ = ("add", "format", "snapshot", "mounts", "root", "key", "engine", "backing_dir")
+READ = ("add", "format", "snapshot", "mounts", "root", "keys", "engine", "backing_dirs")
 WRITE = (
-    *("add", "format", "mounts", "root", "key", "engine"),
-    *("dry_run", "clone", "tmp_dir", "force", "backing_dir"),
+    *("add", "format", "mounts", "root", "keys", "engine"),
+    *("dry_run", "clone", "tmp_dir", "force", "backing_dirs"),
 )
 _LAST = ("verbose", "debug")
 _IMAGE = "image"
+_KIND = inspect.Parameter.POSITIONAL_OR_KEYWORD
+_Command = Callable[..., Any]
 
 
-def _request(given: dict[str, Any], names: tuple[str, ...]) -> Request:
-    """The request of the options `names` among what was given."""
-    values = {OPTIONS[name][2]: given[name] for name in names if given[name] is not None}
-    set_up_logging(verbose=values.pop("verbose"), debug=values["debug"])
-    if "engine" in values:
-        values["engine"] = values["engine"].value
-    image = given.get(_IMAGE, Path())
-    return Request(image=image[0] if isinstance(image, list) else image, **values)
-
-
-def guest_command(
-    *names: str, image: bool = True
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def guest_command(*names: str, image: bool = True) -> Callable[[_Command], _Command]:
     """Build a command of a function that takes a `Request` first: it gets IMAGE, its own
-    parameters, and the options `names`, in the order of `OPTIONS`. An option that the function has
-    itself stays its own, and is not in the request. Without `image` it has another way to name
-    images, and has to put one into the request.
+    parameters, and the options `names`, in this order. An option that the function has itself
+    stays its own, and is not in the request. Without `image` it has another way to name images,
+    and has to put one into the request.
     """
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        _, *own = inspect.signature(function, eval_str=True).parameters.values()
-        passed = {parameter.name for parameter in own}
-        taken = tuple(n for n in OPTIONS if n in (*names, *_LAST) and n not in passed)
-        first = [inspect.Parameter(_IMAGE, kind, annotation=options.Image)]
-        if not image or _IMAGE in passed:
+    def make(given: Mapping[str, Any], fields: dict[str, Any]) -> Request:
+        one = given.get(_IMAGE, Path())
+        return Request(image=one[0] if isinstance(one, list) else one, **fields)
+
+    def decorate(function: _Command) -> _Command:
+        own = _own(function)
+        if image and _IMAGE not in own:
+            first = [inspect.Parameter(_IMAGE, _KIND, annotation=options.Image)]
+        else:
             first = []
-        last = [
-            inspect.Parameter(name, kind, default=OPTIONS[name][1], annotation=OPTIONS[name][0])
-            for name in taken
-        ]
-
-        def command(**given: Any) -> Any:
-            request = _request(given, taken)
-            return function(request, **{name: given[name] for name in given if name in passed})
-
-        parameters = [*first, *own, *last]
-        command.__name__, command.__doc__ = function.__name__, function.__doc__
-        command.__module__, command.__qualname__ = function.__module__, function.__qualname__
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {one.name: one.annotation for one in parameters}
-        return command
+        return _build(function, first, own, [name for name in names if name not in own], make)
 
     return decorate
+
+
+def plain_command(*names: str) -> Callable[[_Command], _Command]:
+    """Build a command of a function that takes a `Common` first: it gets its own parameters, and
+    the options `names`, in this order. An option of its own stands among them if it is named."""
+
+    def decorate(function: _Command) -> _Command:
+        return _build(function, [], _own(function), names, lambda _, fields: Common(**fields))
+
+    return decorate
+
+
+def _own(function: _Command) -> dict[str, inspect.Parameter]:
+    """The parameters of a function after the first one, which is made for it."""
+    _, *own = inspect.signature(function, eval_str=True).parameters.values()
+    return {parameter.name: parameter for parameter in own}
+
+
+def _build(
+    function: _Command,
+    first: list[inspect.Parameter],
+    own: Mapping[str, inspect.Parameter],
+    names: Sequence[str],
+    make: Callable[[Mapping[str, Any], dict[str, Any]], Request | Common],
+) -> _Command:
+    """The command that calls `function` with what `make` makes of all that was given, and of the
+    fields of the options."""
+    names = (*names, *_LAST)
+    taken = [name for name in names if name not in own]
+
+    def command(**given: Any) -> Any:
+        fields = {name: given[name] for name in taken if given[name] is not None}
+        set_up_logging(verbose=fields.pop("verbose"), debug=fields["debug"])
+        return function(make(given, fields), **{name: given[name] for name in own})
+
+    before = [parameter for name, parameter in own.items() if name not in names]
+    after = [own.get(name) or _parameter(name) for name in names]
+    parameters = [*first, *before, *after]
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    command.__module__, command.__qualname__ = function.__module__, function.__qualname__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    return command
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    annotation, default = OPTIONS[name]
+    return inspect.Parameter(name, _KIND, default=default, annotation=annotation)

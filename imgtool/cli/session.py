@@ -98,6 +98,17 @@ class Failures:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Common:
+    """What a command that opens no guest has in common with others of its kind."""
+
+    format: str | None = None
+    backing_dirs: Sequence[Path] = ()
+    dry_run: bool = False
+    force: Force = ()
+    debug: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request(GuestOptions):
     """The guest that a command was given, and what is to be done with it."""
 

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from imgtool.cli import options, render
+from imgtool.cli.guest_command import plain_command
 from imgtool.cli.output import Output
-from imgtool.cli.session import set_up_logging, warning
+from imgtool.cli.session import Common, warning
 
 FIELDS = ("disks", "size", "time", "state", "path")
 
@@ -17,10 +18,10 @@ Disks = Annotated[
 ]
 
 
+@plain_command()
 def save(
+    common: Common,
     disks: Disks = 1,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Keep a started appliance for later commands, which continue it.
 
@@ -34,17 +35,16 @@ def save(
     """
     from imgtool.engines.libguestfs.appliance.launch import last_accelerator, save_appliance
 
-    set_up_logging(verbose=verbose, debug=debug)
     if last_accelerator() == "kvm":
         warning("KVM works on this machine: appliances start without what is saved")
     save_appliance(disks)
 
 
+@plain_command()
 def list_(
+    common: Common,
     human: options.Human = False,
     output: options.OutputOption = Output.table,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """List the saved appliances, and whether they can still be used.
 
@@ -56,7 +56,6 @@ def list_(
     from imgtool.engines.libguestfs.appliance import saved
     from imgtool.engines.libguestfs.appliance.launch import saved_home
 
-    set_up_logging(verbose=verbose, debug=debug)
     found = saved.all_saved(saved_home())
     rows = [
         {
@@ -75,9 +74,9 @@ def list_(
     render.emit(rows, FIELDS, output, shown=shown)
 
 
+@plain_command()
 def remove(
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
+    common: Common,
 ) -> None:
     """Remove the saved appliances.
 
@@ -89,5 +88,4 @@ def remove(
     from imgtool.engines.libguestfs.appliance import saved
     from imgtool.engines.libguestfs.appliance.launch import saved_home
 
-    set_up_logging(verbose=verbose, debug=debug)
     saved.remove_all(saved_home())

@@ -12,8 +12,9 @@ import typer
 
 from imgtool.cli import options, render
 from imgtool.cli.commands.chains import image_count, name, not_read
+from imgtool.cli.guest_command import plain_command
 from imgtool.cli.output import Output
-from imgtool.cli.session import Failures, set_up_logging, warning
+from imgtool.cli.session import Common, Failures, warning
 from imgtool.errors import ExitStatus, ImageError, UsageError
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ _IMAGE_SUFFIXES = (
 _NOT_LOOKED_AT = ("outside", "not-local")
 
 
+@plain_command("format", "backing_dirs")
 def check(
+    common: Common,
     images: Annotated[
         list[Path], typer.Argument(metavar="IMAGE|DIR...", help="Images, or folders of them.")
     ],
@@ -36,10 +39,6 @@ def check(
         bool, typer.Option("--quick", help="Only headers: the tables of the images are not read.")
     ] = False,
     output: options.OutputOption = Output.table,
-    format: options.Format = None,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Say what is wrong with a chain, what it means and what to do.
 
@@ -54,14 +53,13 @@ def check(
     """
     from imgtool.image.checks.checking import ChainCheck
 
-    set_up_logging(verbose=verbose, debug=debug)
-    failures = Failures(debug=debug)
+    failures = Failures(debug=common.debug)
     there = [image for image in images if _is_there(image, failures)]
     folders = [image for image in there if image.is_dir()]
-    if format is not None and folders:
+    if common.format is not None and folders:
         raise UsageError("--format is for images, not for a folder of them", subject=folders[0])
     checked = ChainCheck(
-        backing_dirs=[*(backing_dir or ()), *folders],
+        backing_dirs=[*common.backing_dirs, *folders],
         metadata=not quick,
     )
     counts: Counter[str] = Counter()
@@ -76,7 +74,7 @@ def check(
                 whats.add(finding.what)
                 yield finding
 
-    findings = told(_findings(checked, there, format, failures))
+    findings = told(_findings(checked, there, common.format, failures))
     if output is Output.table:
         for finding in findings:
             render.text(

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from imgtool.cli import options, render
+from imgtool.cli.guest_command import plain_command
 from imgtool.cli.output import Output
-from imgtool.cli.session import Failures, set_up_logging, warning
+from imgtool.cli.session import Common, Failures, warning
 from imgtool.errors import ImageError, ImgtoolError, RefusedError
 
 if TYPE_CHECKING:
@@ -103,14 +104,12 @@ def _problems(link: ImageInfo, below: ImageInfo | None) -> list[str]:
     return found
 
 
+@plain_command("format", "backing_dirs")
 def show(
+    common: Common,
     image: options.Image,
     human: options.Human = False,
     output: options.OutputOption = Output.table,
-    format: options.Format = None,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Show every link of an image's chain, down to the base.
 
@@ -123,15 +122,16 @@ def show(
     """
     from imgtool.image.chain.chain import follow_chain, open_chain
 
-    set_up_logging(verbose=verbose, debug=debug)
     links: list[ImageInfo] = []
     failure: ImgtoolError | None = None
     try:
-        links += open_chain(image, format=format, backing_dirs=backing_dir or ()).links
+        links += open_chain(image, format=common.format, backing_dirs=common.backing_dirs).links
     except (ImageError, RefusedError) as error:
         failure = error
         try:
-            for link, _ in follow_chain(image, format=format, backing_dirs=backing_dir or ()):
+            for link, _ in follow_chain(
+                image, format=common.format, backing_dirs=common.backing_dirs
+            ):
                 links.append(link)
         except (ImageError, RefusedError):
             pass  # the same again
@@ -187,7 +187,9 @@ def _tree_row(depth: int, tree: Tree, users: Sequence[str]) -> dict[str, Any]:
     }
 
 
+@plain_command("backing_dirs")
 def tree(
+    common: Common,
     folders: Annotated[
         list[Path], typer.Argument(metavar="DIR...", help="Folders with images, and all below.")
     ],
@@ -200,9 +202,6 @@ def tree(
         Path | None,
         typer.Option("--svg", metavar="FILE", help="Draw a picture for a browser; - is stdout."),
     ] = None,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Show all images below some folders, each base with its overlays.
 
@@ -218,11 +217,10 @@ def tree(
     from imgtool.image.checks.forest import forest, users
     from imgtool.image.intent.intent_state import line_on
 
-    set_up_logging(verbose=verbose, debug=debug)
-    failures = Failures(debug=debug)
+    failures = Failures(debug=common.debug)
     trees = forest(
         folders,
-        backing_dirs=backing_dir or (),
+        backing_dirs=common.backing_dirs,
         on_error=lambda path, error: failures.add(not_read(path, error)),
     )
     in_use = users(trees)

@@ -196,10 +196,12 @@ def diff(
 def _points(request: Request, given: dict[str, Any]) -> tuple[Point, Point]:
     from imgtool.compare.points import Point, against_base, two_points
 
-    folders = tuple(request.backing_dirs)
-    image, other = given["image"], given["other"]
+    other = given["other"]
     snapshots = given["snapshot"], given["snapshot_b"]
-    before = Point(image, tuple(given["add"] or ()), given["format"], snapshots[0], folders)
+    either = Point(given["image"], **request.keywords())
+    before = dataclasses.replace(
+        either, add=given["add"] or (), format=given["format"], snapshot=snapshots[0]
+    )
     if other is None and (given["add_b"] or given["format_b"]):
         raise UsageError("--add-b and --format-b belong to a second image, and there is none")
     if given["base"]:
@@ -211,16 +213,11 @@ def _points(request: Request, given: dict[str, Any]) -> tuple[Point, Point]:
         return against_base(before)
     after = None
     if other is not None:
-        after = Point(other, tuple(given["add_b"] or ()), given["format_b"], None, folders)
+        after = dataclasses.replace(
+            either, image=other, add=given["add_b"] or (), format=given["format_b"]
+        )
     return two_points(before, after, snapshot_after=snapshots[1])
 
 
 def _at(request: Request, point: Point) -> Request:
-    return dataclasses.replace(
-        request,
-        image=point.image,
-        add=point.add,
-        format=point.format,
-        snapshot=point.snapshot,
-        backing_dirs=point.backing_dirs,
-    )
+    return dataclasses.replace(request, image=point.image, **point.keywords())

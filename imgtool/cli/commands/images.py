@@ -30,7 +30,7 @@ FIELDS = (
 )
 
 
-@guest_command("format", "backing_dir")
+@guest_command("format", "backing_dirs")
 def info(
     request: Request,
     human: options.Human = False,

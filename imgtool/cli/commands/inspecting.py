@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from imgtool.cli import options, render
-from imgtool.cli.guest_command import guest_command
+from imgtool.cli.guest_command import guest_command, plain_command
 from imgtool.cli.output import Output
-from imgtool.cli.session import Request, set_up_logging
+from imgtool.cli.session import Common, Request
 from imgtool.errors import ExitStatus, NotInGuestError
 from imgtool.guest.blocks import LOCKED
 from imgtool.guest.model import OperatingSystem
@@ -44,7 +44,7 @@ def _pairs(system: OperatingSystem) -> list[dict[str, str]]:
     return pairs
 
 
-@guest_command("add", "format", "snapshot", "root", "key", "engine", "backing_dir")
+@guest_command("add", "format", "snapshot", "root", "keys", "engine", "backing_dirs")
 def inspect(
     request: Request,
     packages: Annotated[
@@ -102,11 +102,11 @@ def inspect(
     render.emit(documents, FIELDS[:-1], output)
 
 
+@plain_command()
 def doctor(
+    common: Common,
     launch: Annotated[bool, typer.Option("--launch", help="Really start the appliance.")] = False,
     output: options.OutputOption = Output.table,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Check what imgtool needs on this machine.
 
@@ -120,8 +120,7 @@ def doctor(
     from imgtool.doctor import examine
     from imgtool.engines.libguestfs.appliance.launch import time_launch
 
-    set_up_logging(verbose=verbose, debug=debug)
-    checks = examine(launch=launch, launcher=lambda: time_launch(debug=debug))
+    checks = examine(launch=launch, launcher=lambda: time_launch(debug=common.debug))
     rows = [{name: getattr(check, name) for name in DOCTOR_FIELDS} for check in checks]
     words = {True: "ok", False: "MISSING", None: "-"}
     shown = [

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from imgtool.cli import options, render
-from imgtool.cli.guest_command import guest_command
+from imgtool.cli.guest_command import guest_command, plain_command
 from imgtool.cli.output import Output
-from imgtool.cli.session import Failures, Request, set_up_logging, warning
+from imgtool.cli.session import Common, Failures, Request, warning
 from imgtool.errors import UsageError
 from imgtool.guest.mounts import parse_mount
 from imgtool.mount.mechanisms.registry import VIA
@@ -44,7 +44,7 @@ class Via(StrEnum):
         members[name] = name
 
 
-@guest_command("add", "format", "snapshot", "mounts", "root", "key", "force", "backing_dir")
+@guest_command("add", "format", "snapshot", "mounts", "root", "keys", "force", "backing_dirs")
 def mount(
     request: Request,
     mountpoint: Annotated[Path, typer.Argument(metavar="MOUNTPOINT", help="An empty directory.")],
@@ -106,22 +106,16 @@ def mount(
             writable=rw,
             executable=executable,
             force=request.force,
-            add=request.add,
-            format=request.format,
-            snapshot=request.snapshot,
-            mounts=[parse_mount(text) for text in request.mounts],
-            root=request.root,
-            keys=request.keys,
-            backing_dirs=request.backing_dirs,
+            **request.keywords(),
             notice=warning,
         )
     )
 
 
+@plain_command()
 def umount(
+    common: Common,
     mountpoint: Annotated[Path, typer.Argument(metavar="MOUNTPOINT", help="Where it is mounted.")],
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Undo a mount, all of it.
 
@@ -134,7 +128,6 @@ def umount(
     """
     from imgtool.mount.mounting import unmount
 
-    set_up_logging(verbose=verbose, debug=debug)
     unmount(mountpoint)
 
 
@@ -170,10 +163,10 @@ def _row(journal: Journal) -> dict[str, Any]:
     }
 
 
+@plain_command()
 def mounts(
+    common: Common,
     output: options.OutputOption = Output.table,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """List the mounts that imgtool made, and whether they are well.
 
@@ -184,7 +177,6 @@ def mounts(
     """
     from imgtool.mount.journal import journals
 
-    set_up_logging(verbose=verbose, debug=debug)
     rows = [_row(journal) for journal in journals()]
     shown = [{**row, "since": row["since"][:19] + "Z"} for row in rows]
     columns = ["mountpoint", "image", "mechanism", "mode", "devices", "since", "user", "state"]
@@ -198,9 +190,9 @@ def mounts(
             render.hint("imgtool cleanup undoes what is left of it")
 
 
+@plain_command()
 def cleanup(
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
+    common: Common,
 ) -> None:
     """Undo what an imgtool that was killed has left.
 
@@ -215,8 +207,7 @@ def cleanup(
     from imgtool.host.scratch import remove_left_behind
     from imgtool.mount.mounting import clean_up
 
-    set_up_logging(verbose=verbose, debug=debug)
-    failures = Failures(debug=debug)
+    failures = Failures(debug=common.debug)
     for cleaned in clean_up():
         if cleaned.error is not None:
             failures.add(cleaned.error)

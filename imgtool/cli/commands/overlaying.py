@@ -9,7 +9,8 @@ import typer
 
 from imgtool.cli import options
 from imgtool.cli.commands import working
-from imgtool.cli.session import set_up_logging
+from imgtool.cli.guest_command import plain_command
+from imgtool.cli.session import Common
 
 Base = Annotated[Path, typer.Argument(metavar="BASE", help="The image that it stands on.")]
 New = Annotated[Path, typer.Argument(metavar="NEW", help="The new image; no file yet.")]
@@ -19,18 +20,15 @@ BaseFormat = Annotated[
 ]
 
 
+@plain_command("dry_run", "force", "backing_dirs")
 def create(
+    common: Common,
     base: Base,
     new: New,
     base_format: BaseFormat = None,
     protect_base: Annotated[
         bool, typer.Option("--protect-base", help="Make the base's file read-only.")
     ] = False,
-    dry_run: options.DryRun = False,
-    force: options.Force = None,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Make an overlay on an image: a linked clone.
 
@@ -44,33 +42,28 @@ def create(
     """
     from imgtool.image.change import overlays
 
-    set_up_logging(verbose=verbose, debug=debug)
     working.run_plan(
         lambda: overlays.plan_create(
             base,
             new,
             base_format=base_format,
             protect_base=protect_base,
-            force=force or (),
-            backing_dirs=backing_dir or (),
+            force=common.force,
+            backing_dirs=common.backing_dirs,
         ),
         base,
         new,
-        dry_run=dry_run,
-        backing_dirs=backing_dir,
+        common=common,
     )
 
 
+@plain_command("dry_run", "force", "backing_dirs")
 def commit(
+    common: Common,
     overlay: Overlay,
     remove: Annotated[
         bool, typer.Option("--remove", help="Remove the overlay once its content is proved.")
     ] = False,
-    dry_run: options.DryRun = False,
-    force: options.Force = None,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Write what an overlay holds into its base.
 
@@ -84,19 +77,19 @@ def commit(
     """
     from imgtool.image.change import overlays
 
-    set_up_logging(verbose=verbose, debug=debug)
     working.run_plan(
         lambda: overlays.plan_commit(
-            overlay, remove=remove, force=force or (), backing_dirs=backing_dir or ()
+            overlay, remove=remove, force=common.force, backing_dirs=common.backing_dirs
         ),
         overlay,
-        dry_run=dry_run,
+        common=common,
         below=False,  # repeating it is what finishes it
-        backing_dirs=backing_dir,
     )
 
 
+@plain_command("dry_run", "force", "backing_dirs")
 def rebase(
+    common: Common,
     overlay: Overlay,
     base: Annotated[Path, typer.Argument(metavar="NEWBASE", help="What it is to stand on.")],
     base_format: BaseFormat = None,
@@ -104,11 +97,6 @@ def rebase(
         bool,
         typer.Option("--unsafe", help="Only write the name and format of the base into it."),
     ] = False,
-    dry_run: options.DryRun = False,
-    force: options.Force = None,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Put an overlay on another base; the guest sees the same.
 
@@ -121,30 +109,25 @@ def rebase(
     """
     from imgtool.image.change import overlays
 
-    set_up_logging(verbose=verbose, debug=debug)
     working.run_plan(
         lambda: overlays.plan_rebase(
             overlay,
             base,
             base_format=base_format,
             unsafe=unsafe,
-            force=force or (),
-            backing_dirs=backing_dir or (),
+            force=common.force,
+            backing_dirs=common.backing_dirs,
         ),
         overlay,
         base,
-        dry_run=dry_run,
-        backing_dirs=backing_dir,
+        common=common,
     )
 
 
+@plain_command("dry_run", "force", "backing_dirs")
 def flatten(
+    common: Common,
     overlay: Overlay,
-    dry_run: options.DryRun = False,
-    force: options.Force = None,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Make an overlay an image that stands alone.
 
@@ -157,23 +140,19 @@ def flatten(
     """
     from imgtool.image.change import overlays
 
-    set_up_logging(verbose=verbose, debug=debug)
     working.run_plan(
-        lambda: overlays.plan_flatten(overlay, force=force or (), backing_dirs=backing_dir or ()),
+        lambda: overlays.plan_flatten(
+            overlay, force=common.force, backing_dirs=common.backing_dirs
+        ),
         overlay,
-        dry_run=dry_run,
-        backing_dirs=backing_dir,
+        common=common,
     )
 
 
+@plain_command("dry_run", "force", "format", "backing_dirs")
 def compact(
+    common: Common,
     image: options.Image,
-    dry_run: options.DryRun = False,
-    force: options.Force = None,
-    format: options.Format = None,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Give the space back that an image's file takes for nothing.
 
@@ -187,12 +166,10 @@ def compact(
     """
     from imgtool.image.change.compacting import plan_compact
 
-    set_up_logging(verbose=verbose, debug=debug)
     working.run_plan(
         lambda: plan_compact(
-            image, format=format, force=force or (), backing_dirs=backing_dir or ()
+            image, format=common.format, force=common.force, backing_dirs=common.backing_dirs
         ),
         image,
-        dry_run=dry_run,
-        backing_dirs=backing_dir,
+        common=common,
     )

@@ -10,8 +10,9 @@ import typer
 
 from imgtool.cli import options, render
 from imgtool.cli.commands import working
+from imgtool.cli.guest_command import plain_command
 from imgtool.cli.output import Output
-from imgtool.cli.session import set_up_logging
+from imgtool.cli.session import Common
 from imgtool.errors import ExitStatus
 
 CHECK_FIELDS = (
@@ -38,19 +39,15 @@ class MadeFormat(StrEnum):
     vhdx = "vhdx"
 
 
+@plain_command("dry_run", "force", "output", "format", "backing_dirs")
 def check(
+    common: Common,
     image: options.Image,
     repair: Annotated[
         Repair | None,
         typer.Option("--repair", help="Mend lost space (leaks), or all that is wrong."),
     ] = None,
-    dry_run: options.DryRun = False,
-    force: options.Force = None,
     output: options.OutputOption = Output.table,
-    format: options.Format = None,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Check the tables of one image.
 
@@ -70,22 +67,20 @@ def check(
     from imgtool.image.checks.checking import UnsupportedCheck, check_metadata
     from imgtool.image.checks.findings import writer_of
 
-    set_up_logging(verbose=verbose, debug=debug)
     if repair is not None:
         working.run_plan(
             lambda: plan_repair(
                 image,
                 repair.value,
-                format=format,
-                force=force or (),
-                backing_dirs=backing_dir or (),
+                format=common.format,
+                force=common.force,
+                backing_dirs=common.backing_dirs,
             ),
             image,
-            dry_run=dry_run,
-            backing_dirs=backing_dir,
+            common=common,
         )
     working.say_of_records([image])
-    link = probe(image, format=format, backing_dirs=backing_dir or ())
+    link = probe(image, format=common.format, backing_dirs=common.backing_dirs)
     row: dict[str, Any] = {**render.name_fields("path", bytes(link.path)), "format": link.format}
     row.update(sound=None, corruptions=None, leaks=None, errors=None, supported=True)
     row["not_looked_at"] = None
@@ -123,18 +118,14 @@ def check(
         raise SystemExit(int(ExitStatus.IMAGE_UNREADABLE))
 
 
+@plain_command("dry_run", "force", "format", "backing_dirs")
 def convert(
+    common: Common,
     image: options.Image,
     new: Annotated[Path, typer.Argument(metavar="NEW", help="The new image; no file yet.")],
     to: Annotated[MadeFormat, typer.Option("--to", help="Its format.")] = MadeFormat.qcow2,
     compress: Annotated[bool, typer.Option("--compress", help="Compress it.")] = False,
     snapshot: options.Snapshot = None,
-    dry_run: options.DryRun = False,
-    force: options.Force = None,
-    format: options.Format = None,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Copy an image, with its chain, into one of another format.
 
@@ -145,7 +136,6 @@ def convert(
     """
     from imgtool.image.change.single import plan_convert
 
-    set_up_logging(verbose=verbose, debug=debug)
     working.run_plan(
         lambda: plan_convert(
             image,
@@ -153,27 +143,22 @@ def convert(
             to=to.value,
             compress=compress,
             snapshot=snapshot,
-            format=format,
-            force=force or (),
-            backing_dirs=backing_dir or (),
+            format=common.format,
+            force=common.force,
+            backing_dirs=common.backing_dirs,
         ),
         new,
-        dry_run=dry_run,
-        backing_dirs=backing_dir,
+        common=common,
     )
 
 
+@plain_command("dry_run", "force", "format", "backing_dirs")
 def resize(
+    common: Common,
     image: options.Image,
     size: Annotated[
         str, typer.Argument(metavar="SIZE", help="20G, or +5G to grow, -5G to shrink by it.")
     ],
-    dry_run: options.DryRun = False,
-    force: options.Force = None,
-    format: options.Format = None,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Make the disk in an image larger, or smaller.
 
@@ -189,29 +174,26 @@ def resize(
     from imgtool.guest.shrink import require_empty_tail
     from imgtool.image.change.single import plan_resize
 
-    set_up_logging(verbose=verbose, debug=debug)
     working.run_plan(
         lambda: plan_resize(
             image,
             size,
             require_empty_tail=require_empty_tail,
-            format=format,
-            force=force or (),
-            backing_dirs=backing_dir or (),
+            format=common.format,
+            force=common.force,
+            backing_dirs=common.backing_dirs,
         ),
         image,
-        dry_run=dry_run,
-        backing_dirs=backing_dir,
+        common=common,
     )
 
 
+@plain_command("dry_run")
 def create(
+    common: Common,
     new: Annotated[Path, typer.Argument(metavar="NEW", help="The new image; no file yet.")],
     size: Annotated[str, typer.Argument(metavar="SIZE", help="Such as 20G or 512M.")],
     to: Annotated[MadeFormat, typer.Option("--to", help="Its format.")] = MadeFormat.qcow2,
-    dry_run: options.DryRun = False,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Make an empty image.
 
@@ -224,20 +206,17 @@ def create(
     """
     from imgtool.image.change.single import parse_size, plan_new
 
-    set_up_logging(verbose=verbose, debug=debug)
-    working.run_plan(lambda: plan_new(new, parse_size(size), format=to.value), new, dry_run=dry_run)
+    working.run_plan(lambda: plan_new(new, parse_size(size), format=to.value), new, common=common)
 
 
+@plain_command("force", "keep", "backing_dirs")
 def recover(
+    common: Common,
     image: options.Image,
-    force: options.Force = None,
     keep: Annotated[
         bool,
         typer.Option("--keep", help="End it without either; all that is there is kept as it is."),
     ] = False,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Finish or undo what was interrupted on an image.
 
@@ -254,13 +233,12 @@ def recover(
     from imgtool.image.intent.intent_state import would_do
     from imgtool.text import printable
 
-    set_up_logging(verbose=verbose, debug=debug)
     if image.is_dir():
         raise ImageError("a directory, not an image", subject=printable(image))
     written = load_intent(image)
-    if Reason.UNPROVED in (force or ()) and written is not None and not written.proved:
+    if Reason.UNPROVED in common.force and written is not None and not written.proved:
         render.message("to do", would_do(image, written.facts))
-    line = resolve_intent(image, backing_dirs=backing_dir or (), force=force or (), end=keep)
+    line = resolve_intent(image, backing_dirs=common.backing_dirs, force=common.force, end=keep)
     if line is None and not image.exists():
         raise ImageError("no such file, and no record of work on it", subject=printable(image))
     render.message("note", line or "nothing was interrupted on it")

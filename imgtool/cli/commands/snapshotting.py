@@ -8,22 +8,20 @@ import typer
 
 from imgtool.cli import options, render
 from imgtool.cli.commands import working
+from imgtool.cli.guest_command import plain_command
 from imgtool.cli.output import Output
-from imgtool.cli.session import set_up_logging
+from imgtool.cli.session import Common
 
 FIELDS = ("id", "name", "time", "vm_state_size", "vm_clock", "present")
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The snapshot, by its name or id.")]
 
 
+@plain_command("dry_run", "force", "backing_dirs")
 def create(
+    common: Common,
     image: options.Image,
     name: Annotated[str, typer.Argument(metavar="NAME", help="What to call it.")],
-    dry_run: options.DryRun = False,
-    force: options.Force = None,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Keep the present state of an image under a name, inside it.
 
@@ -34,24 +32,21 @@ def create(
     """
     from imgtool.image.change import snapshots
 
-    set_up_logging(verbose=verbose, debug=debug)
     working.run_plan(
         lambda: snapshots.plan_create(
-            image, name, force=force or (), backing_dirs=backing_dir or ()
+            image, name, force=common.force, backing_dirs=common.backing_dirs
         ),
         image,
-        dry_run=dry_run,
-        backing_dirs=backing_dir,
+        common=common,
     )
 
 
+@plain_command("backing_dirs")
 def list_(
+    common: Common,
     image: options.Image,
     human: options.Human = False,
     output: options.OutputOption = Output.table,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """List the internal snapshots, and which of them is the present.
 
@@ -63,8 +58,7 @@ def list_(
     from imgtool.image.change import snapshots
     from imgtool.image.checks.doubts import doubts_of
 
-    set_up_logging(verbose=verbose, debug=debug)
-    chain = snapshots.with_snapshots(image, backing_dirs=backing_dir or ())
+    chain = snapshots.with_snapshots(image, backing_dirs=common.backing_dirs)
     working.say_of_records(link.path for link in chain.links)
     for doubt in doubts_of(chain):
         render.message("warning", doubt)
@@ -89,7 +83,9 @@ def list_(
     render.emit(rows, FIELDS, output, columns=columns, shown=shown, titles=titles)
 
 
+@plain_command("dry_run", "force", "backing_dirs")
 def revert(
+    common: Common,
     image: options.Image,
     name: Name,
     discard: Annotated[bool, typer.Option("--discard", help="Give the present state up.")] = False,
@@ -97,11 +93,6 @@ def revert(
         str | None,
         typer.Option("--save-as", metavar="NAME", help="Keep the present state under this name."),
     ] = None,
-    dry_run: options.DryRun = False,
-    force: options.Force = None,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Go back to a snapshot.
 
@@ -114,30 +105,25 @@ def revert(
     """
     from imgtool.image.change import snapshots
 
-    set_up_logging(verbose=verbose, debug=debug)
     working.run_plan(
         lambda: snapshots.plan_revert(
             image,
             name,
             discard=discard,
             save_as=save_as,
-            force=force or (),
-            backing_dirs=backing_dir or (),
+            force=common.force,
+            backing_dirs=common.backing_dirs,
         ),
         image,
-        dry_run=dry_run,
-        backing_dirs=backing_dir,
+        common=common,
     )
 
 
+@plain_command("dry_run", "force", "backing_dirs")
 def delete(
+    common: Common,
     image: options.Image,
     name: Name,
-    dry_run: options.DryRun = False,
-    force: options.Force = None,
-    backing_dir: options.BackingDirs = None,
-    verbose: options.Verbose = False,
-    debug: options.Debug = False,
 ) -> None:
     """Delete a snapshot.
 
@@ -150,16 +136,14 @@ def delete(
     """
     from imgtool.image.change import snapshots
 
-    set_up_logging(verbose=verbose, debug=debug)
     working.run_plan(
         lambda: snapshots.plan_delete(
-            image, name, force=force or (), backing_dirs=backing_dir or ()
+            image, name, force=common.force, backing_dirs=common.backing_dirs
         ),
         image,
-        dry_run=dry_run,
-        backing_dirs=backing_dir,
+        common=common,
     )
-    if not dry_run:
+    if not common.dry_run:
         space = render.human(snapshots.space_to_give_back(image))
         render.message(
             "note", f"the file stays as long; 'imgtool compact' would give back about {space}"

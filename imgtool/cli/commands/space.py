@@ -162,7 +162,7 @@ def filesystems(
     render.emit(rows, FILESYSTEM_FIELDS, output, columns=columns, shown=shown)
 
 
-@guest_command("add", "format", "snapshot", "backing_dir")
+@guest_command("add", "format", "snapshot", "backing_dirs")
 def partitions(
     request: Request,
     human: options.Human = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from imgtool.cli import render
 from imgtool.cli.session import warning
 
 if TYPE_CHECKING:
+    from imgtool.cli.session import Common
     from imgtool.image.change.plan import OnStep, Plan
 
 
@@ -41,20 +42,19 @@ def say_of_records(images: Iterable[Path]) -> None:
 def run_plan(
     make: Callable[[], Plan],
     *images: Path,
-    dry_run: bool,
-    backing_dirs: Sequence[Path] | None = None,
+    common: Common,
     below: bool = True,
 ) -> None:
-    """Make a plan, show it, and unless `dry_run` do it.
+    """Make a plan, show it, and unless it is a dry run do it.
 
     Before, what was interrupted on `images` is finished or undone; with `below` also what was to
     be committed into their bases.
     """
-    if not dry_run:
+    if not common.dry_run:
         from imgtool.image.change.recovery import recover
 
         for image in images:
-            if line := recover(image, backing_dirs=backing_dirs or (), below=below):
+            if line := recover(image, backing_dirs=common.backing_dirs, below=below):
                 render.message("note", line)
     else:
         say_of_records(images)
@@ -62,8 +62,8 @@ def run_plan(
     for line in plan.doubts:
         warning(line)
     for line in plan.lines:
-        render.message("would" if dry_run else "to do", line)
-    if dry_run:
+        render.message("would" if common.dry_run else "to do", line)
+    if common.dry_run:
         return
     with _bar() as on_step:
         work = plan.run(on_step, warning)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Annotated
 
-import pytest
 import typer
 
 from imgtool.cli import options
-from imgtool.cli.guest_command import OPTIONS, READ, WRITE, guest_command
-from imgtool.cli.session import Request
-from imgtool.errors import UsageError
+from imgtool.cli.guest_command import OPTIONS, READ, WRITE, guest_command, plain_command
+from imgtool.cli.session import Common, Request
 from imgtool.guest.guest_options import GuestOptions
 
 
@@ -24,9 +23,9 @@ def run(command, *words: str) -> None:
 
 def test_each_field_of_the_options_has_an_option():
     fields = {field.name for field in dataclasses.fields(GuestOptions)}
-    assert fields <= {OPTIONS[name][2] for name in READ}
+    assert fields == set(READ) <= OPTIONS.keys()
     every = {field.name for field in dataclasses.fields(Request)} - {"image"}
-    assert every == {field for _, _, field in OPTIONS.values()} - {"verbose"}
+    assert every == OPTIONS.keys() - {"verbose"}
 
 
 def test_what_is_typed_arrives(tmp_path):
@@ -76,7 +75,20 @@ def test_an_option_of_the_command_itself_stays_its_own():
     assert seen == [(None, [Path("a"), Path("b")], "s")]
 
 
-def test_a_mount_is_read_when_the_guest_is_opened():
-    assert GuestOptions(mounts=["/dev/sda:/x"]).to_read()["mounts"][0].mountpoint == "/x"
-    with pytest.raises(UsageError, match="not a device of the guest"):
-        GuestOptions(mounts=["sda"]).to_write()
+def test_what_opens_no_guest_gets_what_is_typed_too(tmp_path):
+    seen = []
+
+    @plain_command("dry_run", "force", "human", "format", "backing_dirs")
+    def look(common: Common, image: options.Image, human: options.Human = False) -> None:
+        """Look."""
+        seen.append((common, image, human))
+
+    names = ["image", "dry_run", "force", "human", "format", "backing_dirs", "verbose", "debug"]
+    assert list(inspect.signature(look).parameters) == names
+    write = ["-n", "--force", "damaged", "--format", "raw", "--backing-dir", str(tmp_path)]
+    run(look, "a", "-h", *write, "--debug")
+    run(look, "b")
+    common = Common(
+        dry_run=True, force=["damaged"], format="raw", backing_dirs=[tmp_path], debug=True
+    )
+    assert seen == [(common, Path("a"), True), (Common(), Path("b"), False)]
