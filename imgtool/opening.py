@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from imgtool.errors import Force, ImgtoolError, UsageError, shorten
 from imgtool.guest.guest import Guest
-from imgtool.guest.keys import Key, parse_key
-from imgtool.guest.model import Mount
+from imgtool.guest.guest_options import GuestOptions
 from imgtool.guest.partitions import partitions_of
 from imgtool.image.chain.chain import Chain, open_chain
 from imgtool.image.chain.reading import chain_to_read
@@ -30,8 +32,81 @@ log = logging.getLogger(__name__)
 ENGINES = ("auto", "direct", "libguestfs")
 
 
-def _say_nothing(line: str) -> None:
+def _log_notice(line: str) -> None:
     log.warning("%s", line)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions(GuestOptions):
+    """How a guest is opened: `notice` gets lines for the user, `debug` logs what the appliance
+    says."""
+
+    notice: Callable[[str], None] = _log_notice
+    debug: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class InPlaceOptions(ReadOptions):
+    """How a guest is opened to be changed: `force` gives up the guards that it names."""
+
+    force: Force = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteOptions(InPlaceOptions):
+    """How a guest is opened to be changed as a whole.
+
+    With `clone` the result is in a new overlay on the image, and with `review` it is thrown away
+    after that was called with the chains that have it. Until the end it is in overlays beside the
+    images, or in `tmp_dir`.
+    """
+
+    clone: Path | None = None
+    tmp_dir: Path | None = None
+    review: Callable[[Sequence[Chain]], None] | None = None
+
+
+_Given = ParamSpec("_Given")
+_Options = TypeVar("_Options", bound=ReadOptions)
+_Opened = TypeVar("_Opened", bound=Guest)
+
+
+def _takes(
+    options: Callable[_Given, _Options],
+) -> Callable[
+    [Callable[[str | Path, _Options], Iterator[_Opened]]],
+    Callable[Concatenate[str | Path, _Given], AbstractContextManager[_Opened]],
+]:
+    """Make a context manager of a function of an image and its options: the fields of `options` are
+    its keywords."""
+
+    def decorate(
+        function: Callable[[str | Path, _Options], Iterator[_Opened]],
+    ) -> Callable[Concatenate[str | Path, _Given], AbstractContextManager[_Opened]]:
+        opened = contextlib.contextmanager(function)
+
+        def open_it(
+            image: str | Path, *given: _Given.args, **named: _Given.kwargs
+        ) -> AbstractContextManager[_Opened]:
+            return opened(image, options(*given, **named))
+
+        functools.update_wrapper(open_it, function)
+        image, _ = inspect.signature(function).parameters.values()
+        fields = inspect.signature(options).parameters.values()
+        open_it.__signature__ = inspect.Signature([image, *fields])  # type: ignore[attr-defined]
+        return open_it  # type: ignore[return-value]  # `image` may be given by its name too
+
+    return decorate
+
+
+def _parsed(options: _Options) -> _Options:
+    """The options with what is typed read; what is said twice is told once."""
+    return replace(
+        options,
+        mounts=options.parsed_mounts(),
+        keys=options.parsed_keys(),
+        notice=_once(options.notice),
+    )
 
 
 def _once(notice: Callable[[str], None]) -> Callable[[str], None]:
@@ -85,38 +160,27 @@ def images_to_read(
         yield _not_noise(chains, format)
 
 
-@contextlib.contextmanager
-def open_guest(
-    image: str | Path,
-    *,
-    add: Sequence[str | Path] = (),
-    format: str | None = None,
-    snapshot: str | None = None,
-    mounts: Sequence[Mount] = (),
-    root: str | None = None,
-    keys: Sequence[Key | str] = (),
-    engine: str = "auto",
-    backing_dirs: Sequence[str | Path] = (),
-    notice: Callable[[str], None] = _say_nothing,
-    debug: bool = False,
-) -> Iterator[Guest]:
+@_takes(ReadOptions)
+def open_guest(image: str | Path, options: ReadOptions) -> Iterator[Guest]:
     """Open the guest whose disks are `image` and `add`, to read it; it is closed with the block.
 
-    Not one byte of an image, nor its mtime, changes. `snapshot` reads the disks as they were at
-    that internal snapshot. `mounts` replaces layout discovery. `engine` is `direct`, `libguestfs`,
-    or `auto`: directly if the guest allows it, otherwise through the appliance. `notice` gets lines
-    for the user. Raises the errors of `imgtool.errors`: `ImageError` for an image that cannot be
-    read, `RefusedError` where data would be at risk, `HostError` where the host lacks something.
+    The keywords are the fields of `ReadOptions`. Not one byte of an image, nor its mtime, changes.
+    Raises the errors of `imgtool.errors`: `ImageError` for an image that cannot be read,
+    `RefusedError` where data would be at risk, `HostError` where the host lacks something.
     """
+    engine, snapshot = options.engine, options.snapshot
     if engine not in ENGINES:
         raise UsageError(f"no such engine; choose from {', '.join(ENGINES)}", subject=engine)
-    wanted = [key if isinstance(key, Key) else parse_key(key) for key in keys]
+    options = _parsed(options)
+    notice = options.notice
     started = time.monotonic()
-    notice = _once(notice)
     with contextlib.ExitStack() as stack:
         chains = stack.enter_context(
             images_to_read(
-                [image, *add], format=format, backing_dirs=backing_dirs, partial=snapshot is None
+                [image, *options.add],
+                format=options.format,
+                backing_dirs=options.backing_dirs,
+                partial=snapshot is None,
             )
         )
         for chain in chains:
@@ -130,24 +194,15 @@ def open_guest(
 
         def appliance() -> AbstractContextManager[Guest]:
             _refuse_lost(chains)
-            return _appliance(
-                chains,
-                image=str(image),
-                snapshot=snapshot,
-                mounts=mounts,
-                root=root,
-                keys=wanted,
-                notice=notice,
-                debug=debug,
-            )
+            return _appliance(chains, image, options)
 
-        if wanted and engine == "direct":
+        if options.keys and engine == "direct":
             raise UsageError(
                 "the direct engine opens nothing that is encrypted",
                 subject="--key",
                 hint="leave --engine out",
             )
-        if engine == "libguestfs" or (wanted and engine == "auto"):
+        if engine == "libguestfs" or (options.keys and engine == "auto"):
             if engine == "auto":
                 log.info("engine: libguestfs, since keys are given")
             read = stack.enter_context(appliance())
@@ -159,13 +214,11 @@ def open_guest(
         from imgtool.engines.direct.parent.session import open_direct
         from imgtool.engines.fallback import ChosenGuest
 
-        def direct() -> AbstractContextManager[Guest]:
-            return open_direct(
-                str(image), chains, snapshot=snapshot, mounts=mounts, root=root, notice=notice
-            )
-
         chosen = ChosenGuest(
-            stack, direct, None if engine == "direct" else appliance, image=str(image)
+            stack,
+            lambda: open_direct(str(image), chains, options, notice),
+            None if engine == "direct" else appliance,
+            image=str(image),
         )
         chosen.chains = chains
         yield chosen
@@ -187,49 +240,37 @@ def _refuse_lost(chains: Sequence[Chain]) -> None:
             raise Truncated(chain.active.path, unseen)
 
 
-@contextlib.contextmanager
-def open_guest_to_write(
-    image: str | Path,
-    *,
-    add: Sequence[str | Path] = (),
-    format: str | None = None,
-    mounts: Sequence[Mount] = (),
-    root: str | None = None,
-    keys: Sequence[Key | str] = (),
-    backing_dirs: Sequence[str | Path] = (),
-    clone: Path | None = None,
-    tmp_dir: Path | None = None,
-    review: Callable[[Sequence[Chain]], None] | None = None,
-    force: Force = (),
-    notice: Callable[[str], None] = _say_nothing,
-    debug: bool = False,
-) -> Iterator[WritableGuest]:
-    """Open a guest to change it, through the appliance; options and errors as for `open_guest`.
+@_takes(WriteOptions)
+def open_guest_to_write(image: str | Path, options: WriteOptions) -> Iterator[WritableGuest]:
+    """Open a guest to change it, through the appliance; the keywords are the fields of
+    `WriteOptions`, and the errors those of `open_guest`.
 
     What was written is in the image once the block has ended without an error, all of it;
-    otherwise the image is as it was. With `clone` it is in a new overlay on the image instead, and
-    with `review` it is thrown away after that was called with the chains that have it. Until then
-    it is in overlays beside the images, or in `tmp_dir`. Raises `RefusedError` for an image that
-    is in use, or the base of overlays; `force` gives up what it names.
+    otherwise the image is as it was. Raises `RefusedError` for an image that is in use, or the base
+    of overlays; `force` gives up what it names.
     """
     from imgtool.guest.writable import WritableGuest
     from imgtool.image.change import transaction
     from imgtool.image.change.guards import refuse_if_interrupted
 
+    clone, tmp_dir, review = options.clone, options.tmp_dir, options.review
+    backing_dirs, force = options.backing_dirs, options.force
     if clone is not None:
-        if add:
+        if options.add:
             raise UsageError("a clone is made of one disk", subject=clone)
         if tmp_dir is not None:
             raise UsageError(
                 "--tmp-dir says nothing of a clone: what is written is the clone", subject=clone
             )
+    options = _parsed_to_write(options)
+    notice = options.notice
     if clone is None and review is None:
-        chains = _chains_to_write([image, *add], format, backing_dirs, notice)
+        chains = _chains_to_write(image, options)
     else:
-        for disk in (image, *add):  # it is left alone: what was interrupted on it too
+        disks = [image, *options.add]
+        for disk in disks:  # it is left alone: what was interrupted on it too
             refuse_if_interrupted(Path(disk))
-        chains = open_images([image, *add], format=format, backing_dirs=backing_dirs)
-    options = _write_options(image, mounts, root, keys, notice, debug)
+        chains = open_images(disks, format=options.format, backing_dirs=backing_dirs)
     if clone is not None:
         for line in doubts_of(chains[0]):
             notice(line)
@@ -241,12 +282,12 @@ def open_guest_to_write(
             chains, backing_dirs=backing_dirs, tmp_dir=tmp_dir, force=force, notice=notice
         )
     with begun as writing:
-        with _appliance(writing.chains, write=True, force=force, **options) as guest:
+        with _appliance(writing.chains, image, options, write=True, force=force) as guest:
             assert isinstance(guest, WritableGuest)
             yield guest
             guest.finish()
         if guest.unsound:
-            _refuse_new_faults(guest.unsound, chains, options)
+            _refuse_new_faults(guest.unsound, chains, image, options)
         if review is not None:
             review(writing.chains)
             return
@@ -256,7 +297,7 @@ def open_guest_to_write(
 
 
 def _refuse_new_faults(
-    found: Sequence[FsckFailure], chains: Sequence[Chain], options: dict[str, Any]
+    found: Sequence[FsckFailure], chains: Sequence[Chain], image: str | Path, options: ReadOptions
 ) -> None:
     """Raise `ImgtoolError` where a filesystem has faults that it had not before it was written to.
 
@@ -265,7 +306,7 @@ def _refuse_new_faults(
     """
     from imgtool.engines.libguestfs.guest.fsck import check, filesystems, new_faults
 
-    with _appliance(chains, **options) as before:
+    with _appliance(chains, image, options) as before:
         # What is in the journals counts as written.
         before.mount_layout()
         before.unmount_layout()
@@ -281,84 +322,53 @@ def _refuse_new_faults(
                 if one.device in known
                 else None,
             )
-        options["notice"](f"{one.device} had faults before it was written to: {shorten(one.said)}")
+        options.notice(f"{one.device} had faults before it was written to: {shorten(one.said)}")
 
 
-@contextlib.contextmanager
-def open_guest_in_place(
-    image: str | Path,
-    *,
-    add: Sequence[str | Path] = (),
-    format: str | None = None,
-    mounts: Sequence[Mount] = (),
-    root: str | None = None,
-    keys: Sequence[Key | str] = (),
-    backing_dirs: Sequence[str | Path] = (),
-    force: Force = (),
-    notice: Callable[[str], None] = _say_nothing,
-    debug: bool = False,
-) -> Iterator[LibguestfsGuest]:
+@_takes(InPlaceOptions)
+def open_guest_in_place(image: str | Path, options: InPlaceOptions) -> Iterator[LibguestfsGuest]:
     """As `open_guest_to_write`, but every write is in the image at once: for a mount, whose user
     decides what belongs together."""
     from imgtool.image.change.guards import refuse_to_guess, refuse_to_write
 
-    chains = _chains_to_write([image, *add], format, backing_dirs, notice)
+    options = _parsed_to_write(options)
+    chains = _chains_to_write(image, options)
     for chain in chains:
         refuse_to_guess(chain)
-        refuse_to_write(chain, backing_dirs, force=force)
-    options = _write_options(image, mounts, root, keys, notice, debug)
-    with _appliance(chains, write=True, force=force, **options) as guest:
+        refuse_to_write(chain, options.backing_dirs, force=options.force)
+    with _appliance(chains, image, options, write=True, force=options.force) as guest:
         yield guest
         guest.finish()
 
 
-def _chains_to_write(
-    images: Sequence[str | Path],
-    format: str | None,
-    backing_dirs: Sequence[str | Path],
-    notice: Callable[[str], None],
-) -> tuple[Chain, ...]:
+def _parsed_to_write(options: _Options) -> _Options:
+    """`_parsed`, unless what is asked for cannot be written to: `UsageError`."""
+    options.refuse_direct()
+    if options.snapshot is not None:
+        raise UsageError("a snapshot cannot be written to", subject=options.snapshot)
+    return _parsed(options)
+
+
+def _chains_to_write(image: str | Path, options: ReadOptions) -> tuple[Chain, ...]:
     from imgtool.image.change.recovery import recover
     from imgtool.image.intent.intent_state import refuse_format_of_record
 
-    for image in map(Path, images):
-        refuse_format_of_record(image, format)
-        if line := recover(image, backing_dirs=backing_dirs):
-            notice(line)
-    return open_images(images, format=format, backing_dirs=backing_dirs)
-
-
-def _write_options(
-    image: str | Path,
-    mounts: Sequence[Mount],
-    root: str | None,
-    keys: Sequence[Key | str],
-    notice: Callable[[str], None],
-    debug: bool,
-) -> dict[str, Any]:
-    return {
-        "image": str(image),
-        "mounts": mounts,
-        "root": root,
-        "keys": [key if isinstance(key, Key) else parse_key(key) for key in keys],
-        "notice": notice,
-        "debug": debug,
-    }
+    images = [Path(disk) for disk in (image, *options.add)]
+    for disk in images:
+        refuse_format_of_record(disk, options.format)
+        if line := recover(disk, backing_dirs=options.backing_dirs):
+            options.notice(line)
+    return open_images(images, format=options.format, backing_dirs=options.backing_dirs)
 
 
 @contextlib.contextmanager
 def _appliance(
     chains: Sequence[Chain],
+    image: str | Path,
+    options: ReadOptions,
     *,
-    image: str,
-    snapshot: str | None = None,
-    mounts: Sequence[Mount],
-    root: str | None,
-    keys: Sequence[Key],
     write: bool = False,
     force: Force = (),
-    notice: Callable[[str], None],
-    debug: bool,
 ) -> Iterator[LibguestfsGuest]:
     from imgtool.engines.libguestfs.appliance.launch import launch_appliance
     from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest
@@ -370,19 +380,20 @@ def _appliance(
         kind = LibguestfsWritableGuest
 
     with contextlib.ExitStack() as stack:
-        add_drives = _drives(chains, snapshot, write, stack)
-        handle = stack.enter_context(launch_appliance(add_drives, notice=notice, debug=debug))
+        add_drives = _drives(chains, options.snapshot, write, stack)
+        launch = launch_appliance(add_drives, notice=options.notice, debug=options.debug)
+        handle = stack.enter_context(launch)
         if write and not all(map(is_safe_from_others, chains)):
             refuse_others_opened(handle.get_pid(), chains)
         yield kind(
             handle,
-            image=image,
-            mounts=mounts,
-            root=root,
-            keys=keys,
+            image=str(image),
+            mounts=options.parsed_mounts(),
+            root=options.root,
+            keys=options.parsed_keys(),
             write=write,
             force=force,
-            notice=notice,
+            notice=options.notice,
         )
 
 

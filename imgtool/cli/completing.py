@@ -69,7 +69,7 @@ def _host_paths(incomplete: str) -> list[str]:
 
 
 def _found(given: dict[str, Any], incomplete: str) -> Iterator[str]:
-    from imgtool.guest.mounts import parse_mount
+    from imgtool.guest.guest_options import GuestOptions
     from imgtool.opening import open_guest
 
     image = given.get("image")
@@ -82,17 +82,10 @@ def _found(given: dict[str, Any], incomplete: str) -> Iterator[str]:
     directory, _, begun = incomplete.rpartition("/")
     if not all(_plain(os.fsencode(part)) for part in directory.split("/") if part):
         return
-    with open_guest(
-        image,
-        add=given.get("add") or (),
-        format=given.get("format"),
-        snapshot=given.get("snapshot"),
-        mounts=[parse_mount(text) for text in given.get("mounts") or ()],
-        root=given.get("root"),
-        engine="direct",
-        backing_dirs=given.get("backing_dir") or (),
-        notice=lambda line: None,
-    ) as guest:
+    # Keys are for the appliance, which is not asked.
+    asked = {**GuestOptions().keywords(), "engine": "direct"}
+    asked |= {name: given[name] for name in asked.keys() - {"engine", "keys"} if given.get(name)}
+    with open_guest(image, **asked, notice=lambda line: None) as guest:
         found = _names(guest, directory, begun)
         if len(found) == 1 and found[0].endswith("/"):
             # A shell puts a space after the only choice: what is in the directory is offered too.

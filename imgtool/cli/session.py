@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imgtool.cli import differences, render
-from imgtool.errors import ExitStatus, Force, ImgtoolError, UsageError
+from imgtool.errors import ExitStatus, Force, ImgtoolError
 from imgtool.guest.guest_options import GuestOptions
 from imgtool.host import interrupt
 
@@ -119,15 +119,6 @@ class Request(GuestOptions):
     tmp_dir: Path | None = None
     force: Force = ()
 
-    def refuse_direct(self) -> None:
-        """Raise `UsageError` where a command that writes is to do so by the direct engine alone."""
-        if self.engine == "direct":
-            raise UsageError(
-                "the direct engine does not write",
-                subject="--engine direct",
-                hint="leave --engine out: what is only read is read directly where that can be",
-            )
-
     @contextlib.contextmanager
     def opened(self) -> Iterator[Guest]:
         """The guest, open to be read; with `-v` it says which engine it is and what takes time."""
@@ -135,7 +126,7 @@ class Request(GuestOptions):
 
         with (
             _timed("closed"),
-            open_guest(self.image, **self.to_read(), notice=warning, debug=self.debug) as guest,
+            open_guest(self.image, **self.keywords(), notice=warning, debug=self.debug) as guest,
         ):
             yield guest
 
@@ -154,7 +145,7 @@ class Request(GuestOptions):
                 review=self._review if self.dry_run else None,
                 notice=warning,
                 debug=self.debug,
-                **self.to_write(),
+                **self.keywords(),
             ) as guest,
         ):
             log.info("engine: libguestfs, since the direct engine does not write")
@@ -163,7 +154,7 @@ class Request(GuestOptions):
     def _review(self, written: Sequence[Chain]) -> None:
         """Show what would be changed."""
         overlays = [chain.active.path for chain in written]
-        images = (self.image, *self.add)
+        images = map(Path, (self.image, *self.add))
         folders = [*self.backing_dirs, *(image.absolute().parent for image in images)]
         after = replace(
             self, image=overlays[0], add=overlays[1:], format="qcow2", backing_dirs=folders

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imgtool.errors import UsageError
+from imgtool.guest.guest_options import GuestOptions
 from imgtool.image.chain.chain import Chain
 from imgtool.opening import open_images
 from imgtool.text import printable
 
 
 @dataclass(frozen=True)
-class Point:
-    """One side: the disks of a guest, `add` being the further ones, at a `snapshot` or now."""
+class Point(GuestOptions):
+    """One side: the disks of a guest, at a `snapshot` or now."""
 
     image: Path
-    add: tuple[Path, ...] = ()
-    format: str | None = None
-    snapshot: str | None = None
-    backing_dirs: tuple[Path, ...] = ()
 
     def __str__(self) -> str:
         name = printable(self.image)
@@ -42,9 +39,7 @@ def two_points(
     where only one point is named.
     """
     if after is not None:
-        return before, Point(
-            after.image, after.add, after.format, snapshot_after, after.backing_dirs
-        )
+        return before, replace(after, snapshot=snapshot_after)
     if before.snapshot == snapshot_after:
         raise UsageError(
             "there is nothing to compare it with"
@@ -53,9 +48,7 @@ def two_points(
             subject=printable(before.image),
             hint="name a second image, another snapshot, or give --against-base",
         )
-    return before, Point(
-        before.image, before.add, before.format, snapshot_after, before.backing_dirs
-    )
+    return before, replace(before, snapshot=snapshot_after)
 
 
 def against_base(overlay: Point) -> tuple[Point, Point]:
@@ -81,12 +74,13 @@ def against_base(overlay: Point) -> tuple[Point, Point]:
         )
     # The chain rule was kept from the overlay on: where its images are, the base's may be too.
     folders = (link.path.parent for chain in chains for link in chain.links)
-    base = Point(
-        below[0].path,
-        tuple(link.path for link in below[1:]),
-        below[0].format,
-        None,
-        tuple(dict.fromkeys((*overlay.backing_dirs, *folders))),
+    base = replace(
+        overlay,
+        image=below[0].path,
+        add=[link.path for link in below[1:]],
+        format=below[0].format,
+        snapshot=None,
+        backing_dirs=list(dict.fromkeys((*overlay.backing_dirs, *folders))),
     )
     return base, overlay
 

@@ -1,41 +1,63 @@
-"""How a guest is to be opened, as it is typed."""
+"""How a guest is to be opened: each option is spelled here, and nowhere else."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from imgtool.guest.mounts import parse_mount
+from imgtool.errors import UsageError
+
+if TYPE_CHECKING:
+    from imgtool.guest.keys import Key
+    from imgtool.guest.model import Mount
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GuestOptions:
-    """What says how a guest is read: further disks, the images' format, a snapshot, a layout of
-    `DEV[:MOUNTPOINT[:OPTIONS[:FSTYPE]]]`, which operating system, keys, and folders of bases.
+    """What says how a guest is read.
+
+    `add` are further disks; `format` is that of all images, None to probe each; `snapshot` shows
+    the disks as they were at that internal one. `mounts` is a layout in the place of the one that
+    would be looked for, `root` says which operating system, `keys` open what is encrypted: mounts
+    and keys are values, or text as it is typed. `engine` is `direct`, `libguestfs`, or `auto`:
+    directly if the guest allows it, otherwise through the appliance. `backing_dirs` are further
+    folders that backing files may be in.
     """
 
-    add: Sequence[Path] = ()
+    add: Sequence[str | Path] = ()
     format: str | None = None
     snapshot: str | None = None
-    mounts: Sequence[str] = ()
+    mounts: Sequence[Mount | str] = ()
     root: str | None = None
-    keys: Sequence[str] = ()
+    keys: Sequence[Key | str] = ()
     engine: str = "auto"
-    backing_dirs: Sequence[Path] = ()
+    backing_dirs: Sequence[str | Path] = ()
 
-    def to_write(self) -> dict[str, Any]:
-        """The keywords of `open_guest_to_write`; `UsageError` for a mount that is none."""
-        return {
-            "add": self.add,
-            "format": self.format,
-            "mounts": [parse_mount(text) for text in self.mounts],
-            "root": self.root,
-            "keys": self.keys,
-            "backing_dirs": self.backing_dirs,
-        }
+    def keywords(self) -> dict[str, Any]:
+        """These options alone, whatever a class below adds: what opens a guest takes them so."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(GuestOptions)}
 
-    def to_read(self) -> dict[str, Any]:
-        """The keywords of `open_guest`; `UsageError` for a mount that is none."""
-        return {**self.to_write(), "snapshot": self.snapshot, "engine": self.engine}
+    def parsed_mounts(self) -> list[Mount]:
+        """The layout that is asked for; `UsageError` for a mount that is none."""
+        from imgtool.guest.mounts import parse_mount
+
+        return [parse_mount(one) if isinstance(one, str) else one for one in self.mounts]
+
+    def parsed_keys(self) -> list[Key]:
+        """The keys, read from their files; errors as `parse_key` raises them."""
+        from imgtool.guest.keys import parse_key
+
+        return [parse_key(one) if isinstance(one, str) else one for one in self.keys]
+
+    def refuse_direct(self) -> None:
+        """Raise `UsageError` where a guest that is to be changed is to be so by the direct engine
+        alone."""
+        if self.engine == "direct":
+            raise UsageError(
+                "the direct engine does not write",
+                subject="--engine direct",
+                hint="leave --engine out: what is only read is read directly where that can be",
+            )

@@ -6,8 +6,8 @@ import dataclasses
 import errno
 import logging
 import os
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from imgtool.errors import (
@@ -28,12 +28,12 @@ from imgtool.guest.mending import (
     needs_replay,
     refuse_only_read,
 )
-from imgtool.guest.model import Mount
 from imgtool.host.process import find
 from imgtool.mount import filesystems, kernel
 from imgtool.mount.mechanisms.mechanisms import DeviceMechanism
 from imgtool.mount.plan import DiskRange, Item, Volume, only_the_appliance
 from imgtool.mount.steps import mapper, steps
+from imgtool.opening import ReadOptions
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +41,10 @@ _READ_ONLY_DEVICE = (errno.EROFS, errno.EACCES)
 
 
 @dataclass(frozen=True)
-class MountRequest:
+class MountRequest(ReadOptions):
     """What is to be mounted where, as the user says it; `partition` and `lv` name one filesystem,
-    `mounts` a layout; without them the guest's own layout is looked for. `snapshot` shows the disks
-    as they were at that internal snapshot."""
+    `mounts` a layout; without them the guest's own layout is looked for. What reads it is said by
+    `via`, and not by `engine`."""
 
     image: Path
     mountpoint: Path
@@ -54,14 +54,6 @@ class MountRequest:
     writable: bool = False
     executable: bool = False
     force: Force = ()
-    add: Sequence[Path] = ()
-    format: str | None = None
-    snapshot: str | None = None
-    mounts: Sequence[Mount] = ()
-    root: str | None = None
-    keys: Sequence[str] = ()
-    backing_dirs: Sequence[Path] = ()
-    notice: Callable[[str], None] = field(default=lambda line: log.warning("%s", line))
 
     def refuse_hidden(self, unshown: Mapping[str, str], optional: Container[str] = ()) -> None:
         """Raise `RefusedError` where it is to be written to, and not all of it is shown."""

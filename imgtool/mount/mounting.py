@@ -25,7 +25,6 @@ from imgtool.errors import (
 )
 from imgtool.formats.partition_table import disk_name
 from imgtool.guest.hibernation import refuse_sleeping_devices, refuse_sleeping_files
-from imgtool.guest.keys import parse_key
 from imgtool.guest.model import Mount
 from imgtool.guest.partitions import partitions_of
 from imgtool.host.process import Limits, find, run
@@ -176,24 +175,15 @@ def _items(wanted: MountRequest, disks: Sequence[Disk]) -> list[Item]:
         return [Item(plan.partition(disks, wanted.partition))]
     if wanted.lv is not None:
         return [Item(plan.volume(wanted.lv))]
-    if wanted.mounts and not any(m.source.startswith("btrfsvol:") for m in wanted.mounts):
+    mounts = wanted.parsed_mounts()
+    if mounts and not any(m.source.startswith("btrfsvol:") for m in mounts):
         return [
             Item(plan.source_of(m.source, disks), m.mountpoint, m.fstype, None, m.options)
-            for m in wanted.mounts
+            for m in mounts
         ]
     from imgtool.opening import open_guest
 
-    with open_guest(
-        wanted.image,
-        add=wanted.add,
-        format=wanted.format,
-        snapshot=wanted.snapshot,
-        mounts=wanted.mounts,
-        root=wanted.root,
-        keys=wanted.keys,
-        backing_dirs=wanted.backing_dirs,
-        notice=wanted.notice,
-    ) as guest:
+    with open_guest(wanted.image, **wanted.keywords(), notice=wanted.notice) as guest:
         wanted.refuse_hidden(guest.layout.missed, guest.layout.optional)
         return plan.items_of(guest.layout, disks, [row.device for row in guest.devices()])
 
@@ -212,16 +202,8 @@ def _refuse_sleeping(wanted: MountRequest) -> None:
             return None
 
     try:
-        with open_guest(
-            wanted.image,
-            add=wanted.add,
-            format=wanted.format,
-            mounts=wanted.mounts,
-            root=wanted.root,
-            engine="direct",
-            backing_dirs=wanted.backing_dirs,
-            notice=wanted.notice,
-        ) as guest:
+        direct = dataclasses.replace(wanted, engine="direct", keys=())
+        with open_guest(direct.image, **direct.keywords(), notice=direct.notice) as guest:
             refuse_sleeping_devices(guest.devices())
             refuse_sleeping_files(read)
     except (EngineError, ImageError, NotInGuestError) as error:
@@ -242,22 +224,26 @@ def _host_groups() -> set[str]:
     return found
 
 
+def _absolute(path: str | Path) -> str:
+    return str(Path(path).absolute())
+
+
 def _request(wanted: MountRequest, target: Path) -> dict[str, Any]:
-    mounts = list(wanted.mounts)
+    mounts = wanted.parsed_mounts()
     if wanted.partition is not None:
         mounts = [Mount(f"/dev/sda{wanted.partition}", "/")]
     elif wanted.lv is not None:
         mounts = [Mount(f"/dev/{plan.volume(wanted.lv)}", "/")]
     return {
-        "image": str(wanted.image.absolute()),
-        "add": [str(path.absolute()) for path in wanted.add],
+        "image": _absolute(wanted.image),
+        "add": [_absolute(path) for path in wanted.add],
         "format": wanted.format,
         "snapshot": wanted.snapshot,
         "mounts": [dataclasses.asdict(mount) for mount in mounts],
         "root": wanted.root,
         # Their files may be named from here, or be gone when the appliance starts.
-        "keys": [str(parse_key(key)) for key in wanted.keys],
-        "backing_dirs": [str(path.absolute()) for path in wanted.backing_dirs],
+        "keys": [str(key) for key in wanted.parsed_keys()],
+        "backing_dirs": [_absolute(path) for path in wanted.backing_dirs],
         "target": str(target),
         "writable": wanted.writable,
         "force": list(wanted.force),
@@ -286,12 +272,15 @@ def mount(wanted: MountRequest) -> Journal:
 
     if wanted.via not in VIA:
         raise UsageError(f"no such mechanism; choose from {', '.join(VIA)}", subject=wanted.via)
+    if wanted.engine != "auto":
+        raise UsageError("what reads a mount is said by its mechanism", subject=wanted.engine)
     if wanted.snapshot is not None and wanted.writable:
         raise UsageError(
             "a snapshot cannot be written to",
             subject=wanted.snapshot,
             hint="leave out --rw, or make an image of its own of it: imgtool convert --snapshot",
         )
+    wanted = dataclasses.replace(wanted, mounts=wanted.parsed_mounts())
     target = _target(wanted.mountpoint)
     started = time.monotonic()
     with (

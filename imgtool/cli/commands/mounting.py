@@ -15,7 +15,6 @@ from imgtool.cli.guest_command import guest_command, plain_command
 from imgtool.cli.output import Output
 from imgtool.cli.session import Common, Failures, Request, warning
 from imgtool.errors import UsageError
-from imgtool.guest.mounts import parse_mount
 from imgtool.mount.mechanisms.registry import VIA
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from imgtool.engines.direct.parent import sandbox
 from imgtool.engines.direct.parent.ring import ring
 from imgtool.engines.direct.parent.scratch import scratch_memory
 from imgtool.engines.direct.wire.refusals import NoSandbox, SandboxFailed, Unsupported
-from imgtool.guest.model import Mount
+from imgtool.guest.guest_options import GuestOptions
 from imgtool.image.chain.chain import Chain
 from imgtool.image.chain.reading import passes_locks
 from imgtool.image.chain.snapshot_view import at_snapshot
@@ -31,17 +31,12 @@ _unavailable: dict[sandbox.Kind, str] = {}
 
 @contextlib.contextmanager
 def open_direct(
-    image: str,
-    chains: Sequence[Chain],
-    *,
-    snapshot: str | None = None,
-    mounts: Sequence[Mount] = (),
-    root: str | None = None,
-    notice: Callable[[str], None],
+    image: str, chains: Sequence[Chain], options: GuestOptions, notice: Callable[[str], None]
 ) -> Iterator[DirectGuest]:
-    """Open a guest in the sandbox; `Unsupported` where only the appliance can, `NoSandbox` where
-    nothing can be read without it.
+    """Open the guest of these chains in the sandbox; `Unsupported` where only the appliance can,
+    `NoSandbox` where nothing can be read without it.
     """
+    snapshot = options.snapshot
     with contextlib.ExitStack() as stack:
         chains = [stack.enter_context(at_snapshot(chain, snapshot)) for chain in chains]
         images = sandbox.Images(chains)
@@ -92,8 +87,8 @@ def open_direct(
                 sandbox=kind.value,
                 disks=disks,
                 lost=[chain.lost for chain in chains],
-                mounts=mounts,
-                root=root,
+                mounts=options.parsed_mounts(),
+                root=options.root,
                 replayed=overlays,
                 clusters=clusters,
                 notice=notice,
