@@ -15,9 +15,8 @@ from typing import NamedTuple
 
 from imgtool.engines.direct.wire.refusals import Unsupported
 from imgtool.engines.direct.worker.fs.base import ReadFailed, Source
-from imgtool.engines.direct.worker.fs.exfat.boot import numbers
+from imgtool.engines.direct.worker.fs.exfat.boot import FIRST_CLUSTER, numbers
 
-FIRST_CLUSTER = 2
 END_OF_CHAIN = -1
 
 _MOST_PIECES = 500_000

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from stat import S_IFDIR, S_IFREG
 
 from imgtool.engines.direct.wire.refusals import Unsupported
-from imgtool.engines.direct.worker.fs import cluster_chains, cluster_users
+from imgtool.engines.direct.worker.fs import cluster_chains
 from imgtool.engines.direct.worker.fs.base import (
-    Filesystem,
     Node,
     PathNotFound,
     ReadFailed,
@@ -19,14 +19,12 @@ from imgtool.engines.direct.worker.fs.base import (
 )
 from imgtool.engines.direct.worker.fs.cluster_chains import (
     END_OF_CHAIN,
-    FIRST_CLUSTER,
     Chain,
-    Runs,
     Table,
 )
-from imgtool.engines.direct.worker.fs.cluster_users import Owners, Sharing
+from imgtool.engines.direct.worker.fs.cluster_filesystem import ROOT, ClusterFilesystem
 from imgtool.engines.direct.worker.fs.exfat import directory as exfat_directory
-from imgtool.engines.direct.worker.fs.exfat.boot import Geometry, read_geometry
+from imgtool.engines.direct.worker.fs.exfat.boot import FIRST_CLUSTER, Geometry, read_geometry
 from imgtool.engines.direct.worker.fs.exfat.directory import (
     DIRECTORY,
     ENTRY,
@@ -34,9 +32,7 @@ from imgtool.engines.direct.worker.fs.exfat.directory import (
     Content,
     Upcase,
 )
-from imgtool.engines.direct.worker.fs.pages import Pages
 
-_ROOT = 0  # no directory entry lies there: it is the boot sector
 _LARGEST_DIRECTORY = 16 * 1024 * 1024
 _LARGEST_UPCASE = 2 * 65536
 _CHUNK = 1024 * 1024
@@ -44,31 +40,20 @@ _BAD = 0xFFFFFFF7
 _TIME_UNIT = 10_000_000  # nanoseconds
 
 
-class ExfatFilesystem(Filesystem):
+class ExfatFilesystem(ClusterFilesystem[Content]):
     """An exFAT volume. An inode is the place of the file's entry on the volume, in entries."""
 
     type = "exfat"
-    root = _ROOT
-    ignores_case = True
 
     def __init__(self, source: Source, geometry: Geometry) -> None:
-        self._source = Pages(source)
+        super().__init__(source, geometry)
         self._geometry = geometry
         # The root directory has no times of its own: the kernel gives it that of the mount.
         self._opened_ns = time.time_ns() // _TIME_UNIT * _TIME_UNIT
         self._stream_of: dict[int, int] = {}  # where a set goes on in another cluster, in bytes
-        self._directory_of_cluster: dict[int, int] = {}
-        self._last_directory: tuple[int, bytes] = (-1, b"")
         self._last_listed: tuple[int, list[tuple[bytes, int]], dict[bytes, int]] = (-1, [], {})
-        self._last_runs: tuple[int, Runs] = (-1, Runs([], [], None))
         self._table = Table(self._source, geometry.table, 4)
-        self._sharing = Sharing(
-            geometry.clusters,
-            self._survey,
-            self._beginnings,
-            lambda: self._table.parts(geometry.end),
-        )
-        system = list(exfat_directory.primaries(self._directory(_ROOT)))
+        system = list(exfat_directory.primaries(self._directory(ROOT)))
         self._upcase = self._read_upcase(system)
         self._bitmap = self._find_bitmap(system)
 
@@ -76,12 +61,12 @@ class ExfatFilesystem(Filesystem):
     def open(cls, source: Source, *, unreplayed: bool = False) -> ExfatFilesystem:
         """Check the boot region, the root directory, the up-case table and the bitmap's place."""
         found = cls(source, read_geometry(source))
-        found._list_directory(_ROOT)
+        found._list_directory(ROOT)
         return found
 
     def stat(self, inode: int) -> Node:
         """`lstat`; a directory's link count comes from its clusters, as in the kernel."""
-        if inode == _ROOT:
+        if inode == ROOT:
             return self._directory_node(inode, self._opened_ns)
         entry = self._entry(inode)
         if entry.attributes & DIRECTORY:
@@ -92,23 +77,6 @@ class ExfatFilesystem(Filesystem):
     def names(self, inode: int) -> Iterator[tuple[bytes, int]]:
         """What the directory's entry sets name; no volume label, nothing deleted."""
         yield from self._list_directory(inode)[0]
-
-    def target(self, inode: int) -> bytes:
-        """exFAT has no symbolic links."""
-        raise ReadFailed("not a symbolic link")
-
-    def read(self, inode: int, offset: int, length: int) -> bytes:
-        """Bytes of a regular file; of one whose chain is damaged those before the damage."""
-        entry = self._entry(inode)
-        length = min(length, entry.size - offset)
-        if length <= 0:
-            return b""
-        return self._runs(inode, entry).read(self._source, offset, length)
-
-    def ranges(self, inode: int) -> Sequence[tuple[int, int]]:
-        """All of the file: exFAT has no holes."""
-        size = self._entry(inode).size
-        return [(0, size)] if size else []
 
     def usage(self) -> Usage:
         """The kernel counts the bits of the allocation bitmap."""
@@ -141,11 +109,6 @@ class ExfatFilesystem(Filesystem):
         links = exfat_directory.subdirectories(data) + 2
         return self._node(inode, S_IFDIR | 0o755, len(data), mtime_ns, links)
 
-    def _node(self, inode: int, mode: int, size: int, mtime_ns: int, links: int) -> Node:
-        cluster = self._geometry.cluster_size
-        blocks = -(-size // cluster) * cluster // 512
-        return Node(inode, mode, 0, 0, size, mtime_ns, blocks, links, 0)
-
     def _entry(self, inode: int) -> Content:
         start = inode * ENTRY
         stream = self._stream_of.get(inode, start + ENTRY)
@@ -169,7 +132,7 @@ class ExfatFilesystem(Filesystem):
         cluster = self._geometry.cluster_size
         listed: list[tuple[bytes, int]] = []
         found: dict[bytes, int] = {}
-        for entry in exfat_directory.entries(data, self._upcase, inode == _ROOT):
+        for entry in exfat_directory.entries(data, self._upcase, inode == ROOT):
             child = (places[entry.position // cluster] + entry.position % cluster) // ENTRY
             self._note_stream(child, entry.position, places)
             listed.append((entry.name, child))
@@ -178,17 +141,10 @@ class ExfatFilesystem(Filesystem):
         self._last_listed = (inode, listed, found)
         return listed, found
 
-    def _directory(self, inode: int) -> bytes:
-        if self._last_directory[0] != inode:
-            size = self._geometry.cluster_size
-            data = b"".join(self._source.read(place, size) for place in self._places(inode))
-            self._last_directory = (inode, data)
-        return self._last_directory[1]
-
     def _places(self, inode: int) -> list[int]:
         """Where a directory's clusters are on the volume, in bytes."""
         size = self._geometry.cluster_size
-        if inode == _ROOT:
+        if inode == ROOT:
             first, count = self._geometry.root_cluster, None
             pieces = self._chain(first, _LARGEST_DIRECTORY // size + 1)
         else:
@@ -199,9 +155,7 @@ class ExfatFilesystem(Filesystem):
                 raise Unsupported(f"a directory on exFAT has a size of {entry.size} bytes")
             first, count = entry.cluster, entry.size // size
             pieces = self._chain(first, count + 1) if entry.chained else iter([(first, count)])
-        # Two entries with one directory behind them could make a walk endless.
-        if self._directory_of_cluster.setdefault(first, inode) != inode:
-            raise Unsupported("two directories on exFAT share their clusters")
+        self._claim(first, inode, "exFAT")
         places: list[int] = []
         try:
             for start, length in pieces:
@@ -214,15 +168,6 @@ class ExfatFilesystem(Filesystem):
         if count not in (None, len(places)):
             raise Unsupported("a directory on exFAT has another size than its clusters")
         return places
-
-    def _runs(self, inode: int, entry: Content) -> Runs:
-        if entry.attributes & DIRECTORY:
-            raise ReadFailed("not a regular file")
-        if self._last_runs[0] != inode:
-            chain = self._sharing.check(inode, self._file_chain(entry))
-            runs = cluster_chains.runs(chain, self._place, self._geometry.cluster_size)
-            self._last_runs = (inode, runs)
-        return self._last_runs[1]
 
     def _file_chain(self, entry: Content) -> Chain:
         def following(cluster: int) -> int:
@@ -239,8 +184,8 @@ class ExfatFilesystem(Filesystem):
         many they are.
         """
         size = self._geometry.cluster_size
-        yield _ROOT, self._geometry.root_cluster, 1
-        waiting = [_ROOT]
+        yield ROOT, self._geometry.root_cluster, 1
+        waiting = [ROOT]
         while waiting:
             directory = waiting.pop()
             try:
@@ -260,40 +205,20 @@ class ExfatFilesystem(Filesystem):
         if stream % self._geometry.cluster_size == 0:
             self._stream_of[inode] = places[stream // self._geometry.cluster_size]
 
-    def _survey(self) -> Owners | None:
-        """Who uses which clusters; None on volumes where it would take long to find out."""
-        geometry = self._geometry
-        owners = Owners(geometry.end)
-        waiting, names = [_ROOT], 0
-        while waiting:
-            directory = waiting.pop()
-            try:
-                listed = self._list_directory(directory)[0]
-                places = self._places(directory)
-            except (Unsupported, ReadFailed):
-                continue  # whoever lists it will hear of it
-            size = geometry.cluster_size
-            owners.claim(((at - geometry.data) // size + FIRST_CLUSTER, 1) for at in places)
-            names += len(listed)
-            if names > cluster_users.MOST_NAMES:
-                return None
-            for _, child in listed:
-                try:
-                    entry = self._entry(child)
-                except Unsupported:
-                    continue
-                if entry.attributes & DIRECTORY:
-                    waiting.append(child)
-                elif entry.size:
-                    owners.claim(self._file_chain(entry).pieces)
-                if owners.is_futile:
-                    return None
-        return owners
+    def _parts_of_table(self) -> Iterator[tuple[int, array[int]]]:
+        return self._table.parts(self._geometry.end)
 
-    def _place(self, cluster: int) -> int:
-        if not FIRST_CLUSTER <= cluster < self._geometry.end:
-            raise ReadFailed("a chain of clusters leaves the volume")
-        return self._geometry.data + (cluster - FIRST_CLUSTER) * self._geometry.cluster_size
+    def _contents(self, directory: int) -> tuple[int, Iterable[tuple[int, Content]]]:
+        listed = self._list_directory(directory)[0]
+        return len(listed), self._sound_entries(child for _, child in listed)
+
+    def _sound_entries(self, inodes: Iterable[int]) -> Iterator[tuple[int, Content]]:
+        for inode in inodes:
+            try:
+                entry = self._entry(inode)
+            except Unsupported:
+                continue
+            yield inode, entry
 
     def _chain(self, cluster: int, most: int) -> Iterator[tuple[int, int]]:
         """The pieces of a chain in the table: first cluster and number of clusters. What comes

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from imgtool.engines.direct.wire.refusals import Unsupported
 from imgtool.engines.direct.worker.fs.base import Source
+from imgtool.engines.direct.worker.fs.exfat.boot import FIRST_CLUSTER
 
-FIRST_CLUSTER = 2
 _LAST_FAT12 = 0xFF4  # the kernel's MAX_FAT12: one cluster more is FAT16
 _MOST_CLUSTERS = {12: 0xFF4, 16: 0xFFF4, 32: 0x0FFFFFF6}
 _LARGEST_CLUSTER = 64 * 1024
