@@ -10,6 +10,7 @@ API can write `except FileNotFoundError`.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Collection, Iterable
 from enum import IntEnum, StrEnum
 from typing import Self
@@ -154,6 +155,19 @@ class HostError(ImgtoolError, RuntimeError):
     """The host cannot do it: a program, module, permission or memory is missing."""
 
     status = ExitStatus.HOST_CANNOT
+
+
+# What a write ends with where a file system, a quota or a limit of the host is full.
+NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+_NOT_ALLOWED = frozenset((errno.EACCES, errno.EPERM, errno.EROFS))
+
+
+def host_file_error(
+    what: str, error: OSError, *, subject: object, hint: str | None = None
+) -> ImgtoolError:
+    """The error for a file of the host: `HostError` where room or permission is missing."""
+    kind = HostError if error.errno in NO_ROOM | _NOT_ALLOWED else ImgtoolError
+    return kind(f"{what}: {(error.strerror or '').lower()}", subject=subject, hint=hint)
 
 
 class EngineError(ImgtoolError, OSError):

@@ -13,11 +13,8 @@ import typer
 
 from imgtool.cli import render
 from imgtool.cli.command_table import app_with
-from imgtool.errors import ExitStatus, ImgtoolError
+from imgtool.errors import NO_ROOM, ExitStatus, ImgtoolError
 from imgtool.host import interrupt
-
-# What a write ends with where a file system, a quota or a limit is full.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _run(arguments: list[str]) -> int:
@@ -58,7 +55,7 @@ def _run(arguments: list[str]) -> int:
         if isinstance(error, OSError) and error.errno == errno.EBADF and sys.__stdout__ is None:
             render.message("error", "the answer cannot be written: stdout is closed")
             return ExitStatus.FAILED
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
             reason = (error.strerror or "").lower()
             where = f" ({error.filename})" if error.filename else ""
             render.message("error", f"what was asked for cannot be written: {reason}{where}")

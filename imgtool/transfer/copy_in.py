@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from imgtool.errors import ImgtoolError, UsageError
+from imgtool.errors import HostError, ImgtoolError, UsageError, host_file_error
 from imgtool.guest.guest import OnProblem, OnProgress
 from imgtool.transfer.archive import members
 from imgtool.transfer.keeping import LeftBehind
@@ -57,7 +57,7 @@ def plan_sources(sources: Sequence[Path]) -> Plan:
                 if stat.S_ISREG(status.st_mode):
                     total += status.st_size
                     if not os.access(path, os.R_OK, effective_ids=True):
-                        raise ImgtoolError("cannot be read: Permission denied", subject=path)
+                        raise HostError("cannot be read: permission denied", subject=path)
         except OSError as error:
             if isinstance(error, ImgtoolError):
                 raise
@@ -66,7 +66,7 @@ def plan_sources(sources: Sequence[Path]) -> Plan:
 
 
 def _unreadable(error: OSError, path: Path) -> ImgtoolError:
-    return ImgtoolError(f"cannot be read: {error.strerror}", subject=error.filename or path)
+    return host_file_error("cannot be read", error, subject=error.filename or path)
 
 
 def _top_name(source: Path) -> str:

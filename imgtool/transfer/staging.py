@@ -21,7 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from imgtool.errors import EngineError, ImgtoolError, NotInGuestError, RefusedError
+from imgtool.errors import (
+    NO_ROOM,
+    EngineError,
+    ImgtoolError,
+    NotInGuestError,
+    RefusedError,
+    host_file_error,
+)
 from imgtool.formats.xattrs import Xattrs
 from imgtool.host import scratch
 from imgtool.image.chain.guest_files import GuestFiles
@@ -231,11 +238,13 @@ class Staging:
             if isinstance(error, ImgtoolError):
                 raise
             hint = None
-            if error.errno == errno.ENOSPC:
+            if error.errno in _OF_ONE_NAME:
+                reason = (error.strerror or "").lower()
+                raise BadName(f"cannot be written: {reason}", subject=self.final) from error
+            if error.errno in NO_ROOM:
                 hint = "nothing was left at the destination; free some space or choose another"
-            kind = BadName if error.errno in _OF_ONE_NAME else ImgtoolError
-            raise kind(
-                f"cannot be written: {error.strerror}", subject=self.final, hint=hint
+            raise host_file_error(
+                "cannot be written", error, subject=self.final, hint=hint
             ) from error
 
     def _exists(self) -> bool:

@@ -319,6 +319,7 @@ def test_reading_commands_say_that_work_was_cut_off(tmp_path, imgtool_cli, name)
     job, folder = JOBS[name], tmp_path / "cut"
     assert killed(job, folder, 2, after=True)
     image = folder / job.image
+    (tmp_path / "empty").mkdir()
     for words in (
         ("info", image),
         ("chain", "show", image),
@@ -329,6 +330,13 @@ def test_reading_commands_say_that_work_was_cut_off(tmp_path, imgtool_cli, name)
         ("partitions", image),
         ("df", image),
         ("ls", image, "/"),
+        ("cat", image, "/etc/fstab"),
+        ("copy-out", image, "/etc", folder / "out"),
+        ("filesystems", image),
+        ("inspect", image),
+        ("diff", image, folder / job.other),
+        ("mount", "-m", "/dev/sda:/", image, tmp_path / "empty"),
+        ("convert", image, folder / "new.qcow2"),
         ("resize", image, "8M", "--dry-run"),
         ("compact", image, "--dry-run"),
     ):

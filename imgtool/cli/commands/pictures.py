@@ -11,7 +11,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from imgtool.cli import render
-from imgtool.errors import ImgtoolError, RefusedError
+from imgtool.errors import ImgtoolError, RefusedError, host_file_error
 from imgtool.image.checks.forest import Tree
 
 _START = "<svg "
@@ -120,8 +120,9 @@ def write(path: Path, picture: str) -> None:
     except RefusedError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or "not a path"
-        raise ImgtoolError(f"cannot be written: {reason.lower()}", subject=path) from error
+        if isinstance(error, OSError):
+            raise host_file_error("cannot be written", error, subject=path) from error
+        raise ImgtoolError("cannot be written: not a path", subject=path) from error
 
 
 def _is_picture(path: Path) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from imgtool.errors import Force, HostError, ImageError, ImgtoolError
+from imgtool.errors import NO_ROOM, Force, ImageError, ImgtoolError, host_file_error
 from imgtool.formats import qcow2
 from imgtool.formats.qcow2_refcounts import used_ranges
 from imgtool.image.chain.chain import Chain, open_chain
@@ -165,10 +164,10 @@ def _full_disk_told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        kind = HostError if full else ImgtoolError
-        raise kind(
-            f"it cannot be written: {(error.strerror or '').lower()}",
+        full = error.errno in NO_ROOM
+        raise host_file_error(
+            "it cannot be written",
+            error,
             subject=printable(path.parent),
             hint="make room on that file system, then repeat the command" if full else None,
         ) from error

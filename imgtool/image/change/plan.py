@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import stat
 import time
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from imgtool.errors import Force, HostError, ImgtoolError, RefusedError
+from imgtool.errors import NO_ROOM, Force, HostError, ImgtoolError, RefusedError
 from imgtool.host import interrupt
 from imgtool.image.chain.holdings import Holdings, holdings_of, lost, note_holdings
 from imgtool.image.chain.info import ImageInfo
@@ -77,7 +76,7 @@ class Work:
                 f"no file can be made: {(error.strerror or '').lower()}",
                 subject=printable(temporary.parent),
                 hint="make room on that file system, then repeat the command"
-                if error.errno in (errno.ENOSPC, errno.EDQUOT)
+                if error.errno in NO_ROOM
                 else None,
             ) from error
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from imgtool.errors import HostError, RefusedError
+from imgtool.errors import NO_ROOM, HostError, RefusedError
 from imgtool.host import interrupt
 from imgtool.image.intent import devices
 from imgtool.image.intent.marks import mark_of, parts_of
@@ -232,7 +232,7 @@ class Record:
 
 def _not_written(error: OSError, folder: Path) -> HostError:
     hint = "run imgtool as a user who may write to that folder"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in NO_ROOM:
         hint = "make room on that file system, then repeat the command"
     return HostError(
         f"nothing can be written beside the image: {(error.strerror or '').lower()}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -10,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from imgtool.errors import HostError, ImgtoolError
+from imgtool.errors import NO_ROOM, HostError, ImgtoolError
 from imgtool.host import program_messages
 from imgtool.host.process import PIPE, Limits, ProgramFailed, run, spawn
 from imgtool.image.locking.held import descriptors
@@ -22,7 +21,7 @@ OnPart = Callable[[float], None]
 _LIMITS = Limits(memory=8 << 30)
 _PART = re.compile(rb"\(\s*([0-9.]+)/100%\)")
 _DIFFERENT = 1
-_HOST_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG))
+_HOST_FULL = tuple(map(os.strerror, NO_ROOM))
 _WITH_PROGRESS = ("commit", "compare", "convert", "rebase")  # it is silent where it is quiet
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.errors import ExitStatus, ImgtoolError, RefusedError
+from imgtool.errors import ExitStatus, HostError, ImgtoolError, RefusedError
 from imgtool.host import scratch
 from imgtool.transfer.staging import Attributes, BadName, Staging
 from imgtool.transfer.writes import BLOCK
@@ -184,6 +184,14 @@ def test_nothing_is_left_for_one_who_may_not_write_what_was_made(others: Path) -
 
 
 @needs_root
+def test_a_folder_that_may_not_be_written_to_is_the_hosts_fault(others: Path) -> None:
+    others.chmod(0o555)
+    with pytest.raises(HostError, match="permission denied"), Staging(others, b"top"):
+        raise AssertionError("it began")
+    assert names(others) == set()
+
+
+@needs_root
 @pytest.mark.parametrize("mode", [0o555, 0o000])
 def test_a_read_only_directory_is_moved_by_one_who_is_not_root(others: Path, mode: int) -> None:
     for overwrite in (False, True):
@@ -350,7 +358,8 @@ def test_a_full_filesystem_is_explained_and_left_as_it_was(small: Path) -> None:
         staging.file(b"small", [b"x" * 100_000])
         staging.file(b"large", (b"x" * 100_000 for _ in range(20)))
     assert not isinstance(error.value, BadName)
-    assert "No space left" in error.value.message and error.value.hint
+    assert "no space left" in error.value.message and error.value.hint
+    assert error.value.status == ExitStatus.HOST_CANNOT
     assert names(small) == set()
     free = os.statvfs(small)
     assert free.f_bfree == free.f_blocks

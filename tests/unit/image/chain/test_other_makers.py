@@ -138,6 +138,13 @@ COMMANDS = {
     "overlay": ["overlay", "create", "IMAGE", "NEW"],
     "snapshot": ["snapshot", "list", "IMAGE"],
     "diff": ["diff", "IMAGE", "OTHER"],
+    "diff after": ["diff", "OTHER", "IMAGE"],
+    "inspect": ["inspect", "IMAGE"],
+    "inject": ["inject", "IMAGE", "--hostname", "x"],
+    "mount to write": ["mount", "--rw", "IMAGE", "FOLDER"],
+    "commit": ["overlay", "commit", "IMAGE"],
+    "rebase": ["overlay", "rebase", "IMAGE", "OTHER"],
+    "flatten": ["overlay", "flatten", "IMAGE"],
 }
 
 

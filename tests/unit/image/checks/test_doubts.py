@@ -111,7 +111,35 @@ def test_the_hint_for_a_base_that_was_only_touched_helps(top, imgtool_cli):
     assert imgtool_cli("resize", top, "16M").status == 0
 
 
-READS = [("info", "{}"), ("partitions", "{}"), ("convert", "{}", "new.raw", "--to", "raw")]
+# They do not come so far that they look into the guest.
+INTO_GUESTS = [
+    ("copy-in", "{}", "other.qcow2", "/"),
+    ("mount", "--rw", "-m", "/dev/sda:/", "{}", "folder"),
+]
+
+
+@pytest.mark.parametrize("words", INTO_GUESTS, ids=lambda words: words[0])
+@pytest.mark.parametrize("reason", ["base-newer", "damaged"])
+def test_nothing_is_written_into_a_guest_on_a_doubtful_image(
+    request, monkeypatch, tmp_path, imgtool_cli, words, reason
+):
+    image = request.getfixturevalue({"base-newer": "top", "damaged": "damaged"}[reason])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    qemu_img("create", "-q", "-f", "qcow2", "other.qcow2", str(SIZE))
+    before = (image.read_bytes(), image.stat().st_mtime_ns)
+    refused = imgtool_cli(*(word.format(image.name) for word in words))
+    assert refused.status == 4, refused.err
+    assert re.findall(r"--force ([a-z-]+)", refused.err) == [reason]
+    assert (image.read_bytes(), image.stat().st_mtime_ns) == before
+
+
+READS = [
+    ("info", "{}"),
+    ("partitions", "{}"),
+    ("convert", "{}", "new.raw", "--to", "raw"),
+    ("filesystems", "{}"),
+]
 
 
 @pytest.mark.parametrize("words", READS, ids=lambda words: words[0])
