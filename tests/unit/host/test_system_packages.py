@@ -24,7 +24,8 @@ def test_the_package_has_the_program(program):
     if there is None:
         pytest.skip(f"{program} is not installed here")
     # What a link of the alternatives leads to, and both names of a merged /usr.
-    names = {there, str(Path(there).resolve()), f"/{Path(there).relative_to('/usr')}"}
+    within = there.removeprefix("/usr")
+    names = {there, str(Path(there).resolve()), within, f"/usr{within}"}
     done = subprocess.run(["dpkg", "-S", *names], capture_output=True, text=True, check=False)
     owners = {line.split(":")[0] for line in done.stdout.splitlines()}
     assert PACKAGES[program] in owners
