@@ -98,12 +98,20 @@ def passed(done: subprocess.CompletedProcess[str]) -> int:
     return int(found[1]) if found else 0
 
 
+# Guests are made through the appliance, which does not run there; nor are the pages built there.
+LEFT_OUT = "not what_is_read_of_a_guest and not page_of_this_installation"
+
+
 def test_the_unit_tests_pass(debian):
     words = ("pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "worksteal")
+    words += ("-k", LEFT_OUT)
     assert passed(within(debian, *words, "tests/unit")) > 1000
 
 
-@pytest.mark.parametrize("suite", ["test_ext", "test_xfs", "test_crashed"])
-def test_the_direct_engine_reads_what_the_kernel_reads(debian, suite):
+# With how many tests each has at least; one of them has the whole matrix in it.
+@pytest.mark.parametrize(
+    ("suite", "least"), [("test_ext", 2), ("test_xfs", 3), ("test_crashed", 6)]
+)
+def test_the_direct_engine_reads_what_the_kernel_reads(debian, suite, least):
     words = ("pytest", "-q", "-p", "no:cacheprovider", f"tests/differential/{suite}.py")
-    assert passed(within(debian, *words)) > 5
+    assert passed(within(debian, *words)) >= least
