@@ -351,15 +351,16 @@ def test_while_it_is_under_way_another_imgtool_says_so(tmp_path, imgtool_cli):
     _plain(tmp_path)
     image = tmp_path / "base.qcow2"
     code = (
-        "import sys; from pathlib import Path; from imgtool.image.intent.intent_log import opened\n"
-        "with opened(Path(sys.argv[1]), create=True) as record:\n"
+        "import sys; from pathlib import Path\n"
+        "from imgtool.image.intent.intent_log import open_record\n"
+        "with open_record(Path(sys.argv[1]), create=True) as record:\n"
         "    record.note(operation='resize'); print(flush=True); sys.stdin.read()"
     )
     words = [sys.executable]
     with subprocess.Popen(
         [*words, "-c", code, image], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
-        other.stdout.readline()
+        assert other.stdout.readline()
         done = imgtool_cli("info", image)
         assert done.status == 0 and f"process {other.pid}, is at work on it" in done.err
         other.stdin.close()

@@ -99,7 +99,7 @@ def test_without_a_sandbox_there_is_no_second_opinion(tmp_path, place, monkeypat
     def none(*_: object, **__: object) -> None:
         raise NoSandbox("there is none")
 
-    monkeypatch.setattr(asking.sandbox, "sandboxed", none)
+    monkeypatch.setattr(asking.sandbox, "start_worker", none)
     told: list[str] = []
     with caplog.at_level(logging.INFO):
         mount(MountRequest(disk, place, via="loop", partition=1, notice=told.append))

@@ -32,7 +32,7 @@ NOBODY = 65534
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     """A machine on which all is well, in a folder that every user can enter."""
-    top = Path(tempfile.mkdtemp(prefix="imgtool-doctor-", dir="/tmp"))
+    top = Path(tempfile.mkdtemp(prefix="doctor-of-test-", dir="/tmp"))
     top.chmod(0o755)
     host = Host(
         boot=top / "boot",

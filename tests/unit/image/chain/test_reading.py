@@ -147,10 +147,10 @@ def work_of_another(image: Path) -> Iterator[subprocess.Popen[bytes]]:
     code = (
         "import sys\nfrom pathlib import Path\n"
         "from tests.support.records import left, record_path\n"
-        "from imgtool.image.intent.intent_log import opened\n"
+        "from imgtool.image.intent.intent_log import open_record\n"
         "image = Path(sys.argv[1])\n"
         "left(image, operation='commit', overlay='x')\n"
-        "with opened(image, create=True) as record:\n"
+        "with open_record(image, create=True) as record:\n"
         "    print(flush=True); sys.stdin.readline(); record.remove()"
     )
     with subprocess.Popen(
@@ -159,7 +159,7 @@ def work_of_another(image: Path) -> Iterator[subprocess.Popen[bytes]]:
         stdout=subprocess.PIPE,
         env={**os.environ, "IMGTOOL_STATE_DIR": str(image.parent / "theirs")},
     ) as other:
-        other.stdout.readline()
+        assert other.stdout.readline()
         yield other
 
 

@@ -79,7 +79,7 @@ def disk(tmp_path: Path) -> Path:
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
     """A folder that every user can enter."""
-    folder = Path(tempfile.mkdtemp(prefix="imgtool-test-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="intent-of-test-", dir="/tmp"))
     folder.chmod(0o777)
     yield folder
     shutil.rmtree(folder)
