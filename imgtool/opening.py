@@ -99,7 +99,7 @@ def _takes(
     return decorate
 
 
-def _parsed(options: _Options) -> _Options:
+def _parse_options(options: _Options) -> _Options:
     """The options with what is typed read; what is said twice is told once."""
     return replace(
         options,
@@ -171,7 +171,7 @@ def open_guest(image: str | Path, options: ReadOptions) -> Iterator[Guest]:
     engine, snapshot = options.engine, options.snapshot
     if engine not in ENGINES:
         raise UsageError(f"no such engine; choose from {', '.join(ENGINES)}", subject=engine)
-    options = _parsed(options)
+    options = _parse_options(options)
     notice = options.notice
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -262,7 +262,7 @@ def open_guest_to_write(image: str | Path, options: WriteOptions) -> Iterator[Wr
             raise UsageError(
                 "--tmp-dir says nothing of a clone: what is written is the clone", subject=clone
             )
-    options = _parsed_to_write(options)
+    options = _parse_to_write(options)
     notice = options.notice
     if clone is None and review is None:
         chains = _chains_to_write(image, options)
@@ -331,7 +331,7 @@ def open_guest_in_place(image: str | Path, options: InPlaceOptions) -> Iterator[
     decides what belongs together."""
     from imgtool.image.change.guards import refuse_to_guess, refuse_to_write
 
-    options = _parsed_to_write(options)
+    options = _parse_to_write(options)
     chains = _chains_to_write(image, options)
     for chain in chains:
         refuse_to_guess(chain)
@@ -341,12 +341,12 @@ def open_guest_in_place(image: str | Path, options: InPlaceOptions) -> Iterator[
         guest.finish()
 
 
-def _parsed_to_write(options: _Options) -> _Options:
-    """`_parsed`, unless what is asked for cannot be written to: `UsageError`."""
+def _parse_to_write(options: _Options) -> _Options:
+    """`_parse_options`, unless what is asked for cannot be written to: `UsageError`."""
     options.refuse_direct()
     if options.snapshot is not None:
         raise UsageError("a snapshot cannot be written to", subject=options.snapshot)
-    return _parsed(options)
+    return _parse_options(options)
 
 
 def _chains_to_write(image: str | Path, options: ReadOptions) -> tuple[Chain, ...]:
