@@ -12,13 +12,14 @@ import contextlib
 from pathlib import Path
 
 from imgtool.errors import HostError
-from imgtool.host.process import Limits, run
+from imgtool.host.process import Limits, ProgramFailed, run
 
 _RULES = Path("/run/udev/rules.d")
 # After the rules that decode device-mapper's own flags, before those that look into devices: the
 # first are 10 and 11 upstream, 55 and 56 on Debian, the others 13 and 60.
 _NAMES = ("12-imgtool-{id}.rules", "57-imgtool-{id}.rules")
 _MOMENT = Limits(wall=60)
+_TRIES = 3
 
 
 def running() -> bool:
@@ -26,9 +27,20 @@ def running() -> bool:
     return Path("/run/udev/control").exists()
 
 
-def _reload() -> None:
+def _tell(*words: str) -> None:
+    """Tell udev, again if that fails: a busy udev may close the connection (broken pipe).
+
+    After the last try it is left: udev sees rules that changed by itself within three seconds.
+    """
     with contextlib.suppress(HostError):
-        run(["udevadm", "control", "--reload"], limits=_MOMENT)
+        for _ in range(_TRIES):
+            with contextlib.suppress(ProgramFailed):
+                run(["udevadm", *words], limits=_MOMENT)
+                return
+
+
+def _reload() -> None:
+    _tell("control", "--reload")
 
 
 def _rule_for(device: str) -> str:
@@ -83,8 +95,7 @@ def leave_alone(mount_id: str, device: str) -> None:
 def settle() -> None:
     """Wait until udev has done with what it was told."""
     if running():
-        with contextlib.suppress(HostError):
-            run(["udevadm", "settle", "--timeout=10"], limits=_MOMENT)
+        _tell("settle", "--timeout=10")
 
 
 def let_go(mount_id: str) -> None:

@@ -18,6 +18,20 @@ def run(*words: str | Path) -> str:
     return done.stdout
 
 
+def settle() -> None:
+    """Wait until udev has done with what happened.
+
+    Asked again when udev, busy, closes the connection: nothing was answered then.
+    """
+    for _ in range(5):
+        words = ["udevadm", "settle"]
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode == 0:
+            return
+        assert "Broken pipe" in done.stderr, done.stderr
+    raise AssertionError(f"udev closed the connection five times: {done.stderr}")
+
+
 def wait_until(condition: Callable[[], object], what: str, limit: float = 60) -> None:
     """Until it holds; emulated, everything takes its time."""
     deadline = time.monotonic() + limit
@@ -67,10 +81,10 @@ def nbd_device(image: Path, *options: str, device: str = "/dev/nbd0") -> Iterato
     run("qemu-nbd", *options, f"--connect={device}", image)
     try:
         wait_until(lambda: size.read_text().strip() != "0", f"{device} has a size")
-        run("udevadm", "settle")
+        settle()
         yield device
     finally:
         run("qemu-nbd", "--disconnect", device)
         # The kernel lets go a moment later, and fails what udev still reads.
         wait_until(lambda: not size.with_name("pid").exists(), f"{device} is free")
-        run("udevadm", "settle")
+        settle()

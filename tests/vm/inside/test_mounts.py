@@ -24,7 +24,7 @@ from imgtool.mount.journal import journals
 from imgtool.mount.mounter import MountRequest
 from imgtool.mount.mounting import clean_up, mount, unmount
 from tests.vm.images import FILES, GROUP, KINDS, MIB, PARTITIONS, SNAPSHOT
-from tests.vm.inside.machine import loop_device, run, sparse
+from tests.vm.inside.machine import loop_device, run, settle, sparse
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Held:
 
 
 def held() -> Held:
-    run("udevadm", "settle")
+    settle()
     nbd = list(Path("/sys/block").glob("nbd*/pid"))
     listed = subprocess.run(
         ["pgrep", "-a", "qemu-nbd|qemu-storage|ntfs-3g"], capture_output=True, text=True
@@ -305,14 +305,16 @@ def test_what_a_kill_left_is_cleaned_up(
         loop_device(sparse(tmp_path / "decoy.raw", 32 * MIB)) as device,
     ):
         _make_group(device, "decoy", {"one": 8})
-        before = held()
-        assert _killed_at(point, wanted)
-        cleaned = clean_up()
-        assert all(row.error is None for row in cleaned)
-        if point == "finished":
-            assert not cleaned, "a mount that is there and healthy is nobody's leftover"
-            assert shown(at) == FILES
-            unmount(at)
-        assert held() == before
-        assert run("vgs", "--noheadings", "-o", "vg_name", "decoy").strip() == "decoy"
-        run("vgremove", "-qq", "-f", "decoy")
+        try:
+            before = held()
+            assert _killed_at(point, wanted)
+            cleaned = clean_up()
+            assert all(row.error is None for row in cleaned)
+            if point == "finished":
+                assert not cleaned, "a mount that is there and healthy is nobody's leftover"
+                assert shown(at) == FILES
+                unmount(at)
+            assert held() == before
+            assert run("vgs", "--noheadings", "-o", "vg_name", "decoy").strip() == "decoy"
+        finally:
+            run("vgremove", "-qq", "-f", "decoy")

@@ -17,6 +17,7 @@ from tests.vm.inside.machine import (
     nbd_device,
     partition,
     run,
+    settle,
     sparse,
     wait_until,
 )
@@ -88,7 +89,7 @@ def make_group(device: str, name: str, *options: str) -> None:
     run("pvcreate", *only, device)
     run("vgcreate", *only, *options, name, device)
     run("lvcreate", *only, "-an", "--zero", "n", "--size", "16M", "--name", "a-b", name)
-    run("udevadm", "settle")
+    settle()
 
 
 def test_lvm_activates_a_group_on_a_named_device(tmp_path: Path) -> None:
@@ -111,7 +112,7 @@ def test_udev_activates_a_group_unasked(tmp_path: Path) -> None:
     with loop_device(disk) as device:
         make_group(device, "unasked")
         run("vgchange", "-an", "unasked")
-        run("udevadm", "settle")
+        settle()
     with loop_device(disk):
         wait_until(Path("/dev/unasked/a-b").is_block_device, "/dev/unasked/a-b")
         run("vgchange", "-an", "unasked")

@@ -210,8 +210,11 @@ def test_what_it_says_cannot_steer_a_terminal() -> None:
 
 
 def test_a_program_that_says_too_much_or_nothing_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "PATIENCE", 0.5)
-    for script, reason in (("sleep 60", "no answer within"), ("exec yes", "too long")):
+    for script, patience, reason in (
+        ("sleep 60", 0.5, "no answer within"),
+        ("exec yes", 60.0, "too long"),
+    ):
+        monkeypatch.setattr(asking, "PATIENCE", patience)
         with (
             subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE) as process,
             pytest.raises((EngineError, frames.BadMessage), match=reason),
