@@ -8,7 +8,6 @@ sure that a hostile image cannot make a program eat the host.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import resource
@@ -23,6 +22,7 @@ from typing import Any
 
 from imgtool.errors import HostError
 from imgtool.host import interrupt
+from imgtool.host.libc import libc
 from imgtool.host.system_packages import install_program
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
 TimeoutExpired = subprocess.TimeoutExpired
 _PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True)
 
 # What programs are allowed to inherit. PATH decides which QEMU is used; the rest is where
 # temporary files and caches go.
@@ -91,7 +90,7 @@ def _prepare_child(
     limits: Limits, parent: int, preexec: Callable[[], None] | None = None
 ) -> Callable[[], None]:
     def prepare() -> None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # the parent went between fork and prctl
             os._exit(127)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from imgtool.errors import HostError
+from imgtool.host.libc import libc
 from imgtool.host.mountinfo import MountInfo, mounts
 
-_libc = ctypes.CDLL(None, use_errno=True)
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 PATIENCE = 60.0  # seconds until something that should happen at once is given up
@@ -42,14 +42,14 @@ def mounted_at(target: str) -> MountInfo | None:
 def mount(source: str, target: str, fstype: str, flags: int, data: str) -> None:
     """mount(2): no helper program is looked for. Raises `OSError`."""
     words = [os.fsencode(word) for word in (source, target, fstype)]
-    if _libc.mount(*words, ctypes.c_ulong(flags), os.fsencode(data) if data else None):
+    if libc.mount(*words, ctypes.c_ulong(flags), os.fsencode(data) if data else None):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), source)
 
 
 def unmount(target: str, flags: int = 0) -> None:
     """umount(2), which does not follow a link. Raises `OSError`."""
-    if _libc.umount2(os.fsencode(target), flags | UMOUNT_NOFOLLOW):
+    if libc.umount2(os.fsencode(target), flags | UMOUNT_NOFOLLOW):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), target)
 

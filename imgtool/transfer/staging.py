@@ -31,6 +31,7 @@ from imgtool.errors import (
 )
 from imgtool.formats.xattrs import Xattrs
 from imgtool.host import scratch
+from imgtool.host.libc import libc
 from imgtool.image.chain.guest_files import GuestFiles
 from imgtool.image.intent.intent_log import is_ours
 from imgtool.transfer import folders
@@ -59,7 +60,6 @@ _OF_ONE_NAME = frozenset(
         errno.EPERM,
     )
 )
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class BadName(ImgtoolError):
@@ -436,7 +436,7 @@ class Staging:
 
     def _move(self) -> bool:
         """Move the result to a name that does not exist; False if it does."""
-        if not _libc.renameat2(self._root_fd, _TOP, self._parent_fd, self._name, _RENAME_NOREPLACE):
+        if not libc.renameat2(self._root_fd, _TOP, self._parent_fd, self._name, _RENAME_NOREPLACE):
             return True
         code = ctypes.get_errno()
         if code in (errno.EINVAL, errno.ENOSYS) and not self._exists():

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imgtool.errors import ImgtoolError
+from imgtool.host.libc import libc
 from imgtool.image.chain.chain import Chain
 from imgtool.image.chain.info import ImageInfo
 from imgtool.image.qemu.disk_reader import open_contents
@@ -117,7 +118,7 @@ def _starts(read: Read) -> Iterator[int]:
 def _born(path: Path) -> float | None:
     """When a file was made, in seconds since 1970; None where the file system does not tell."""
     answer = ctypes.create_string_buffer(256)
-    statx = getattr(ctypes.CDLL(None, use_errno=True), "statx", None)
+    statx = getattr(libc, "statx", None)
     if statx is None or statx(_AT_FDCWD, os.fsencode(path), 0, _BIRTH_TIME, answer) != 0:
         return None
     if not int.from_bytes(answer.raw[:4], "little") & _BIRTH_TIME:

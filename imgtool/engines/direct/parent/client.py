@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from imgtool.engines.direct.wire.messages import LONGEST_LINE, string
 from imgtool.engines.direct.wire.refusals import SandboxFailed, Unsupported
 from imgtool.errors import EngineError, ImageError, ImgtoolError, NotInGuestError
 from imgtool.host import interrupt, program_messages
+from imgtool.host.libc import libc
 from imgtool.text import printable, typed
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ def _keep_memory() -> None:
     """Buffers of a megabyte come and go; to give each back to the kernel costs more than to fill
     it.
     """
-    libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(_M_TRIM_THRESHOLD, 128 << 20)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from imgtool.engines.direct.wire import seccomp
+from imgtool.engines.direct.wire.libc import libc
 from imgtool.engines.direct.worker import confinement, launcher, limits
 from imgtool.host.process import run
 
@@ -37,7 +38,6 @@ def _mount_file(at: str, user: int) -> int:
     connection = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     options = f"fd={connection},rootmode=100000,user_id={user},group_id={user}"
     options += ",default_permissions"
-    libc = ctypes.CDLL(None, use_errno=True)
     flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV)
     if libc.mount(b"volume", at.encode(), b"fuse", flags, options.encode()):
         raise OSError(ctypes.get_errno(), "FUSE cannot be mounted")

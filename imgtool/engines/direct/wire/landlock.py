@@ -15,6 +15,7 @@ import os
 import struct
 from collections.abc import Iterable
 
+from imgtool.engines.direct.wire.libc import libc
 from imgtool.engines.direct.wire.syscalls import number
 
 _VERSION = 1  # flag of landlock_create_ruleset(2)
@@ -32,7 +33,6 @@ Rule = tuple[int, int]
 
 
 def _call(name: str, *arguments: object) -> int:
-    libc = ctypes.CDLL(None, use_errno=True)
     done: int = libc.syscall(ctypes.c_long(number(name) or -1), *arguments)
     if done < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -68,7 +68,7 @@ def restrict(rules: Iterable[Rule], *, newest: int = 1 << 30) -> None:
     for descriptor, allowed in rules:
         rule = struct.pack("=Qi", allowed, descriptor)
         _call("landlock_add_rule", ruleset, ctypes.c_int(_PATH_BENEATH), rule, ctypes.c_uint32(0))
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "new privileges cannot be given up")
     _call("landlock_restrict_self", ruleset, ctypes.c_uint32(0))
     os.close(ruleset)

@@ -20,6 +20,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from imgtool.engines.direct.wire.libc import libc
 from imgtool.engines.direct.wire.syscalls import architecture, number
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_OF, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -413,7 +414,6 @@ class _Program(ctypes.Structure):
 
 def confine(program: bytes) -> None:
     """Put a filter on this process, for good. Raises `OSError` if the kernel refuses."""
-    libc = ctypes.CDLL(None, use_errno=True)
     given = _Program(len(program) // 8, program)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(
         _PR_SET_SECCOMP, _FILTER, ctypes.byref(given), 0, 0

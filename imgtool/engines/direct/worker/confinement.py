@@ -13,6 +13,7 @@ import signal
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from imgtool.engines.direct.wire import landlock, seccomp
+from imgtool.engines.direct.wire.libc import libc
 from imgtool.engines.direct.worker import limits
 
 _PR_SET_PDEATHSIG, _PR_SET_KEEPCAPS, _PR_CAP_AMBIENT = 1, 8, 47
@@ -38,7 +39,7 @@ def close_inherited(kept: Collection[int]) -> None:
 
 def end_with_parent() -> None:
     """Let the kernel end this process when its parent ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def become(user: int) -> None:
@@ -46,7 +47,6 @@ def become(user: int) -> None:
 
     Raises `OSError` where root may not.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(_VERSION, 0)
     held = (ctypes.c_uint32 * 6)()
     libc.capget(header, held)
@@ -65,7 +65,6 @@ def become(user: int) -> None:
 
 def drop_capabilities() -> None:
     """Give up all capabilities, for good: no program that is started gets more."""
-    libc = ctypes.CDLL(None, use_errno=True)
     header, none = (ctypes.c_uint32 * 2)(_VERSION, 0), (ctypes.c_uint32 * 6)()
     if libc.capset(header, none):
         raise OSError(ctypes.get_errno(), "the capabilities cannot be given up")

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from imgtool.engines.direct.wire import seccomp, syscalls
+from imgtool.engines.direct.wire.libc import libc
 from imgtool.engines.direct.worker import confinement
 
 _PR_SET_DUMPABLE = 4
@@ -27,7 +28,7 @@ _SOCKET = 3  # the first that is inherited by sd_listen_fds(3)
 
 def keep_to_itself() -> None:
     """Let no other process look at the memory and the descriptors of this one."""
-    if ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0):
+    if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0):
         raise OSError("the process cannot be closed to others")
 
 
@@ -74,7 +75,7 @@ def _become(argv: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
     settings = [os.fsencode(f"{name}={value}") for name, value in environment.items()]
     secret = int.from_bytes(os.urandom(8), "big")
     seccomp.confine(seccomp.lone_filter(secret))
-    ctypes.CDLL(None).syscall(
+    libc.syscall(
         ctypes.c_long(syscalls.number("execve") or -1),
         words[0],
         (ctypes.c_char_p * (len(words) + 1))(*words, None),

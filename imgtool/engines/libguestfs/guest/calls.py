@@ -21,6 +21,7 @@ from typing import Any
 from imgtool.errors import EngineError, HostError
 from imgtool.formats.xattrs import Xattrs, order_xattrs
 from imgtool.guest.model import Entry
+from imgtool.host.libc import libc
 from imgtool.host.system_packages import install
 
 # All that the library says when a program in the appliance fails while it sends.
@@ -216,8 +217,6 @@ class Calls:
         pointer.restype = c_void_p
         pointer.argtypes = [ctypes.py_object, c_char_p]
         self._handle = pointer(handle._o, b"guestfs_h")
-        self._free = ctypes.CDLL(None).free
-        self._free.argtypes = [c_void_p]
         # What was written to: paths of files and folders.
         self.touched: set[bytes] = set()
         self._errors = 0
@@ -247,7 +246,7 @@ class Calls:
         try:
             return ctypes.string_at(pointer)
         finally:
-            self._free(pointer)
+            libc.free(pointer)
 
     def realpath(self, path: bytes) -> bytes:
         """The path with every symbolic link resolved inside the guest."""
@@ -271,7 +270,7 @@ class Calls:
         try:
             return ctypes.string_at(pointer, size.value)
         finally:
-            self._free(pointer)
+            libc.free(pointer)
 
     def xattrs(self, path: bytes) -> Xattrs:
         """All extended attributes of what is at the path; a symbolic link is not followed."""
@@ -376,7 +375,7 @@ class Calls:
             return []
         answer = self._call("readlinklist", directory, directory, _strings(names))
         targets = [self._take_string(answer[i]) for i in range(len(names))]
-        self._free(ctypes.cast(answer, c_void_p))
+        libc.free(ctypes.cast(answer, c_void_p))
         return targets
 
     def find0(self, directory: bytes, output: str) -> None:
