@@ -6,10 +6,12 @@ import shlex
 from pathlib import Path
 
 
-def printable(name: str | Path) -> str:
-    """A name out of a header, on one line and unable to steer a terminal."""
+def printable(name: str | bytes | Path) -> str:
+    """A name out of a header or a guest, on one line and unable to steer a terminal; of bytes those
+    that are not UTF-8 are escaped."""
+    text = name.decode("utf-8", "backslashreplace") if isinstance(name, bytes) else str(name)
     return "".join(
-        character if character.isprintable() else ascii(character)[1:-1] for character in str(name)
+        character if character.isprintable() else ascii(character)[1:-1] for character in text
     )
 
 

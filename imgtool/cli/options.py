@@ -11,6 +11,7 @@ import typer
 from imgtool.cli import completing
 from imgtool.cli.output import Output
 from imgtool.errors import Reason
+from imgtool.formats.checksums import CHECKSUMS
 
 
 class Engine(StrEnum):
@@ -24,9 +25,10 @@ class Engine(StrEnum):
 class Checksum(StrEnum):
     """Checksums of file contents."""
 
-    md5 = "md5"
-    sha1 = "sha1"
-    sha256 = "sha256"
+    _ignore_ = "members name"
+    members = vars()
+    for name in CHECKSUMS:
+        members[name] = name
 
 
 class Kept(StrEnum):

@@ -31,8 +31,6 @@ OnProgress = Callable[[int, int], None]
 # Of each disk the stretches (start, end) in bytes, ascending; None where nothing is known.
 Stretches = Sequence[Sequence[tuple[int, int]] | None]
 
-CHECKSUMS = ("md5", "sha1", "sha256")
-
 
 @dataclass(frozen=True)
 class Owners:

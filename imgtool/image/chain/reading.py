@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import struct
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,12 +21,11 @@ from imgtool.image.intent.intent_log import read_facts, worker_on
 from imgtool.image.intent.intent_state import is_unfinished, unfinished_commit
 from imgtool.image.locking.held import real_path, remove_file, way_to
 from imgtool.image.locking.host_file import exchanged_file
-from imgtool.image.locking.locks import PATIENCE, in_use_for_writing
+from imgtool.image.locking.locks import FLOCK, PATIENCE, in_use_for_writing
 from imgtool.text import printable
 
 # Far from the bytes that QEMU locks, which end at 263.
 _BYTE = 4000
-_FLOCK = struct.Struct("hhqqi0q")  # struct flock of 64-bit Linux
 _PAUSE = 0.02  # seconds
 
 
@@ -40,7 +38,7 @@ def _lock(path: Path, kind: int, stack: contextlib.ExitStack) -> bool:
         return True  # whoever opens it next says why it cannot be
     stack.callback(os.close, descriptor)
     try:
-        lock = _FLOCK.pack(kind, os.SEEK_SET, _BYTE, 1, 0)
+        lock = FLOCK.pack(kind, os.SEEK_SET, _BYTE, 1, 0)
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
     except (BlockingIOError, PermissionError):
         return False

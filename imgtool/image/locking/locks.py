@@ -30,7 +30,7 @@ _WRITE, _RESIZE = 1, 3
 _LAST_PERMISSION = 63
 _READERS = ("qemu-nbd", "qemu-img", "qemu-io")
 PATIENCE = 15.0  # seconds that a writer waits for readers
-_FLOCK = struct.Struct("hhqqi0q")  # struct flock of 64-bit Linux
+FLOCK = struct.Struct("hhqqi0q")  # struct flock of 64-bit Linux
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ def _holder(pid: int | None, program: str | None, locked: set[int]) -> Holder:
 
 
 def _is_locked(descriptor: int, first: int, length: int) -> bool:
-    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, first, length, 0)
+    asked = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, first, length, 0)
     answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked)
-    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+    return bool(FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
 def _locked_bytes(path: Path) -> set[int] | None:
@@ -235,7 +235,7 @@ def block_writers(chain: Chain) -> Iterator[None]:
             stack.callback(os.close, descriptor)
             try:
                 for permission in (_WRITE, _RESIZE):
-                    lock = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, _NOT_SHARED + permission, 1, 0)
+                    lock = FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, _NOT_SHARED + permission, 1, 0)
                     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
                 written = any(_is_locked(descriptor, _HELD + by, 1) for by in (_WRITE, _RESIZE))
             except OSError:
@@ -282,7 +282,7 @@ def _hold(path: Path, stack: contextlib.ExitStack) -> bool:
         locked = [kind + by for kind in (_HELD, _NOT_SHARED) for by in (_WRITE, _RESIZE)]
         try:
             for byte in locked:
-                lock = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0)
+                lock = FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0)
                 fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
             if any(_is_locked(descriptor, byte, 1) for byte in locked):
                 return False

@@ -34,9 +34,10 @@ from imgtool.errors import (
     NotInGuestError,
     UsageError,
 )
+from imgtool.formats.checksums import CHECKSUMS
 from imgtool.formats.xattrs import Xattrs
 from imgtool.guest.blocks import BIOS_BOOT, UNKNOWN, unmeasured_rows
-from imgtool.guest.guest import CHECKSUMS, Guest, OnProblem, Stretches
+from imgtool.guest.guest import Guest, OnProblem, Stretches
 from imgtool.guest.layout import discover, holds_files, survey, there_is
 from imgtool.guest.model import Device, Entry, Layout, Mount, OperatingSystem, SpaceUsage
 from imgtool.text import printable

@@ -8,7 +8,6 @@ Source: lvm2, lib/format_text/layout.h and the text format as vgcfgbackup(8) wri
 
 from __future__ import annotations
 
-import itertools
 import re
 import struct
 import zlib
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 from imgtool.engines.direct.wire.refusals import Unsupported
 from imgtool.engines.direct.worker.fs.base import ReadFailed, Source
+from imgtool.formats.lvm_uuid import with_dashes
 
 _SECTOR = 512
 _LABEL_SECTORS = 4
@@ -78,13 +78,6 @@ class VolumeGroup(NamedTuple):
 
 def _checksum(data: bytes) -> int:
     return zlib.crc32(data, _CRC_SEED ^ 0xFFFFFFFF) ^ 0xFFFFFFFF
-
-
-def _with_dashes(identifier: str) -> str:
-    """A UUID as LVM's commands write it: 6-4-4-4-4-4-6."""
-    plain = identifier.replace("-", "")
-    cuts = (0, 6, 10, 14, 18, 22, 26, 32)
-    return "-".join(plain[a:b] for a, b in itertools.pairwise(cuts))
 
 
 # The text format
@@ -276,7 +269,7 @@ def _group(name: str, group: dict[str, Any], devices: dict[str, str]) -> VolumeG
         if count * unit > _LARGEST:
             raise ReadFailed(f"a physical volume of the volume group {name} is of absurd size")
         places[key] = (device, _whole(section, "pe_start") * _SECTOR, count)
-        physical.append(PhysicalVolume(_with_dashes(uuid), device, count * unit))
+        physical.append(PhysicalVolume(with_dashes(uuid), device, count * unit))
     logical = []
     for key, section in sorted(_section(group, "logical_volumes").items()):
         status = list(_flags(section))
@@ -285,10 +278,10 @@ def _group(name: str, group: dict[str, Any], devices: dict[str, str]) -> VolumeG
             raise Unsupported(f"the volume group {name} holds more than linear volumes ({key})")
         extents = _extents(f"{name}/{key}", section, unit, places)
         size = sum(extent.length for extent in extents)
-        logical.append(LogicalVolume(key, _with_dashes(_text(section, "id")), size, extents))
+        logical.append(LogicalVolume(key, with_dashes(_text(section, "id")), size, extents))
     return VolumeGroup(
         name=name,
-        uuid=_with_dashes(_text(group, "id")),
+        uuid=with_dashes(_text(group, "id")),
         size=sum(volume.size for volume in physical),
         physical=tuple(physical),
         logical=tuple(logical),
@@ -306,7 +299,7 @@ def volume_groups(volumes: Sequence[tuple[str, Source]]) -> tuple[VolumeGroup, .
     for device, source in volumes:
         uuid, areas = _label(source)
         if uuid in devices:
-            raise Unsupported(f"two physical volumes have the UUID {_with_dashes(uuid)}")
+            raise Unsupported(f"two physical volumes have the UUID {with_dashes(uuid)}")
         devices[uuid] = device
         for text in _texts(source, areas):
             parsed = parse_text(text)

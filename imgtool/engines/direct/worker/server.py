@@ -27,6 +27,7 @@ from imgtool.engines.direct.worker.sources import CannotOpen, Disk, DiskServerGo
 from imgtool.engines.direct.worker.tree import Found, Tree
 from imgtool.engines.direct.worker.tree_files import TreeFiles, pieces
 from imgtool.engines.direct.worker.volumes import Volumes
+from imgtool.formats.checksums import CHECKSUMS
 from imgtool.formats.xattrs import Xattrs
 
 _BATCH = 500
@@ -351,7 +352,7 @@ class Worker:
         return tree.filesystem(found.place), found
 
     def _sum(self, found: Found, kind: str) -> str:
-        if kind not in ("md5", "sha1", "sha256"):
+        if kind not in CHECKSUMS:
             raise Refused
         import hashlib
 

@@ -23,6 +23,7 @@ from imgtool.formats.xattrs import Xattrs, order_xattrs
 from imgtool.guest.model import Entry
 from imgtool.host.libc import libc
 from imgtool.host.system_packages import install
+from imgtool.text import printable
 
 # All that the library says when a program in the appliance fails while it sends.
 _GAVE_UP = "file receive cancelled by daemon"
@@ -200,12 +201,6 @@ class CallFailed(EngineError):
     def __init__(self, message: str, errno: int, path: bytes) -> None:
         super().__init__(message, subject=printable(path))
         self.errno = errno
-
-
-def printable(path: bytes) -> str:
-    """A guest path in a form that can be shown: undecodable and control bytes are escaped."""
-    text = path.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Calls:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
 from imgtool.engines.libguestfs.guest.volumes import is_subvolume
 from imgtool.errors import ImgtoolError
+from imgtool.formats.lvm_uuid import with_dashes
 from imgtool.guest.layout import btrfs_device
 from imgtool.guest.model import Device
 
@@ -45,11 +45,8 @@ def _filesystems(guest: LibguestfsGuest) -> list[Device]:
 
 
 def _plain_uuid(uuid: str) -> str:
-    """LVM's UUIDs come without their dashes; they are written 6-4-4-4-4-4-6."""
-    if "-" in uuid or len(uuid) != 32:
-        return uuid
-    cuts = (0, 6, 10, 14, 18, 22, 26, 32)
-    return "-".join(uuid[a:b] for a, b in itertools.pairwise(cuts))
+    """LVM's UUIDs come without their dashes."""
+    return uuid if "-" in uuid or len(uuid) != 32 else with_dashes(uuid)
 
 
 def devices(guest: LibguestfsGuest, *, everything: bool) -> tuple[Device, ...]:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from imgtool.engines.libguestfs.appliance.launch import kill
 from imgtool.engines.libguestfs.guest import devices, fsck, inspection, usage, walk
-from imgtool.engines.libguestfs.guest.calls import CallFailed, Calls, printable
+from imgtool.engines.libguestfs.guest.calls import CallFailed, Calls
 from imgtool.engines.libguestfs.guest.stream import open_stream
 from imgtool.engines.libguestfs.guest.volumes import ApplianceVolume, ApplianceVolumes, reason
 from imgtool.errors import (
@@ -28,9 +28,10 @@ from imgtool.errors import (
     Reason,
     UsageError,
 )
+from imgtool.formats.checksums import CHECKSUMS
 from imgtool.formats.files import Undetermined
 from imgtool.formats.xattrs import Xattrs
-from imgtool.guest.guest import CHECKSUMS, Guest, OnProblem
+from imgtool.guest.guest import Guest, OnProblem
 from imgtool.guest.guest_files import GuestFiles
 from imgtool.guest.hibernation import refuse_sleeping_devices, refuse_sleeping_files
 from imgtool.guest.hidden import hidden_mount
@@ -48,6 +49,7 @@ from imgtool.guest.model import (
 from imgtool.guest.operating_system import identify
 from imgtool.guest.packages import installed_packages
 from imgtool.host import interrupt, program_messages
+from imgtool.text import printable
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,12 @@ from itertools import groupby, islice
 from tempfile import NamedTemporaryFile, TemporaryFile
 from typing import BinaryIO, cast
 
-from imgtool.engines.libguestfs.guest.calls import CallFailed, Calls, printable
+from imgtool.engines.libguestfs.guest.calls import CallFailed, Calls
 from imgtool.errors import EngineError
 from imgtool.formats.xattrs import Xattrs
 from imgtool.guest.guest import OnProblem
 from imgtool.guest.model import Entry
+from imgtool.text import printable
 
 # Entries whose directories are asked together: a call a directory and batch.
 BATCH = 5000

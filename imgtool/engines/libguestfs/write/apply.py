@@ -16,13 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from imgtool.engines.libguestfs.guest.calls import CallFailed, printable
+from imgtool.engines.libguestfs.guest.calls import CallFailed
 from imgtool.engines.libguestfs.guest.stream import upload
 from imgtool.engines.libguestfs.write.changing import explain, rewrite_from
 from imgtool.engines.libguestfs.write.writing import Labels, is_full
 from imgtool.errors import EngineError, HostError, ImgtoolError, RefusedError
 from imgtool.guest.changes import Changes, Content
 from imgtool.guest.model import Entry
+from imgtool.text import printable
 
 if TYPE_CHECKING:
     from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest

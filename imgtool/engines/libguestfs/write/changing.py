@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, BinaryIO
 
-from imgtool.engines.libguestfs.guest.calls import CallFailed, printable
+from imgtool.engines.libguestfs.guest.calls import CallFailed
 from imgtool.engines.libguestfs.guest.stream import upload
 from imgtool.engines.libguestfs.guest.walk import join
 from imgtool.engines.libguestfs.write.writing import is_full, put
 from imgtool.errors import ImgtoolError
+from imgtool.text import printable
 
 if TYPE_CHECKING:
     from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest

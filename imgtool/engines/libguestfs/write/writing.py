@@ -13,11 +13,12 @@ import secrets
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
-from imgtool.engines.libguestfs.guest.calls import CallFailed, printable
+from imgtool.engines.libguestfs.guest.calls import CallFailed
 from imgtool.engines.libguestfs.guest.stream import upload
 from imgtool.engines.libguestfs.guest.walk import join
 from imgtool.errors import EngineError, HostError, ImgtoolError, NotInGuestError, RefusedError
 from imgtool.guest.model import Entry
+from imgtool.text import printable
 
 if TYPE_CHECKING:
     from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest
