@@ -325,11 +325,6 @@ def examine(read: Read, size: int, device: str) -> PartitionTable:
     return PartitionTable(rows, odd + wrong, cut_off)
 
 
-def read_table(read: Read, size: int, device: str) -> tuple[Partition, ...]:
-    """The rows of `examine` alone."""
-    return examine(read, size, device).partitions
-
-
 @dataclass(frozen=True)
 class Partition:
     """A row of `partitions`. `end` and `end_sector` are inclusive; `type` is the table's own code

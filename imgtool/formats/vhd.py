@@ -36,8 +36,6 @@ class Footer:
     kind: int
     offset: int
     size: int
-    geometry_size: int
-    creator: bytes
     id: bytes
     header_offset: int
     saved_state: bool
@@ -65,14 +63,11 @@ def _checksum(data: bytes, at: int) -> int:
 def _footer(data: bytes, offset: int) -> Footer | None:
     if len(data) < FOOTER_SIZE or not data.startswith(COOKIE):
         return None
-    cylinders, heads, sectors = struct.unpack_from(">HBB", data, 56)
     kind, checksum = struct.unpack_from(">II", data, 60)
     return Footer(
         kind=kind,
         offset=offset,
         size=struct.unpack_from(">Q", data, 48)[0],
-        geometry_size=cylinders * heads * sectors * _SECTOR,
-        creator=data[28:32],
         id=data[68:84],
         header_offset=struct.unpack_from(">Q", data, 16)[0],
         saved_state=bool(data[84]),

@@ -40,12 +40,10 @@ _LOCATOR = _guid("a8d35f2d-b30b-454d-abf7-d3d84834ab0c")
 class Vhdx:
     """Sizes and offsets in bytes.
 
-    `has_log`: it was not closed, and its log may hold writes. `id` changes with its content: an
-    image on top names it as the one that it was made of. `parent` is the name as written, empty
-    where there is none.
+    `id` changes with its content: an image on top names it as the one that it was made of. `parent`
+    is the name as written, empty where there is none.
     """
 
-    has_log: bool
     id: bytes
     has_parent: bool
     parent: str
@@ -134,7 +132,6 @@ def read(file: BinaryIO) -> Vhdx | None:
     block_size, flags = struct.unpack_from("<II", parameters)
     names = _locator(items.get(_LOCATOR, b""))
     return Vhdx(
-        has_log=any(header[48:64]),
         id=header[32:48],
         has_parent=bool(flags & _HAS_PARENT),
         parent=next((names[key] for key in _NAMES if names.get(key)), ""),

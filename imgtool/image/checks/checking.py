@@ -218,18 +218,6 @@ class ChainCheck:
             yield from findings.several(link.path, self._overlays.on(link.path))
 
 
-def check_chain(
-    path: str | Path,
-    *,
-    format: str | None = None,
-    backing_dirs: Sequence[str | Path] = (),
-    metadata: bool = True,
-) -> tuple[Finding, ...]:
-    """What there is to say of the chain that starts at `path`; nothing if all is well."""
-    check = ChainCheck(backing_dirs=backing_dirs, metadata=metadata)
-    return tuple(check.chain(path, format=format))
-
-
 def _identity(path: Path) -> Identity:
     try:
         status = path.stat()

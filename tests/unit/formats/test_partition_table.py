@@ -16,7 +16,6 @@ from imgtool.formats.partition_table import (
     disk_name,
     examine,
     partition_device,
-    read_table,
 )
 from imgtool.formats.partition_types import EXTENDED, GPT_TYPES, MSDOS_TYPES
 
@@ -52,7 +51,7 @@ class Disk:
         self.write(sector * 512 + 510, b"\x55\xaa")
 
     def rows(self) -> tuple[Partition, ...]:
-        return read_table(self.read, self.size, "/dev/sda")
+        return examine(self.read, self.size, "/dev/sda").partitions
 
     def problems(self) -> tuple[str, ...]:
         return examine(self.read, self.size, "/dev/sda").problems

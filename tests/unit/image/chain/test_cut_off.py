@@ -14,7 +14,7 @@ from imgtool import cli
 from imgtool.errors import ExitStatus
 from imgtool.image.chain.ends import disk_size
 from imgtool.image.chain.info import probe
-from imgtool.image.checks.checking import check_chain
+from tests.support.checks import check_chain
 
 SIZE, START, CUT = 32 << 20, 1 << 20, 20_000_300
 SMALL, LARGE = b"a letter\n", 24 << 20

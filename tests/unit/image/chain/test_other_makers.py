@@ -21,10 +21,10 @@ from imgtool.image.chain.chain import open_chain
 from imgtool.image.chain.info import probe
 from imgtool.image.change.guards import refuse_to_write
 from imgtool.image.change.single import plan_convert, plan_new, plan_repair, plan_resize
-from imgtool.image.checks.checking import check_chain
 from imgtool.image.checks.dependants import overlays_on
 from imgtool.image.checks.forest import forest
 from imgtool.image.qemu.qemu_img import same_content
+from tests.support.checks import check_chain
 from tests.support.format_images import (
     SIZE,
     Kind,

@@ -16,7 +16,7 @@ import pytest
 
 from imgtool.image.chain.chain import MAX_LINKS
 from imgtool.image.checks import checking, findings
-from imgtool.image.checks.checking import ChainCheck, check_chain
+from imgtool.image.checks.checking import ChainCheck
 from imgtool.image.intent.intent_log import open_record
 from tests.support.chain_images import (
     CLUSTER,
@@ -34,6 +34,7 @@ from tests.support.chain_images import (
     without_privileges,
     write,
 )
+from tests.support.checks import check_chain
 
 Made = Callable[[Path], Path]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from imgtool.image.checks.checking import check_chain
+from tests.support.checks import check_chain
 
 HOUR = 3600
 MIB = 1 << 20

@@ -16,8 +16,9 @@ from imgtool.errors import Reason, RefusedError
 from imgtool.image.chain.chain import open_chain
 from imgtool.image.chain.info import probe
 from imgtool.image.change.transaction import transaction
-from imgtool.image.checks.checking import check_chain, check_metadata
+from imgtool.image.checks.checking import check_metadata
 from imgtool.image.checks.doubts import doubts_of, wrong_entries
+from tests.support.checks import check_chain
 
 SIZE = 8 << 20
 SECOND = 10**9

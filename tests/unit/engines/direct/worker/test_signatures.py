@@ -15,7 +15,7 @@ from imgtool.engines.direct.worker import signatures
 from imgtool.engines.direct.worker.far_places import far_places
 from imgtool.engines.direct.worker.signatures import identify
 from imgtool.formats.foreign_tables import foreign_table
-from imgtool.formats.partition_table import read_table
+from imgtool.formats.partition_table import examine
 
 MIB = 1 << 20
 
@@ -232,7 +232,7 @@ def atari() -> Volume:
 def test_tables_of_other_systems_are_not_none(make, name):
     disk = make()
     assert foreign_table(disk.read, disk.size) == name
-    (row,) = read_table(disk.read, disk.size, "/dev/sda")
+    (row,) = examine(disk.read, disk.size, "/dev/sda").partitions
     assert (row.table, row.number) == (name, None)
 
 
