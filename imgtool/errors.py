@@ -94,6 +94,12 @@ class ImgtoolError(Exception):
         self.args = (self.message, *self.args[1:])
         return self
 
+    def rename_option(self, usual: str, here: str) -> Self:
+        """Have the hint name an option as it is called for this image of the command."""
+        if self.hint is not None:
+            self.hint = self.hint.replace(f"{usual} ", f"{here} ")
+        return self
+
     def __str__(self) -> str:
         return self.message if self.subject is None else f"{self.message} ({self.subject})"
 

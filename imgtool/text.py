@@ -15,6 +15,6 @@ def printable(name: str | bytes | Path) -> str:
     )
 
 
-def typed(path: Path) -> str:
-    """A path in a command that somebody may type as it stands: one word."""
-    return shlex.quote(printable(path))
+def typed(name: str | Path) -> str:
+    """A name in a command that somebody may type as it stands: one word."""
+    return shlex.quote(printable(name))

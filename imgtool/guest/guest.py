@@ -19,6 +19,7 @@ from imgtool.formats.numbers import whole_number
 from imgtool.formats.xattrs import Xattrs
 from imgtool.guest.model import Device, Entry, Layout, OperatingSystem, SpaceUsage
 from imgtool.guest.paths import guest_path
+from imgtool.text import typed
 
 if TYPE_CHECKING:
     from imgtool.image.chain.chain import Chain
@@ -97,7 +98,7 @@ class Guest(ABC):
         return NotInGuestError(
             f"its filesystem is not shown: {self._unshown[place]}",
             subject=place,
-            hint=f"what lies in the folder itself: -m {self.layout.mounts[0].source}",
+            hint=f"what lies in the folder itself: -m {typed(self.layout.mounts[0].source)}",
         )
 
     @property

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from imgtool.errors import (
@@ -113,11 +112,6 @@ def there_is(known: Collection[str]) -> str:
     if known:
         return "it has: " + join_names(sorted(known))
     return "it has none that can be read; 'imgtool filesystems --all' shows what it holds"
-
-
-def _word(name: str) -> str:
-    """What a guest calls something, as one word of a shell: it is for somebody to type."""
-    return typed(Path(name))
 
 
 def holds_files(type: str | None) -> bool:
@@ -259,7 +253,7 @@ def _choose_root(findings: Findings, wanted: str | None) -> Root | None:
         )
     if len(roots) > 1:
         choices = join_names(
-            (f"--root {_word(root.source)}  ({root.title})" for root in roots), "  or  "
+            (f"--root {typed(root.source)}  ({root.title})" for root in roots), "  or  "
         )
         raise NotInGuestError("the image has several operating systems", hint=f"add {choices}")
     return roots[0] if roots else None
@@ -288,7 +282,7 @@ def _data_layout(findings: Findings, closed: Sequence[str]) -> Layout:
         )
     raise NotInGuestError(
         "no operating system was found; filesystems: " + _describe(findings),
-        hint="say which one to use: " + "  or  ".join(f"-m {_word(f.device)}" for f in usable),
+        hint="say which one to use: " + "  or  ".join(f"-m {typed(f.device)}" for f in usable),
     )
 
 
@@ -428,7 +422,7 @@ def _what_to_type(
     if any(":" in mountpoint or not mountpoint.isprintable() for _, mountpoint in given):
         return []  # nobody can type that
     words = [
-        "-m " + _word(source if mountpoint == "/" else f"{source}:{mountpoint}")
+        "-m " + typed(source if mountpoint == "/" else f"{source}:{mountpoint}")
         for source, mountpoint in given
     ]
     if len(line := " ".join(words)) > _MOST_TYPED:

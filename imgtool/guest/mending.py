@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from imgtool.errors import Reason, RefusedError
+from imgtool.text import typed
 
 # What is made once, and has no way of being changed; as kernels and libblkid call it.
 FOR_READING = frozenset(("squashfs", "erofs", "iso9660", "cramfs", "romfs"))
@@ -47,7 +48,8 @@ def needs_replay(device: str, mountpoint: str, type: str) -> RefusedError:
     return RefusedError(
         "it is to be shown read-only, and the kernel would replay its journal, which writes to it",
         subject=device,
-        hint=f"without what is in the journal: -m {device}:{mountpoint}:ro,{_UNREPLAYED[type]}",
+        hint="without what is in the journal: -m "
+        + typed(f"{device}:{mountpoint}:ro,{_UNREPLAYED[type]}"),
     )
 
 

@@ -126,13 +126,14 @@ class AllowedDirs:
                 f"its backing file '{printable(name)}' is not there, and of that name are several:"
                 f" {join_names(printable(one) for one in found)}",
                 subject=printable(of),
-                hint="give one --backing-dir alone",
+                hint="give one alone: "
+                + " or ".join(f"--backing-dir {typed(one.parent)}" for one in found),
             )
         if not self.hold(found[0].resolve()):
             raise RefusedError(
                 f"{printable(found[0])} leads out of the folders that a chain may use",
                 subject=printable(of),
-                hint=f"if you trust it: --backing-dir {printable(found[0].resolve().parent)}",
+                hint=f"if you trust it: --backing-dir {typed(found[0].resolve().parent)}",
             )
         line = (
             f"its backing file '{printable(name)}' is not there: {printable(found[0])} is used, by"

@@ -44,6 +44,7 @@ from imgtool.mount.mechanisms.registry import AUTO, VIA, mechanisms
 from imgtool.mount.mounter import MountAttempt, MountRequest, NeedsOverlay
 from imgtool.mount.plan import Disk, Item, Volume
 from imgtool.mount.steps import steps
+from imgtool.text import typed
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def _target(path: Path) -> Path:
     target = Path(os.path.realpath(path))  # as mountinfo will show it
     try:
         if not target.exists():
-            raise UsageError("no such directory", subject=path, hint=f"mkdir {path}")
+            raise UsageError("no such directory", subject=path, hint=f"mkdir -p {typed(path)}")
         if not target.is_dir():
             raise UsageError("not a directory", subject=path)
         if kernel.mounted_at(str(target)) is not None:
@@ -136,7 +137,7 @@ def _refuse_if_mounted(wanted: MountRequest, chains: Sequence[Chain], besides: s
                 f"it is mounted at {journal.mountpoint}"
                 + (", to be written" if journal.writable else ""),
                 subject=join_names(shared),
-                hint=f"imgtool umount {journal.mountpoint}",
+                hint=f"imgtool umount {typed(journal.mountpoint)}",
             )
 
 
@@ -278,7 +279,8 @@ def mount(wanted: MountRequest) -> Journal:
         raise UsageError(
             "a snapshot cannot be written to",
             subject=wanted.snapshot,
-            hint="leave out --rw, or make an image of its own of it: imgtool convert --snapshot",
+            hint="leave out --rw, or make an image of its own of it: imgtool convert --snapshot"
+            f" {typed(wanted.snapshot)} {typed(wanted.image)} NEW",
         )
     wanted = dataclasses.replace(wanted, mounts=wanted.parsed_mounts())
     target = _target(wanted.mountpoint)

@@ -24,6 +24,7 @@ from imgtool.guest.guest import Guest, OnProblem, OnProgress
 from imgtool.guest.model import Entry
 from imgtool.host.scratch import large_files
 from imgtool.image.chain.guest_files import GuestFiles
+from imgtool.text import typed
 from imgtool.transfer.archive import members
 from imgtool.transfer.keeping import Keeping
 from imgtool.transfer.staging import Attributes, BadName, Staging
@@ -74,7 +75,7 @@ def check_destination(sources: Sequence[str], dest: str | Path, *, overwrite: bo
                 raise RefusedError("exists", subject=dest / name, hint="replace it: --overwrite")
         return
     if folder and not os.path.lexists(dest):
-        raise ImgtoolError("no such directory", subject=dest, hint=f"mkdir -p {dest}")
+        raise ImgtoolError("no such directory", subject=dest, hint=f"mkdir -p {typed(dest)}")
     if os.path.lexists(dest):
         if folder:
             raise ImgtoolError("not a directory", subject=dest)
@@ -84,11 +85,13 @@ def check_destination(sources: Sequence[str], dest: str | Path, *, overwrite: bo
             raise RefusedError("exists", subject=dest, hint="replace it: --overwrite")
         return
     if len(sources) > 1:
-        raise ImgtoolError("no such directory", subject=dest, hint=f"mkdir -p {dest}")
+        raise ImgtoolError("no such directory", subject=dest, hint=f"mkdir -p {typed(dest)}")
     if not (parent := dest.absolute().parent).is_dir():
         if os.path.lexists(parent):
             raise ImgtoolError("not a directory", subject=dest.parent)
-        raise ImgtoolError("no such directory", subject=dest.parent, hint=f"mkdir -p {dest.parent}")
+        raise ImgtoolError(
+            "no such directory", subject=dest.parent, hint=f"mkdir -p {typed(dest.parent)}"
+        )
 
 
 def refuse_guest_files(guest: Guest, sources: Sequence[str], dest: str | Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer
 
 from imgtool.cli.command_table import app_with
 from imgtool.errors import Reason
+from tests.hints import test_chains, test_options, test_records
 from tests.hints.collect import hints
 from tests.hints.known import KINDS, known
 
@@ -38,12 +40,19 @@ def test_those_that_are_followed_are_followed_by_a_test_that_is_there():
         assert not name or f"def {name}(" in source, template
 
 
+@pytest.mark.parametrize("module", [test_chains, test_options, test_records])
+def test_the_rows_of_a_table_are_its_hints(module: ModuleType) -> None:
+    path = Path(str(module.__file__)).relative_to(TESTS)
+    listed = {template for template, how in KNOWN.items() if how.startswith(f"{path}::")}
+    assert {row.hint for row in module.ROWS} == listed
+
+
 @pytest.mark.parametrize("template", hints())
 def test_what_did_harm_is_in_no_hint(template):
     assert not _HARMFUL.search(template)
 
 
-def _commands() -> dict[str, set[str]]:
+def commands() -> dict[str, set[str]]:
     """The options of each command, by its name."""
     found = {}
     root = typer.main.get_command(app_with(None))
@@ -57,16 +66,14 @@ def _commands() -> dict[str, set[str]]:
 
 
 def test_the_commands_and_options_of_hints_exist():
-    commands = _commands()
+    there = commands()
     for template in hints():
         for matched in _COMMAND.finditer(template):
             words = matched[1].split()
-            full = next(
-                (" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in commands), None
-            )
+            full = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in there), None)
             assert full is not None, template
             for option in re.findall(r"(?<=\s)(--?[a-z][a-z-]*)", matched[0]):
-                assert option in commands[full], f"{option}: {template}"
+                assert option in there[full], f"{option}: {template}"
 
 
 def test_the_reasons_that_refusals_name_exist():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import stat
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,11 +18,12 @@ from imgtool.cli import completing, differences, options, render
 from imgtool.cli.guest_command import READ, guest_command
 from imgtool.cli.output import Output
 from imgtool.cli.session import Failures, Request
-from imgtool.errors import ExitStatus, UsageError
+from imgtool.errors import ExitStatus, ImgtoolError, UsageError
 
 if TYPE_CHECKING:
     from imgtool.compare.differences import Difference
     from imgtool.compare.points import Point
+    from imgtool.guest.guest import Guest
     from imgtool.guest.model import Entry
 
 _OF_EACH = ("type", "mode", "uid", "gid", "size", "mtime", "target", "rdev", "checksum")
@@ -161,7 +164,8 @@ def diff(
     def problem(point: Point) -> Callable[[bytes, str], None]:
         return lambda at, line: failures.problem(at, f"{point}: {line}")
 
-    with open_pair(_at(request, before).opened, _at(request, after).opened) as pair:
+    second = _at(request, after).opened if other is None else _opened_second(request, after)
+    with open_pair(_at(request, before).opened, second) as pair:
         found = compare_trees(
             pair,
             path,
@@ -217,6 +221,22 @@ def _points(request: Request, given: dict[str, Any]) -> tuple[Point, Point]:
             either, image=other, add=given["add_b"] or (), format=given["format_b"]
         )
     return two_points(before, after, snapshot_after=snapshots[1])
+
+
+def _opened_second(request: Request, point: Point) -> Callable[[], AbstractContextManager[Guest]]:
+    """How the second of two images is opened, whose format has an option of its own."""
+
+    @contextlib.contextmanager
+    def opened() -> Iterator[Guest]:
+        with contextlib.ExitStack() as stack:
+            try:
+                guest = stack.enter_context(_at(request, point).opened())
+            except ImgtoolError as error:
+                error.rename_option("--format", "--format-b")
+                raise
+            yield guest
+
+    return opened
 
 
 def _at(request: Request, point: Point) -> Request:

@@ -139,7 +139,7 @@ def inject(
 
     images, spec = _spec_and_images(paths, spec)
     if len(images) > 1 and (request.add or clone):
-        raise UsageError("-a and --clone are for one image", hint="--clone-dir is for several")
+        raise UsageError("-A and --clone are for one image", hint="--clone-dir is for several")
     targets = _targets(images, clone or [], clone_dir)
     request.refuse_direct()
     failures = Failures(request.debug)

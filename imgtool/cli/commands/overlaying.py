@@ -57,7 +57,7 @@ def create(
     )
 
 
-@plain_command("dry_run", "force", "backing_dirs")
+@plain_command("dry_run", "force", "format", "backing_dirs")
 def commit(
     common: Common,
     overlay: Overlay,
@@ -79,7 +79,11 @@ def commit(
 
     working.run_plan(
         lambda: overlays.plan_commit(
-            overlay, remove=remove, force=common.force, backing_dirs=common.backing_dirs
+            overlay,
+            format=common.format,
+            remove=remove,
+            force=common.force,
+            backing_dirs=common.backing_dirs,
         ),
         overlay,
         common=common,
@@ -87,7 +91,7 @@ def commit(
     )
 
 
-@plain_command("dry_run", "force", "backing_dirs")
+@plain_command("dry_run", "force", "format", "backing_dirs")
 def rebase(
     common: Common,
     overlay: Overlay,
@@ -113,6 +117,7 @@ def rebase(
         lambda: overlays.plan_rebase(
             overlay,
             base,
+            format=common.format,
             base_format=base_format,
             unsafe=unsafe,
             force=common.force,
@@ -124,7 +129,7 @@ def rebase(
     )
 
 
-@plain_command("dry_run", "force", "backing_dirs")
+@plain_command("dry_run", "force", "format", "backing_dirs")
 def flatten(
     common: Common,
     overlay: Overlay,
@@ -142,7 +147,7 @@ def flatten(
 
     working.run_plan(
         lambda: overlays.plan_flatten(
-            overlay, force=common.force, backing_dirs=common.backing_dirs
+            overlay, format=common.format, force=common.force, backing_dirs=common.backing_dirs
         ),
         overlay,
         common=common,

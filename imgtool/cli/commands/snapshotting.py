@@ -17,7 +17,7 @@ FIELDS = ("id", "name", "time", "vm_state_size", "vm_clock", "present")
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The snapshot, by its name or id.")]
 
 
-@plain_command("dry_run", "force", "backing_dirs")
+@plain_command("dry_run", "force", "format", "backing_dirs")
 def create(
     common: Common,
     image: options.Image,
@@ -34,14 +34,14 @@ def create(
 
     working.run_plan(
         lambda: snapshots.plan_create(
-            image, name, force=common.force, backing_dirs=common.backing_dirs
+            image, name, format=common.format, force=common.force, backing_dirs=common.backing_dirs
         ),
         image,
         common=common,
     )
 
 
-@plain_command("backing_dirs")
+@plain_command("format", "backing_dirs")
 def list_(
     common: Common,
     image: options.Image,
@@ -58,7 +58,7 @@ def list_(
     from imgtool.image.change import snapshots
     from imgtool.image.checks.doubts import doubts_of
 
-    chain = snapshots.with_snapshots(image, backing_dirs=common.backing_dirs)
+    chain = snapshots.with_snapshots(image, format=common.format, backing_dirs=common.backing_dirs)
     working.say_of_records(link.path for link in chain.links)
     for doubt in doubts_of(chain):
         render.message("warning", doubt)
@@ -83,7 +83,7 @@ def list_(
     render.emit(rows, FIELDS, output, columns=columns, shown=shown, titles=titles)
 
 
-@plain_command("dry_run", "force", "backing_dirs")
+@plain_command("dry_run", "force", "format", "backing_dirs")
 def revert(
     common: Common,
     image: options.Image,
@@ -109,6 +109,7 @@ def revert(
         lambda: snapshots.plan_revert(
             image,
             name,
+            format=common.format,
             discard=discard,
             save_as=save_as,
             force=common.force,
@@ -119,7 +120,7 @@ def revert(
     )
 
 
-@plain_command("dry_run", "force", "backing_dirs")
+@plain_command("dry_run", "force", "format", "backing_dirs")
 def delete(
     common: Common,
     image: options.Image,
@@ -138,7 +139,7 @@ def delete(
 
     working.run_plan(
         lambda: snapshots.plan_delete(
-            image, name, force=common.force, backing_dirs=common.backing_dirs
+            image, name, format=common.format, force=common.force, backing_dirs=common.backing_dirs
         ),
         image,
         common=common,

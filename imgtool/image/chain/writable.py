@@ -134,5 +134,7 @@ def refuse_unmended(link: ImageInfo) -> None:
             if link.format != "raw"
             else "a raw image has no tables that could be mended",
             subject=printable(link.path),
-            hint="'imgtool convert' makes a new image of what can be read",
+            hint="'imgtool convert' makes a new image of what can be read"
+            if link.format != "raw"
+            else None,
         )

@@ -35,7 +35,7 @@ def refuse_if_not_writable(path: Path) -> None:
         raise RefusedError(
             "its file is read-only, for everybody",
             subject=shown,
-            hint=f"if it was protected and is to be changed all the same: chmod u+w {shown}",
+            hint=f"if it was protected and is to be changed all the same: chmod u+w {typed(path)}",
         )
     if not os.access(path, os.W_OK):
         raise HostError(
@@ -98,7 +98,7 @@ def refuse_if_unfinished(chain: Chain) -> None:
         raise RefusedError(
             f"a commit of it into {printable(base)} was interrupted",
             subject=printable(overlay),
-            hint=f"finish it first: imgtool recover {printable(overlay)}",
+            hint=f"finish it first: imgtool recover {typed(overlay)}",
         )
 
 
@@ -108,7 +108,7 @@ def refuse_if_interrupted(image: Path) -> None:
         raise RefusedError(
             "work on it was interrupted",
             subject=printable(image),
-            hint=f"finish or undo it first: imgtool recover {printable(image)}",
+            hint=f"finish or undo it first: imgtool recover {typed(image)}",
         )
 
 

@@ -45,7 +45,7 @@ from imgtool.image.locking.host_file import qemu_name
 from imgtool.image.locking.locks import block_writers, refuse_if_in_use
 from imgtool.image.policy import AllowedDirs, in_same_tree, name_beside
 from imgtool.image.qemu.qemu_img import same_content
-from imgtool.text import printable
+from imgtool.text import printable, typed
 
 Dirs = Sequence[str | Path]
 
@@ -65,6 +65,15 @@ def backing_name(base: Path, overlay: Path) -> str:
     return str(real if base.is_symlink() and not base.is_block_device() else base.absolute())
 
 
+def _open_base(base: Path, format: str | None, backing_dirs: Dirs) -> Chain:
+    """The chain of what an overlay is to stand on, whose format has an option of its own."""
+    try:
+        return open_chain(base, format=format, backing_dirs=backing_dirs)
+    except ImgtoolError as error:
+        error.rename_option("--format", "--base-format")
+        raise
+
+
 def plan_create(
     base: Path,
     new: Path,
@@ -79,7 +88,7 @@ def plan_create(
     Raises `RefusedError` where `new` is there already or the base is being written.
     """
     refuse_if_interrupted(base)  # else what holds all of it would be taken for it
-    chain = open_chain(base, format=base_format, backing_dirs=backing_dirs)
+    chain = _open_base(base, base_format, backing_dirs)
     refuse_existing(new)
     refuse_to_guess(chain)
     refuse_encrypted(chain)
@@ -130,13 +139,14 @@ def _refuse_to_protect(base: Path) -> None:
         raise HostError("only its owner can make it read-only", subject=printable(base))
 
 
-def _overlay(path: Path, backing_dirs: Dirs) -> Chain:
-    chain = open_chain(path, backing_dirs=backing_dirs)
+def _overlay(path: Path, format: str | None, backing_dirs: Dirs) -> Chain:
+    chain = open_chain(path, format=format, backing_dirs=backing_dirs)
     if len(chain.links) < 2:
         raise ImageError(
             "it is no overlay: it stands on no other image",
             subject=printable(path),
-            hint="'imgtool chain tree' shows what stands on what",
+            hint="what stands on what is shown by: imgtool chain tree"
+            f" {typed(path.absolute().parent)}",
         )
     if chain.active.format != "qcow2":
         # What replaces it would be a qcow2 by its name, and whoever finishes takes it for one.
@@ -149,14 +159,19 @@ def _overlay(path: Path, backing_dirs: Dirs) -> Chain:
 
 
 def plan_commit(
-    overlay: Path, *, remove: bool = False, force: Force = (), backing_dirs: Dirs = ()
+    overlay: Path,
+    *,
+    format: str | None = None,
+    remove: bool = False,
+    force: Force = (),
+    backing_dirs: Dirs = (),
 ) -> Plan:
     """Write what an overlay holds into its base; the overlay stays until that is proved.
 
     Raises `RefusedError` if other overlays stand on the base, which would be ruined, or if the
     overlay has internal snapshots, which would be too; `force` overrides both.
     """
-    chain = _overlay(overlay, backing_dirs)
+    chain = _overlay(overlay, format, backing_dirs)
     base = Chain(chain.links[1:])
     into = base.active.path
     refuse_encrypted(chain)
@@ -238,7 +253,7 @@ def _refuse_other_size(chain: Chain, base: Chain) -> None:
         raise RefusedError(
             f"its base is larger ({below} bytes, the overlay {size}): what lies beyond would show",
             subject=printable(chain.active.path),
-            hint=f"make it as large first: imgtool resize {printable(chain.active.path)} {below}",
+            hint=f"make it as large first: imgtool resize {typed(chain.active.path)} {below}",
         )
     if size > below:
         refuse_to_resize(base.active)
@@ -253,6 +268,7 @@ def plan_rebase(
     overlay: Path,
     base: Path,
     *,
+    format: str | None = None,
     base_format: str | None = None,
     unsafe: bool = False,
     force: Force = (),
@@ -265,11 +281,11 @@ def plan_rebase(
     change, if the overlay is a base itself or has internal snapshots.
     """
     places = AllowedDirs.around(overlay.absolute(), backing_dirs)
-    link = probe(overlay, places=places)
+    link = probe(overlay, format=format, places=places)
     if link.format != "qcow2":
         raise ImageError(f"it is no qcow2 overlay but {link.format}", subject=printable(overlay))
     refuse_if_interrupted(base)
-    below = open_chain(base, format=base_format, backing_dirs=backing_dirs)
+    below = _open_base(base, base_format, backing_dirs)
     if any(under.path.samefile(overlay) for under in below.links):
         raise RefusedError(
             "the new base stands on the overlay itself: the chain would be a loop",
@@ -282,7 +298,7 @@ def plan_rebase(
     refuse_several_names(overlay)
     if unsafe:
         return _plan_unsafe(link, below, force=force, backing_dirs=backing_dirs)
-    chain = _overlay(overlay, backing_dirs)
+    chain = _overlay(overlay, format, backing_dirs)
     # QEMU writes down the name of the new base, and opens it, and the old one, by their names.
     refuse_by_name((*chain.links, *below.links))
     refuse_to_guess(chain)
@@ -303,7 +319,7 @@ def plan_rebase(
 
     def do(work: Work) -> None:
         work.qemu_img("rebase", _rebase(overlay, name, below.active.format), overlay)
-        now = probe(overlay, backing_dirs=backing_dirs)
+        now = probe(overlay, format="qcow2", backing_dirs=backing_dirs)
         what = "the overlay had another content on its new base, and was put back on its old one"
         try:
             work.prove_same(_describe(now, old), _describe(now, below), what, overlay)
@@ -398,13 +414,15 @@ def _refuse_another(link: ImageInfo, below: Chain, backing_dirs: Dirs) -> None:
         )
 
 
-def plan_flatten(overlay: Path, *, force: Force = (), backing_dirs: Dirs = ()) -> Plan:
+def plan_flatten(
+    overlay: Path, *, format: str | None = None, force: Force = (), backing_dirs: Dirs = ()
+) -> Plan:
     """Make an overlay stand alone: everything below is pulled up into a new file, which takes its
     place once it is proved to have the same content. Its dirty bitmaps go with it.
 
     Raises `RefusedError` for bitmaps that hold no more, which QEMU does not copy.
     """
-    chain = _overlay(overlay, backing_dirs)
+    chain = _overlay(overlay, format, backing_dirs)
     refuse_encrypted(chain)
     refuse_second_file(chain.active)
     refuse_to_replace(chain, force=force)

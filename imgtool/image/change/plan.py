@@ -27,7 +27,7 @@ from imgtool.image.locking.held import is_one_file, way_to
 from imgtool.image.locking.host_file import exchanged_file
 from imgtool.image.locking.locks import held_for_writing
 from imgtool.image.qemu.qemu_img import OnPart, qemu_img, same_content
-from imgtool.text import printable
+from imgtool.text import printable, typed
 
 # Called with the name of a step and the part of it that is done, between 0 and 1.
 OnStep = Callable[[str, float], None]
@@ -215,7 +215,7 @@ class Plan:
                 raise RefusedError(
                     f"a {record.operation} of it was interrupted",
                     subject=printable(self.image),
-                    hint=f"imgtool recover {printable(self.image)}",
+                    hint=f"imgtool recover {typed(self.image)}",
                 )
             # Before they are looked at for the last time.
             stack.enter_context(held_for_writing(self.writes_to))
@@ -239,7 +239,7 @@ class Plan:
                     with self._kept_younger(record):
                         line = resolve_intent(record, finish=False)
                 except ImgtoolError as error:
-                    line = f"{error}: to be settled by imgtool recover {printable(self.image)}"
+                    line = f"{error}: to be settled by imgtool recover {typed(self.image)}"
                 if line and notice:
                     cut_off = isinstance(stopped, KeyboardInterrupt)
                     notice(line if cut_off else line.replace("an interrupted ", "the ", 1))

@@ -340,7 +340,7 @@ def _gone(record: Record) -> ImageError:
     left = [record.path]
     if isinstance(record.facts.get("temporary"), str) and (made := _temporary(record)).exists():
         left.append(made)
-    names = " ".join(printable(path) for path in left)
+    names = " ".join(typed(path) for path in left)
     return ImageError(
         f"it is not there any more, and a {record.operation} of it was interrupted",
         subject=printable(record.image),

@@ -108,9 +108,16 @@ def _plan_on_list(
     )
 
 
-def plan_create(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs = ()) -> Plan:
+def plan_create(
+    path: Path,
+    name: str,
+    *,
+    format: str | None = None,
+    force: Force = (),
+    backing_dirs: Dirs = (),
+) -> Plan:
     """Keep the present state under a name."""
-    chain = with_snapshots(path, backing_dirs=backing_dirs)
+    chain = with_snapshots(path, format=format, backing_dirs=backing_dirs)
     _refuse_single_references(chain)
     # What stands on it sees no change.
     refuse_to_write(chain, backing_dirs, force={*force, Reason.IS_BASE})
@@ -132,9 +139,16 @@ def plan_create(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs 
     )
 
 
-def plan_delete(path: Path, name: str, *, force: Force = (), backing_dirs: Dirs = ()) -> Plan:
+def plan_delete(
+    path: Path,
+    name: str,
+    *,
+    format: str | None = None,
+    force: Force = (),
+    backing_dirs: Dirs = (),
+) -> Plan:
     """Forget an internal snapshot. The file does not shrink; its space is used again."""
-    chain = with_snapshots(path, backing_dirs=backing_dirs)
+    chain = with_snapshots(path, format=format, backing_dirs=backing_dirs)
     refuse_to_write(chain, backing_dirs, force={*force, Reason.IS_BASE})
     refuse_several_names(path)
     snapshot = chain.snapshot(name)
@@ -162,6 +176,7 @@ def plan_revert(
     path: Path,
     name: str,
     *,
+    format: str | None = None,
     discard: bool = False,
     save_as: str | None = None,
     force: Force = (),
@@ -175,7 +190,7 @@ def plan_revert(
     """
     if discard and save_as is not None:
         raise UsageError("--discard and --save-as contradict each other")
-    chain = with_snapshots(path, backing_dirs=backing_dirs)
+    chain = with_snapshots(path, format=format, backing_dirs=backing_dirs)
     refuse_to_write(chain, backing_dirs, force=force)
     refuse_several_names(path)
     snapshot = chain.snapshot(name)

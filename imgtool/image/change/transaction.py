@@ -44,7 +44,7 @@ from imgtool.image.locking.host_file import exchanged_file
 from imgtool.image.locking.locks import held_for_writing, refuse_if_in_use
 from imgtool.image.policy import name_beside
 from imgtool.image.qemu.qemu_img import qemu_img
-from imgtool.text import printable
+from imgtool.text import printable, typed
 
 # Of an overlay that holds nothing yet.
 _EMPTY = 4 << 20
@@ -246,7 +246,7 @@ def transaction(
                     raise RefusedError(
                         f"a {record.operation} of it was interrupted",
                         subject=printable(image),
-                        hint=f"imgtool recover {printable(image)}",
+                        hint=f"imgtool recover {typed(image)}",
                     )
                 overlay = temporary_path(image)
                 if tmp_dir is not None:

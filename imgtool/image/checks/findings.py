@@ -59,7 +59,7 @@ def unreadable(
                 f"it names the format '{printable(format)}' for its base {name}; no such format is"
                 " supported",
                 f"find out what the file is: imgtool info {typed(path)}; then write that into the"
-                " overlay with 'imgtool overlay rebase --unsafe --base-format'",
+                f" overlay: {_rebase(above.path, path, 'FORMAT')}",
             )
         try:
             content = headers.read(path)
@@ -132,8 +132,8 @@ def loop(path: Path) -> Finding:
         "risk",
         "loop",
         "the chain leads back into itself: no image of it can be read",
-        "find out which image stood on what, then write that into the wrong link with"
-        " 'qemu-img rebase -u'",
+        "find out which image stood on what, then write that into the wrong link: qemu-img rebase"
+        " -u -F FORMAT -b BASE LINK",
     )
 
 
@@ -162,8 +162,8 @@ def pair_findings(above: ImageInfo, below: ImageInfo, format: str | None) -> Ite
             f"it does not say which format {name} has; QEMU guesses {below.format} from what is in"
             " it, which a guest with a raw disk can forge"
             + (", and the file is named .raw" if forged else ""),
-            "find out which it is, then write it down with 'imgtool overlay rebase --unsafe"
-            " --base-format'"
+            "find out which it is, then write it down:"
+            f" {_rebase(above.path, below.path, 'raw')}, or the same with {below.format}"
             if forged
             else f"write it down: {_rebase(above.path, below.path, below.format)}",
         )

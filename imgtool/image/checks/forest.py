@@ -14,7 +14,7 @@ from imgtool.image.headers import Header
 from imgtool.image.locking.attached import looped_inodes
 from imgtool.image.locking.locks import holders, locked_inodes
 from imgtool.image.policy import AllowedDirs
-from imgtool.text import printable
+from imgtool.text import printable, typed
 
 _RAW_SUFFIXES = (".raw", ".img")
 
@@ -85,8 +85,8 @@ def _folder(named: str | Path) -> Path:
         raise ImageError(
             "not a folder",
             subject=printable(folder),
-            hint="'imgtool chain show' shows what one image stands on; for what stands on it, give"
-            f" its folder: {printable(folder.parent)}",
+            hint=f"what it stands on: imgtool chain show {typed(folder)}; and what stands on it:"
+            f" imgtool chain tree {typed(folder.absolute().parent)}",
         )
     raise ImageError("no such folder", subject=printable(folder))
 

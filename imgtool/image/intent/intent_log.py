@@ -29,7 +29,7 @@ from imgtool.image.intent.marks import mark_of, parts_of
 from imgtool.image.intent.proof import proof_of, proves
 from imgtool.image.intent.witness import is_marked, witness
 from imgtool.image.locking.held import real_path, remove_file, way_to
-from imgtool.text import printable
+from imgtool.text import printable, typed
 
 _PREFIX, _SUFFIX = ".", ".imgtool-record"
 _PROOF = "proof"
@@ -163,7 +163,7 @@ class Record:
             f"the record of work on it makes no sense: no {fact}",
             subject=printable(self.image),
             hint=f"look at it: {printable(self.path)}; to end it and keep all that is there:"
-            f" imgtool recover {printable(self.image)} --keep",
+            f" imgtool recover {typed(self.image)} --keep",
         )
 
     @contextlib.contextmanager

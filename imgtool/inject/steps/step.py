@@ -148,7 +148,7 @@ def filled(text: str, variables: Mapping[str, str], what: object) -> str:
             raise UsageError(
                 f"the variable '{found[1]}' is not given",
                 subject=what,
-                hint="give it under 'vars' of the spec, or with --var NAME=VALUE",
+                hint=f"give it under 'vars' of the spec, or with --var {found[1]}=VALUE",
             ) from None
 
     return _VARIABLE.sub(value, text)

@@ -50,6 +50,7 @@ from imgtool.engines.libguestfs.appliance.starter import stands as _stands
 from imgtool.errors import EngineError, HostError, ImgtoolError, RefusedError, shorten
 from imgtool.host.process import PIPE, command_of, run, spawn
 from imgtool.host.scratch import scratch_folder
+from imgtool.text import typed
 
 log = logging.getLogger(__name__)
 
@@ -241,7 +242,8 @@ def _place_for_new(home: Path) -> Iterator[Path]:
         raise HostError(
             "an appliance is not saved where others could put another in its place",
             subject=above,
-            hint=f"chmod go-w {above}, or set XDG_CACHE_HOME to a folder that is yours alone",
+            hint=f"chmod go-w {typed(above)}, or set XDG_CACHE_HOME to a folder that is yours"
+            " alone",
         )
     lock = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
     try:
