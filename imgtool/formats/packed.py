@@ -37,9 +37,11 @@ KINDS = (
     Packed(b"PK\x03\x04", "a zip archive", "unzip {}, then look at the disk that was in it"),
     Packed(b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x {}, then look at the disk in it"),
     Packed(b"Rar!\x1a\x07", "a rar archive", "unrar x {}, then look at the disk in it"),
-    Packed(b"EVF\x09\x0d\x0a\xff\0", "an E01 image of EnCase", f"ewfexport -t NEW {{}}{_EXPORTED}"),
+    Packed(
+        b"EVF\x09\x0d\x0a\xff\0", "an E01 image of EnCase", f"ewfexport -u -t NEW {{}}{_EXPORTED}"
+    ),
     Packed(b"LVF\x09\x0d\x0a\xff\0", "an L01 file of EnCase", "it holds files and no disk"),
-    Packed(b"EVF2\r\n\x81\0", "an Ex01 image of EnCase", f"ewfexport -t NEW {{}}{_EXPORTED}"),
+    Packed(b"EVF2\r\n\x81\0", "an Ex01 image of EnCase", f"ewfexport -u -t NEW {{}}{_EXPORTED}"),
     Packed(
         b"AFF10\r\n\0", "an AFF image", "affconvert -r {} of afflib-tools makes a raw disk of it"
     ),
@@ -51,7 +53,7 @@ KINDS = (
     Packed(
         b"partclone-image",
         "an image of partclone",
-        f"partclone.restore -C -s {{}} -O NEW{_UNPACKED}",
+        f"partclone.restore -W -C -s {{}} -O NEW{_UNPACKED}",
     ),
     Packed(b"\0ntfsclone-image", "an image of ntfsclone", f"ntfsclone -r -O NEW {{}}{_UNPACKED}"),
     Packed(b"FsA0", "an archive of FSArchiver", "fsarchiver archinfo {} shows what is in it"),

@@ -14,8 +14,9 @@ KINDS = {
     "hands": "what is done by hand, or in another moment, and cannot harm an image",
     "host": "it changes this host, and no image",
     "tool": "a program that reads the file and writes a new one, and need not be at hand here",
-    "otherwise": "the same command with other options or arguments",
-    "checked": "its commands and options exist (tested); the suites of the commands try them",
+    "otherwise": "the same command with other options; it needs what CI has not, such as volume"
+    " groups of the host or a damaged worker, or the suites of the appliance take it",
+    "checked": "its commands and options exist (tested); what it is about cannot be made",
 }
 
 

@@ -133,7 +133,7 @@ def _refuse_to_protect(base: Path) -> None:
         raise RefusedError(
             "only a file can be made read-only for good",
             subject=printable(base),
-            hint="blockdev --setro makes a device read-only until the next start",
+            hint=f"a device is read-only until the next start by: blockdev --setro {typed(base)}",
         )
     if os.geteuid() not in (0, base.stat().st_uid):
         raise HostError("only its owner can make it read-only", subject=printable(base))

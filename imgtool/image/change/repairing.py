@@ -102,11 +102,15 @@ def _refuse_if_more(link: ImageInfo, what: What, found: CheckResult) -> None:
 def _refuse_if_full(error: ProgramFailed) -> None:
     """What could not be tried for want of room says nothing of the image."""
     if "No space left" in error.stderr:
-        raise HostError(
-            "there is no room to try the repair out before it is made",
-            subject=large_files() or tempfile.gettempdir(),
-            hint="make room there, or name another folder: TMPDIR=FOLDER",
-        ) from error
+        raise _no_room() from error
+
+
+def _no_room() -> HostError:
+    return HostError(
+        "there is no room to try the repair out before it is made",
+        subject=large_files() or tempfile.gettempdir(),
+        hint="make room there, or name another folder: TMPDIR=FOLDER",
+    )
 
 
 def _not_completed(link: ImageInfo, what: str) -> ImageError:
@@ -187,7 +191,10 @@ def _over(path: Path, driver: str, new: Path) -> Chain:
     grown = size + (_GROWS_BY + size // _GROWS_BY_PART if driver == "file" else 0)
     grown = -(-grown // 512) * 512
     words: list[str | Path] = ["create", "-f", "qcow2", new, str(grown)]
-    qemu_img(words, image=new)
+    try:
+        qemu_img(words, image=new)
+    except HostError as error:  # its room is that of the folder, not that of the image
+        raise _no_room() from error
     above = probe(new, format="qcow2")
     below = ImageInfo(path=path, format="raw", virtual_size=size, actual_size=size, driver=driver)
     return Chain((replace(above, backing=str(path), backing_format="raw"), below))

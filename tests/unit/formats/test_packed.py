@@ -37,7 +37,7 @@ def refused(imgtool_cli, *words: str | Path) -> str:
     return found[1]
 
 
-@pytest.mark.parametrize("program", ["gzip", "xz", "bzip2", "zstd", "lz4"])
+@pytest.mark.parametrize("program", ["gzip", "xz", "bzip2", "zstd", "lz4", "lzip", "lzop"])
 def test_a_compressed_disk_is_named_and_the_step_unpacks_it(
     disk, monkeypatch, imgtool_cli, program
 ):
@@ -53,6 +53,65 @@ def test_a_compressed_disk_is_named_and_the_step_unpacks_it(
     subprocess.run(step, shell=True, check=True)
     assert Path("NEW").read_bytes() == disk.read_bytes()
     assert "0x83" in (text := imgtool_cli("partitions", "NEW").text) or "Linux" in text
+
+
+# What makes one of a disk with ext4, and the file that the step then leaves.
+TOOLS = {
+    "7z": ("7z a -bd packed disk.raw && mv packed.7z packed && rm disk.raw", "disk.raw"),
+    "ewfexport": (
+        "ewfacquirestream -t e -f encase6 -c none < disk.raw && mv e.E01 packed.E01",
+        "NEW.raw",
+    ),
+    "affconvert": ("affconvert disk.raw && rm disk.raw && mv disk.aff packed", "packed.raw"),
+    "simg2img": ("img2simg disk.raw packed", "NEW"),
+    "partclone.restore": ("partclone.extfs -c -s disk.raw -o packed", "NEW"),
+}
+
+
+@pytest.mark.parametrize("program", TOOLS)
+def test_an_image_of_another_program_is_named_and_the_step_unpacks_it(
+    tmp_path, monkeypatch, imgtool_cli, program
+):
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/name").write_text("text")
+    words = ["mke2fs", "-q", "-t", "ext4", "-d", "tree", "disk.raw", "8M"]
+    subprocess.run(words, check=True, capture_output=True)
+    pack, unpacked = TOOLS[program]
+    subprocess.run(pack, shell=True, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    packed = next(tmp_path.glob("packed*"))
+    step = refused(imgtool_cli, "info", packed).partition(" of afflib-tools")[0]
+    subprocess.run(step, shell=True, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    assert Path(unpacked).stat().st_size == 8 * MIB
+    assert imgtool_cli("cat", tmp_path / unpacked, "/name", "--engine", "direct").text == "text"
+
+
+def test_a_windows_image_holds_files(tmp_path, monkeypatch, imgtool_cli):
+    if shutil.which("wimapply") is None:
+        pytest.skip("wimapply is not installed")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/name").write_text("text")
+    subprocess.run(["wimcapture", "tree", "files.wim"], check=True, capture_output=True)
+    step = refused(imgtool_cli, "info", "files.wim").partition(";")[0]
+    subprocess.run(step, shell=True, check=True, capture_output=True)
+    assert Path("FOLDER/name").read_text() == "text"
+
+
+def test_an_image_of_ntfsclone_is_named_and_the_step_restores_it(
+    tmp_path, monkeypatch, imgtool_cli
+):
+    monkeypatch.chdir(tmp_path)
+    with open("it's NTFS", "wb") as file:
+        file.truncate(8 * MIB)
+    subprocess.run(["mkntfs", "-Q", "-q", "-F", "it's NTFS"], check=True, capture_output=True)
+    words = ["ntfsclone", "-q", "-s", "-o", "saved it's", "it's NTFS"]
+    subprocess.run(words, check=True, capture_output=True)
+    step = refused(imgtool_cli, "info", "saved it's")
+    subprocess.run(step, shell=True, check=True, capture_output=True)
+    assert "ntfs" in imgtool_cli("filesystems", tmp_path / "NEW", "--engine", "direct").text
 
 
 def test_an_archive_is_named_and_the_step_unpacks_it(disk, monkeypatch, imgtool_cli):
