@@ -84,4 +84,4 @@ def step_for_format(format: str, path: Path) -> str:
     """What to do with an image whose format QEMU knows and imgtool does not."""
     if format in _OTHER_FORMATS:
         return f"qemu-img convert -f {format} -O qcow2 {typed(path)} NEW{_UNPACKED}"
-    return "imgtool reads no such image"
+    return "no image of this kind is read"

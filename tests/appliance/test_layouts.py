@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -52,11 +53,18 @@ def test_luks_with_lvm_inside_and_luks_inside_lvm(imgtool_cli, name):
     assert result.out == guests.LETTER
 
 
-def test_luks_without_a_key_says_which_one_to_give(imgtool_cli):
+def test_luks_without_a_key_says_which_one_to_give(imgtool_cli, tmp_path):
     result = imgtool_cli("ls", *options("luks"), "/")
     assert result.status == 5
-    assert "--key /dev/sda" in result.err
     assert guests.PASSPHRASE not in result.err
+    # As it says, with the file that it asks for.
+    step = re.search(r"give the key: --key (/dev/sda\S*:file:)FILE, or", result.err)
+    assert step is not None, result.err
+    (tmp_path / "key").write_text(guests.PASSPHRASE)
+    key = ("--key", f"{step[1]}{tmp_path / 'key'}")
+    opened = imgtool_cli("cat", *options("luks"), *key, "/home/alice/letter.txt")
+    assert opened.status == 0, opened.err
+    assert opened.out == guests.LETTER
 
 
 def test_windows_paths_in_any_case(imgtool_cli):

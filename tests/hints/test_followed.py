@@ -460,3 +460,28 @@ def test_a_file_that_is_there(imgtool_cli):
     assert hint(imgtool_cli(*words)) == "replace it: --overwrite"
     assert Path("name").read_text() == "mine"
     assert imgtool_cli(*words, "--overwrite").status == 0 and Path("name").read_text() == "text"
+
+
+def test_a_new_base_that_is_another(imgtool_cli):
+    base, other = image("base.qcow2", "write -P 1 0 64k"), image("other.qcow2", "write -P 2 0 64k")
+    top = overlay(Path("top.qcow2").absolute(), base)
+    refused = imgtool_cli("overlay", "rebase", "--unsafe", top, other)
+    assert refused.status == 4
+    assert hint(refused).startswith("rebase without --unsafe to keep the content")
+    assert imgtool_cli("overlay", "rebase", top, other).status == 0
+    assert sound(imgtool_cli, top) and pattern(top, 1)
+
+
+def test_a_name_of_a_base_that_leads_nowhere(imgtool_cli):
+    base = image("base.qcow2", "write -P 1 0 64k")
+    Path("circle").symlink_to("circle")
+    top = overlay(Path("top.qcow2").absolute(), base)
+    words = ("rebase", "-u", "-F", "qcow2", "-b", "circle")
+    subprocess.run(["qemu-img", *words, top], check=True)
+    text = finding(imgtool_cli, top, "bad-backing-name")
+    assert (
+        text
+        == "'imgtool overlay rebase --unsafe' writes another name, if the data is elsewhere now"
+    )
+    assert imgtool_cli("overlay", "rebase", "--unsafe", top, base).status == 0
+    assert sound(imgtool_cli, top) and pattern(top, 1)

@@ -103,6 +103,18 @@ def test_a_directory_that_somebody_is_in():
     unmounted()
 
 
+def test_a_mechanism_that_does_not_take_the_image():
+    subprocess.run(
+        ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "disk.raw", "disk.qcow2"], check=True
+    )
+    Path("place").mkdir()
+    words = ("mount", "disk.qcow2", "place", "-m", "/dev/sda")
+    text = brought_up("--via auto takes what works here", imgtool(*words, "--via", "loop"))
+    option, way = text.split()[:2]
+    assert imgtool(*words, option, way).status == 0 and Path("place/name").read_text() == "text"
+    unmounted()
+
+
 def test_a_snapshot_that_is_to_be_written_to():
     small.qemu_img("convert", "-O", "qcow2", "disk.raw", "disk.qcow2")
     small.qemu_img("snapshot", "-c", "it's one", "disk.qcow2")

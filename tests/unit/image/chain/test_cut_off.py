@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 from pathlib import Path
 
@@ -179,6 +180,19 @@ def test_who_would_take_zeros_for_it_is_refused(words: list[str], torn: Path, tm
     said = capfd.readouterr()
     assert "truncated: the file is" in said.out + said.err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_copy_that_is_lengthened_as_the_line_says_is_read(torn: Path, tmp_path: Path, capfd):
+    assert run("info", torn) == ExitStatus.IMAGE_UNREADABLE
+    said = capfd.readouterr()
+    step = re.search(r"lengthen a copy: truncate -s (\d+) COPY", said.out + said.err)
+    assert step is not None, said
+    copy = torn.with_name(f"copy{torn.suffix}")
+    copy.write_bytes(torn.read_bytes())
+    subprocess.run(["truncate", "-s", step[1], copy], check=True)
+    assert run("info", copy) == 0
+    assert run("cat", copy, "/small") == 0
+    assert SMALL.decode() in capfd.readouterr().out
 
 
 def test_where_the_tables_are_lost_nothing_is_read(disk: Path, tmp_path: Path, capfd):
