@@ -17,6 +17,19 @@ from imgtool.errors import NO_ROOM, ExitStatus, ImgtoolError
 from imgtool.host import interrupt
 
 
+def _meant(command: object, arguments: list[str]) -> str:
+    """The command, and those below it, that was meant: not every error of use says which."""
+    words = ["imgtool"]
+    for argument in arguments:
+        below = getattr(command, "commands", {}).get(argument)
+        if below is not None:
+            command = below
+            words.append(argument)
+        elif not argument.startswith("-"):
+            break
+    return " ".join(words)
+
+
 def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     completing = "_IMGTOOL_COMPLETE" in os.environ
@@ -31,9 +44,7 @@ def _run(arguments: list[str]) -> int:
         sys.stdout.flush()
     except typer.TyperException as error:
         render.message("error", error.format_message().rstrip("."))
-        context = getattr(error, "ctx", None)
-        where = context.command_path if context is not None else "imgtool"
-        render.hint(f"'{where} --help' lists the arguments and options")
+        render.hint(f"'{_meant(command, arguments)} --help' lists the arguments and options")
         return ExitStatus.USAGE
     except ImgtoolError as error:
         if debug:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from subprocess import CompletedProcess
 
 from imgtool.errors import ImageError
 from imgtool.formats.foreign_tables import foreign_table
 from imgtool.host.process import Limits, ProgramFailed, run
 from imgtool.image.chain.chain import Chain
+from imgtool.image.checks.split import is_a_part, parts_of
 from imgtool.image.locking.host_file import open_host_file
 from imgtool.image.qemu.disk_reader import open_contents
 
@@ -18,7 +20,8 @@ _BEGINNING = 1 << 20
 
 def require_known_content(chain: Chain, *, or_blank: bool = False) -> None:
     """Raise `ImageError` if the chain is one raw file without partition table or known content;
-    with `or_blank` not if it begins as a new disk does, with zeros.
+    with `or_blank` not if it begins as a new disk does, with zeros. Also if it is one of the
+    numbered files of a disk that was split, of which the second is nothing by itself.
 
     The signatures are those of libblkid, read by blkid(8) in low-level probing mode, and the
     partition tables of other systems.
@@ -26,13 +29,15 @@ def require_known_content(chain: Chain, *, or_blank: bool = False) -> None:
     link = chain.links[0]
     if link.format != "raw" or len(chain.links) > 1:
         return
+    parts = parts_of(link.path)
+    if parts and not _is_known(parts[1]):
+        raise is_a_part(link.path, parts)
     if or_blank:
         with open_host_file(link.path) as file:
             if not any(file.read(_BEGINNING)):
                 return
-    argv: list[str | Path] = ["blkid", "--probe", "--output", "export", link.path.absolute()]
     try:
-        found = run(argv, limits=Limits(memory=1 << 30, wall=10), ok=(0, _AMBIGUOUS))
+        found = _probe(link.path)
     except ProgramFailed as error:
         if error.returncode == _NOTHING_FOUND:
             with open_contents(chain) as (read, size):
@@ -46,3 +51,17 @@ def require_known_content(chain: Chain, *, or_blank: bool = False) -> None:
         raise ImageError(f"cannot be probed: {error.message}", subject=link.path) from error
     if found.returncode == 0 and not found.stdout.strip():
         raise ImageError("not a disk image: nothing known is in it", subject=link.path)
+
+
+def _probe(path: Path) -> CompletedProcess[bytes]:
+    argv: list[str | Path] = ["blkid", "--probe", "--output", "export", path.absolute()]
+    return run(argv, limits=Limits(memory=1 << 30, wall=10), ok=(0, _AMBIGUOUS))
+
+
+def _is_known(path: Path) -> bool:
+    """Whether it is a disk by itself, as far as libblkid knows."""
+    try:
+        _probe(path)
+    except ProgramFailed as error:
+        return error.returncode != _NOTHING_FOUND
+    return True

@@ -11,6 +11,7 @@ import sys
 import pytest
 import typer
 
+from imgtool.cli import _run
 from imgtool.cli.command_table import COMMANDS, GROUPS, app_with
 from imgtool.cli.help_text import HEADINGS, Root, paragraphs, summary
 from tests.support.documentation import invocations
@@ -95,3 +96,19 @@ def test_the_help_says_where_the_manual_page_is(name):
     page = name.split()[0]
     last = f"Manual page: imgtool-{page}(1), which 'imgtool help {page}' shows"
     assert text.endswith(f"\n{last}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("convert a b --force", "imgtool convert"),  # this error does not say of which command
+        ("snapshot revert a b --save-as", "imgtool snapshot revert"),
+        ("overlay", "imgtool overlay"),
+        ("ls -v --nope", "imgtool ls"),
+        ("--nope ls", "imgtool ls"),
+        ("frob --nope", "imgtool"),
+    ],
+)
+def test_an_error_of_use_names_the_help_of_its_command(words: str, named: str, capfd):
+    assert _run(words.split()) == 2
+    assert f"hint: '{named} --help' lists the arguments" in capfd.readouterr().err
