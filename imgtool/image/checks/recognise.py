@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from subprocess import CompletedProcess
 
 from imgtool.errors import ImageError
 from imgtool.formats.foreign_tables import foreign_table
@@ -37,31 +36,33 @@ def require_known_content(chain: Chain, *, or_blank: bool = False) -> None:
             if not any(file.read(_BEGINNING)):
                 return
     try:
-        found = _probe(link.path)
+        status, said = _probe(link.path)
     except ProgramFailed as error:
-        if error.returncode == _NOTHING_FOUND:
-            with open_contents(chain) as (read, size):
-                if foreign_table(read, size):  # libblkid knows fewer of them
-                    return
-            raise ImageError(
-                "not a disk image: no format, partition table or filesystem is known in it",
-                subject=link.path,
-                hint="a raw disk on which nothing known has been written is read with --format raw",
-            ) from error
         raise ImageError(f"cannot be probed: {error.message}", subject=link.path) from error
-    if found.returncode == 0 and not found.stdout.strip():
+    if status == _NOTHING_FOUND:
+        with open_contents(chain) as (read, size):
+            if foreign_table(read, size):  # libblkid knows fewer of them
+                return
+        raise ImageError(
+            "not a disk image: no format, partition table or filesystem is known in it",
+            subject=link.path,
+            hint="a raw disk on which nothing known has been written is read with --format raw",
+        )
+    if status == 0 and not said.strip():
         raise ImageError("not a disk image: nothing known is in it", subject=link.path)
 
 
-def _probe(path: Path) -> CompletedProcess[bytes]:
+def _probe(path: Path) -> tuple[int, bytes]:
+    """The status of blkid, and what it says of a file."""
     argv: list[str | Path] = ["blkid", "--probe", "--output", "export", path.absolute()]
-    return run(argv, limits=Limits(memory=1 << 30, wall=10), ok=(0, _AMBIGUOUS))
+    limits = Limits(memory=1 << 30, wall=10)
+    done = run(argv, limits=limits, ok=(0, _NOTHING_FOUND, _AMBIGUOUS))
+    return done.returncode, done.stdout
 
 
 def _is_known(path: Path) -> bool:
     """Whether it is a disk by itself, as far as libblkid knows."""
     try:
-        _probe(path)
-    except ProgramFailed as error:
-        return error.returncode != _NOTHING_FOUND
-    return True
+        return _probe(path)[0] != _NOTHING_FOUND
+    except ProgramFailed:
+        return True
