@@ -128,12 +128,14 @@ def look(
     """Every command on one image.
 
     `expected` has for a command what must be: `status`, `says` (a part of what is on standard
-    error), `rows` (fields of rows that must be there).
+    error), `rows` (fields of rows that must be there), `count` (how many rows). One with `words`
+    is a command that is run for this image alone.
     """
     looked = Looked(image)
+    own = {name: wanted["words"] for name, wanted in (expected or {}).items() if "words" in wanted}
     before = _state(image)
     with tempfile.TemporaryDirectory(prefix="corpus-") as folder:
-        for name, words in commands.items():
+        for name, words in {**commands, **own}.items():
             values = {"image": str(image), "engine": engine, "folder": folder}
             answer = run([word.format_map(values) for word in words])
             looked.answers[name] = answer
@@ -180,8 +182,10 @@ def _unexpected(answer: Answer, wanted: Mapping[str, Any]) -> Iterator[str]:
         yield f"status {answer.status}, not {wanted['status']}: {answer.err.strip()[:200]}"
     if "says" in wanted and wanted["says"] not in answer.err:
         yield f"it does not say {wanted['says']!r}: {answer.err.strip()[:200]}"
+    rows = answer.rows() if wanted.keys() & {"rows", "count"} else []
+    if "count" in wanted and len(rows) != wanted["count"]:
+        yield f"{len(rows)} rows, not {wanted['count']}"
     if "rows" in wanted:
-        rows = answer.rows()
         for fields in wanted["rows"]:
             if not any(all(row.get(key) == value for key, value in fields.items()) for row in rows):
                 yield f"no row with {fields}"
