@@ -16,7 +16,8 @@ _EXTENSION = struct.Struct(">IIQQ")
 _ENTRY = struct.Struct(">QIIBBHI")
 _IN_USE, _AUTO = 1 << 0, 1 << 1
 # QEMU's limits: block/qcow2-bitmap.c. It knows of no extra data.
-_MOST, _LARGEST_DIRECTORY = 65535, 64 << 20
+_MOST = 65535
+_LARGEST_DIRECTORY = 1024 * _MOST
 _LONGEST_NAME, _LARGEST_SHIFT = 1023, 31
 
 
@@ -33,6 +34,13 @@ class Bitmap:
     in_use: bool
 
 
+def count_bitmaps(header: Qcow2Header) -> int:
+    """How many bitmaps the header says that there are, whether they can be read or not."""
+    if header.bitmaps is None or len(header.bitmaps) < _EXTENSION.size:
+        return 0
+    return int(_EXTENSION.unpack_from(header.bitmaps)[0])
+
+
 def read_bitmaps(file: BinaryIO, header: Qcow2Header) -> tuple[Bitmap, ...] | None:
     """The bitmaps in the directory's order; None where that is not as it should be."""
     if header.bitmaps is None:
@@ -40,7 +48,7 @@ def read_bitmaps(file: BinaryIO, header: Qcow2Header) -> tuple[Bitmap, ...] | No
     if len(header.bitmaps) < _EXTENSION.size:
         return None
     count, _, size, offset = _EXTENSION.unpack_from(header.bitmaps)
-    if count > _MOST or size > _LARGEST_DIRECTORY or offset >= 1 << 62:
+    if not 0 < count <= _MOST or size > _LARGEST_DIRECTORY or offset >= 1 << 62:
         return None
     found = []
     at = 0
@@ -65,4 +73,4 @@ def read_bitmaps(file: BinaryIO, header: Qcow2Header) -> tuple[Bitmap, ...] | No
             )
         )
         at = (end + 7) // 8 * 8
-    return tuple(found)
+    return tuple(found) if at == size else None

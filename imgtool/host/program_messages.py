@@ -32,6 +32,15 @@ class _Known:
 
 _ANOTHER_COPY = "look for another copy of it"
 
+# But for a field whose length is wrong: that it is not valid any more does not help then.
+_BITMAPS = _Known(
+    r"bitmaps_ext(?!: Invalid extension length)|bitmaps extension with zero|bitmaps found than"
+    r"|[Bb]itmap directory|Bitmap .*(constraints|not supported)",
+    "its table of dirty bitmaps is damaged, and QEMU opens no such image",
+    "mend a copy of it, which has no bitmaps then: cp {0} COPY, then"
+    " dd if=/dev/zero of=COPY bs=1 seek=95 count=1 conv=notrunc",
+)
+
 # QEMU's block/*.c: what damaged and odd images of every format made version 7.2 say.
 _QEMU = (
     _Known(
@@ -40,12 +49,7 @@ _QEMU = (
         "leave it as it is, and replay the log in a copy: cp {0} COPY, then qemu-img check -r all"
         " COPY",
     ),
-    _Known(
-        r"[Bb]itmap directory|Bitmap .*(constraints|not supported)",
-        "its table of dirty bitmaps is damaged, and QEMU opens no such image",
-        "mend a copy of it, which has no bitmaps then: cp {0} COPY, then"
-        " dd if=/dev/zero of=COPY bs=1 seek=95 count=1 conv=notrunc",
-    ),
+    _BITMAPS,
     _Known(
         r"snapshot table",
         "its table of internal snapshots is damaged, and QEMU opens no such image",
@@ -165,6 +169,11 @@ def by_qemu(text: str, name: str = "IMAGE") -> Said:
     _log("QEMU", text)
     unknown = Said("QEMU cannot do it, and says nothing that imgtool knows", "-v shows its words")
     return _explain(text, _QEMU, name) or unknown
+
+
+def step_for_bitmaps(name: str) -> str:
+    """What to do with an image whose dirty bitmaps QEMU does not take, or for too long."""
+    return str(_BITMAPS.step).format(name)
 
 
 def by_mount(text: str) -> Said:

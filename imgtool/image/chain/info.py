@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from imgtool.errors import ImageError, RefusedError
 from imgtool.formats import lineage, qcow2, vhd, vmdk
 from imgtool.formats.packed import packed_as, step_for_format, words_for
+from imgtool.formats.qcow2_bitmaps import count_bitmaps
 from imgtool.formats.qcow2_snapshots import read_snapshots
 from imgtool.host import program_messages
 from imgtool.host.process import Limits, ProgramFailed, TimedOut, run
@@ -44,6 +45,7 @@ _OF_OTHERS = ("vpc", "vhdx", "vdi", "vmdk")
 PROBE_LIMITS = Limits(memory=1 << 30, cpu=8, wall=8)
 
 _MAX_SNAPSHOTS = 8192
+_MAX_BITMAPS = 8192
 _TABLES = 1 << 30  # more than the tables of any image
 
 # What QEMU itself looks at to tell formats apart.
@@ -172,6 +174,16 @@ def _check_snapshot_table(file: BinaryIO, path: Path, header: qcow2.Qcow2Header)
     if header.snapshots_end > file.seek(0, os.SEEK_END):
         raise ImageError(
             "damaged: its table of snapshots reaches past its end", subject=printable(path)
+        )
+
+
+def _check_bitmaps(path: Path, header: qcow2.Qcow2Header) -> None:
+    """QEMU compares each with all others: for as many as it takes it needs more than a minute."""
+    if (count := count_bitmaps(header)) > _MAX_BITMAPS:
+        raise ImageError(
+            f"damaged: {count} dirty bitmaps, more than {_MAX_BITMAPS}",
+            subject=printable(path),
+            hint=program_messages.step_for_bitmaps(typed(path)),
         )
 
 
@@ -367,6 +379,7 @@ def _probe_open_file(
         header = qcow2.read_header(file)
     if header is not None:
         _check_snapshot_table(file, path, header)
+        _check_bitmaps(path, header)
         if by_header and (told := _told_by_header(file, path, header, driver, format is None)):
             return told
     if header is not None and header.data_file is not None:

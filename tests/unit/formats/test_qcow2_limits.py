@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import re
+import shutil
 import struct
 import subprocess
 import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from imgtool.errors import ImageError
 from imgtool.formats import qcow2
+from imgtool.formats.qcow2_bitmaps import count_bitmaps, read_bitmaps
 from imgtool.formats.qcow2_refcounts import used_ranges
 from imgtool.formats.qcow2_snapshots import SnapshotRow, read_snapshots, same_as_active
 from imgtool.image import headers
@@ -121,6 +127,85 @@ def test_a_table_of_refcounts_larger_than_QEMU_takes_is_not_sound(
         assert header is not None
         assert not header.sound
         assert memory(lambda: qcow2.size_needed(file, header)) < 20 * MIB
+
+
+EXTENSION = struct.Struct(">IIQQ")
+
+
+def long_bitmaps(path: Path, made: int, length: int = 1000, **says: int) -> None:
+    """A directory of bitmaps whose names are so long; `says` is what its extension has instead."""
+    subprocess.run(["qemu-img", "bitmap", "--add", path, "one"], check=True)
+    data = path.read_bytes()
+    at = data.index(struct.pack(">II", 0x23852875, EXTENSION.size)) + 8
+    first = data[EXTENSION.unpack_from(data, at)[3] :][:24]
+    table = bytearray()
+    for number in range(made):
+        name = b"%05d" % number + b"n" * (length - 5)
+        table += first[:18] + struct.pack(">HI", length, 0) + name + bytes(-length % 8)
+    end = -(-len(data) // 65536) * 65536
+    patch(path, end, bytes(table))
+    os.truncate(path, end - -len(table) // 65536 * 65536)
+    fields = {"count": made, "reserved": 0, "size": len(table), "offset": end, **says}
+    patch(path, at, EXTENSION.pack(*fields.values()))
+
+
+BITMAPS = {
+    "more than there can be": (3, {"count": 0xFFFF_FFFF}),
+    "one more than QEMU takes": (3, {"count": 65536}),
+    "as many as QEMU takes": (65535, {}),
+    "one byte more than QEMU takes": (3, {"size": 65535 * 1024 + 1}),
+    "as large as it can be": (3, {"size": (1 << 64) - 8}),
+    "none": (3, {"count": 0}),
+    "fewer than there are": (3, {"count": 2}),
+    "more than there are": (3, {"count": 4}),
+    "past the end": (3, {"offset": 1 << 40}),
+}
+
+
+@pytest.mark.parametrize(("made", "says"), BITMAPS.values(), ids=BITMAPS.keys())
+def test_a_directory_of_bitmaps_beyond_the_limits_is_refused_in_words_that_help(
+    image: Path, imgtool_cli: Any, made: int, says: dict[str, int]
+) -> None:
+    long_bitmaps(image, made, **says)
+    before = image.stat()
+    for words in (("info", image), ("ls", image, "/"), ("snapshot", "create", image, "new")):
+        assert memory(functools.partial(imgtool_cli, *words)) < 20 * MIB
+        done = imgtool_cli(*words)
+        assert done.status == 3, done.err
+        assert "dirty bitmaps" in done.err
+    assert image.stat().st_mtime_ns == before.st_mtime_ns
+    steps = re.findall(r"(cp \S+ COPY), then (dd .*)", done.err)[0]
+    for step in steps:
+        subprocess.run(step, shell=True, check=True, capture_output=True, cwd=image.parent)
+    assert probe(image.with_name("COPY")).virtual_size == 1 << 30
+
+
+def test_as_many_bitmaps_as_QEMU_takes_are_no_more_than_their_names(image: Path) -> None:
+    long_bitmaps(image, 65535)
+    with image.open("rb") as file:
+        header = qcow2.read_header(file)
+        assert header is not None and count_bitmaps(header) == 65535
+        found: list[object] = []
+        most = memory(lambda: found.extend(read_bitmaps(file, header) or ()))
+    assert len(found) == 65535 and most < 100 * MIB
+
+
+@pytest.mark.parametrize("says", [fields for made, fields in BITMAPS.values() if fields])
+def test_what_QEMU_does_not_take_for_a_directory_of_bitmaps_is_not_read(
+    image: Path, says: dict[str, int]
+) -> None:
+    sound = Path(shutil.copy(image, image.with_name("sound.qcow2")))
+    long_bitmaps(sound, 3)
+    with sound.open("rb") as file:
+        header = qcow2.read_header(file)
+        assert header is not None
+        assert [len(bitmap.name) for bitmap in read_bitmaps(file, header) or ()] == [1000] * 3
+    long_bitmaps(image, 3, **says)
+    with image.open("rb") as file:
+        header = qcow2.read_header(file)
+        assert header is not None
+        assert memory(lambda: read_bitmaps(file, header)) < MIB
+        assert read_bitmaps(file, header) is None
 
 
 def test_two_large_tables_are_compared_a_part_at_a_time(tmp_path: Path) -> None:
