@@ -32,6 +32,7 @@ from imgtool.errors import (
 from imgtool.guest.model import Entry
 from imgtool.host.scratch import large_files
 from imgtool.image.chain.chain import Chain, open_chain
+from imgtool.image.chain.guest_files import GuestFiles
 from imgtool.transfer import copy_out as outward
 from imgtool.transfer.copy_out import (
     Report,
@@ -964,6 +965,72 @@ def test_copy_out_refuses_to_replace_what_it_reads(
     assert done.status == 4, done.err
     assert "the guest is read from" in done.err and "hint: choose another destination" in done.err
     assert content(folder) == before
+
+
+APART = {
+    "data file": ("qcow2", "data_file=part.raw,data_file_raw=on"),
+    "flat": ("vmdk", "subformat=monolithicFlat"),
+    "sparse parts": ("vmdk", "subformat=twoGbMaxExtentSparse"),
+    "flat parts": ("vmdk", "subformat=twoGbMaxExtentFlat"),
+}
+
+
+@pytest.fixture(params=APART.values(), ids=APART.keys())
+def apart(request: pytest.FixtureRequest, tmp_path: Path) -> FakeGuest:
+    """A guest whose disk is in other files than the one that names it."""
+    format, options = request.param
+    words = ["create", "-q", "-f", format, "-o", options, "disk", "3G"]
+    subprocess.run(["qemu-img", *words], cwd=tmp_path, check=True, capture_output=True)
+    chain = open_chain(tmp_path / "disk")
+    assert len(chain.files) == (3 if "twoGb" in options else 2)
+    return FakeGuest(chains=(chain,)).directory(b"/" + os.fsencode(tmp_path.name))
+
+
+def identity(folder: Path) -> dict[str, tuple[int, int, int]]:
+    found = {path.name: path.stat() for path in folder.iterdir()}
+    return {
+        name: (status.st_ino, status.st_size, status.st_mtime_ns) for name, status in found.items()
+    }
+
+
+def test_no_file_is_replaced_that_holds_a_part_of_a_disk(
+    tmp_path: Path, apart: FakeGuest, lines: Lines
+) -> None:
+    before = identity(tmp_path)
+    for path in apart.chains[0].files:
+        apart.add(b"/file", b"from the guest")
+        with pytest.raises(RefusedError, match="the guest is read from"):
+            copy_out(apart, "/file", path, lines.report, overwrite=True)  # type: ignore[arg-type]
+        with pytest.raises(RefusedError, match="the guest is read from"):
+            refuse_guest_files(apart, ["/file"], path)  # type: ignore[arg-type]
+        inside = b"/" + os.fsencode(tmp_path.name)
+        apart.add(inside + b"/" + os.fsencode(path.name), b"from the guest")
+        with pytest.raises(RefusedError, match="the guest is read from"):
+            copy_out(
+                apart,  # type: ignore[arg-type]
+                os.fsdecode(inside),
+                tmp_path.parent,
+                lines.report,
+                overwrite=True,
+            )
+        del apart.files[inside + b"/" + os.fsencode(path.name)]
+        with path.open("ab") as out, pytest.raises(RefusedError, match="standard output"):
+            GuestFiles(apart.chains).refuse_output(out)
+    assert identity(tmp_path) == before and apart.opened == []
+
+
+def test_the_data_file_of_an_image_is_not_written_over(on_base: Path, imgtool_cli: Any) -> None:
+    image, data = on_base.with_name("split.qcow2"), on_base.with_name("split.raw")
+    words = ["convert", "-O", "qcow2", "-o", f"data_file={data},data_file_raw=on"]
+    subprocess.run(["qemu-img", *words, on_base, image], check=True)
+    before = content(on_base.parent)
+    done = imgtool_cli("copy-out", image, "/file", data, "--overwrite", "--engine", "direct")
+    assert done.status == 4 and "the guest is read from" in done.err, done.err
+    argv = [sys.executable, "-m", "imgtool", "cat", image, "/file", "--engine", "direct"]
+    with data.open("ab") as out:
+        shown = subprocess.run(argv, stdout=out, stderr=subprocess.PIPE, text=True)
+    assert shown.returncode == 4 and "standard output" in shown.stderr, shown.stderr
+    assert content(on_base.parent) == before
 
 
 @pytest.mark.parametrize("words", [["cat", "/file"], ["copy-out", "/", "-"]])
