@@ -77,3 +77,31 @@ def test_what_would_lie_hidden_below_a_mount_point_is_not_written(half: Path, tm
     assert imgtool("copy-in", half, file, "/srv").status == 0
     assert imgtool("copy-in", half, file, "/home", "--force", "hidden-mount").status == 0
     assert imgtool("cat", half, "/home/file", "-m", "/dev/sda").out == b"text"
+
+
+MISSING = "0000-dead"
+HOME = "11111111-2222-3333-4444-555555555555"
+
+
+def test_what_an_edit_of_fstab_makes_visible_was_not_added_in_its_dry_run(half, tmp_path):
+    tree, home = tmp_path / "home", tmp_path / "home.raw"
+    (tree / "alice").mkdir(parents=True)
+    (tree / "alice/letter").write_text("dear\n")
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-U", HOME, "-d", tree, home, "16M"], check=True)
+    before = content(half), content(home)
+    words = ("edit", half, "-A", home, "/etc/fstab", "-e", f"s/{MISSING}/{HOME}/")
+    done = imgtool(*words, "--dry-run")
+    assert done.status == 1, done.err
+    assert done.err.count("/home is not shown") == 1
+    (shown,) = done.text.splitlines()
+    assert shown.startswith("changed") and "/etc/fstab" in shown
+    assert re.findall("not compared: .*", done.err) == [
+        f"not compared: UUID={MISSING} is on none of the disks given (/home)"
+    ]
+    assert (content(half), content(home)) == before
+    done = imgtool(*words)
+    assert done.status == 0, done.err
+    assert (
+        done.err.count("/home is not shown") == 1
+    )  # by the one that reads and the one that writes
+    assert imgtool("cat", half, "-A", home, "/home/alice/letter").out == b"dear\n"
