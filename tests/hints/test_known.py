@@ -22,6 +22,8 @@ _COMMAND = re.compile(r"(?:^|[:;('] ?|\bthen |\bor )imgtool ((?:[a-z-]+ ?)+)((?:
 _HARMFUL = re.compile(
     r"\brestore (it|the)\b|save what is left|--force(?! (?:\{\}|[a-z]))|\be2fsck -f\b"
     r"|(?<!COPY, then )qemu-img check -r|(?<!in the guest, ')sgdisk"
+    # What the direct engine does not read is not always read by the appliance.
+    r"|appliance reads (it|this|that)\b|leave --engine out, and"
 )
 
 
@@ -50,6 +52,20 @@ def test_the_rows_of_a_table_are_its_hints(module: ModuleType) -> None:
 @pytest.mark.parametrize("template", hints())
 def test_what_did_harm_is_in_no_hint(template):
     assert not _HARMFUL.search(template)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "leave --engine out, and the appliance reads it",
+        "restore it from a backup",
+        "use --force",
+        "e2fsck -f {}",
+        "qemu-img check -r all {}",
+    ],
+)
+def test_hints_of_old_are_known_as_such(template):
+    assert _HARMFUL.search(template)
 
 
 def commands() -> dict[str, set[str]]:

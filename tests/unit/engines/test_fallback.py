@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import subprocess
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -171,3 +173,33 @@ def test_no_appliance_is_started_after_ctrl_c(made, monkeypatch):
     with pytest.raises(Interrupted):
         chosen.guest.lstat("/x")
     assert chosen.launches == []
+
+
+@pytest.mark.parametrize(
+    ("subformat", "size", "where"),
+    [
+        ("monolithicFlat", "1M", "in a file of their own"),
+        ("twoGbMaxExtentSparse", "1M", "in a file of their own"),
+        ("twoGbMaxExtentSparse", "5G", "in 3 files of their own"),
+    ],
+)
+def test_a_vmdk_in_other_files_is_refused_in_words_that_count_them(
+    tmp_path, imgtool_cli, subformat, size, where
+):
+    image = tmp_path / "disk.vmdk"
+    words = ["qemu-img", "create", "-q", "-f", "vmdk", "-o", f"subformat={subformat}", image, size]
+    subprocess.run(words, check=True)
+    done = imgtool_cli("filesystems", image, "--engine", "direct")
+    assert done.status == 3
+    assert f"a VMDK whose data are {where} (" in done.err
+
+
+@pytest.mark.parametrize("subformat", ["monolithicSparse", "streamOptimized"])
+def test_a_vmdk_in_one_file_is_read(tmp_path, imgtool_cli, subformat):
+    raw, image = tmp_path / "disk.raw", tmp_path / "disk.vmdk"
+    subprocess.run(["mke2fs", "-q", "-t", "ext2", raw, "4M"], check=True)
+    words = ["convert", "-f", "raw", "-O", "vmdk", "-o", f"subformat={subformat}", raw, image]
+    subprocess.run(["qemu-img", *words], check=True)
+    done = imgtool_cli("filesystems", image, "--engine", "direct", "-o", "json")
+    assert (done.status, done.err) == (0, "")
+    assert [row["type"] for row in json.loads(done.text)] == ["ext2"]

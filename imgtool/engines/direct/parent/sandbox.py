@@ -130,8 +130,9 @@ class Images:
         self.user = identity.spare_user()
         try:
             for chain in chains:
-                if any(link.extents for link in chain.links):
-                    raise Unsupported("a VMDK whose data are in a file of their own")
+                if parts := max(len(link.extents) for link in chain.links):
+                    where = "a file" if parts == 1 else f"{parts} files"
+                    raise Unsupported(f"a VMDK whose data are in {where} of their own")
                 if any(link.encrypted for link in chain.links):
                     raise Unsupported("an image encrypted by QEMU")
                 for path in (*chain.files, *([chain.header] if chain.header else [])):
