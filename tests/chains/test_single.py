@@ -71,6 +71,16 @@ def test_a_small_size_without_a_unit_is_refused_with_what_was_meant(text):
     assert meant == f"{text}M"
 
 
+def test_nothing_is_made_of_a_small_size_and_the_hint_makes_it(tmp_path, imgtool_cli):
+    new = tmp_path / "new.qcow2"
+    refused = imgtool_cli("create", new, "50")
+    assert refused.status == 2 and "without a unit" in refused.err
+    assert list(tmp_path.iterdir()) == []
+    meant = refused.err.partition("hint: ")[2].partition(" ")[0]
+    assert imgtool_cli("create", new, meant).status == 0
+    assert json.loads(qemu_img("info", "--output=json", new))["virtual-size"] == 50 * MIB
+
+
 @pytest.mark.parametrize(
     "text",
     ["0", "-5G", "1e3", "", "G", "1.G", "1 G", "9E9", "9" * 5000, "4E1", "١G", "nan", "1G\n2"],
