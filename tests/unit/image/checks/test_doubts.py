@@ -151,6 +151,43 @@ def test_it_is_read_with_one_line_about_the_base(top, monkeypatch, imgtool_cli, 
     assert done.err.count("was changed after it") == 1
 
 
+@pytest.fixture
+def guest(tmp_path: Path) -> Path:
+    """An overlay on a guest, written to after it was made."""
+    tree, base = tmp_path / "tree", tmp_path / "base.raw"
+    for folder in ("bin", "etc"):
+        (tree / folder).mkdir(parents=True)
+    (tree / "etc/os-release").write_text("ID=debian\nVERSION_ID=12\n")
+    (tree / "etc/fstab").touch()
+    subprocess.run(["mke2fs", "-q", "-t", "ext2", "-d", tree, base, "4M"], check=True)
+    image = tmp_path / "top.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-F", "raw", "-b", base.name, image)
+    later = image.stat().st_mtime_ns + SECOND
+    os.utime(base, ns=(later, later))
+    return image
+
+
+INSIDE = [
+    ("ls", "{}", "/etc"),
+    ("cat", "{}", "/etc/os-release"),
+    ("df", "{}"),
+    ("filesystems", "{}", "--all"),
+    ("inspect", "{}"),
+    ("copy-out", "{}", "/etc", "-"),
+    ("diff", "{}", "{}", "--path", "/etc"),
+]
+
+
+@pytest.mark.parametrize("words", INSIDE, ids=lambda words: words[0])
+def test_a_guest_is_read_with_one_line_about_the_base(guest, imgtool_cli, words):
+    before = guest.read_bytes(), guest.stat().st_mtime_ns
+    done = imgtool_cli(*(word.format(guest) for word in words), "--engine", "direct")
+    assert done.status == 0, done.err
+    (line,) = done.err.splitlines()
+    assert line.startswith("imgtool: warning: ") and "was changed after it" in line
+    assert (guest.read_bytes(), guest.stat().st_mtime_ns) == before
+
+
 @pytest.mark.parametrize("words", READS[:2], ids=lambda words: words[0])
 def test_a_damaged_image_is_read_with_one_line_about_it(damaged, imgtool_cli, words):
     done = imgtool_cli(*(word.format(damaged) for word in words))
