@@ -7,6 +7,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -185,6 +186,24 @@ def test_a_guest_is_read_with_one_line_about_the_base(guest, imgtool_cli, words)
     assert done.status == 0, done.err
     (line,) = done.err.splitlines()
     assert line.startswith("imgtool: warning: ") and "was changed after it" in line
+    assert (guest.read_bytes(), guest.stat().st_mtime_ns) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("edit", "{}", "/etc/os-release", "-e", "s/12/13/"),
+        ("inject", "{}", "--hostname", "new"),
+        ("copy-in", "{}", "{}", "/etc"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_guest_is_not_written_to_after_its_base_was_changed(guest, words):
+    before = guest.read_bytes(), guest.stat().st_mtime_ns
+    argv = [sys.executable, "-m", "imgtool", *(word.format(guest) for word in words)]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 4, done.stderr
+    assert re.findall(r"--force ([a-z-]+)", done.stderr) == ["base-newer"]
     assert (guest.read_bytes(), guest.stat().st_mtime_ns) == before
 
 
