@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import binascii
 import json
 import random
 import struct
@@ -16,26 +15,16 @@ from imgtool.engines.direct.worker.far_places import far_places
 from imgtool.engines.direct.worker.signatures import identify
 from imgtool.formats.foreign_tables import foreign_table
 from imgtool.formats.partition_table import examine
+from tests.support.marked_volumes import (
+    STRICT,
+    Volume,
+    bitlocker,
+    erofs_beside_minix,
+    udf,
+    udf_tag,
+)
 
 MIB = 1 << 20
-
-
-class Volume:
-    """Bytes that are zero but where something was written."""
-
-    def __init__(self, size: int) -> None:
-        self.data = bytearray(size)
-
-    @property
-    def size(self) -> int:
-        return len(self.data)
-
-    def read(self, offset: int, length: int) -> bytes:
-        return bytes(self.data[offset : offset + length])
-
-    def write(self, offset: int, data: bytes) -> Volume:
-        self.data[offset : offset + len(data)] = data
-        return self
 
 
 def run(capfd: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -45,41 +34,6 @@ def run(capfd: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, st
         status = int(ended.code or 0)
     out, err = capfd.readouterr()
     return status, out, err
-
-
-def udf_tag(ident: int, location: int, body: bytes, length: int = 512) -> bytes:
-    """A descriptor of ECMA-167: tag and body, with the tag's sum and the body's CRC."""
-    body = body.ljust(length - 16, b"\0")
-    head = struct.pack(
-        "<HHBBHHHI", ident, 3, 0, 0, 1, binascii.crc_hqx(body, 0), len(body), location
-    )
-    return head[:4] + bytes([(sum(head) - head[4]) & 0xFF]) + head[5:] + body
-
-
-def udf(block: int, size: int) -> Volume:
-    """A UDF of these blocks, as far as libblkid looks: its descriptors lie behind the anchor."""
-    volume = Volume(size)
-    for number, mark in enumerate((b"BEA01", b"NSR03", b"TEA01")):
-        volume.write(32768 + number * max(block, 2048), b"\0" + mark + b"\1")
-    first = 300
-    extent = struct.pack("<II", 16 * block, first)
-    volume.write(256 * block, udf_tag(2, 256, extent + extent))
-    name = bytes([8]) + b"Label"
-    identifier = name.ljust(127, b"\0") + bytes([len(name)])
-    charset = b"\0OSTA Compressed Unicode".ljust(64, b"\0")
-    logical = struct.pack("<I", 1) + charset + identifier + struct.pack("<I", block)
-    volume.write(first * block, udf_tag(6, first, logical))
-    volume.write((first + 1) * block, udf_tag(8, first + 1, b""))
-    return volume
-
-
-def blkid_version() -> tuple[int, ...]:
-    said = subprocess.run(["blkid", "-V"], capture_output=True, text=True, check=True).stdout
-    return tuple(int(number) for number in said.split()[3].split(".")[:2])
-
-
-# It looks closer: what is made here by hand is no UDF for it, nor an erofs.
-STRICT = blkid_version() >= (2, 41)
 
 
 @pytest.mark.parametrize("block", [512, 2048, 4096])
@@ -115,22 +69,12 @@ def test_firmware_raid_is_known_by_a_header_far_from_the_end():
 
 
 def test_bitlocker_is_known_by_its_metadata():
-    boot = b"\xeb\x58\x90-FVE-FS-" + struct.pack("<HB", 512, 8)
-    boot = boot.ljust(160, b"\0") + bytes.fromhex("3bd66749292ed84a8399f6a339e3d001")
-    boot = boot.ljust(176, b"\0") + struct.pack("<QQQ", 20 * MIB, 24 * MIB, 28 * MIB)
-    volume = Volume(32 * MIB).write(0, boot.ljust(510, b"\0") + b"\x55\xaa")
-    for at in (20, 24, 28):
-        volume.write(at * MIB, b"-FVE-FS-" + struct.pack("<HH", 64, 2))
-    assert identify(volume).type == "BitLocker"
+    assert identify(bitlocker()).type == "BitLocker"
 
 
 @pytest.mark.skipif(STRICT, reason="this libblkid does not take the two for filesystems")
 def test_a_mark_of_two_bytes_does_not_hide_another(tmp_path):
-    volume = Volume(2 * MIB)
-    # erofs, with what minix would have in the same places: both are found, and exclude each other
-    fields = struct.pack("<HHHHHHIHH", 0xE1E2, 0xE0F5, 8, 8, 100, 0, 0x7FFFFFFF, 0x137F, 1)
-    volume.data += bytes(64 * MIB - len(volume.data))
-    volume.write(1024, fields).write(1024, b"\xe2\xe1\xf5\xe0").write(1024 + 12, bytes([12]))
+    volume = erofs_beside_minix()
     raw = tmp_path / "raw"
     raw.write_bytes(volume.data)
     told = subprocess.run(["blkid", "-p", raw], capture_output=True, check=False)
