@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import socket
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -254,7 +256,7 @@ def build(folder: Path) -> Iterator[tuple[str, Path]]:
     """Every image that must read as the kernel reads it, one at a time; the caller deletes it."""
     for name, (fill, options, mount) in RECIPES.items():
         yield name, make(folder / f"{name}.img", fill, *options, mount=mount)
-    for make_one in (worn_log, worn_log_stripe, new_uuid):
+    for make_one in (worn_log, worn_log_stripe, full_log, new_uuid):
         yield make_one.__name__, make_one(folder / f"{make_one.__name__}.img")
 
 
@@ -280,6 +282,42 @@ def worn_log(path: Path, *options: str) -> Path:
 def worn_log_stripe(path: Path) -> Path:
     """The same, with records rounded up to a stripe."""
     return worn_log(path, "size=24m", "su=256k")
+
+
+def full_log(path: Path) -> Path:
+    """A log whose last record ends where the log does, so that it holds one cycle throughout.
+
+    Records are rounded up to a stripe, so one mount in a hundred or so leaves it so.
+    """
+    chance = random.Random(7)
+    make(path, everything, "-l", "size=20m,su=256k")
+    for turn in range(1000):
+        with mounted(path) as folder:
+            for step in range(chance.randint(1, 3)):
+                (folder / f"{turn}-{step}").write_bytes(b"x")
+                os.sync()
+        first, last = log_cycles(path)
+        if first == last:
+            return path
+    raise OSError(f"{path}: no unmount ended where the log does")
+
+
+def log_cycles(path: Path) -> tuple[int, int]:
+    """The cycles of the first and the last block of the log."""
+    names = ("blocksize", "agblocks", "agblklog", "logstart", "logblocks")
+    command = ["xfs_db", "-r", "-c", "sb 0", "-c", f"print {' '.join(names)}", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = (line.split(" = ") for line in done.stdout.splitlines())
+    said = {name: int(value) for name, value in lines}
+    group, block = divmod(said["logstart"], 1 << said["agblklog"])
+    start = (group * said["agblocks"] + block) * said["blocksize"]
+    found = []
+    with path.open("rb") as file:
+        for at in (start, start + said["logblocks"] * said["blocksize"] - 512):
+            file.seek(at)
+            magic, cycle = struct.unpack(">II", file.read(8))
+            found.append(cycle if magic == 0xFEEDBABE else magic)
+    return found[0], found[1]
 
 
 def new_uuid(path: Path) -> Path:
@@ -394,6 +432,7 @@ def build_refused(folder: Path) -> Iterator[tuple[str, Path]]:
     """Every image that must be refused."""
     yield "dirty-log", dirty(folder / "dirty-log.img")
     yield "dirty-log-stripe", dirty(folder / "dirty-log-stripe.img", "-l", "su=64k")
+    yield "dirty-full-log", dirty_full_log(folder / "dirty-full-log.img")
     ci = folder / "case-insensitive.img"
     yield "case-insensitive", make(ci, None, "-n", "version=ci")
     realtime = folder / "realtime.img"
@@ -418,5 +457,21 @@ def dirty(path: Path, *options: str) -> Path:
         os.close(descriptor)
         os.sync()
         shutil.copyfile(live, path)
+    live.unlink()
+    return path
+
+
+def dirty_full_log(path: Path) -> Path:
+    """The image in the middle of work, when its last record has just reached the log's end."""
+    live = path.with_name("live-" + path.name)
+    make(live, None, "-l", "size=20m,su=256k")
+    with mounted(live) as folder:
+        for turn in range(1000):
+            (folder / f"{turn}").write_bytes(b"x")
+            os.sync()
+            first, last = log_cycles(live)
+            if first == last:
+                shutil.copyfile(live, path)
+                break
     live.unlink()
     return path

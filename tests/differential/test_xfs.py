@@ -242,4 +242,4 @@ def test_what_was_not_tried_or_not_unmounted_is_refused(tmp_path: Path) -> None:
             source.close()
             image.unlink()
     assert accepted == []
-    assert len(refused) == 5
+    assert len(refused) == 6

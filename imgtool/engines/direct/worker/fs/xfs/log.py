@@ -7,6 +7,7 @@ Source: "XFS Algorithms & Data Structures", and Linux 6.1, fs/xfs/xfs_log_recove
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 from imgtool.engines.direct.wire.refusals import Unsupported
 from imgtool.engines.direct.worker.fs.base import Source
@@ -23,7 +24,9 @@ def require_clean_log(source: Source, superblock: Superblock) -> None:
     """Raise `Unsupported` unless the last record of the log is an unmount record.
 
     As xlog_find_tail does: the first word of every log block is the cycle in which it was written,
-    so the head is where the cycle drops by one (or to zero, in a log that was never full).
+    so the head is where the cycle drops by one (or to zero, in a log that was never full). With one
+    cycle throughout, the last record ends where the log does, and the next begins at its start.
+    A last record that goes on at the start of the log is not followed: it is refused.
     """
     start = superblock.block_offset(superblock.log_start, superblock.log_blocks)
     total = superblock.log_blocks * superblock.block_size // _LOG_BLOCK
@@ -36,9 +39,19 @@ def require_clean_log(source: Source, superblock: Superblock) -> None:
         return int(number if magic == _LOG_MAGIC else magic)
 
     first, last = cycle(0), cycle(total - 1)
-    if not first or last not in (0, first - 1):
-        # One cycle throughout is a head exactly at the end: rare, and never tried.
+    if not first or last not in (0, first - 1, first):
         raise Unsupported("the head of the XFS log was not found")
+    head = total if last == first else _find_drop(cycle, total, first, last)
+
+    # Blocks that were in flight when the machine stopped leave holes before or after the head.
+    _require_cycle(source, start, max(0, head - _LOG_SCAN_BLOCKS), head, first)
+    after = head % total
+    _require_cycle(source, start, after, min(total, after + _LOG_SCAN_BLOCKS), last)
+    _require_unmount_record(source, start, head, first)
+
+
+def _find_drop(cycle: Callable[[int], int], total: int, first: int, last: int) -> int:
+    """The block at which the cycle falls from that of the first block to that of the last."""
     low, head = 0, total - 1
     while head - low > 1:
         middle = (low + head) // 2
@@ -46,11 +59,7 @@ def require_clean_log(source: Source, superblock: Superblock) -> None:
         if number not in (first, last):
             raise Unsupported("the XFS log has blocks of three cycles")
         low, head = (middle, head) if number == first else (low, middle)
-
-    # Blocks that were in flight when the machine stopped leave holes before or after the head.
-    _require_cycle(source, start, max(0, head - _LOG_SCAN_BLOCKS), head, first)
-    _require_cycle(source, start, head, min(total, head + _LOG_SCAN_BLOCKS), last)
-    _require_unmount_record(source, start, head, first)
+    return head
 
 
 def _require_cycle(source: Source, start: int, begin: int, end: int, cycle: int) -> None:

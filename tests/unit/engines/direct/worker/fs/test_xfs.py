@@ -147,6 +147,38 @@ def test_a_log_that_was_written_around_is_followed_to_its_head() -> None:
     assert _open(image).root == _ROOT
 
 
+def _full_log(cycle: int, flags: int) -> bytearray:
+    """An image whose log holds one cycle throughout, and in its last record these flags."""
+    image, total = _image(), _LOG_BLOCKS * _BLOCK // 512
+    for block in range(0, total, 2):
+        _log_record(image, block, cycle, flags if block == total - 2 else _COMMIT)
+    return image
+
+
+@pytest.mark.parametrize("cycle", [1, 7])
+def test_a_log_that_is_full_to_its_end_is_clean_after_an_unmount(cycle: int) -> None:
+    assert _open(_full_log(cycle, _UNMOUNT)).root == _ROOT
+    with pytest.raises(Unsupported, match="dirty"):
+        _open(_full_log(cycle, _COMMIT))
+
+
+@pytest.mark.parametrize(("block", "cycle"), [(4000, 6), (4095, 5), (3, 8), (500, 6)])
+def test_a_full_log_with_a_block_of_another_cycle_is_refused(block: int, cycle: int) -> None:
+    image = _full_log(7, _UNMOUNT)
+    struct.pack_into(">II", image, _LOG_START * _BLOCK + block * 512, cycle, cycle)
+    with pytest.raises(Unsupported, match="log"):
+        _open(image)
+
+
+def test_a_full_log_whose_last_record_ends_before_it_is_refused() -> None:
+    image, total = _full_log(7, _COMMIT), _LOG_BLOCKS * _BLOCK // 512
+    _log_record(image, total - 4, 7, _UNMOUNT)
+    for block in (total - 2, total - 1):
+        struct.pack_into(">II", image, _LOG_START * _BLOCK + block * 512, 7, 7)
+    with pytest.raises(Unsupported, match="another length"):
+        _open(image)
+
+
 @pytest.mark.parametrize("block", [900, 1100, 4095])
 def test_a_log_with_a_hole_is_refused(block: int) -> None:
     image, total = _image(), _LOG_BLOCKS * _BLOCK // 512
