@@ -47,8 +47,10 @@ def read_bitmaps(file: BinaryIO, header: Qcow2Header) -> tuple[Bitmap, ...] | No
         return ()
     if len(header.bitmaps) < _EXTENSION.size:
         return None
-    count, _, size, offset = _EXTENSION.unpack_from(header.bitmaps)
-    if not 0 < count <= _MOST or size > _LARGEST_DIRECTORY or offset >= 1 << 62:
+    count, reserved, size, offset = _EXTENSION.unpack_from(header.bitmaps)
+    if reserved or not 0 < count <= _MOST or size > _LARGEST_DIRECTORY:
+        return None
+    if offset % header.cluster_size or offset >= 1 << 62:
         return None
     found = []
     at = 0

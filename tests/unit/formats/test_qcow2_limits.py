@@ -159,6 +159,8 @@ BITMAPS = {
     "fewer than there are": (3, {"count": 2}),
     "more than there are": (3, {"count": 4}),
     "past the end": (3, {"offset": 1 << 40}),
+    "not at a cluster": (3, {"offset": (1 << 16) + 8}),
+    "of a later kind": (3, {"reserved": 1}),
 }
 
 
