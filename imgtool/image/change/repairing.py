@@ -10,6 +10,7 @@ rehearsed first, over the image, on a throw-away file, and done in the way that 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -187,7 +188,7 @@ def _rehearse(link: ImageInfo, way: _Way, before: Holdings) -> list[str]:
 def _over(path: Path, driver: str, new: Path) -> Chain:
     """A throw-away overlay on a file as it is, whatever format that holds."""
     with open_host_file(path) as file:
-        size = file.seek(0, 2)
+        size, status = file.seek(0, os.SEEK_END), os.fstat(file.fileno())
     grown = size + (_GROWS_BY + size // _GROWS_BY_PART if driver == "file" else 0)
     grown = -(-grown // 512) * 512
     words: list[str | Path] = ["create", "-f", "qcow2", new, str(grown)]
@@ -196,5 +197,12 @@ def _over(path: Path, driver: str, new: Path) -> Chain:
     except HostError as error:  # its room is that of the folder, not that of the image
         raise _no_room() from error
     above = probe(new, format="qcow2")
-    below = ImageInfo(path=path, format="raw", virtual_size=size, actual_size=size, driver=driver)
+    below = ImageInfo(
+        path=path,
+        format="raw",
+        virtual_size=size,
+        actual_size=size,
+        driver=driver,
+        inodes=((path, (status.st_dev, status.st_ino)),),
+    )
     return Chain((replace(above, backing=str(path), backing_format="raw"), below))
