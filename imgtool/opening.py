@@ -20,7 +20,7 @@ from imgtool.guest.partitions import partitions_of
 from imgtool.image.chain.chain import Chain, open_chain
 from imgtool.image.chain.reading import chain_to_read
 from imgtool.image.chain.steady import is_safe_from_others, refuse_others_opened
-from imgtool.image.checks.doubts import doubts_of
+from imgtool.image.checks.doubts import doubts_of, refuse_doubtful
 from imgtool.image.locking.locks import warn_if_written
 
 if TYPE_CHECKING:
@@ -251,26 +251,13 @@ def open_guest_to_write(image: str | Path, options: WriteOptions) -> Iterator[Wr
     """
     from imgtool.guest.writable import WritableGuest
     from imgtool.image.change import transaction
-    from imgtool.image.change.guards import refuse_if_interrupted
 
     clone, tmp_dir, review = options.clone, options.tmp_dir, options.review
     backing_dirs, force = options.backing_dirs, options.force
-    if clone is not None:
-        if options.add:
-            raise UsageError("a clone is made of one disk", subject=clone)
-        if tmp_dir is not None:
-            raise UsageError(
-                "--tmp-dir says nothing of a clone: what is written is the clone", subject=clone
-            )
+    _refuse_clone_of_several(options)
     options = _parse_to_write(options)
     notice = options.notice
-    if clone is None and review is None:
-        chains = _chains_to_write(image, options)
-    else:
-        disks = [image, *options.add]
-        for disk in disks:  # it is left alone: what was interrupted on it too
-            refuse_if_interrupted(Path(disk))
-        chains = open_images(disks, format=options.format, backing_dirs=backing_dirs)
+    chains = _chains_to_write_as_a_whole(image, options)
     if clone is not None:
         for line in doubts_of(chains[0]):
             notice(line)
@@ -294,6 +281,47 @@ def open_guest_to_write(image: str | Path, options: WriteOptions) -> Iterator[Wr
         started = time.monotonic()
         writing.commit()
         log.info("transaction: committed in %.2f s", time.monotonic() - started)
+
+
+def refuse_doubtful_guest(image: str | Path, options: WriteOptions) -> None:
+    """Raise what `open_guest_to_write` would raise of images that are doubtful, or encrypted by
+    QEMU: for who reads the guest first, or asks a user for a text. What was interrupted is
+    finished, as there.
+
+    An image that is cloned may be doubtful: it is only read.
+    """
+    from imgtool.image.chain.writable import refuse_without_key
+
+    _refuse_clone_of_several(options)
+    options = _parse_to_write(options)
+    for chain in _chains_to_write_as_a_whole(image, options):
+        refuse_without_key(chain.links)
+        if options.clone is None:
+            refuse_doubtful(chain, force=options.force)
+
+
+def _refuse_clone_of_several(options: WriteOptions) -> None:
+    if options.clone is None:
+        return
+    if options.add:
+        raise UsageError("a clone is made of one disk", subject=options.clone)
+    if options.tmp_dir is not None:
+        raise UsageError(
+            "--tmp-dir says nothing of a clone: what is written is the clone",
+            subject=options.clone,
+        )
+
+
+def _chains_to_write_as_a_whole(image: str | Path, options: WriteOptions) -> tuple[Chain, ...]:
+    """The chains, and what was interrupted on them finished, unless they are left alone."""
+    from imgtool.image.change.guards import refuse_if_interrupted
+
+    if options.clone is None and options.review is None:
+        return _chains_to_write(image, options)
+    disks = [image, *options.add]
+    for disk in disks:  # it is left alone: what was interrupted on it too
+        refuse_if_interrupted(Path(disk))
+    return open_images(disks, format=options.format, backing_dirs=options.backing_dirs)
 
 
 def _refuse_new_faults(

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from imgtool.cli import differences, render
 from imgtool.errors import ExitStatus, Force, ImgtoolError
@@ -137,19 +137,27 @@ class Request(GuestOptions):
 
         with (
             _timed("written and closed"),
-            open_guest_to_write(
-                self.image,
-                clone=self.clone,
-                tmp_dir=self.tmp_dir,
-                force=self.force,
-                review=self._review if self.dry_run else None,
-                notice=warning,
-                debug=self.debug,
-                **self.keywords(),
-            ) as guest,
+            open_guest_to_write(self.image, **self._keywords_to_write()) as guest,
         ):
             log.info("engine: libguestfs, since the direct engine does not write")
             yield guest
+
+    def refuse_doubtful_guest(self) -> None:
+        """Raise what `opened_to_write` would raise of doubtful images, before one is read."""
+        from imgtool.opening import WriteOptions, refuse_doubtful_guest
+
+        refuse_doubtful_guest(self.image, WriteOptions(**self._keywords_to_write()))
+
+    def _keywords_to_write(self) -> dict[str, Any]:
+        return {
+            "clone": self.clone,
+            "tmp_dir": self.tmp_dir,
+            "force": self.force,
+            "review": self._review if self.dry_run else None,
+            "notice": warning,
+            "debug": self.debug,
+            **self.keywords(),
+        }
 
     def _review(self, written: Sequence[Chain]) -> None:
         """Show what would be changed."""

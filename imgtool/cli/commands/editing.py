@@ -79,6 +79,7 @@ def edit(
                 "an editor needs a terminal", hint="change the file with -e or --set instead"
             )
         changes = [text.in_editor(name, text.editor_words())]
+    request.refuse_doubtful_guest()
     # Read without an appliance where that can be: an editor that opens at once, and no launch at
     # all where nothing is changed.
     with request.opened() as guest:

@@ -268,6 +268,7 @@ def _injected(
 ) -> Result:
     from imgtool.inject.planner import image_variables, inject
 
+    request.refuse_doubtful_guest()
     reads = dataclasses.replace(request, engine="direct")
     directly = request.engine != "libguestfs" and not request.keys
     return inject(

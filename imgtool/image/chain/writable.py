@@ -9,7 +9,7 @@ begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
 from imgtool.errors import RefusedError
@@ -110,20 +110,28 @@ _TABLE: dict[str, Callable[[ImageInfo, BinaryIO], Obstacle]] = {
 
 def refuse_unwritable(link: ImageInfo) -> None:
     """Raise `RefusedError` for an image that is not known to outlive a write that is cut off."""
-    if link.encrypted:
-        obstacle: Obstacle = "it is encrypted by QEMU, and imgtool cannot give QEMU the key"
-        step = "qemu-img can make one without, with --object secret and --image-opts"
-    else:
-        with open_host_file(link.path) as file:
-            obstacle = _TABLE[link.format](link, file)
-        step = (
-            "'imgtool convert' makes a qcow2 image of it, which can be; copy-in, edit and inject"
-            " write to an overlay on it with --clone NEW.qcow2"
-        )
+    with open_host_file(link.path) as file:
+        obstacle = _TABLE[link.format](link, file)
     if obstacle is not None:
         raise RefusedError(
-            f"it cannot be written to in place: {obstacle}", subject=printable(link.path), hint=step
+            f"it cannot be written to in place: {obstacle}",
+            subject=printable(link.path),
+            hint="'imgtool convert' makes a qcow2 image of it, which can be; copy-in, edit and"
+            " inject write to an overlay on it with --clone NEW.qcow2",
         )
+
+
+def refuse_without_key(links: Sequence[ImageInfo]) -> None:
+    """Raise `RefusedError` for an image of a chain that is encrypted by QEMU: nothing can be
+    written to the chain, nor to an overlay on it, since imgtool cannot give QEMU the key."""
+    for link in links:
+        if link.encrypted:
+            raise RefusedError(
+                "it cannot be written to: it is encrypted by QEMU, and imgtool cannot give QEMU"
+                " the key",
+                subject=printable(link.path),
+                hint="qemu-img can make one without, with --object secret and --image-opts",
+            )
 
 
 def refuse_unmended(link: ImageInfo) -> None:

@@ -15,7 +15,7 @@ from imgtool.formats.qcow2_bitmaps import Bitmap
 from imgtool.image.chain.chain import Chain
 from imgtool.image.chain.holdings import bitmaps_in
 from imgtool.image.chain.info import ImageInfo
-from imgtool.image.chain.writable import refuse_unmended, refuse_unwritable
+from imgtool.image.chain.writable import refuse_unmended, refuse_unwritable, refuse_without_key
 from imgtool.image.change.recovery import pending_below
 from imgtool.image.checks.dependants import refuse_if_base
 from imgtool.image.checks.doubts import refuse_doubtful, refuse_elsewhere
@@ -146,12 +146,14 @@ def refuse_to_write(
 
     `RefusedError` if it, or something below it, is in use, or if an image other than `but_for`
     stands on it, or if it is doubtful, which `force` overrides, or if it is of a format that is not
-    written in place, or not mended, for a `repair`; `HostError` if this user may not.
+    written in place, or not mended, for a `repair`, or if QEMU would need a key; `HostError` if
+    this user may not.
     """
     refuse_if_in_use(chain, force=force)
     if repair:
         refuse_unmended(chain.active)
     else:
+        refuse_without_key(chain.links)
         refuse_unwritable(chain.active)
     refuse_if_unfinished(chain)
     refuse_if_base(chain, backing_dirs, but_for=but_for, force=force)

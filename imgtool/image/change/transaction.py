@@ -23,6 +23,7 @@ from imgtool.image.chain.holdings import holdings_of, note_holdings
 from imgtool.image.chain.info import probe
 from imgtool.image.chain.reading import base_lock, block_readers
 from imgtool.image.chain.steady import bind_images
+from imgtool.image.chain.writable import refuse_without_key
 from imgtool.image.change.changes import marks
 from imgtool.image.change.guards import (
     need_space,
@@ -190,9 +191,11 @@ class Clone:
 def clone(chain: Chain, new: Path, *, force: Force = ()) -> Iterator[Clone]:
     """Begin to write to a linked clone of an image; without `commit` nothing is left of it.
 
-    Raises `RefusedError` if `new` exists, or if the image is being written by somebody.
+    Raises `RefusedError` if `new` exists, or if the image is being written by somebody, or if QEMU
+    would need a key for it.
     """
     refuse_existing(new)
+    refuse_without_key(chain.links)
     # Others may read it, as other clones do.
     refuse_if_in_use(chain, read_only=True, force=force)
     with base_lock(chain), open_record(new, create=True) as record:

@@ -15,6 +15,7 @@ from imgtool.inject.option_parsers import steps_of, variables_of
 from imgtool.inject.registry import OPTIONS
 from imgtool.inject.spec import read_spec, schema_text
 from imgtool.inject.steps.passwords import Password
+from tests.support.chain_images import qcow2
 from tests.support.inject_root import Root
 
 EVERYTHING = """\
@@ -152,8 +153,12 @@ def test_options_make_the_steps_that_they_say():
 
 @pytest.fixture
 def command(imgtool_cli, tmp_path, monkeypatch):
-    """A command line on a root that is a folder, which must never be opened to be written."""
+    """A command line on a root that is a folder, which must never be opened to be written; its
+    images are there, without doubts."""
     root = Root(tmp_path / "root")
+    monkeypatch.chdir(tmp_path)
+    for name in ("one.img", "two.img"):
+        qcow2(tmp_path / name)
 
     @contextlib.contextmanager
     def opened(image, **options):

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from imgtool.engines.libguestfs.appliance import launch
 from imgtool.errors import Reason, RefusedError
 from imgtool.image.chain.chain import open_chain
 from imgtool.image.chain.info import probe
 from imgtool.image.change.transaction import transaction
 from imgtool.image.checks.checking import check_metadata
 from imgtool.image.checks.doubts import doubts_of, wrong_entries
+from tests.support.chain_images import create_encrypted
 from tests.support.checks import check_chain
 
 SIZE = 8 << 20
@@ -113,14 +115,28 @@ def test_the_hint_for_a_base_that_was_only_touched_helps(top, imgtool_cli):
     assert imgtool_cli("resize", top, "16M").status == 0
 
 
+def encrypted(image: Path, how: str) -> Path:
+    """An image that QEMU encrypts, by LUKS or, as it did long ago, by AES alone."""
+    key = ["--object", "secret,id=key,data=imgtool"]
+    options = f"encrypt.format={how},encrypt.key-secret=key"
+    options += ",encrypt.iter-time=10" if how == "luks" else ""
+    create_encrypted("-q", *key, "-f", "qcow2", "-o", options, image, str(SIZE))
+    return image
+
+
 # They do not come so far that they look into the guest.
 INTO_GUESTS = [
     ("copy-in", "{}", "other.qcow2", "/"),
+    ("copy-in", "-n", "{}", "other.qcow2", "/"),
+    ("edit", "-e", "s/a/b/", "{}", "/etc/fstab"),
+    ("edit", "-n", "-e", "s/a/b/", "{}", "/etc/fstab"),
+    ("inject", "--hostname", "web", "{}"),
+    ("inject", "-n", "--hostname", "web", "{}"),
     ("mount", "--rw", "-m", "/dev/sda:/", "{}", "folder"),
 ]
 
 
-@pytest.mark.parametrize("words", INTO_GUESTS, ids=lambda words: words[0])
+@pytest.mark.parametrize("words", INTO_GUESTS, ids=lambda words: " ".join(words[:2]))
 @pytest.mark.parametrize("reason", ["base-newer", "damaged"])
 def test_nothing_is_written_into_a_guest_on_a_doubtful_image(
     request, monkeypatch, tmp_path, imgtool_cli, words, reason
@@ -134,6 +150,32 @@ def test_nothing_is_written_into_a_guest_on_a_doubtful_image(
     assert refused.status == 4, refused.err
     assert re.findall(r"--force ([a-z-]+)", refused.err) == [reason]
     assert (image.read_bytes(), image.stat().st_mtime_ns) == before
+
+
+def no_appliance(*words: object, **named: object) -> None:
+    raise AssertionError("an appliance was started")
+
+
+@pytest.mark.parametrize("words", INTO_GUESTS, ids=lambda words: " ".join(words[:2]))
+@pytest.mark.parametrize("kind", ["luks", "aes"])
+def test_nothing_is_written_into_a_guest_on_what_qemu_encrypted(
+    monkeypatch, tmp_path, imgtool_cli, words, kind
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    image = encrypted(tmp_path / "disk.qcow2", kind)
+    qemu_img("create", "-q", "-f", "qcow2", "other.qcow2", str(SIZE))
+    monkeypatch.setattr(launch, "launch_appliance", no_appliance)
+    before = (image.read_bytes(), image.stat().st_mtime_ns)
+    command = [word.format(image.name) for word in words]
+    clones = [["--clone", "new.qcow2"]] if words[0] != "mount" else []
+    for more in ([], *clones):
+        refused = imgtool_cli(*command, *more)
+        assert refused.status == 4, refused.err
+        assert "it is encrypted by QEMU, and imgtool cannot give QEMU the key" in refused.err
+        assert "hint: qemu-img can make one without, with --object secret" in refused.err
+        assert (image.read_bytes(), image.stat().st_mtime_ns) == before
+        assert not Path("new.qcow2").exists()
 
 
 READS = [
