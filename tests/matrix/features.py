@@ -20,10 +20,11 @@ _IN_USE = 1
 
 @dataclass(frozen=True)
 class Feature:
-    """`make` puts `disk.qcow2`, and what it stands on, into a folder."""
+    """`make` puts `disk.qcow2`, and what it stands on, into a folder; `secret` is the way in which
+    QEMU encrypts it, if it does."""
 
     make: Callable[[Path], None]
-    secret: bool = False
+    secret: str = ""
 
 
 def run(*words: str | Path) -> None:
@@ -32,7 +33,7 @@ def run(*words: str | Path) -> None:
     assert done.returncode == 0, f"{words}: {done.stderr.decode()}"
 
 
-def write(image: Path, seed: int, start: int, length: int, *, secret: bool = False) -> None:
+def write(image: Path, seed: int, start: int, length: int, *, secret: str = "") -> None:
     """Noise into an image, offset and length in KiB."""
     noise = image.parent / "noise"
     noise.write_bytes(random.Random(seed).randbytes(length << 10))
@@ -48,7 +49,7 @@ def _create(folder: Path, how: str = "", *words: str, size: int = SIZE) -> Path:
     return image
 
 
-def _filled(how: str = "", *, secret: bool = False) -> Callable[[Path], None]:
+def _filled(how: str = "", *, secret: str = "") -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         words = ("--object", "secret,id=key,data=imgtool") if secret else ()
         image = _create(folder, how, *words)
@@ -187,7 +188,9 @@ FEATURES: Mapping[str, Feature] = {
     "data-file": Feature(_external_data("")),
     "data-file-raw": Feature(_external_data(",data_file_raw=on")),
     "encrypted": Feature(_filled("encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=100",
-                                 secret=True), secret=True),
+                                 secret="luks"), secret="luks"),
+    "encrypted-aes": Feature(_filled("encrypt.format=aes,encrypt.key-secret=key", secret="aes"),
+                             secret="aes"),
     "overlay": Feature(_overlay()),
     "overlay-absolute": Feature(_overlay(absolute=True)),
     "overlay-larger": Feature(_overlay(size=SIZE * 2)),

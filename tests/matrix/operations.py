@@ -18,11 +18,11 @@ Imgtool = Callable[..., int]
 
 @dataclass
 class Cell:
-    """One image under one operation. `before` is its state, `secret` whether it has a key."""
+    """One image under one operation. `before` is its state, `secret` as that of its kind."""
 
     image: Path
     before: State
-    secret: bool
+    secret: str
     imgtool: Imgtool
 
     def now(self, name: str = "disk.qcow2") -> State:
@@ -33,11 +33,11 @@ class Cell:
 @dataclass(frozen=True)
 class Operation:
     """`do` gives an exit status; after 0, `wanted` is the state that must be there. `prepare` runs
-    first, and `needs` says which images have what it takes (the others must be refused)."""
+    first."""
 
     do: Callable[[Cell], int]
     wanted: Callable[[Cell, State], State] = lambda cell, now: cell.before
-    prepare: Callable[[Path, bool], None] = lambda image, secret: None
+    prepare: Callable[[Path, str], None] = lambda image, secret: None
 
 
 def _with(cell: Cell, **changed: object) -> State:
@@ -86,16 +86,18 @@ def _resized(cell: Cell, now: State) -> State:
     return _with(cell, size=now.size, content=now.content)
 
 
-def _overlay_on(image: Path, secret: bool) -> None:
-    """`top.qcow2` stands on the image, and something is written to it."""
-    if secret:
-        return
+def _overlay_on(image: Path, secret: str) -> None:
+    """`top.qcow2` stands on the image, and something is written to it where QEMU needs no key."""
     top = image.with_name("top.qcow2")
+    if secret:
+        words = ["-f", "qcow2", "-F", "qcow2", "-b", image.name, top, str(SIZE)]
+        run("qemu-img", "create", "-q", "-u", *words)
+        return
     run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", image.name, top)
     write(top, 8, 512, 1024)
 
 
-def _another_base(image: Path, secret: bool) -> None:
+def _another_base(image: Path, secret: str) -> None:
     other = image.with_name("other.qcow2")
     run("qemu-img", "create", "-q", "-f", "qcow2", other, str(SIZE))
     write(other, 9, 0, 1024)

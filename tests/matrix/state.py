@@ -42,11 +42,11 @@ class State:
     faults: tuple[tuple[str, int], ...]
 
 
-def options(image: Path, *, secret: bool = False) -> list[str]:
-    """How programs of QEMU are told of the image."""
+def options(image: Path, *, secret: str = "") -> list[str]:
+    """How programs of QEMU are told of the image; `secret` is the way in which it is encrypted."""
     if not secret:
         return ["-f", "qcow2", str(image)]
-    node = f"driver=qcow2,encrypt.format=luks,encrypt.key-secret=key,file.filename={image}"
+    node = f"driver=qcow2,encrypt.format={secret},encrypt.key-secret=key,file.filename={image}"
     return ["--object", SECRET, "--image-opts", node]
 
 
@@ -65,12 +65,12 @@ def _content_then(image: Path, snapshot: str, bitmaps: Sequence[str]) -> str:
         for name in bitmaps:
             _qemu_img("bitmap", "--remove", str(copy), name)
         _qemu_img("snapshot", "-a", snapshot, str(copy))
-        return _content(copy, secret=False)
+        return _content(copy, secret="")
     finally:
         copy.unlink(missing_ok=True)
 
 
-def _content(image: Path, *, secret: bool) -> str:
+def _content(image: Path, *, secret: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder, "raw")
         _qemu_img("convert", "-U", "-O", "raw", *options(image, secret=secret), str(raw))
@@ -92,7 +92,7 @@ def _kind(told: dict[str, Any]) -> tuple[tuple[str, object], ...]:
     return tuple(sorted(kept.items()))
 
 
-def state_of(image: Path, *, secret: bool = False) -> State:
+def state_of(image: Path, *, secret: str = "") -> State:
     """All of it; of an encrypted image with its key, which is always the same one here."""
     told = json.loads(_qemu_img("info", "-U", "--output=json", "-f", "qcow2", str(image)))
     status = image.stat()
