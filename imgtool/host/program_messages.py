@@ -88,6 +88,11 @@ _QEMU = (
         "run imgtool as a user who may",
     ),
     _Known(
+        r"socket path .* too long",
+        "the folder for QEMU's socket has too long a name",
+        "name a shorter one: TMPDIR=FOLDER, or for a mount XDG_RUNTIME_DIR=FOLDER",
+    ),
+    _Known(
         r"encrypt|key-secret|decrypt",
         "it is encrypted in a way that QEMU would need a key for, or does not know",
     ),

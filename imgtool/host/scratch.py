@@ -18,6 +18,7 @@ from pathlib import Path
 
 _ON_DISK = Path("/var/tmp")
 _PREFIX = "imgtool-"
+_LONGEST_BEFORE_SOCKET = 64
 _SOCKETS = "sockets"  # names a folder that another library made for what is in this one
 _LONGEST_NAME = 4096
 _NEW = 10.0  # seconds in which a folder may not be locked yet
@@ -31,6 +32,12 @@ def large_files() -> str | None:
     if os.environ.get("TMPDIR") or not os.access(_ON_DISK, os.W_OK | os.X_OK):
         return None
     return str(_ON_DISK)
+
+
+def for_sockets() -> str | None:
+    """Where a scratch folder is made that gets a socket, of which the whole name may have 107
+    bytes: None where temporary ones have a name that is short enough."""
+    return None if len(os.fsencode(tempfile.gettempdir())) <= _LONGEST_BEFORE_SOCKET else "/tmp"
 
 
 def is_in_use(folder: int) -> None:

@@ -1,6 +1,7 @@
 """Every reading command over folders of images of one's own.
 
-Prints what is not as it should be, and ends with status 1 if anything is. `--expect FILE` is JSON:
+Prints what is not as it should be, and ends with status 1 if anything is. What is known of the
+images of Debian's source packages is expected of files of these names. `--expect FILE` is JSON:
 {"NAME OR PART OF A PATH": {"COMMAND": {"status": 3, "says": "...", "rows": [{"type": "udf"}]}}}.
 """
 
@@ -11,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+from tests.corpus.expected import EXPECTED
 from tests.corpus.report import run_all
 
 
@@ -28,7 +30,9 @@ def main() -> int:
     images = sorted(
         path for folder in given.folders for path in folder.rglob("*") if path.is_file()
     )
-    expected = json.loads(given.expect.read_text()) if given.expect else {}
+    expected = dict(EXPECTED)
+    if given.expect:
+        expected.update(json.loads(given.expect.read_text()))
     report = run_all(images, expected, engine=given.engine, parallel=given.parallel)
     if given.answers:
         given.answers.write_text("".join(report.answers()))

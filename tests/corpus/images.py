@@ -84,6 +84,8 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
             name = member.name.partition("/")[2].removesuffix(matched["packed"]).replace("/", "-")
             path = folder / package / name
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():  # it is there packed and as it is
+                continue
             digest = _write(_unpacked(file, member.name), path)
             if digest is None or digest in made:
                 path.unlink(missing_ok=True)

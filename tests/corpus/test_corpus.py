@@ -6,16 +6,17 @@ The long form fetches the test images in Debian's source packages, some 470:
 
 from __future__ import annotations
 
+import gzip
 import os
 import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
-from tests.corpus.expected import EXPECTED
 from tests.corpus.images import fetch, unpack
 from tests.corpus.look import COMMANDS, Answer, look, misbehaviour
-from tests.corpus.report import run_all
 
 
 @pytest.fixture
@@ -104,9 +105,22 @@ def test_every_image_of_the_source_packages(tmp_path_factory):
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "imgtool", "corpus")
     folder = tmp_path_factory.mktemp("images")
     images = [path for archive in fetch(cache) for path in unpack(archive, folder)]
-    for named in filter(None, os.environ.get("IMGTOOL_CORPUS", "").split(":")):
-        images += [path for path in Path(named).rglob("*") if path.is_file()]
-    report = run_all(sorted(images), EXPECTED)
-    print(report)
     assert len(images) > 400
-    assert report.defects == []
+    named = filter(None, os.environ.get("IMGTOOL_CORPUS", "").split(":"))
+    # By a process of its own: what a program took counts what the one had that started it.
+    words = [sys.executable, "-m", "tests.corpus", folder, *named]
+    done = subprocess.run(words, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout
+
+
+def test_an_image_that_is_packed_too_is_unpacked_once(tmp_path: Path):
+    content = os.urandom(1024)
+    for name, data in (("image", content), ("image.gz", gzip.compress(content))):
+        (tmp_path / name).write_bytes(data)
+    archive = tmp_path / "e2fsprogs_1.orig.tar"
+    with tarfile.open(archive, "w") as tar:
+        for name in ("image", "image.gz"):
+            tar.add(tmp_path / name, f"e2fsprogs-1/tests/one/{name}")
+    (image,) = unpack(archive, tmp_path / "unpacked")
+    assert image.read_bytes() == content

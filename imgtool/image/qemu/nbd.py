@@ -11,7 +11,7 @@ from typing import Any
 from imgtool.errors import HostError, ImageError
 from imgtool.host import program_messages
 from imgtool.host.process import Limits, spawn
-from imgtool.host.scratch import scratch_folder
+from imgtool.host.scratch import for_sockets, scratch_folder
 from imgtool.host.system_packages import binding_fix
 from imgtool.image.chain.chain import Chain
 from imgtool.image.chain.reading import passes_locks
@@ -106,7 +106,7 @@ def serve(chain: Chain, *, snapshot: str | None = None) -> Iterator[NbdServer]:
     if any(link.encrypted for link in chain.links):
         raise ImageError("encrypted by QEMU, which is not supported", subject=printable(image))
     argv = ["qemu-nbd", "--read-only", "--persistent", f"--shared={_CLIENTS}"]
-    with scratch_folder("nbd") as folder, contextlib.ExitStack() as up:
+    with scratch_folder("nbd", for_sockets()) as folder, contextlib.ExitStack() as up:
         chain = up.enter_context(at_snapshot(chain, snapshot))
         chain = up.enter_context(steady(chain))
         argv += snapshot_option(chain, snapshot)

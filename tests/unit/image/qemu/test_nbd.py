@@ -29,6 +29,15 @@ def qemu_img(*words: str | Path) -> None:
     subprocess.run(["qemu-img", *words], check=True, capture_output=True)
 
 
+def test_temporary_files_may_be_in_a_folder_of_any_name(disk: Path, monkeypatch):
+    """The name of a socket may have 107 bytes; QEMU's error was told as damage of the image."""
+    folder = disk.parent / ("x" * 120) / "it's here"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    with serve(open_chain(disk)) as server:
+        assert server.read(0, 4096) == b"\2" * 4096
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
     """64 MiB with a 1 at the start when the snapshot `before` was made, and a 2 since."""
