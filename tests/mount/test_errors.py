@@ -43,7 +43,7 @@ def image(images):
 
 def test_it_is_missing(image, tmp_path):
     missing = tmp_path / "missing"
-    fails(2, "mount", image.path, missing, says="no such directory", hint=f"mkdir {missing}")
+    fails(2, "mount", image.path, missing, says="no such directory", hint=f"mkdir -p {missing}")
 
 
 def test_it_is_a_file(image, tmp_path):
