@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from imgtool.errors import ImgtoolError
 from imgtool.formats import qcow2, vdi
 from imgtool.image import headers
 from imgtool.image.chain.chain import Chain
 from imgtool.image.chain.info import ImageInfo, probe
+from imgtool.image.change.rehearsing import json_name
 from imgtool.image.change.repairing import WouldLose, repair_tables
 from imgtool.image.checks.checking import CheckResult, check_metadata
 from imgtool.image.locking.held import way_to
@@ -79,3 +81,8 @@ def on_snapshots(image: Path, option: str, name: str) -> None:
     """`qemu-img snapshot` on one qcow2 file; what it stands on is not opened."""
     alone = Chain((probe(image, format="qcow2"),)).filename(read_only=False)
     qemu_img(["snapshot", option, name, alone], image=image)
+
+
+def try_on_snapshots(node: dict[str, Any], image: Path, option: str, name: str) -> None:
+    """The same on an image that a node of QEMU describes, in the place of `image`."""
+    qemu_img(["snapshot", option, name, json_name(node)], image=image)

@@ -20,6 +20,7 @@ from imgtool.image.change.changes import marks
 from imgtool.image.change.made import made_file, make_file, written_as_made
 from imgtool.image.change.mending import repair_metadata
 from imgtool.image.change.recovery import refuse_if_used_since, resolve_intent
+from imgtool.image.change.rehearsing import rehearse
 from imgtool.image.checks.ages import kept_as_noted, younger
 from imgtool.image.intent.intent_log import Record, open_record
 from imgtool.image.intent.marks import identity_of
@@ -185,7 +186,9 @@ class Plan:
     `same_in` is the image that is written to and in which a guest sees the same afterwards:
     overlays on it stay younger than it. `doubts` are lines on what is only read. `after` gives what
     the image holds besides its content afterwards, of what it held before: the plan is not done
-    where something of it is missing.
+    where something of it is missing. `rehearsal` is the same work on the image that a node of QEMU
+    describes, the first of those `in_place`: what holds more than content is not touched where it
+    loses something there.
     """
 
     operation: str
@@ -204,6 +207,7 @@ class Plan:
     force: Force = ()
     doubts: tuple[str, ...] = ()
     after: Callable[[Holdings], Holdings] = as_before
+    rehearsal: Callable[[dict[str, Any]], None] | None = None
 
     def run(self, on_step: OnStep | None = None, notice: Notice | None = None) -> Work:
         """Do it: whole, or as if it had not been begun, or to be finished by repeating it."""
@@ -225,6 +229,8 @@ class Plan:
                 refuse_if_used_since(record, self.backing_dirs, self.force)
             before = holdings_of(self.image, self.format)
             expected = None if before is None else self.after(before)
+            if before is not None and expected is not None and before.more_than_content:
+                self._rehearse(expected)
             work = Work(record, on_step, expected, notice=notice)
             try:
                 if not repeated:
@@ -245,6 +251,19 @@ class Plan:
                     notice(line if cut_off else line.replace("an interrupted ", "the ", 1))
                 raise
             return work
+
+    def _rehearse(self, expected: Holdings) -> None:
+        """Raise `RefusedError` where the work would lose what the image has to hold after it."""
+        rehearsal = self.rehearsal
+        if rehearsal is None:
+            return
+        image = self.in_place[0]
+        if missing := rehearse(image, lambda node, file: rehearsal(node), expected):
+            raise RefusedError(
+                f"QEMU would lose what the image holds: {'; '.join(missing)}; nothing was changed",
+                subject=printable(self.image),
+                hint="work on a copy, or with another version of QEMU; and please report this",
+            )
 
     def _do(self, work: Work, repeated: bool) -> None:
         if not repeated:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from imgtool.errors import (
     Force,
@@ -33,6 +33,7 @@ from imgtool.image.change.guards import (
 )
 from imgtool.image.change.made import made_file
 from imgtool.image.change.plan import Plan, Seen, Work
+from imgtool.image.change.rehearsing import json_name
 from imgtool.image.change.repairing import repair_tables
 from imgtool.image.checks.checking import check_metadata
 from imgtool.image.checks.doubts import doubts_of, lagging
@@ -40,6 +41,7 @@ from imgtool.image.checks.findings import salvage
 from imgtool.image.checks.recognise import require_known_content
 from imgtool.image.intent.intent_log import temporary_path
 from imgtool.image.locking.locks import refuse_if_in_use
+from imgtool.image.qemu.qemu_img import qemu_img
 from imgtool.text import printable, typed
 
 Dirs = Sequence[str | Path]
@@ -220,6 +222,10 @@ def plan_resize(
             words.extend((chain.filename(read_only=False), str(wanted)))
             work.qemu_img("resize", words, path)
 
+    def rehearsal(node: dict[str, Any]) -> None:
+        if wanted > active.virtual_size:
+            qemu_img([*words, json_name(node), str(wanted)], image=path)
+
     return Plan(
         "resize",
         path.absolute(),
@@ -229,6 +235,7 @@ def plan_resize(
         seen=Seen.of(*chain.files),
         in_place=chain.links,
         after=lambda holdings: holdings.after_resize(wanted),
+        rehearsal=None if shrinks else rehearsal,
     )
 
 

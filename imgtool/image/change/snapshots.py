@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from imgtool.errors import Force, ImageError, NotInGuestError, Reason, RefusedError, UsageError
 from imgtool.formats import qcow2
@@ -21,7 +22,7 @@ from imgtool.image.change.guards import (
     refuse_several_names,
     refuse_to_write,
 )
-from imgtool.image.change.mending import on_snapshots
+from imgtool.image.change.mending import on_snapshots, try_on_snapshots
 from imgtool.image.change.plan import Plan, Seen, Work
 from imgtool.image.intent.marks import snapshots_of
 from imgtool.image.locking.host_file import open_host_file
@@ -91,6 +92,7 @@ def _plan_on_list(
     after: Callable[[Holdings], Holdings],
     backing_dirs: Dirs,
     image: ImageInfo,
+    rehearsal: Callable[[dict[str, Any]], None],
 ) -> Plan:
     """A plan for the list of snapshots alone: a guest sees the same afterwards."""
     return Plan(
@@ -105,6 +107,7 @@ def _plan_on_list(
         same_in=path,
         backing_dirs=backing_dirs,
         after=after,
+        rehearsal=rehearsal,
     )
 
 
@@ -136,6 +139,7 @@ def plan_create(
         lambda holdings: holdings.with_snapshot(name),
         backing_dirs,
         chain.active,
+        lambda node: try_on_snapshots(node, path, "-c", name),
     )
 
 
@@ -169,6 +173,7 @@ def plan_delete(
         lambda holdings: holdings.without_snapshot(snapshot.id),
         backing_dirs,
         chain.active,
+        lambda node: try_on_snapshots(node, path, "-d", known_as),
     )
 
 
@@ -226,6 +231,12 @@ def plan_revert(
         reverted = holdings.after_revert(snapshot.id)
         return reverted if save_as is None else reverted.with_snapshot(save_as)
 
+    def rehearsal(node: dict[str, Any]) -> None:
+        try_on_snapshots(node, path, "-c", saved)
+        try_on_snapshots(node, path, "-a", argument)
+        if save_as is None:
+            try_on_snapshots(node, path, "-d", saved)
+
     return Plan(
         "revert",
         path.absolute(),
@@ -242,6 +253,7 @@ def plan_revert(
         in_place=(chain.active,),
         writes_to=(path,),
         after=after,
+        rehearsal=rehearsal,
     )
 
 

@@ -186,7 +186,7 @@ def test_where_a_repair_cannot_be_tried_out_nothing_is_done(image, imgtool_cli, 
     def full(way: object, *_: object) -> None:
         raise ProgramFailed(["qemu-img"], 1, "qemu-img: No space left on device")
 
-    monkeypatch.setattr("imgtool.image.change.repairing._rehearse", full)
+    monkeypatch.setattr("imgtool.image.change.repairing.rehearse", full)
     done = imgtool_cli("check", "--repair", "all", image)
     assert done.status == 6 and "TMPDIR" in done.err
     assert image.read_bytes() == content and nothing_left(image.parent)
@@ -249,6 +249,50 @@ def test_what_an_operation_loses_is_an_error(image):
     with pytest.raises(ImgtoolError, match="snapshot 'one'"):
         Plan("resize", image, (), loses, "qcow2").run()
     assert nothing_left(image.parent)
+
+
+LOSES = """#!/bin/sh
+# Does what it is asked for, and forgets a snapshot.
+{real} "$@" || exit
+case "$1 $2 $3" in
+  snapshot*) for image; do :; done ;;
+  resize*) shift $(($# - 2)); image=$1 ;;
+  *) exit 0 ;;
+esac
+{real} snapshot -d one "$image" 2>/dev/null || true
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("snapshot", "create", "{}", "now"),
+        ("snapshot", "delete", "{}", "two"),
+        ("snapshot", "revert", "--discard", "{}", "two"),
+        ("snapshot", "revert", "--save-as", "now", "{}", "two"),
+        ("resize", "{}", "+1M"),
+    ],
+    ids=lambda words: " ".join(words[:3]),
+)
+def test_what_qemu_would_lose_is_seen_before_the_image_is_touched(
+    image, tmp_path, monkeypatch, imgtool_cli, words
+):
+    qemu_img("bitmap", "--remove", image, "since")
+    qemu_img("snapshot", "-c", "two", image)
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program = folder / "qemu-img"
+    program.write_text(LOSES.format(real=shutil.which("qemu-img")))
+    program.chmod(0o755)
+    before = (image.read_bytes(), image.stat().st_mtime_ns)
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        done = imgtool_cli(*(word.format(image) for word in words))
+    assert done.status == 4, done.err
+    assert "QEMU would lose what the image holds: snapshot 'one'; nothing was changed" in done.err
+    assert (image.read_bytes(), image.stat().st_mtime_ns) == before
+    assert nothing_left(tmp_path)
+    assert imgtool_cli(*(word.format(image) for word in words)).status == 0
 
 
 def test_a_file_that_lacks_something_takes_nobodys_place(image, tmp_path):
@@ -468,6 +512,6 @@ def test_where_nothing_can_be_lost_a_repair_is_made_at_once(tmp_path, monkeypatc
     write(path, "write 0 1M")
     leak(path)
     monkeypatch.setattr(
-        "imgtool.image.change.repairing._rehearse", lambda *_: pytest.fail("no need")
+        "imgtool.image.change.repairing.rehearse", lambda *_: pytest.fail("no need")
     )
     assert repair_tables(probe(path), "leaks").sound and tables(path) == {}
