@@ -290,7 +290,7 @@ def full_log(path: Path) -> Path:
     Records are rounded up to a stripe, so one mount in a hundred or so leaves it so.
     """
     chance = random.Random(7)
-    make(path, everything, "-l", "size=20m,su=256k")
+    make(path, everything, "-l", "size=24m,su=256k")
     for turn in range(1000):
         with mounted(path) as folder:
             for step in range(chance.randint(1, 3)):
@@ -464,7 +464,7 @@ def dirty(path: Path, *options: str) -> Path:
 def dirty_full_log(path: Path) -> Path:
     """The image in the middle of work, when its last record has just reached the log's end."""
     live = path.with_name("live-" + path.name)
-    make(live, None, "-l", "size=20m,su=256k")
+    make(live, None, "-l", "size=24m,su=256k")
     with mounted(live) as folder:
         for turn in range(1000):
             (folder / f"{turn}").write_bytes(b"x")
