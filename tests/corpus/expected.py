@@ -70,4 +70,57 @@ EXPECTED: Mapping[str, Mapping[str, Any]] = {
     # fdisk has one more of the Sun's: it stands for the whole disk.
     "util-linux/tests-ts-blkid-images-pt-sun.img": _table("sun", 2),
     "util-linux/tests-ts-blkid-images-pt-atari-primary.img": _table("atari", 1),
+    # fsck.exfat: the bitmap has a cluster of a file as free. fls shows these names.
+    "exfatprogs/tests-bad_bitmap-exfat.img": {
+        "ls": {
+            "status": 0,
+            "count": 11,
+            "rows": [
+                {"path": "/child_01"},
+                {"path": "/dir_01"},
+                {"path": "/dir_01/child_04"},
+                {"path": "/dir_01/bad_child_01"},
+                {"path": "/dir_01/child_05"},
+                {"path": "/child_02"},
+            ],
+        },
+        "copy-out": {"status": 0},
+    },
+    # fsck.exfat: 8192 bytes are allocated, and the size is more; the other has more than its size.
+    "exfatprogs/tests-bad_file_size-exfat.img": {
+        "ls": {"status": 1, "says": "too short (/dir_01/bad_child_01)", "count": 11},
+        "copy-out": {"status": 1},
+    },
+    # fsck.exfat: a chain with the mark of a bad cluster, and one that ends too early.
+    "exfatprogs/tests-bad_num_chain-exfat.img": {
+        "ls": {"status": 1, "says": "broken (/dir_01/bad_child_01)", "count": 11},
+        "copy-out": {"status": 1, "says": "/dir_02/bad_child_02"},
+    },
+    "exfatprogs/tests-large_file_invalid_clus-exfat.img": {
+        "ls": {"status": 1, "says": "broken (/file_192m)", "rows": [{"path": "/file_192m"}]},
+        "copy-out": {"status": 1},
+    },
+    # fsck.exfat: a chain that runs in a circle; the other is only longer than its file.
+    "exfatprogs/tests-loop_chain-exfat.img": {
+        "ls": {"status": 1, "says": "circle (/dir_02/bad_child_02)", "count": 11},
+        "copy-out": {"status": 1},
+    },
+    # fsck.exfat: one cluster in two files. Which of them has a right to it is not to be told.
+    "exfatprogs/tests-duplicate_clu-exfat.img": {
+        "ls": {"status": 1, "says": "in use by another file (/dir_02/bad_child_02)", "count": 11},
+        "copy-out": {"status": 1},
+    },
+    # What Linux takes otherwise than it is written, or not at all, is refused by the direct engine.
+    "exfatprogs/tests-bs_bad_csum-exfat.img": {
+        "ls": {"status": 3, "says": "checksum of the boot region"},
+    },
+    "exfatprogs/tests-de_bad_csum-exfat.img": {
+        "ls": {"status": 3, "says": "an entry with a wrong checksum"},
+    },
+    "exfatprogs/tests-duplicated_name-exfat.img": {
+        "ls": {"status": 3, "says": "two entries of one name"},
+    },
+    "exfatprogs/tests-rename_dot_entry-exfat.img": {
+        "ls": {"status": 3, "says": "a name on exFAT is impossible"},
+    },
 }

@@ -22,16 +22,19 @@ PACKAGES = {
     "btrfs-progs": re.compile(r"\.raw"),
     "cryptsetup": _ALL,
     "dosfstools": _ALL,
+    "exfatprogs": _ALL,
     "e2fsprogs": _ALL,
     "libarchive": _ALL,
     "libguestfs": _ALL,
     "qemu": _ALL,
     "util-linux": _ALL,
 }
+# Packages whose images are not in the sources of the oldest Debian that is used, by a newer one.
+_NEWER = {"exfatprogs": "trixie"}
 _IMAGE = re.compile(
     r"(?:^|/)(?:tests?|libarchive)/.*"
     r"(?:\.(?:img|raw|dd|iso|qcow2?|vmdk|vdi|vhdx?|vpc|E01|fsck)|/image|sample_images/[^/]+)"
-    r"(?:\.restored)?(?P<packed>(?:\.(?:gz|xz|bz2|Z|uu))*)$"
+    r"(?:\.restored)?(?P<packed>(?:\.(?:gz|xz|bz2|Z|uu|tar))*)$"
 )
 _LARGEST = 1 << 30  # unpacked; what is larger is no test of reading
 _SMALLEST = 512
@@ -39,7 +42,7 @@ _BLOCK = 1 << 16
 
 
 def fetch(folder: Path) -> list[Path]:
-    """The source archives of the packages, of the Debian that this machine runs.
+    """The source archives of the packages, of the Debian that this machine runs or a newer one.
 
     The machine's own lists and sources stay as they are. Needs apt and a mirror with sources.
     """
@@ -52,11 +55,14 @@ def fetch(folder: Path) -> list[Path]:
         capture_output=True,
         text=True,
     ).stdout
+    found = [tuple(line.split()) for line in targets.splitlines()]
+    used = [fields for fields in found if fields[0] == "Debian" and "-" not in fields[2]]
     lines = {
-        f"deb-src {address} {release} {component}\n"
-        for origin, address, release, component in map(str.split, targets.splitlines())
-        if origin == "Debian" and "-" not in release
+        f"deb-src {address} {each} {component}\n"
+        for _, address, release, component in used
+        for each in (release, *_NEWER.values())
     }
+    own = used[0][2]
     (folder / "sources.list").write_text("".join(sorted(lines)))
     apt = ["apt-get", "-q", "-o", "APT::Sandbox::User=root"]
     apt += ["-o", f"Dir::Etc::SourceList={folder / 'sources.list'}"]
@@ -64,10 +70,11 @@ def fetch(folder: Path) -> list[Path]:
     apt += ["-o", f"Dir::State::Lists={folder / 'lists'}"]
     subprocess.run([*apt, "update"], check=True, stdout=subprocess.DEVNULL)
     archives = folder / "archives"
-    words = [*apt, "source", "--download-only", *PACKAGES]
+    wanted = [f"{name}/{_NEWER.get(name, own)}" for name in PACKAGES]
+    words = [*apt, "source", "--download-only", *wanted]
     subprocess.run(words, check=True, cwd=archives, stdout=subprocess.DEVNULL)
-    found = sorted(archives.glob("*.orig.tar.*"))
-    return [path for path in found if not path.name.endswith(".asc")]
+    orig = sorted(archives.glob("*.orig.tar.*"))
+    return [path for path in orig if not path.name.endswith(".asc")]
 
 
 def unpack(archive: Path, folder: Path) -> list[Path]:
@@ -104,6 +111,10 @@ def _unpacked(file: IO[bytes], name: str) -> Iterator[bytes]:
             file = lzma.LZMAFile(file)  # type: ignore[assignment] # noqa: SIM115
         elif kind == "bz2":
             file = bz2.BZ2File(file)  # type: ignore[assignment]
+        elif kind == "tar":  # of one image, which may be sparse
+            inner = tarfile.open(fileobj=file, mode="r|")  # noqa: SIM115
+            image = next(member for member in inner if member.isfile())
+            file = inner.extractfile(image)  # type: ignore[assignment]
         elif kind == "Z":
             content = subprocess.run(["zcat"], input=file.read(), capture_output=True, check=True)
             yield content.stdout

@@ -1,6 +1,6 @@
 """Images that others made: every reading command ends as it should, and is right where it is sure.
 
-The long form fetches the test images in Debian's source packages, some 470:
+The long form fetches the test images in Debian's source packages, some 490:
 `pytest -m long tests/corpus`; IMGTOOL_CORPUS=FOLDER:FOLDER adds folders of images of one's own.
 """
 
@@ -97,6 +97,20 @@ def test_an_image_that_a_command_changed_is_told(ext4, monkeypatch):
 def test_what_no_command_may_do_is_told(answer, told):
     found = list(misbehaviour(answer))
     assert found == [] if told is None else found[0].startswith(told)
+
+
+def test_an_image_that_is_packed_in_an_archive_of_its_own_is_taken_out(tmp_path):
+    image = tmp_path / "exfat.img"
+    image.write_bytes(b"an image" * 1000)
+    packed = tmp_path / "exfat.img.tar.xz"
+    with tarfile.open(packed, "w:xz") as inner:
+        inner.add(image, "exfat.img")
+    source = tmp_path / "exfatprogs_1.orig.tar.xz"
+    with tarfile.open(source, "w:xz") as outer:
+        outer.add(packed, "exfatprogs-1/tests/bad/exfat.img.tar.xz")
+    (found,) = unpack(source, tmp_path / "images")
+    assert found == tmp_path / "images/exfatprogs/tests-bad-exfat.img"
+    assert found.read_bytes() == image.read_bytes()
 
 
 @pytest.mark.long
