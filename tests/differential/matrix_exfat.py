@@ -41,7 +41,8 @@ rm -r gone gone.d 'deleted one.txt'
 
 
 @contextmanager
-def _loop_device(image: Path, sector: int = 512) -> Iterator[str]:
+def loop_device(image: Path, sector: int = 512) -> Iterator[str]:
+    """The image as a block device of the host."""
     words = ["losetup", "--find", "--show", "-b", str(sector), str(image)]
     found = subprocess.run(words, check=True, capture_output=True, text=True)
     device = found.stdout.strip()
@@ -54,7 +55,7 @@ def _loop_device(image: Path, sector: int = 512) -> Iterator[str]:
 def _make(path: Path, size: int, *options: object, sector: int = 512) -> Path:
     with path.open("wb") as file:
         file.truncate(size)
-    with _loop_device(path, sector) as device:
+    with loop_device(path, sector) as device:
         run("mkfs.exfat", *options, device)
     return path
 
@@ -80,7 +81,7 @@ def _filled_by_linux(images: Sequence[Path], tree: Path, scripts: Sequence[str])
 def _filled_by_fuse(image: Path, tree: Path) -> None:
     mounted = image.with_suffix(".mounted")
     mounted.mkdir()
-    with _loop_device(image) as device:
+    with loop_device(image) as device:
         run("mount.exfat-fuse", device, mounted)
         try:
             run("cp", "-r", "--preserve=timestamps", f"{tree}/.", mounted)
@@ -213,10 +214,15 @@ def make_images(folder: Path) -> list[Image]:
     run("cp", "--sparse=always", folder / "exfat", dirty)
     patch(dirty, 106, b"\2")
     images.append(Image(dirty, "exfat"))
+    images += make_without_appliance(folder, tree)
+    return [*images, *_refused(folder, folder / "exfat")]
+
+
+def make_without_appliance(folder: Path, tree: Path) -> list[Image]:
+    """One image with the tree, which exfat-fuse has written, and one with nothing in it."""
     fuse = _make(folder / "exfat-fuse", 40 * MIB, "-c", "2K")
     _filled_by_fuse(fuse, tree)
-    images += [Image(fuse, "exfat"), Image(_make(folder / "exfat-empty", 9 * MIB), "exfat")]
-    return [*images, *_refused(folder, folder / "exfat")]
+    return [Image(fuse, "exfat"), Image(_make(folder / "exfat-empty", 9 * MIB), "exfat")]
 
 
 def part_written(path: Path) -> None:

@@ -115,7 +115,12 @@ def _copy(tree: Path) -> Callable[[Path], None]:
 
 
 def make_images(folder: Path) -> Sequence[Image]:
-    """All of them, in an empty folder."""
+    """All of them, in an empty folder. Linux in the appliance writes to those of exFAT."""
+    return [*make_without_appliance(folder), *matrix_exfat.make_images(folder)]
+
+
+def make_without_appliance(folder: Path) -> list[Image]:
+    """Those of FAT, NTFS and ISO 9660, in an empty folder."""
     tree = tree_of_files(folder / "tree", 60)
     made: list[Image] = []
     for name, size, options in (
@@ -160,4 +165,4 @@ def make_images(folder: Path) -> Sequence[Image]:
         made.append(Image(folder / name, "iso9660"))
     run("xorriso", "-as", "mkisofs", "-R", "-J", "-o", folder / "iso-xorriso", rocky)
     made.append(Image(folder / "iso-xorriso", "iso9660"))
-    return [*made, *matrix_exfat.make_images(folder)]
+    return made
