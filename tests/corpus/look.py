@@ -228,7 +228,11 @@ def _is_sound(image: Path, kind: str | None) -> bool:
         return False
     words = [*checker, str(image)]
     env = {**os.environ, "PATH": _PATH}
-    return subprocess.run(words, capture_output=True, env=env).returncode == 0
+    try:
+        done = subprocess.run(words, capture_output=True, env=env, timeout=_GIVEN_UP)
+    except subprocess.TimeoutExpired:  # e2fsck needs as good as for ever for some
+        return False
+    return done.returncode == 0
 
 
 _Content = tuple[int | None, str | None]  # size and checksum, of files
