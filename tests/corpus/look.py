@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -83,39 +84,40 @@ class Looked:
     compared: bool = False
 
 
+# A process is said to have taken what the one took that made it: this one is always small.
+_MEASURED = """
+import resource, subprocess, sys
+status = subprocess.call(sys.argv[2:])
+with open(sys.argv[1], "w") as file:
+    file.write(f"{status} {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss}")
+"""
+
+
 def run(words: Sequence[str]) -> Answer:
     """Run imgtool; it is ended where it takes far too long."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    command = [sys.executable, "-m", "imgtool", *words]
+    with (
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as err,
+        tempfile.NamedTemporaryFile("r") as told,
+    ):
         started = time.monotonic()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "imgtool", *words], stdin=subprocess.DEVNULL, stdout=out,
-            stderr=err, start_new_session=True, env={**os.environ, "PATH": _PATH},
-        )  # fmt: skip
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            # Not reaped: what it took is told by wait4 alone.
-            _wait_for(process.pid, _GIVEN_UP)
-        if time.monotonic() - started >= _GIVEN_UP:
-            process.terminate()
-        _, state, usage = os.wait4(process.pid, 0)
+        with subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _MEASURED, told.name, *command],
+            stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
+            env={**os.environ, "PATH": _PATH},
+        ) as process:  # fmt: skip
+            try:
+                process.wait(_GIVEN_UP)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGTERM)
         seconds = time.monotonic() - started
-        process.returncode = os.waitstatus_to_exitcode(state)
+        status, memory = map(int, told.read().split() or (-signal.SIGTERM, 0))
         out.seek(0)
         err.seek(0)
         return Answer(
-            process.returncode,
-            out.read(),
-            err.read().decode(errors="replace"),
-            seconds,
-            usage.ru_maxrss << 10,
+            status, out.read(), err.read().decode(errors="replace"), seconds, memory << 10
         )
-
-
-def _wait_for(pid: int, limit: float) -> None:
-    until = time.monotonic() + limit
-    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-        if time.monotonic() > until:
-            return
-        time.sleep(0.01)
 
 
 def look(

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.corpus.images import fetch, unpack
-from tests.corpus.look import COMMANDS, Answer, look, misbehaviour
+from tests.corpus.look import COMMANDS, Answer, look, misbehaviour, run
 
 
 @pytest.fixture
@@ -138,3 +138,9 @@ def test_an_image_that_is_packed_too_is_unpacked_once(tmp_path: Path):
             tar.add(tmp_path / name, f"e2fsprogs-1/tests/one/{name}")
     (image,) = unpack(archive, tmp_path / "unpacked")
     assert image.read_bytes() == content
+
+
+def test_what_a_program_took_is_its_own(ext4):
+    kept = bytearray(os.urandom(1) * (700 << 20))  # of the process that starts it
+    answer = run(["info", str(ext4)])
+    assert answer.status == 0 and 10 << 20 < answer.memory < 300 << 20 < len(kept)
