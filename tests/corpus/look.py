@@ -32,7 +32,7 @@ _CHECKERS: Mapping[str, Sequence[str]] = {
     "btrfs": ("btrfs", "check", "--readonly", "--force"),
 }
 # imgtool's names of what blkid calls otherwise.
-_TABLES = {"dos": "msdos"}
+_TABLES = {"dos": "msdos", "sgi": "dvh"}
 # What has a kind of its own has no type besides.
 _KINDS = {"pv": "LVM2_member"}
 _PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
@@ -217,8 +217,10 @@ def _known_better(looked: Looked, expected: Mapping[str, Any], folder: Path) -> 
 
 
 def _probe(image: Path) -> dict[str, str]:
+    # Of whole sectors, as a guest has it: what is cut off within one is not compared.
+    size = -(-image.stat().st_size // 512) * 512
     done = subprocess.run(
-        ["blkid", "-p", "-o", "export", image], capture_output=True, text=True,
+        ["blkid", "-p", "-o", "export", "--size", str(size), image], capture_output=True, text=True,
         env={**os.environ, "PATH": _PATH},
     )  # fmt: skip
     return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
