@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Callable, Generator, Iterator
@@ -15,6 +14,7 @@ from imgtool.engines.direct.parent.pipes import Pipes, TimeBudget
 from imgtool.engines.direct.parent.ring import Ring
 from imgtool.engines.direct.parent.scratch import Scratch
 from imgtool.engines.direct.wire import frames as wire_frames
+from imgtool.engines.direct.wire import requests
 from imgtool.engines.direct.wire.messages import LONGEST_LINE, string
 from imgtool.engines.direct.wire.refusals import SandboxFailed, Unsupported
 from imgtool.errors import EngineError, ImageError, ImgtoolError, NotInGuestError
@@ -46,6 +46,12 @@ def _keep_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(_M_TRIM_THRESHOLD, 128 << 20)
+
+
+def _asks_for_sums(request: requests.Request) -> bool:
+    if isinstance(request, requests.Walk):
+        return request.checksum is not None
+    return isinstance(request, requests.Checksum)
 
 
 class WorkerFailed(ImgtoolError):
@@ -115,26 +121,26 @@ class Client:
         self._broken = True
         self._process.kill()
 
-    def request(self, do: str, **arguments: object) -> Generator[Any, None, None]:
+    def request(self, request: requests.Request) -> Generator[Any, None, None]:
         """The parts of an answer: JSON values as such, data as bytes, or as a memoryview that is
         good until the next part; errors as `frames`.
         """
-        with contextlib.closing(self.frames(do, **arguments)) as frames:
+        with contextlib.closing(self.frames(request)) as frames:
             for kind, payload in frames:
                 if kind != wire_frames.DATA:
                     yield self.decode(partial(wire_frames.parse_json, payload))
                 else:
                     yield payload
 
-    def payloads(self, do: str, **arguments: object) -> Generator[bytes, None, None]:
+    def payloads(self, request: requests.Request) -> Generator[bytes, None, None]:
         """The parts of an answer of JSON alone, as they arrived; errors as `frames`."""
-        with contextlib.closing(self.frames(do, **arguments)) as frames:
+        with contextlib.closing(self.frames(request)) as frames:
             for kind, payload in frames:
                 if kind != wire_frames.JSON:
                     raise self.failure("not what was asked for")
                 yield payload
 
-    def frames(self, do: str, **arguments: object) -> Generator[tuple[bytes, bytes], None, None]:
+    def frames(self, request: requests.Request) -> Generator[tuple[bytes, bytes], None, None]:
         """The frames of an answer, their kinds (JSON or DATA) and payloads.
 
         Raises `Unsupported`, `NotInGuestError`, `EngineError` or `ImageError` as the worker
@@ -145,8 +151,8 @@ class Client:
         if self._broken or self._busy:
             raise self.failure("it is not ready")
         self._busy = True
-        body = json.dumps({"do": do, **arguments}).encode("ascii")
-        sums = do == "checksum" or arguments.get("checksum") is not None
+        body = requests.encode(request)
+        sums = _asks_for_sums(request)
         patience = self._patience_for_sums if sums else self._patience
         try:
             self._pipes.allow(self._silence)
@@ -256,10 +262,10 @@ class Client:
             return EngineError(message, subject=None if path is None else printable(string(path)))
         raise wire_frames.BadMessage("an error of no known kind")
 
-    def call(self, do: str, **arguments: object) -> Any:
+    def call(self, request: requests.Request) -> Any:
         """An answer of exactly one value, or None for an empty answer."""
         found: list[Any] = []
-        for value in self.request(do, **arguments):
+        for value in self.request(request):
             if found:
                 raise self.failure("an answer of several parts")
             found.append(value)

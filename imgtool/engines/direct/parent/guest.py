@@ -27,6 +27,7 @@ from imgtool.engines.direct.parent.volumes import WorkerVolume, WorkerVolumes
 from imgtool.engines.direct.replay import host
 from imgtool.engines.direct.wire import frames as wire_frames
 from imgtool.engines.direct.wire import messages as wire
+from imgtool.engines.direct.wire import requests
 from imgtool.engines.direct.wire.refusals import Unsupported
 from imgtool.errors import (
     EngineError,
@@ -80,8 +81,9 @@ class DirectGuest(Guest):
         self._layout: Layout | None = None
         started = time.monotonic()
         argvs, left_alone = [list(argv) for argv in disks], unreplayed_devices(mounts)
-        handed = {"ring": client.shared, "scratch": client.scratch}
-        answer = client.call("open", disks=argvs, lost=lost, unreplayed=left_alone, **handed)
+        answer = client.call(
+            requests.Open(argvs, lost, left_alone, ring=client.shared, scratch=client.scratch)
+        )
         took = time.monotonic() - started
         log.info("sandbox: worker, QEMU and volumes ready in %.3f s (%s)", took, sandbox)
         self._devices: Devices = client.decode(devices, answer, len(disks))
@@ -98,7 +100,7 @@ class DirectGuest(Guest):
     def journals(self) -> list[host.DiskRange]:
         """Where filesystems are that need their journal replayed before they can be read."""
         with self._client.in_layout_time():
-            rows = self._client.call("journals")
+            rows = self._client.call(requests.Journals())
         found: list[host.DiskRange] = []
         for device, places in self._client.decode(
             lambda: [wire.places_of_journal(row) for row in wire.items(rows)]
@@ -155,7 +157,7 @@ class DirectGuest(Guest):
                     subject=mount.source,
                     hint=there_is(known),
                 )
-        self._client.call("look", device=self._given[0].source)
+        self._client.call(requests.Look(self._given[0].source))
         windows = WorkerVolume(self._client).is_dir("/Windows/System32")
         return Layout(self._given, os_type="windows" if windows else None)
 
@@ -177,7 +179,7 @@ class DirectGuest(Guest):
     def _mount(self, mounts: Sequence[Mount]) -> list[str | None]:
         """Mount in the worker; for each mount None, or why it is not there."""
         said = self._client.call(
-            "mount", mounts=[[mount.source, mount.mountpoint] for mount in mounts]
+            requests.Mount([(mount.source, mount.mountpoint) for mount in mounts])
         )
         return cast("list[str | None]", self._client.decode(wire.reasons, said, len(mounts)))
 
@@ -189,7 +191,7 @@ class DirectGuest(Guest):
         if hidden := self._hidden(wire_frames.name(path)):
             raise hidden
         if self.windows:
-            found = self._client.call("spelling", path=path)
+            found = self._client.call(requests.Spelling(path))
             path = wire_frames.text(self._client.decode(partial(wire.spelling, found, path)))
         return path
 
@@ -207,14 +209,14 @@ class DirectGuest(Guest):
         """The path without symbolic links; `NotInGuestError` if it leads nowhere."""
         at = self._at(path)
         with self._about(at):
-            found = self._client.call("resolve", path=at)
+            found = self._client.call(requests.Resolve(at))
         return cast(bytes, self._client.decode(lambda: wire.real_path(found)))
 
     def lstat(self, path: str | bytes) -> Entry:
         """One path as it is; a symbolic link is not followed."""
         at = self._at(path)
         with self._about(at):
-            row = self._client.call("lstat", path=at)
+            row = self._client.call(requests.Lstat(at))
         return cast(Entry, self._client.decode(partial(wire.entry_at, wire_frames.name(at), row)))
 
     def _list(
@@ -227,9 +229,7 @@ class DirectGuest(Guest):
         written: Stretches | None = None,
     ) -> Iterator[Entry]:
         at = self._at(path)
-        frames = self._client.payloads(
-            "walk", path=at, deep=deep, checksum=checksum, xattrs=xattrs, written=written
-        )
+        frames = self._client.payloads(requests.Walk(at, deep, checksum, xattrs, written))
         with self._about(at), spool_rows(self._client, frames) as rows:
             top = wire_frames.name(at)
             for row in rows:
@@ -268,7 +268,7 @@ class DirectGuest(Guest):
             None if number is None else number + (disk in self._replayed)
             for disk, number in enumerate(links)
         ]
-        rows = self._client.call("written", links=above)
+        rows = self._client.call(requests.Written(above))
         return cast(Stretches, self._client.decode(lambda: wire.stretches(rows, len(links))))
 
     def walk_unshared(
@@ -287,7 +287,7 @@ class DirectGuest(Guest):
         """The extended attributes of one path as it is; a symbolic link is not followed."""
         at = self._at(path)
         with self._about(at):
-            found = self._client.call("xattrs", path=at)
+            found = self._client.call(requests.Xattrs(at))
         xattrs, oversized = self._client.decode(lambda: wire.xattrs_of_one(found))
         self._oversized_xattrs += oversized
         return cast(Xattrs, xattrs)
@@ -298,7 +298,7 @@ class DirectGuest(Guest):
             raise UsageError(f"no such checksum; choose from {', '.join(CHECKSUMS)}", subject=kind)
         at = wire_frames.text(self._regular(path).path)
         with self._about(at):
-            found = self._client.call("checksum", path=at, kind=kind)
+            found = self._client.call(requests.Checksum(at, kind))
         return cast(str, self._client.decode(lambda: wire.digest(found)))
 
     def _regular(self, path: str | bytes) -> Entry:
@@ -313,15 +313,13 @@ class DirectGuest(Guest):
     @contextlib.contextmanager
     def _stream(
         self,
-        at: str,
-        do: str,
+        request: requests.Read | requests.Tar,
         *,
         most: int | None = None,
         on_row: Callable[[Any], None] | None = None,
-        **arguments: object,
     ) -> Iterator[BinaryIO]:
-        frames = self._client.request(do, path=at, **arguments)
-        with self._about(at), contextlib.closing(frames):
+        frames = self._client.request(request)
+        with self._about(request.path), contextlib.closing(frames):
             # A refusal comes now, not when somebody reads.
             first = list(itertools.islice(frames, 1))
             stream = AnswerStream(self._client, itertools.chain(first, frames), most, on_row)
@@ -342,7 +340,7 @@ class DirectGuest(Guest):
         at = wire_frames.text(file.path)
         if most >= _LARGE and any(self._clusters()):
             return self._from_the_files(at, offset, most)
-        return self._stream(at, "read", most=most, offset=offset, length=length)
+        return self._stream(requests.Read(at, offset, length), most=most)
 
     @contextlib.contextmanager
     def _from_the_files(self, at: str, offset: int, most: int) -> Iterator[BinaryIO]:
@@ -356,10 +354,10 @@ class DirectGuest(Guest):
 
             def streamed(start: int) -> BinaryIO:
                 left = offset + most - start
-                stream = self._stream(at, "read", most=left, offset=start, length=left)
+                stream = self._stream(requests.Read(at, start, left), most=left)
                 return stack.enter_context(stream)
 
-            rows = self._client.call("runs", path=at, offset=offset, length=most)
+            rows = self._client.call(requests.Runs(at, offset, most))
             if rows is None:
                 yield streamed(offset)
                 return
@@ -381,21 +379,15 @@ class DirectGuest(Guest):
         survey_for_tar(self, at, xattrs, on_problem)
         names = [wire_frames.text(exclusion_path(at, pattern)) for pattern in excludes]
         on_row = problems_below(self._client, at, on_problem) if on_problem else None
-        return self._stream(
-            at,
-            "tar",
-            on_row=on_row,
-            excluded=names,
-            xattrs=xattrs,
-            passes_over=on_row is not None,
-        )
+        request = requests.Tar(at, names, xattrs, passes_over=on_row is not None)
+        return self._stream(request, on_row=on_row)
 
     def data_ranges(self, path: str | bytes) -> Sequence[tuple[int, int]]:
         """Where a sparse file has data: (offset, length) in bytes, ascending."""
         file = self._regular(path)
         at = wire_frames.text(file.path)
         with self._about(at):
-            rows = self._client.call("ranges", path=at)
+            rows = self._client.call(requests.Ranges(at))
         return cast(
             Sequence[tuple[int, int]], self._client.decode(lambda: wire.ranges(rows, file.size))
         )
@@ -457,7 +449,7 @@ class DirectGuest(Guest):
                     SpaceUsage(self.image, device, mountpoints.get(device), kind, error=reason)
                 )
                 continue
-            numbers = self._client.call("usage", device=device)
+            numbers = self._client.call(requests.Usage(device))
             size, used, available, inodes, inodes_used = self._client.decode(
                 partial(wire.numbers, numbers, 5)
             )
@@ -490,10 +482,7 @@ class DirectGuest(Guest):
                 self._mount(layout.mounts)
             mountpoints = {mount.mountpoint: mount.source for mount in layout.mounts}
             answer = self._client.call(
-                "inspect",
-                root=root.source,
-                mountpoints=dict(sorted(mountpoints.items())),
-                packages=packages,
+                requests.Inspect(root.source, dict(sorted(mountpoints.items())), packages)
             )
             found.append(self._client.decode(partial(wire.operating_system, answer)))
         self._mounted = False

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 from imgtool.engines.direct.parent.client import Client
+from imgtool.engines.direct.wire import requests
 from imgtool.engines.direct.wire.refusals import Unsupported
 from imgtool.errors import EngineError
 from imgtool.guest.blocks import Block, filesystems_on
@@ -21,7 +22,7 @@ class WorkerVolume:
 
     def read(self, path: str, limit: int = SMALL_FILE) -> bytes | None:
         """The first `limit` bytes of a regular file; None if there is none."""
-        found = self._client.call("small", path=path, limit=limit)
+        found = self._client.call(requests.Small(path, limit))
         if found is None:
             return None
         if found == "":
@@ -32,7 +33,7 @@ class WorkerVolume:
 
     def is_dir(self, path: str) -> bool:
         """Whether the path is a directory; any case where the filesystem ignores it."""
-        return self._client.call("is_dir", path=path, any_case="Windows" in path) is True
+        return self._client.call(requests.IsDir(path, "Windows" in path)) is True
 
 
 class WorkerVolumes:
@@ -58,7 +59,7 @@ class WorkerVolumes:
         if source in self._without_type:
             raise EngineError("no known filesystem", subject=source)
         try:
-            self._client.call("look", device=source)
+            self._client.call(requests.Look(source))
         except Unsupported as error:
             self.refused[source] = str(error)
             raise EngineError(str(error), subject=source) from error

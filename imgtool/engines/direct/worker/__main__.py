@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from imgtool.engines.direct.wire import frames, seccomp
+from imgtool.engines.direct.wire.requests import Open
 from imgtool.engines.direct.worker import launcher, limits
 from imgtool.engines.direct.worker.requests import Requests
 from imgtool.engines.direct.worker.sources import Disk, use_scratch
@@ -18,21 +19,22 @@ def main() -> None:
     frames.send(sys.stdout.buffer, frames.READY)
     sys.stdout.buffer.flush()
     requests = Requests(sys.stdin.fileno())
-    body = requests.next()
-    if body is None:
+    opening = requests.next()
+    if opening is None:
         return
-    opening = frames.parse_json(body)
-    kept = [number for name in ("ring", "scratch") if (number := opening.get(name)) is not None]
-    use_scratch(opening.pop("scratch", None))
-    opening["disks"] = disks(opening["disks"], kept=kept)
+    if not isinstance(opening, Open):
+        raise frames.BadMessage("the first request does not open anything")
+    use_scratch(opening.scratch)
+    kept = [number for number in (opening.ring, opening.scratch) if number is not None]
+    started = disks(opening.disks, kept=kept)
     from imgtool.engines.direct.worker.server import Worker
 
-    worker = Worker(requests, sys.stdout.buffer)
+    worker = Worker(requests, sys.stdout.buffer, started)
     worker.answer(opening)
     worker.serve()
 
 
-def disks(servers: list[list[str]], *, kept: Collection[int] = ()) -> list[Disk]:
+def disks(servers: Sequence[Sequence[str]], *, kept: Collection[int] = ()) -> list[Disk]:
     """Start what serves the disks, of which all has to be waited for; after that this process, and
     what was started, start nothing more. What was started gets nothing of `kept`.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 
+from imgtool.engines.direct.wire import requests
 from imgtool.engines.direct.wire.frames import RELEASE, STOP
 
 
@@ -23,12 +24,13 @@ class Requests:
         self._asked.register(descriptor, select.POLLIN)
         self.taken = 0  # slots of the ring that the parent has done with in this answer
 
-    def next(self) -> bytes | None:
-        """The next request; None when there are no more."""
+    def next(self) -> requests.Request | None:
+        """The next request; None when there are no more. `BadMessage` for what is none."""
         while (word := self._exactly(4)) in (STOP, RELEASE):
             pass  # for an answer that had come to its end
         self.taken = 0
-        return self._exactly(int.from_bytes(word, "big")) if word else None
+        body = self._exactly(int.from_bytes(word, "big")) if word else b""
+        return requests.decode(body) if body else None
 
     def poll_control(self, *, wait: bool = False) -> None:
         """Take in what the parent says of the answer on its way; `Stopped` if it wants no more."""

@@ -1,6 +1,6 @@
 """The worker: the only process that looks at what an image contains, confined before it does.
 
-It reads requests from standard input and writes frames (see `protocol`) to standard output, one
+It reads requests from standard input and writes frames (see `frames`) to standard output, one
 request at a time, until standard input ends. It holds no secret, has no place to write to, and may
 not start programs once the image is open.
 """
@@ -12,10 +12,10 @@ import dataclasses
 import stat
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
-from imgtool.engines.direct.wire import frames, seccomp
+from imgtool.engines.direct.wire import frames, requests, seccomp
 from imgtool.engines.direct.wire.extents import Extent
 from imgtool.engines.direct.wire.refusals import Unsupported
 from imgtool.engines.direct.wire.ring import SLOT
@@ -46,24 +46,25 @@ class Refused(Exception):
 class Worker:
     """The state of one conversation: disks, volumes, and the tree that was mounted."""
 
-    def __init__(self, requests: Requests, out: BinaryIO) -> None:
-        self._requests = requests
+    def __init__(self, asked: Requests, out: BinaryIO, disks: Sequence[Disk]) -> None:
+        self._requests = asked
         self._out = out
+        self._unopened: Sequence[Disk] | None = disks
         self._slots: Slots | None = None
         self._volumes: Volumes | None = None
         self._tree: Tree | None = None
 
     def serve(self) -> None:
         """Answer requests until there are no more."""
-        while body := self._requests.next():
+        while (request := self._requests.next()) is not None:
             if self._slots is not None:
                 self._slots.again()
-            self.answer(frames.parse_json(body))
+            self.answer(request)
 
-    def answer(self, request: dict[str, Any]) -> None:
-        """Answer one request."""
+    def answer(self, request: requests.Request) -> None:
+        """Answer one request, by the method that has its name."""
         try:
-            answer = getattr(self, "do_" + request.pop("do"))(**request)
+            answer = getattr(self, "do_" + requests.name_of(request))(request)
             if answer is not None:
                 self._json(answer)
             frames.send(self._out, frames.END)
@@ -151,26 +152,19 @@ class Worker:
 
     # Disks and volumes
 
-    def do_open(
-        self,
-        disks: list[Disk],
-        lost: Sequence[Sequence[Sequence[int]]] = (),
-        ring: int | None = None,
-        unreplayed: Collection[str] = (),
-    ) -> dict[str, Any]:
-        """Wait for the disks, give up all rights but those to read, find the volumes.
-
-        `lost` are the parts of each disk that are not there. `ring` is the descriptor of the memory
-        that is shared with the parent; the journals of the devices in `unreplayed` are left alone.
-        """
-        if ring is not None:
-            self._slots = Slots(ring, self._requests)
+    def do_open(self, request: requests.Open) -> dict[str, Any]:
+        """Wait for the disks, give up all rights but those to read, find the volumes."""
+        disks, self._unopened = self._unopened, None
+        if disks is None:
+            raise Refused
+        if request.ring is not None:
+            self._slots = Slots(request.ring, self._requests)
         for disk in disks:
             disk.wait()
-        for disk, parts in zip(disks, lost, strict=False):
-            disk.lose([(start, end) for start, end in parts])
+        for disk, parts in zip(disks, request.lost, strict=False):
+            disk.lose(parts)
         seccomp.confine(seccomp.worker_filter())
-        self._volumes = Volumes(disks, unreplayed)
+        self._volumes = Volumes(disks, request.unreplayed)
         blocks = [
             (*(getattr(b, name) for name in frames.BLOCK[:-1]), b.parents)
             for b in self._volumes.blocks
@@ -192,26 +186,26 @@ class Worker:
     def _filesystem(self, device: str) -> Filesystem:
         return self._open_volumes.filesystem(device)
 
-    def do_journals(self) -> list[Any]:
+    def do_journals(self, request: requests.Journals) -> list[Any]:
         """Where the journals are that have to be replayed: device, and its stretches of disks."""
         return self._open_volumes.journals()
 
-    def do_written(self, links: list[int | None]) -> list[Any]:
+    def do_written(self, request: requests.Written) -> list[Any]:
         """Which stretches of the disks come from the topmost links of their chains."""
-        return self._open_volumes.written_stretches(links)
+        return self._open_volumes.written_stretches(request.links)
 
-    def do_look(self, device: str) -> None:
+    def do_look(self, request: requests.Look) -> None:
         """Mount one filesystem alone, to be looked into."""
-        self._tree = Tree(self._filesystem(device))
+        self._tree = Tree(self._filesystem(request.device))
 
-    def do_mount(self, mounts: list[list[str]]) -> list[str | None]:
+    def do_mount(self, request: requests.Mount) -> list[str | None]:
         """Mount a layout, the root first; for each mount None, or why it is not there.
 
         What needs the appliance is mounted too, as a refusal for whoever touches it.
         """
         said: list[str | None] = []
         tree: Tree | None = None
-        for device, mountpoint in mounts:
+        for device, mountpoint in request.mounts:
             reason = None
             if tree is None:
                 tree = Tree(self._filesystem(device))
@@ -232,12 +226,12 @@ class Worker:
         self._tree = tree
         return said
 
-    def do_usage(self, device: str) -> list[int]:
+    def do_usage(self, request: requests.Usage) -> list[int]:
         """The numbers of statvfs for one filesystem."""
         try:
-            return list(self._filesystem(device).usage())
+            return list(self._filesystem(request.device).usage())
         except ReadFailed as error:
-            raise Unsupported(f"{device} is damaged: {error}") from error
+            raise Unsupported(f"{request.device} is damaged: {error}") from error
 
     # Names
 
@@ -247,36 +241,26 @@ class Worker:
             raise Refused
         return self._tree
 
-    def do_resolve(self, path: str) -> str:
+    def do_resolve(self, request: requests.Resolve) -> str:
         """The path without symbolic links."""
-        return frames.text(self._mounted_tree.resolve(frames.name(path))[0])
+        return frames.text(self._mounted_tree.resolve(frames.name(request.path))[0])
 
-    def do_spelling(self, path: str) -> str:
+    def do_spelling(self, request: requests.Spelling) -> str:
         """The path in the case of the names on disk."""
-        return frames.text(self._mounted_tree.spelling(frames.name(path)))
+        return frames.text(self._mounted_tree.spelling(frames.name(request.path)))
 
-    def do_lstat(self, path: str) -> list[Any]:
+    def do_lstat(self, request: requests.Lstat) -> list[Any]:
         """What lstat says of a path."""
-        return _row(self._mounted_tree.lstat(frames.name(path)))
+        return _row(self._mounted_tree.lstat(frames.name(request.path)))
 
-    def do_walk(
-        self,
-        path: str,
-        deep: bool,
-        checksum: str | None,
-        xattrs: bool,
-        written: list[list[list[int]] | None] | None,
-    ) -> None:
-        """What is in a directory, or everything below it: batches of rows and problems.
-
-        A file that has nothing in the `written` stretches of the disks has its place, no checksum.
-        """
-        raw = frames.name(path)
+    def do_walk(self, request: requests.Walk) -> None:
+        """What is in a directory, or everything below it: batches of rows and problems."""
+        raw = frames.name(request.path)
         tree = self._mounted_tree
         real, place = tree.resolve(raw)
         if not stat.S_ISDIR(tree.filesystem(place).stat(place.inode).mode):
             raise ReadFailed("not a directory")
-        if deep and (reason := tree.touches_refused(real)):
+        if request.deep and (reason := tree.touches_refused(real)):
             raise Unsupported(reason)
         batch: list[list[Any]] = []
         names = 0  # bytes: far down, a few paths fill a frame
@@ -301,22 +285,22 @@ class Worker:
             give([frames.text(at), reason], len(at))
 
         shared = None
-        if written is not None:
+        if request.written is not None:
             from imgtool.engines.direct.worker.shared import Shared
 
-            shared = Shared(self._open_volumes, tree, written)
-        found = tree.walk if deep else tree.children
+            shared = Shared(self._open_volumes, tree, request.written)
+        found = tree.walk if request.deep else tree.children
         for child in found(raw, place, problem):
             summed = at = None
-            if checksum is not None and stat.S_ISREG(child.node.mode):
+            if request.checksum is not None and stat.S_ISREG(child.node.mode):
                 try:
                     at = shared.extent_digest(child) if shared else None
-                    summed = self._sum(child, checksum) if at is None else None
+                    summed = self._sum(child, request.checksum) if at is None else None
                 except ReadFailed as error:
                     problem(child.path, str(error))
             row = _row(child, summed, at)
             length = len(child.path) + len(child.target or b"")
-            if xattrs:
+            if request.xattrs:
                 row.append(None)
                 try:
                     row[-1] = frames.pairs(self._xattrs(child))
@@ -335,10 +319,10 @@ class Worker:
     def _oversized_xattrs(self, found: Found) -> int:
         return self._mounted_tree.filesystem(found.place).oversized_xattrs(found.place.inode)
 
-    def do_xattrs(self, path: str) -> list[Any]:
+    def do_xattrs(self, request: requests.Xattrs) -> list[Any]:
         """The extended attributes of a path, and how many others are too large to be given; a
         symbolic link is not followed."""
-        found = self._mounted_tree.lstat(frames.name(path))
+        found = self._mounted_tree.lstat(frames.name(request.path))
         return [frames.pairs(self._xattrs(found)), self._oversized_xattrs(found)]
 
     # Contents
@@ -367,51 +351,52 @@ class Worker:
                 sent = time.monotonic()
         return digest.hexdigest()
 
-    def do_checksum(self, path: str, kind: str) -> str:
+    def do_checksum(self, request: requests.Checksum) -> str:
         """The checksum of a regular file."""
-        return self._sum(self._regular(path)[1], kind)
+        return self._sum(self._regular(request.path)[1], request.kind)
 
-    def do_read(self, path: str, offset: int, length: int) -> None:
+    def do_read(self, request: requests.Read) -> None:
         """Bytes of a regular file, in frames of data."""
-        filesystem, found = self._regular(path)
-        self._contents(filesystem, found, offset, length)
+        filesystem, found = self._regular(request.path)
+        self._contents(filesystem, found, request.offset, request.length)
 
-    def do_runs(self, path: str, offset: int, length: int) -> list[list[int]] | None:
+    def do_runs(self, request: requests.Runs) -> list[list[int]] | None:
         """Where a part of a regular file lies, as `Extent`; None where nobody knows."""
-        filesystem, found = self._regular(path)
+        filesystem, found = self._regular(request.path)
         runs = map_file(self._open_volumes, filesystem, found.place.inode)
         if runs is None:
             return None
-        first = bisect_right(runs, offset, key=lambda run: run.end)
-        last = bisect_left(runs, offset + length, key=lambda run: run.start)
+        first = bisect_right(runs, request.offset, key=lambda run: run.end)
+        end = request.offset + request.length
+        last = bisect_left(runs, end, key=lambda run: run.start)
         return [list(run) for run in runs[first:last]] if last - first <= _MOST_RUNS else None
 
-    def do_small(self, path: str, limit: int) -> None:
+    def do_small(self, request: requests.Small) -> None:
         """The first bytes of a regular file, whole in one frame; nothing if there is no file, and
         a string if there is nothing in it.
         """
         found = TreeFiles(self._mounted_tree).read(
-            frames.text(frames.name(path)), min(limit, _LARGEST_SMALL)
+            frames.text(frames.name(request.path)), min(request.limit, _LARGEST_SMALL)
         )
         if found:
             frames.send(self._out, frames.DATA, found)
         elif found is not None:
             self._json("")
 
-    def do_is_dir(self, path: str, any_case: bool) -> bool:
+    def do_is_dir(self, request: requests.IsDir) -> bool:
         """Whether a path leads to a directory."""
-        raw = frames.name(path)
+        raw = frames.name(request.path)
         try:
             _, place = self._mounted_tree.resolve(
-                self._mounted_tree.spelling(raw) if any_case else raw
+                self._mounted_tree.spelling(raw) if request.any_case else raw
             )
             return stat.S_ISDIR(self._mounted_tree.filesystem(place).stat(place.inode).mode)
         except (PathNotFound, ReadFailed):
             return False
 
-    def do_ranges(self, path: str) -> list[list[int]]:
+    def do_ranges(self, request: requests.Ranges) -> list[list[int]]:
         """Where a regular file has data."""
-        filesystem, found = self._regular(path)
+        filesystem, found = self._regular(request.path)
         ranges = filesystem.ranges(found.place.inode)
         if len(ranges) > _MOST_RANGES:
             raise Unsupported("a sparse file in too many pieces")
@@ -419,7 +404,7 @@ class Worker:
 
     # What is installed
 
-    def do_inspect(self, root: str, mountpoints: dict[str, str], packages: bool) -> dict[str, Any]:
+    def do_inspect(self, request: requests.Inspect) -> dict[str, Any]:
         """What the operating system in the mounted tree is, and its packages if asked for."""
         from imgtool.formats.files import Undetermined
         from imgtool.guest.operating_system import identify
@@ -427,46 +412,40 @@ class Worker:
 
         files = TreeFiles(self._mounted_tree)
         try:
-            found = identify(files, root, mountpoints)
+            found = identify(files, request.root, dict(request.mountpoints))
             answer = dataclasses.asdict(found)
-            if packages:
+            if request.packages:
                 rows = installed_packages(files, found.package_format)
                 answer["applications"] = [dataclasses.astuple(row) for row in rows]
         except Undetermined as error:
             raise Unsupported(f"inspection: {error}") from error
         return answer
 
-    def do_tar(
-        self, path: str, excluded: list[str], xattrs: bool, passes_over: bool = False
-    ) -> None:
-        """A directory's content as a tar stream, names relative to it; `excluded` paths left out.
-
-        What cannot be read ends the stream with an error, or is not in it, and told, where that
-        `passes_over` it; attributes that cannot be read are not in it.
-        """
+    def do_tar(self, request: requests.Tar) -> None:
+        """A directory's content as a tar stream, names relative to it."""
         from imgtool.engines.direct.worker import tar_headers, tar_stream
 
-        raw = frames.name(path).rstrip(b"/")
+        raw = frames.name(request.path).rstrip(b"/")
         tree = self._mounted_tree
         real, _ = tree.resolve(raw or b"/")
         if reason := tree.touches_refused(real):
             raise Unsupported(reason)
 
         def problem(at: bytes, reason: str) -> None:
-            if not passes_over:
+            if not request.passes_over:
                 raise ReadFailed(reason, at)
             self._json([frames.text(at), reason])
 
         def attributes(found: Found) -> bytes:
             try:
-                return tar_headers.attributes(self._xattrs(found)) if xattrs else b""
+                return tar_headers.attributes(self._xattrs(found)) if request.xattrs else b""
             except ReadFailed:  # the walk before, which asks for all of them, says so
                 return b""
 
         def contents(found: Found) -> None:
             self._contents(tree.filesystem(found.place), found, 0, found.node.size)
 
-        left_out = frozenset(frames.name(text) for text in excluded)
+        left_out = frozenset(frames.name(text) for text in request.excluded)
         tar_stream.write(tree, raw, left_out, attributes, problem, self._data, contents)
 
 

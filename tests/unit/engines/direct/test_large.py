@@ -16,6 +16,7 @@ from imgtool.engines.direct.parent import sandbox
 from imgtool.engines.direct.parent.client import Client, WorkerFailed
 from imgtool.engines.direct.parent.host_reader import PlainStream, runs
 from imgtool.engines.direct.parent.ring import Ring, ring
+from imgtool.engines.direct.wire import requests
 from imgtool.engines.direct.wire.extents import Extent
 from imgtool.engines.direct.wire.frames import BadMessage
 from imgtool.engines.direct.wire.ring import SLOT
@@ -135,9 +136,9 @@ def asked_of_the_worker(monkeypatch) -> list[str]:
     words: list[str] = []
     request = Client.request
 
-    def noted(self, do, **arguments):
-        words.append(do)
-        return request(self, do, **arguments)
+    def noted(self, asked):
+        words.append(requests.name_of(asked))
+        return request(self, asked)
 
     monkeypatch.setattr(Client, "request", noted)
     return words
@@ -169,7 +170,7 @@ def test_where_clusters_are_compressed_the_worker_takes_over(large, monkeypatch,
     run_qemu_img("create", "-f", "qcow2", "-b", packed, "-F", "qcow2", overlay)
     with open_guest(image, engine="direct") as guest:
         guest.lstat("/whole")
-        rows = guest._guest._client.call("runs", path="/whole", offset=0, length=1 << 40)
+        rows = guest._guest._client.call(requests.Runs("/whole", 0, 1 << 40))
     # The first of it is written again, and so is no longer compressed.
     start, end, _, at = rows[0]
     first = expected[start : min(end, start + 2 * _MIB)]
@@ -284,7 +285,7 @@ def failure(image: Path, monkeypatch: pytest.MonkeyPatch, program: str, memory: 
     with sandbox.start_worker(images) as process:
         client = Client(process, image=str(image), silence=4.0, ring=memory)
         with pytest.raises(WorkerFailed) as failed:
-            for _ in client.request("read"):
+            for _ in client.request(requests.Read("/whole", 0, 1)):
                 pass
     images.close()
     return failed.value.message

@@ -31,7 +31,7 @@ from imgtool.engines.direct.parent import guest as direct_guest
 from imgtool.engines.direct.parent.client import Client, WorkerFailed
 from imgtool.engines.direct.parent.pipes import Pipes, TimeBudget
 from imgtool.engines.direct.parent.volumes import WorkerVolume
-from imgtool.engines.direct.wire import frames, messages
+from imgtool.engines.direct.wire import frames, messages, requests
 from imgtool.engines.direct.wire.frames import BadMessage
 from imgtool.engines.direct.worker import server
 from imgtool.engines.libguestfs.appliance import launch
@@ -122,7 +122,7 @@ def copied(guest: Any, source: str, dest: Path) -> list[str]:
 @pytest.mark.parametrize("given", [True, False])
 def test_a_reason_is_one_line_whatever_is_said(image, monkeypatch, said, means, given):
     lies = f"""
-def mount(self, mounts): return [{said}]
+def mount(self, request): return [{said}]
 Worker.do_mount = mount
 """
     monkeypatch.setattr(sandbox, "_START", LIAR.format(lies=_braced(lies)))
@@ -145,8 +145,8 @@ Worker.do_mount = mount
 
 def test_the_worker_does_not_choose_the_name_that_is_written_on_the_host(lying, tmp_path):
     lies = """
-def lstat(self, path): return row("/.bash_login")
-def resolve(self, path): return "/.bash_login"
+def lstat(self, request): return row("/.bash_login")
+def resolve(self, request): return "/.bash_login"
 Worker.do_lstat = lstat; Worker.do_resolve = resolve
 """
     with lying(lies) as guest, pytest.raises(ImageError, match="makes no sense"):
@@ -166,8 +166,8 @@ def test_a_copy_is_called_what_was_typed_wherever_a_link_leads(image, tmp_path):
 @pytest.mark.parametrize("found", ["/.bash_login", "/small/x", "small", "/../small"])
 def test_the_spelling_of_a_name_differs_in_case_alone(lying, found):
     lies = f"""
-Worker.do_spelling = lambda self, path: {found!r}
-Worker.do_is_dir = lambda self, path, any_case: "Windows" in path
+Worker.do_spelling = lambda self, request: {found!r}
+Worker.do_is_dir = lambda self, request: "Windows" in request.path
 """
     with lying(lies) as guest, pytest.raises(ImageError, match="makes no sense"):
         guest.lstat("/small")
@@ -197,7 +197,7 @@ LISTED = {
 @pytest.mark.parametrize("told", LISTED)
 @pytest.mark.parametrize("deep", [False, True])
 def test_what_is_listed_lies_in_the_directory(lying, told, deep):
-    lies = f"Worker.do_walk = lambda self, **asked: {LISTED[told]}"
+    lies = f"Worker.do_walk = lambda self, request: {LISTED[told]}"
     said: list[tuple[bytes, str]] = []
     with lying(lies) as guest, pytest.raises(ImageError, match=r"no sense|no rows"):
         listed = guest.walk if deep else guest.entries
@@ -206,7 +206,7 @@ def test_what_is_listed_lies_in_the_directory(lying, told, deep):
 
 
 def test_what_is_deeper_is_only_in_a_walk(lying):
-    lies = "Worker.do_walk = lambda self, **asked: [row('/etc/x/y')]"
+    lies = "Worker.do_walk = lambda self, request: [row('/etc/x/y')]"
     with lying(lies) as guest:
         assert [entry.path for entry in guest.walk("/etc")] == [b"/etc/x/y"]
         with pytest.raises(ImageError, match="no sense"):
@@ -229,7 +229,7 @@ from itertools import count
 def block(device, kind="device", type="ext4", parents=()):
     return [device, kind, 1 << 25, type, None, None, None, None, "", "", list(parents)]
 def told(blocks, groups=()):
-    Worker.do_open = lambda self, **asked: {"blocks": list(blocks), "groups": list(groups)}
+    Worker.do_open = lambda self, request: {"blocks": list(blocks), "groups": list(groups)}
 disk = block("/dev/sda")
 def partitions(number):
     return [block(f"/dev/sda{n}", "partition", parents=["/dev/sda"]) for n in range(1, number + 1)]
@@ -259,7 +259,7 @@ def test_a_guest_has_the_disks_that_it_was_given_and_no_more_than_there_can_be(l
 
 
 def test_a_journal_lies_on_a_disk_that_was_given(lying):
-    lies = "Worker.do_journals = lambda self: [['/dev/sda', [[1, 0, 4096]]]]"
+    lies = "Worker.do_journals = lambda self, request: [['/dev/sda', [[1, 0, 4096]]]]"
     with pytest.raises(ImageError, match="a place on no disk"), lying(lies):
         pass
 
@@ -267,10 +267,10 @@ def test_a_journal_lies_on_a_disk_that_was_given(lying):
 MANY = """
 import time
 told([disk, *partitions(4000)])
-def look(self, device): time.sleep(PAUSE)
+def look(self, request): time.sleep(PAUSE)
 Worker.do_look = look
-Worker.do_is_dir = lambda self, path, any_case: False
-Worker.do_journals = lambda self: []
+Worker.do_is_dir = lambda self, request: False
+Worker.do_journals = lambda self, request: []
 """
 
 
@@ -313,7 +313,7 @@ def test_as_many_filesystems_as_there_can_be_take_no_time_to_look_through(withou
 
 def test_a_file_is_no_longer_than_it_was_said_to_be(lying):
     lies = """
-def read(self, path, offset, length):
+def read(self, request):
     for _ in range(100): frame(self, protocol.DATA, b"x")
 Worker.do_read = read
 """
@@ -330,7 +330,7 @@ Worker.do_read = read
     ["[[1 << 62, 1 << 62]]", "[[0, 65 << 20]]", "[[4096, 1], [0, 1]]", "[[0, 2], [1, 2]]", "[[0]]"],
 )
 def test_the_ranges_of_a_file_lie_in_it(lying, ranges):
-    lies = f"Worker.do_ranges = lambda self, path: {ranges}"
+    lies = f"Worker.do_ranges = lambda self, request: {ranges}"
     with lying(lies) as guest, pytest.raises(ImageError, match="makes no sense"):
         guest.data_ranges("/sparse")
 
@@ -340,7 +340,7 @@ def test_the_ranges_of_a_file_lie_in_it(lying, ranges):
 )
 def test_a_file_lies_on_the_guests_own_disks(lying, rows, monkeypatch):
     monkeypatch.setattr(direct_guest, "_LARGE", 1)
-    lies = f"Worker.do_runs = lambda self, path, offset, length: {rows}"
+    lies = f"Worker.do_runs = lambda self, request: {rows}"
     with lying(lies) as guest, pytest.raises(ImageError, match="makes no sense"):
         guest.read_bytes("/small")
 
@@ -358,9 +358,9 @@ def test_an_empty_file_is_empty_and_none_is_none(image):
 def test_a_lost_disk_is_no_damage_of_one_file(lying):
     lies = """
 honest = Worker.do_read
-def read(self, path, offset, length):
+def read(self, request):
     self._open_volumes.disks[0]._nbd.shutdown()
-    return honest(self, path, offset, length)
+    return honest(self, request)
 Worker.do_read = read
 """
     with lying(lies) as guest, pytest.raises(ImageError, match="QEMU has gone away"):
@@ -509,7 +509,7 @@ def test_nobody_waits_for_ever(monkeypatch, way):
     with Liar(program) as process:
         client = Client(process, image="disk", silence=1.5)
         with pytest.raises(WorkerFailed, match=reason):
-            for _ in client.request("walk"):
+            for _ in client.request(requests.Walk("/", True, None, False, None)):
                 pass
     assert time.monotonic() - started < 10
 
@@ -519,7 +519,7 @@ def test_a_sum_does_not_take_for_ever(monkeypatch):
     with Liar("while True: put(b'~\\0\\0\\0\\0'); flush(); time.sleep(0.02)") as process:
         client = Client(process, image="disk", silence=5.0)
         with pytest.raises(WorkerFailed, match="does not come to an end"):
-            client.call("checksum")
+            client.call(requests.Checksum("/small", "md5"))
 
 
 @pytest.mark.parametrize("more", ["~\\0\\0\\0\\0", "D\\0\\0\\0\\1x"])
@@ -528,7 +528,7 @@ def test_what_is_told_to_stop_stops_in_time(more):
     started = time.monotonic()
     with Liar(program) as process:
         client = Client(process, image="disk", silence=1.0)
-        answer = client.request("read")
+        answer = client.request(requests.Read("/small", 0, 5))
         assert next(answer) == b"x"
         with pytest.raises(WorkerFailed, match="does not answer"):
             answer.close()
@@ -540,7 +540,7 @@ def test_who_does_not_listen_is_not_spoken_to_for_ever():
     with Liar("time.sleep(60)") as process:
         client = Client(process, image="disk", silence=1.0)
         with pytest.raises(WorkerFailed, match="does not answer"):
-            client.call("tar", excluded=["x" * (1 << 20)])
+            client.call(requests.Tar("/", ["x" * (1 << 20)], False, False))
     assert time.monotonic() - started < 10
 
 
@@ -549,7 +549,7 @@ def test_ctrl_c_is_heard_however_much_the_worker_says(monkeypatch):
     with Liar("while True: put(b'J\\0\\0\\0\\2[]')") as process:
         client = Client(process, image="disk")
         with pytest.raises(Interrupted):
-            for _ in client.request("walk"):
+            for _ in client.request(requests.Walk("/", True, None, False, None)):
                 pass
         process.wait(10)  # nothing more is heard of it
 
@@ -563,7 +563,7 @@ def test_a_conversation_may_have_any_descriptor():
             "put(b'J\\0\\0\\0\\1' + b'5' + b'.\\0\\0\\0\\0'); flush(); time.sleep(60)"
         ) as process:
             assert process.stdout.fileno() > 1024
-            assert Client(process, image="disk").call("answer") == 5
+            assert Client(process, image="disk").call(requests.Lstat("/small")) == 5
     finally:
         for descriptor in taken:
             os.close(descriptor)
@@ -607,7 +607,7 @@ def test_a_slow_disk_gives_signs_of_life_by_the_clock(monkeypatch):
     clock = itertools.count(0, 3)  # each look at it is three seconds later
     monkeypatch.setattr(server, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     out = io.BytesIO()
-    summing = server.Worker(SimpleNamespace(poll_control=lambda: None), out)  # type: ignore[arg-type]
+    summing = server.Worker(SimpleNamespace(poll_control=lambda: None), out, [])  # type: ignore[arg-type]
     monkeypatch.setattr(summing, "_read_for_checksum", lambda found: [b"x"] * 20)
     found: Any = None
     assert summing._sum(found, "md5") == hashlib.md5(b"x" * 20).hexdigest()

@@ -22,7 +22,7 @@ from imgtool.engines.direct.parent import identity, sandbox, session
 from imgtool.engines.direct.parent.client import Client, WorkerFailed
 from imgtool.engines.direct.parent.sandbox import Kind
 from imgtool.engines.direct.parent.scratch import Scratch, scratch_memory
-from imgtool.engines.direct.wire import landlock
+from imgtool.engines.direct.wire import landlock, requests
 from imgtool.engines.direct.worker import confinement, limits
 from imgtool.errors import HostError, ImageError
 from imgtool.image.chain.chain import open_chain
@@ -193,6 +193,10 @@ else:
 """
 
 
+def opening(*disks: list[str], scratch: int | None = None) -> requests.Open:
+    return requests.Open(disks, [], [], ring=None, scratch=scratch)
+
+
 @pytest.fixture
 def image() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:  # which is not root's alone, unlike tmp_path
@@ -341,7 +345,7 @@ def test_who_reads_is_nobody_else_and_has_one_right_at_most(image, kind, newest)
     ):
         client = Client(process, image=str(image), scratch=scratch)
         argv = sandbox.server(chain, images, kind=kind)
-        client.call("open", disks=[argv], scratch=client.scratch)
+        client.call(opening(argv, scratch=client.scratch))
         outer = 0 if kind is Kind.LANDLOCK else 1  # bwrap, which waits for the others
         inner = descendants(process.pid)[outer:]
         assert len(inner) == 2
@@ -593,7 +597,7 @@ def test_a_worker_that_fills_memory_has_failed(filler):
     process, scratch = filler
     client = Client(process, image="image", scratch=scratch)
     with pytest.raises(WorkerFailed, match="too much memory"):
-        client.call("open", disks=[], scratch=client.scratch)
+        client.call(opening(scratch=client.scratch))
 
 
 def test_a_worker_fills_no_memory_while_nobody_waits_for_it(filler):
@@ -628,7 +632,7 @@ def test_root_reads_files_of_several_users_that_only_they_may(tmp_path, kind, ne
     ):
         client = Client(process, image=str(overlay), scratch=scratch)
         argv = sandbox.server(chain, images, kind=kind)
-        (disk,) = client.call("open", disks=[argv], scratch=client.scratch)["blocks"]
+        (disk,) = client.call(opening(argv, scratch=client.scratch))["blocks"]
         assert disk[2] == 64 << 20
     images.close()
 
@@ -640,9 +644,9 @@ def conversation(image: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> 
     with sandbox.start_worker(images) as process:
         client = Client(process, image=str(image), silence=4.0)
         with pytest.raises(WorkerFailed) as failed:
-            client.call("open", disks=[])
+            client.call(opening())
         with pytest.raises(WorkerFailed, match="not ready"):
-            client.call("open", disks=[])
+            client.call(opening())
     images.close()
     return failed.value
 
@@ -675,7 +679,7 @@ def test_the_worker_dies_with_its_conversation(image):
         chain = open_chain(image)
         argv = sandbox.server(chain, images, snapshot=None, force_share=False)
         assert str(image) not in " ".join(argv)
-        assert client.call("open", disks=[argv])["groups"] == []
+        assert client.call(opening(argv))["groups"] == []
         pid = process.pid
     images.close()
     assert not Path(f"/proc/{pid}").exists()
