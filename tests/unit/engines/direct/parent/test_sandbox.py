@@ -639,7 +639,8 @@ def test_root_reads_files_of_several_users_that_only_they_may(tmp_path, kind, ne
 
 def conversation(image: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> WorkerFailed:
     closed = "import sys; sys.stdout.buffer.write(b'!' + bytes(4)); sys.stdout.flush(); "
-    monkeypatch.setattr(sandbox, "_START", closed + program)
+    asked = "sys.stdin.buffer.read(1); "  # else it may be gone before
+    monkeypatch.setattr(sandbox, "_START", closed + asked + program)
     images = sandbox.Images([open_chain(image)])
     with sandbox.start_worker(images) as process:
         client = Client(process, image=str(image), silence=4.0)
