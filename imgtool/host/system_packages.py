@@ -19,7 +19,7 @@ PACKAGES = {
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",
-    "qemu-storage-daemon": "qemu-system-common",
+    "qemu-storage-daemon": "qemu-utils qemu-system-common",  # of the first from Debian 13 on
     "supermin": "supermin",
     "unshare": "util-linux",
     "vgchange": "lvm2",

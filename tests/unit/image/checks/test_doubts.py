@@ -182,7 +182,7 @@ READS = [
     ("info", "{}"),
     ("partitions", "{}"),
     ("convert", "{}", "new.raw", "--to", "raw"),
-    ("filesystems", "{}"),
+    ("filesystems", "{}", "--engine", "direct"),
 ]
 
 
