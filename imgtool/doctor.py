@@ -23,7 +23,7 @@ from imgtool.engines.libguestfs.appliance.launch import last_accelerator, saved_
 from imgtool.engines.libguestfs.appliance.saved import all_saved
 from imgtool.errors import HostError, UsageError
 from imgtool.host.process import Limits, run
-from imgtool.host.system_packages import binding_fix, install
+from imgtool.host.system_packages import PACKAGES, binding_fix, install
 
 CACHE_NEEDS = 1_000_000_000  # bytes, while supermin builds the appliance
 MEMORY_NEEDS = 1_500_000_000  # bytes: the appliance's 1280 MiB and QEMU's own
@@ -153,10 +153,10 @@ def _module(name: str, module: str, fix: str) -> Check:
 def _qemu(host: Host) -> Iterator[Check]:
     system = f"qemu-system-{host.machine}"
     package = "qemu-system-x86" if host.machine == "x86_64" else "qemu-system-arm"
-    yield _program("qemu-img", "qemu-utils", required=True)
+    yield _program("qemu-img", PACKAGES["qemu-img"], required=True)
     yield _program(os.environ.get("LIBGUESTFS_HV") or system, package, required=True)
-    yield _program("qemu-nbd", "qemu-utils", required=False)
-    yield _program("qemu-storage-daemon", "qemu-system-common", required=False)
+    yield _program("qemu-nbd", PACKAGES["qemu-nbd"], required=False)
+    yield _program("qemu-storage-daemon", PACKAGES["qemu-storage-daemon"], required=False)
 
 
 def _program(program: str, package: str, *, required: bool) -> Check:
@@ -190,7 +190,7 @@ def _appliance(host: Host) -> Iterator[Check]:
         for name in ("supermin", "appliance kernel", "appliance extras"):
             yield Check(name, None, False, "not needed: the appliance is a fixed one")
         return
-    yield _program("supermin", "supermin", required=True)
+    yield _program("supermin", PACKAGES["supermin"], required=True)
     if parts is None:
         where = path or host.libraries
         fix = "unset LIBGUESTFS_PATH, or correct it" if path else install("python3-guestfs")
