@@ -54,10 +54,8 @@ def test_a_module_that_was_loaded_has_to_show(modprobe: list[list[str]]) -> None
 def test_a_missing_program_comes_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(available, "find", lambda program: None)
     said = available.no_program("qemu-storage-daemon")
-    assert (
-        said
-        == "qemu-storage-daemon is not installed (sudo apt-get install qemu-utils qemu-system-common)"
-    )
+    packages = "qemu-utils qemu-system-common"
+    assert said == f"qemu-storage-daemon is not installed (sudo apt-get install {packages})"
     monkeypatch.setattr(available, "find", lambda program: str(Path("/usr/bin", program)))
     assert available.no_program("kpartx") is None
 
