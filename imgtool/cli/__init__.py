@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import typer
 
 from imgtool.cli import render
-from imgtool.cli.command_table import app_with
+from imgtool.cli.command_table import COMMANDS, GROUPS, app_with, overview
 from imgtool.errors import NO_ROOM, ExitStatus, ImgtoolError
 from imgtool.host import interrupt
 
@@ -33,8 +33,12 @@ def _meant(command: object, arguments: list[str]) -> str:
 def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     completing = "_IMGTOOL_COMPLETE" in os.environ
-    wanted = arguments[0] if arguments and not completing else None
-    command = typer.main.get_command(app_with(wanted))
+    first = next((word for word in arguments if word != "--"), None)
+    if first in COMMANDS or first in GROUPS:
+        app = app_with(first)
+    else:
+        app = app_with(None) if completing else overview()
+    command = typer.main.get_command(app)
     _open_no_file(command)
     helpless = not arguments and not completing
     try:

@@ -4,7 +4,10 @@ all of them takes longer than most of them do."""
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.abc
+import importlib.util
+from collections.abc import Callable
+from types import CodeType
 from typing import Annotated, Any
 
 import typer
@@ -92,10 +95,38 @@ def _root(
     pass
 
 
+def _stand_in(name: str) -> Callable[[], None]:
+    """A function with the docstring of a command's. It is out of the compiled module, which is not
+    run: what all of them import takes longer than the rest of `imgtool --help`."""
+    module, _, function = name.partition(".")
+    spec = importlib.util.find_spec(f"imgtool.cli.commands.{module}")
+    assert spec is not None and isinstance(spec.loader, importlib.abc.InspectLoader)
+    code = spec.loader.get_code(spec.name)
+    assert code is not None
+    (found,) = (
+        one for one in code.co_consts if isinstance(one, CodeType) and one.co_name == function
+    )
+
+    def command() -> None:
+        raise NotImplementedError(name)
+
+    command.__doc__ = found.co_consts[0]
+    return command
+
+
 @functools.cache
 def app_with(wanted: str | None) -> typer.Typer:
-    """The command line with one command, or with all where `wanted` names none."""
-    one = wanted if wanted in COMMANDS or wanted in GROUPS else None
+    """The command line with one command, or one group of them; with all where it is None."""
+    return _app(wanted, _named)
+
+
+@functools.cache
+def overview() -> typer.Typer:
+    """The command line for what names no command: its commands can be listed, and not be run."""
+    return _app(None, _stand_in)
+
+
+def _app(one: str | None, function_of: Callable[[str], Any]) -> typer.Typer:
     app = typer.Typer(
         name="imgtool",
         cls=Root,
@@ -107,11 +138,11 @@ def app_with(wanted: str | None) -> typer.Typer:
     app.callback()(_root)
     for name, function in COMMANDS.items():
         if one in (None, name):
-            app.command(name, cls=Command)(_named(function))
+            app.command(name, cls=Command)(function_of(function))
     for name, (text, members) in GROUPS.items():
         if one in (None, name):
             group = typer.Typer(cls=Group, help=text, rich_markup_mode=None)
             for member, function in members.items():
-                group.command(member, cls=Command)(_named(function))
+                group.command(member, cls=Command)(function_of(function))
             app.add_typer(group, name=name)
     return app

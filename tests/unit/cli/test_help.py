@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from imgtool.cli import _run
-from imgtool.cli.command_table import COMMANDS, GROUPS, app_with
+from imgtool.cli.command_table import COMMANDS, GROUPS, app_with, overview
 from imgtool.cli.help_text import HEADINGS, Root, paragraphs, summary
 from tests.support.documentation import invocations
 
@@ -112,3 +112,14 @@ def test_the_help_says_where_the_manual_page_is(name):
 def test_an_error_of_use_names_the_help_of_its_command(words: str, named: str, capfd):
     assert _run(words.split()) == 2
     assert f"hint: '{named} --help' lists the arguments" in capfd.readouterr().err
+
+
+def test_the_overview_is_that_of_the_commands_themselves():
+    """It is made without importing them; a stand-in has nothing but the help."""
+    listed = typer.main.get_command(overview())
+    texts = []
+    for root in (listed, ROOT):
+        with typer.Context(root, info_name="imgtool") as context:
+            texts.append(root.get_help(context))
+    assert texts[0] == texts[1]
+    assert listed.commands.keys() == ROOT.commands.keys()
