@@ -75,7 +75,7 @@ GROUPS = {
 }
 
 
-def _named(name: str) -> Any:
+def _load(name: str) -> Any:
     module, _, function = name.partition(".")
     return getattr(importlib.import_module(f"imgtool.cli.commands.{module}"), function)
 
@@ -117,7 +117,7 @@ def _stand_in(name: str) -> Callable[[], None]:
 @functools.cache
 def app_with(wanted: str | None) -> typer.Typer:
     """The command line with one command, or one group of them; with all where it is None."""
-    return _app(wanted, _named)
+    return _app(wanted, _load)
 
 
 @functools.cache

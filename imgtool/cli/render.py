@@ -224,14 +224,14 @@ def text(content: str) -> None:
 
 def message(kind: str, text: str) -> None:
     """A line on stderr: `imgtool: error: ...`."""
-    print(f"imgtool: {kind}: {_bounded(plain(text))}", file=sys.stderr, flush=True)
+    print(f"imgtool: {kind}: {_bound(plain(text))}", file=sys.stderr, flush=True)
 
 
 def hint(text: str) -> None:
     """What can be done, on stderr, below an error."""
-    print(f"  hint: {_bounded(plain(text))}", file=sys.stderr, flush=True)
+    print(f"  hint: {_bound(plain(text))}", file=sys.stderr, flush=True)
 
 
-def _bounded(line: str) -> str:
+def _bound(line: str) -> str:
     """No line fills a terminal; names are whole where they are of any usual length."""
     return line if len(line) <= _LONGEST_LINE else line[: _LONGEST_LINE - 4] + " ..."

@@ -125,7 +125,7 @@ class Request(GuestOptions):
         from imgtool.opening import open_guest
 
         with (
-            _timed("closed"),
+            _time_opening("closed"),
             open_guest(self.image, **self.keywords(), notice=warning, debug=self.debug) as guest,
         ):
             yield guest
@@ -136,7 +136,7 @@ class Request(GuestOptions):
         from imgtool.opening import open_guest_to_write
 
         with (
-            _timed("written and closed"),
+            _time_opening("written and closed"),
             open_guest_to_write(self.image, **self._keywords_to_write()) as guest,
         ):
             log.info("engine: libguestfs, since the direct engine does not write")
@@ -173,7 +173,7 @@ class Request(GuestOptions):
 
 
 @contextlib.contextmanager
-def _timed(what: str) -> Iterator[None]:
+def _time_opening(what: str) -> Iterator[None]:
     started = time.monotonic()
     yield
     log.info("%s after %.3f s in all", what, time.monotonic() - started)

@@ -55,7 +55,7 @@ def _crypt(password: bytes, setting: bytes) -> bytes | None:
     return None if hashed.startswith(b"*") else hashed
 
 
-def hashed(password: bytes, method: str) -> str:
+def hash_password(password: bytes, method: str) -> str:
     """A new hash, with a salt of the host's random numbers; `method` is `YESCRYPT` or `SHA512`."""
     salt = _library().crypt_gensalt_ra(method.encode(), 0, None, 0)
     try:

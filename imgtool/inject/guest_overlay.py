@@ -56,7 +56,7 @@ class GuestOverlay(OverlayReader):
 
         Raises `RefusedError` where a user of the guest led there and it is not that user's.
         """
-        here, makers = self._resolved(path, follow=follow)
+        here, makers = self._resolve(path, follow=follow)
         folder = self._entry(here.rpartition("/")[0]) if here.count("/") > 1 else None
         entry = self._entry(here) if here != "/" else None
         changed = folder if replaces or entry is None else entry

@@ -97,9 +97,9 @@ class OverlayReader:
         With `follow` a link at the end is followed too. Raises `NotInGuestError` for a folder that
         is not there, `ImgtoolError` for links in a loop.
         """
-        return self._resolved(path, follow=follow)[0]
+        return self._resolve(path, follow=follow)[0]
 
-    def _resolved(self, path: str, *, follow: bool) -> tuple[str, set[int]]:
+    def _resolve(self, path: str, *, follow: bool) -> tuple[str, set[int]]:
         """`real`, and which users but root made links that were followed on the way."""
         left, done, links = _parts(path)[::-1], "", 0
         makers: set[int] = set()

@@ -34,7 +34,7 @@ class Lines:
             node = yaml.compose(raw, Loader=yaml.SafeLoader)
             self.data: Any = None if node is None else self._value(node, ())
         except yaml.YAMLError as error:
-            raise _explained(path, error) from error
+            raise _explain(path, error) from error
 
     def where(self, place: YamlPath) -> str:
         """`FILE:LINE` of a value, or of the nearest one above it."""
@@ -70,7 +70,7 @@ class Lines:
         return found
 
 
-def _explained(path: Path, error: yaml.YAMLError) -> UsageError:
+def _explain(path: Path, error: yaml.YAMLError) -> UsageError:
     mark = getattr(error, "problem_mark", None)
     line = 1 if mark is None else mark.line + 1
     said = getattr(error, "problem", None) or str(error).splitlines()[0]

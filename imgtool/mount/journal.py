@@ -220,7 +220,7 @@ class Journal:
         return True
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[bool]:
+    def lock(self) -> Iterator[bool]:
         """Work on it alone, as it is by then; False if somebody else undid it meanwhile.
 
         Raises `RefusedError` if somebody else works on it.
@@ -252,7 +252,7 @@ class Journal:
         self.steps.pop()
         self.save()
 
-    def finished(self) -> None:
+    def finish(self) -> None:
         """The mount is there."""
         self.state = MOUNTED
         self.save()
@@ -293,11 +293,11 @@ class Journal:
             return True
         if self.busy:
             return False
-        return self.state != MOUNTED or bool(self.broken())
+        return self.state != MOUNTED or bool(self.faults())
 
-    def broken(self) -> list[str]:
+    def faults(self) -> list[str]:
         """What of it is not there any more, one line each."""
-        return [line for step in self.steps if (line := step.broken()) is not None]
+        return [line for step in self.steps if (line := step.fault()) is not None]
 
 
 def journals() -> list[Journal]:

@@ -110,7 +110,7 @@ def _uses(process: Path, device: int, target: str) -> bool:
     return False
 
 
-def _named(process: Path) -> str:
+def _name(process: Path) -> str:
     return f"{(process / 'comm').read_text().strip()} (process {process.name})"
 
 
@@ -130,7 +130,7 @@ def still_mounted(source: str) -> list[str]:
                     continue
                 seen.add(namespace)
                 if any(row.source == source for row in mounts(process.name)):
-                    found.append(f"in a sandbox or container, {_named(process)}")
+                    found.append(f"in a sandbox or container, {_name(process)}")
     return found
 
 
@@ -145,5 +145,5 @@ def users_of(target: str) -> list[str]:
     for process in Path("/proc").iterdir():
         if process.name not in own and process.name.isdigit() and _uses(process, device, target):
             with contextlib.suppress(OSError):
-                found.append(_named(process))
+                found.append(_name(process))
     return found

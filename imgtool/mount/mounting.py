@@ -112,7 +112,7 @@ def _check_images(wanted: MountRequest, chains: Sequence[Chain]) -> None:
                     wanted.notice(line)
 
 
-def _written(wanted: MountRequest, chains: Sequence[Chain]) -> list[Path]:
+def _files_written_to(wanted: MountRequest, chains: Sequence[Chain]) -> list[Path]:
     """The files that the mount will write to: of a chain the active image's alone."""
     return [path for chain in chains for path in chain.active.files] if wanted.writable else []
 
@@ -128,7 +128,7 @@ def _identities(paths: Iterable[str | Path]) -> set[tuple[int, int]]:
 
 def _refuse_if_mounted(wanted: MountRequest, chains: Sequence[Chain], besides: str = "") -> None:
     used = _identities(path for chain in chains for path in chain.files)
-    written = _identities(_written(wanted, chains))
+    written = _identities(_files_written_to(wanted, chains))
     for journal in journals():
         conflict = (written & _identities(journal.images)) | (used & _identities(journal.written))
         if journal.id != besides and conflict:
@@ -148,12 +148,12 @@ def _start(wanted: MountRequest, chains: Sequence[Chain], target: Path, mechanis
     overlooks the other. What an earlier one left behind at this directory is undone.
     """
     images = [path for chain in chains for path in chain.files]
-    written = _written(wanted, chains)
+    written = _files_written_to(wanted, chains)
     journal = Journal.start(images, target, mechanism, written, snapshot=wanted.snapshot)
     try:
         for other in journals():
             if other.mountpoint == str(target) and other.id != journal.id:
-                with other.locked() as there:
+                with other.lock() as there:
                     if there:
                         other.undo()
         _refuse_if_mounted(wanted, chains, besides=journal.id)
@@ -293,12 +293,12 @@ def mount(wanted: MountRequest) -> Journal:
     ):
         then = [stack.enter_context(at_snapshot(chain, wanted.snapshot)) for chain in chains]
         seen = [stack.enter_context(steady(chain)) for chain in then]
-        journal = _mounted(wanted, seen, target)
+        journal = _mount(wanted, seen, target)
     log.info("mounted in %.2f s", time.monotonic() - started)
     return journal
 
 
-def _mounted(wanted: MountRequest, chains: Sequence[Chain], target: Path) -> Journal:
+def _mount(wanted: MountRequest, chains: Sequence[Chain], target: Path) -> Journal:
     _check_images(wanted, chains)
     name, mechanism = choose(wanted.via, chains)
     if not issubclass(mechanism, DeviceMechanism):
@@ -313,7 +313,7 @@ def _mounted(wanted: MountRequest, chains: Sequence[Chain], target: Path) -> Jou
             finally:
                 for line in appliance.notices(journal.folder):
                     wanted.notice(line)
-            journal.finished()
+            journal.finish()
         except BaseException as error:
             _undo_after(error, journal)
             raise
@@ -346,7 +346,7 @@ def _mounted(wanted: MountRequest, chains: Sequence[Chain], target: Path) -> Jou
                 chains, disks, journal, wanted.writable, overlays, snapshot=wanted.snapshot
             )
             MountAttempt(wanted, made, target).mount(items, host)
-            journal.finished()
+            journal.finish()
         except BaseException as error:
             _undo_after(error, journal)
             if isinstance(error, NeedsOverlay):
@@ -367,7 +367,7 @@ def unmount(mountpoint: Path) -> None:
     target = os.path.realpath(mountpoint)
     for journal in reversed(journals()):
         if journal.mountpoint == target:
-            with journal.locked() as there:
+            with journal.lock() as there:
                 if there:
                     journal.undo()
             return
@@ -391,7 +391,7 @@ def clean_up() -> list[Cleaned]:
         if not journal.left_behind():
             continue
         try:
-            with journal.locked() as there:
+            with journal.lock() as there:
                 # Others may have finished or undone it since it was read.
                 if not there or not journal.left_behind():
                     continue

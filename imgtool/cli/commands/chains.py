@@ -70,7 +70,7 @@ def _text(name: str | Path) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def _indented(depth: int, arrow: str, path: str | Path) -> str:
+def _indent(depth: int, arrow: str, path: str | Path) -> str:
     return ("  " * (min(depth, _DEEPEST) - 1) + arrow + " " if depth else "") + str(path)
 
 
@@ -155,7 +155,7 @@ def show(
     shown = [
         {
             **row,
-            "path": _indented(number, "->", link.path),
+            "path": _indent(number, "->", link.path),
             "virtual_size": _size(link.virtual_size, human),
             "actual_size": _size(link.actual_size, human),
         }
@@ -242,7 +242,7 @@ def tree(
                 shown.append(
                     {
                         **row,
-                        "path": _indented(depth, "<-", found.path),
+                        "path": _indent(depth, "<-", found.path),
                         "virtual_size": _size(row["virtual_size"], human),
                         "actual_size": _size(row["actual_size"], human),
                         "snapshots": row["snapshots"] or None,

@@ -227,7 +227,7 @@ def _carry_out(
         try:
             if interrupt.pending():  # no further image is begun after Ctrl-C
                 raise Interrupted("interrupted")
-            return _injected(request, steps, variables)
+            return _inject_one(request, steps, variables)
         except ImgtoolError as error:
             return error
 
@@ -263,7 +263,7 @@ def _carry_out(
     failures.finish()
 
 
-def _injected(
+def _inject_one(
     request: _Request, steps: Sequence[LocatedStep], variables: Mapping[str, str]
 ) -> Result:
     from imgtool.inject.planner import image_variables, inject

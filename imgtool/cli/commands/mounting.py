@@ -141,7 +141,7 @@ def _row(journal: Journal) -> dict[str, Any]:
     from imgtool.mount.steps.steps import Filesystem
 
     devices = [step.source for step in journal.steps if isinstance(step, Filesystem)]
-    broken = journal.broken()
+    broken = journal.faults()
     if journal.state != "mounted" and not journal.busy:
         state = "left behind"
     elif journal.state != "mounted":

@@ -79,9 +79,9 @@ def svg(trees: Sequence[Tree], users: Mapping[Path, Sequence[str]]) -> str:
             parts.append(
                 f"<g><title>{escape(name)}\n{escape(facts)}</title>"
                 f'<rect class="{kind}" x="{x}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="4"/>'
-                f'<text x="{x + 10}" y="{y + 18}">{escape(_shortened(Path(name).name, 46))}</text>'
+                f'<text x="{x + 10}" y="{y + 18}">{escape(_shorten(Path(name).name, 46))}</text>'
                 f'<text class="more" x="{x + 10}" y="{y + 35}">'
-                f"{escape(_shortened(facts, 56))}</text></g>"
+                f"{escape(_shorten(facts, 56))}</text></g>"
             )
             places[depth] = row
             deepest = max(deepest, depth)
@@ -96,7 +96,7 @@ def svg(trees: Sequence[Tree], users: Mapping[Path, Sequence[str]]) -> str:
     )
 
 
-def _shortened(text: str, length: int) -> str:
+def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 

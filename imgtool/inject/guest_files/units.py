@@ -62,9 +62,9 @@ class Unit:
 
     def words(self, key: str) -> list[str]:
         """What a key of [Install] asks for, its specifiers filled in."""
-        return [self._filled(word) for value in self.install.get(key, ()) for word in value.split()]
+        return [self._fill(word) for value in self.install.get(key, ()) for word in value.split()]
 
-    def _filled(self, word: str) -> str:
+    def _fill(self, word: str) -> str:
         stem, _, _ = self.name.rpartition(".")
         prefix, _, instance = stem.partition("@")
         values = {

@@ -107,7 +107,7 @@ def _mapping(raw: bytes, what: str) -> Mapping[str, Any]:
 
 def _check_user_data(raw: bytes) -> None:
     if raw.startswith(_GZIP):
-        raw = _unpacked(raw)
+        raw = _unpack(raw)
     first = raw.partition(b"\n")[0].decode("utf-8", "replace").strip()
     if not first.startswith(_HEADERS):
         raise UsageError(
@@ -118,7 +118,7 @@ def _check_user_data(raw: bytes) -> None:
         _mapping(raw, "it")
 
 
-def _unpacked(raw: bytes) -> bytes:
+def _unpack(raw: bytes) -> bytes:
     """What is in a gzip file, which cloud-init unpacks too; it has the limit of a plain one."""
     import zlib
 

@@ -87,13 +87,13 @@ class Ethernet:
         for address in self.addresses:
             if "/" not in address:
                 raise UsageError("an address has a prefix, such as /24", subject=address)
-            _parsed(ipaddress.ip_interface, address)
+            _parse(ipaddress.ip_interface, address)
         for to, via in self.routes:
-            hop = _parsed(ipaddress.ip_address, via)
-            if to != "default" and _parsed(ipaddress.ip_network, to).version != hop.version:
+            hop = _parse(ipaddress.ip_address, via)
+            if to != "default" and _parse(ipaddress.ip_network, to).version != hop.version:
                 raise UsageError("a route leads by an address of its own kind", subject=via)
         for server in self.servers:
-            _parsed(ipaddress.ip_address, server)
+            _parse(ipaddress.ip_address, server)
         for domain in self.search:
             if not _DOMAIN.fullmatch(domain):
                 raise UsageError("not a domain", subject=domain)
@@ -116,7 +116,7 @@ class Ethernet:
         return [s for s in self.servers if ipaddress.ip_address(s).version == version]
 
 
-def _parsed(parse: Callable[[str], Any], text: str) -> Any:
+def _parse(parse: Callable[[str], Any], text: str) -> Any:
     try:
         return parse(text)
     except ValueError as error:

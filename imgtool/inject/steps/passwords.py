@@ -18,7 +18,6 @@ from imgtool.inject.guest_overlay import GuestOverlay
 from imgtool.inject.steps.schema import HOST_FILE, WORD, mapping
 from imgtool.inject.steps.step import Option, Step, StepContext, host_file
 
-SOURCES = ("file", "env", "prompt", "stdin", "hash")
 # crypt(5): what libcrypt takes, and more than anybody types.
 _LONGEST = 511
 _HASH = re.compile(r"[!*]+|\$[A-Za-z0-9]{1,8}\$[./A-Za-z0-9=,$]+")
@@ -35,7 +34,7 @@ class Secret:
     def read(self, user: str) -> bytes:
         """The password, or with the source `hash` the hash."""
         if self._value is None:
-            self._value = self._checked(self._read(user), user)
+            self._value = self._check(self._read(user), user)
         return self._value
 
     def _read(self, user: str) -> bytes:
@@ -50,10 +49,10 @@ class Secret:
         if self.source == "stdin":
             return sys.stdin.buffer.readline(4096).removesuffix(b"\n").removesuffix(b"\r")
         if self.source == "prompt":
-            return _asked(user)
+            return _ask(user)
         return self.name.encode()
 
-    def _checked(self, value: bytes, user: str) -> bytes:
+    def _check(self, value: bytes, user: str) -> bytes:
         if self.source == "hash":
             if not _HASH.fullmatch(value.decode("utf-8", "replace")):
                 raise UsageError("not a hash as in /etc/shadow", subject=user)
@@ -64,7 +63,7 @@ class Secret:
         return value
 
 
-def _asked(user: str) -> bytes:
+def _ask(user: str) -> bytes:
     import getpass
 
     if not sys.stdin.isatty():
@@ -133,7 +132,7 @@ class Password(Step):
         view = site.view
         account(view, self.user)
         shadowed = view.read(SHADOW) is not None
-        stored = _stored(view, SHADOW if shadowed else PASSWD, self.user)
+        stored = _find_hash(view, SHADOW if shadowed else PASSWD, self.user)
         secret = self.secret.read(self.user)
         if self.secret.source == "hash":
             new = secret.decode("ascii")
@@ -142,7 +141,7 @@ class Password(Step):
         else:
             if stored is not None and crypt.verifies(secret, stored):
                 return False
-            new = crypt.hashed(secret, _method(view))
+            new = crypt.hash_password(secret, _method(view))
         if not shadowed:
             return with_fields(view, PASSWD, self.user, {1: new})
         today = str(int(time.time()) // 86400)
@@ -152,7 +151,7 @@ class Password(Step):
         return with_fields(view, SHADOW, self.user, {1: new, 2: today})
 
 
-def _stored(view: GuestOverlay, path: str, user: str) -> str | None:
+def _find_hash(view: GuestOverlay, path: str, user: str) -> str | None:
     return next((row[1] for row in rows(view, path) if row[0] == user and len(row) > 1), None)
 
 

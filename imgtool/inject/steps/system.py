@@ -181,10 +181,10 @@ class Locale(_Named):
             lines.append(f"LANG={self.name}")
         changed = view.write(path, os.fsencode("\n".join(lines) + "\n"))
         if debian:
-            changed |= self._generated(view)
+            changed |= self._ask_for(view)
         return changed
 
-    def _generated(self, view: GuestOverlay) -> bool:
+    def _ask_for(self, view: GuestOverlay) -> bool:
         """Debian makes its locales from /etc/locale.gen: ask for this one there."""
         text = (view.read("/etc/locale.gen") or b"").decode("utf-8", "surrogateescape")
         name, dot, charset = self.name.partition(".")

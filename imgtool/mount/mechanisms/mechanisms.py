@@ -177,7 +177,7 @@ class DeviceMechanism(Mechanism):
             found[name] = json.dumps(node, ensure_ascii=False)
         return found
 
-    def _exported(self) -> list[str]:
+    def _export(self) -> list[str]:
         """Every disk as a file, through QEMU's storage daemon."""
         nodes = self._nodes()
         points = {name: str(self.journal.folder / name) for name in nodes}
@@ -196,9 +196,7 @@ class LoopMechanism(DeviceMechanism):
 
     def start(self) -> None:
         """The files themselves, or on overlays what QEMU makes of them."""
-        self._paths = (
-            self._exported() if self.overlays else [str(c.active.path) for c in self.chains]
-        )
+        self._paths = self._export() if self.overlays else [str(c.active.path) for c in self.chains]
 
     def disk(self, number: int) -> str:
         """The image file, or its overlay."""
@@ -295,7 +293,7 @@ class ExportMechanism(DeviceMechanism):
 
     def start(self) -> None:
         """One daemon for every disk."""
-        self._paths = self._exported()
+        self._paths = self._export()
 
     def disk(self, number: int) -> str:
         """The exported file."""

@@ -17,7 +17,7 @@ from imgtool.mount.steps.step import Save, Step
 _MOMENT = Limits(wall=60)
 
 
-def _mapped(pattern: str) -> list[str]:
+def _list_mapped(pattern: str) -> list[str]:
     """The device-mapper devices whose `NAME UUID` matches."""
     try:
         listed = run(
@@ -70,13 +70,13 @@ class Mapping(Step):
         run([*argv, self.device], limits=_MOMENT, env=device_mapper_environment())
 
     def _names(self) -> list[str]:
-        return _mapped("^" + re.escape(f"{Path(self.device).name}{self.delimiter}"))
+        return _list_mapped("^" + re.escape(f"{Path(self.device).name}{self.delimiter}"))
 
     def undo(self) -> None:
         """Remove those that carry the mount's own name."""
         _unmap(self._names)
 
-    def broken(self) -> str | None:
+    def fault(self) -> str | None:
         """Whether they are gone."""
         return None if self._names() else f"the mappings of {self.device} are gone"
 
@@ -101,7 +101,7 @@ def lvm(devices: list[str], *words: str) -> str:
     return done.stdout.decode("utf-8", "replace")
 
 
-def dashed(name: str) -> str:
+def mapper_name(name: str) -> str:
     """A name as it is part of a device-mapper name."""
     return name.replace("-", "--")
 
@@ -123,7 +123,7 @@ class VolumeGroupActivation(Step):
 
     def volume(self, name: str) -> str:
         """The node of a logical volume."""
-        return f"/dev/mapper/{dashed(self.name)}-{dashed(name)}"
+        return f"/dev/mapper/{mapper_name(self.name)}-{mapper_name(name)}"
 
     def do(self, save: Save) -> None:
         """Rename it if it is to be, and activate its volumes."""
@@ -136,13 +136,13 @@ class VolumeGroupActivation(Step):
 
     def _names(self) -> list[str]:
         if self.uuid:
-            return _mapped(f" LVM-{re.escape(self.uuid)}")
-        return _mapped("^" + re.escape(dashed(self.name)) + "-[^-]") if self.clone else []
+            return _list_mapped(f" LVM-{re.escape(self.uuid)}")
+        return _list_mapped("^" + re.escape(mapper_name(self.name)) + "-[^-]") if self.clone else []
 
     def undo(self) -> None:
         """Remove the volumes of this very group from the kernel; nothing is written to it."""
         _unmap(self._names)
 
-    def broken(self) -> str | None:
+    def fault(self) -> str | None:
         """Whether no volume is active any more."""
         return None if self._names() else f"no volume of {self.original} is active"

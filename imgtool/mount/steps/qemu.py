@@ -97,7 +97,7 @@ class Snapshot(Step):
         for left in (self.socket, self._pidfile()):
             Path(left).unlink(missing_ok=True)
 
-    def broken(self) -> str | None:
+    def fault(self) -> str | None:
         """Whether the server is gone."""
         return None if self._alive() else "the server of the snapshot is gone"
 
@@ -144,7 +144,7 @@ class Export(Step):
             Path(point).unlink(missing_ok=True)
         Path(self.folder, "storage.pid").unlink(missing_ok=True)
 
-    def broken(self) -> str | None:
+    def fault(self) -> str | None:
         """Whether the daemon is gone."""
         return None if self._alive() else "qemu-storage-daemon is gone"
 
@@ -214,7 +214,7 @@ class Nbd(Step):
                 run(["blockdev", "--rereadpt", self.device], limits=_MOMENT)
         udev.settle()
 
-    def _served(self) -> list[int]:
+    def _list_servers(self) -> list[int]:
         """Our servers of this device."""
         return [
             pid
@@ -236,7 +236,7 @@ class Nbd(Step):
         """Disconnect it if it is ours, and wait for the kernel and for QEMU."""
         if self.number is None:
             return
-        servers = self._served()
+        servers = self._list_servers()
         if self._connected():
             run(["qemu-nbd", "--disconnect", self.device], limits=_MOMENT)
             kernel.wait_until(lambda: not self._connected(), f"{self.device} is still connected")
@@ -245,6 +245,6 @@ class Nbd(Step):
             kernel.await_end(pid)
         Path(self._pidfile()).unlink(missing_ok=True)
 
-    def broken(self) -> str | None:
+    def fault(self) -> str | None:
         """Whether the device is no longer connected."""
         return None if self._connected() else f"{self.device} is no longer connected"

@@ -33,6 +33,6 @@ class Step(ABC):
     def undo(self) -> None:
         """Undo it if it was done, and wait until that is really so."""
 
-    def broken(self) -> str | None:
+    def fault(self) -> str | None:
         """What is no longer as it was made, in one line; None if all is well."""
         return None

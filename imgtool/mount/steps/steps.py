@@ -113,7 +113,7 @@ class Loop(Step):
                 hint="unmount it there, or end the process, then try again",
             ) from error
 
-    def broken(self) -> str | None:
+    def fault(self) -> str | None:
         """Whether the device is somebody else's by now, or nobody's."""
         found = loop.mark_of(self.number) if self.number is not None else None
         return None if found == self.mark else f"{self.device} is gone"
@@ -168,7 +168,7 @@ class Filesystem(Step):
         if self._there():
             raise RefusedError("it is in use", subject=self.target)
 
-    def broken(self) -> str | None:
+    def fault(self) -> str | None:
         """Whether it is no longer mounted."""
         return None if self._there() else f"nothing is mounted at {self.target}"
 
@@ -209,7 +209,7 @@ class NtfsProgram(Filesystem):
                 hint="start and shut down the guest, or mount it without --rw",
             )
 
-    def _served(self) -> list[int]:
+    def _list_servers(self) -> list[int]:
         return [
             pid
             for pid in processes_naming(self.target)
@@ -218,7 +218,7 @@ class NtfsProgram(Filesystem):
 
     def undo(self) -> None:
         """Unmount it, and wait until the program has closed the device."""
-        served = self._served()
+        served = self._list_servers()
         super().undo()
         for pid in served:
             kernel.await_end(pid)
@@ -264,7 +264,7 @@ class Appliance(Step):
             servers=self._servers,
         )
 
-    def broken(self) -> str | None:
+    def fault(self) -> str | None:
         """Whether the process is gone."""
         from imgtool.mount.mechanisms import appliance
 

@@ -70,7 +70,7 @@ class Noted(Step):
             raise RefusedError("in use")
         self.notes.append(f"undo {self.name}")
 
-    def broken(self) -> str | None:
+    def fault(self) -> str | None:
         return f"{self.name} is broken" if f"broken {self.name}" in self.fails else None
 
 
@@ -96,7 +96,7 @@ def finished(*names: str, place: str = "/mnt") -> Journal:
     journal = start(place)
     for name in names:
         journal.do(Noted(name))
-    journal.finished()
+    journal.finish()
     journal.unlock()
     Noted.notes.clear()
     return journal
@@ -239,21 +239,21 @@ def test_what_is_left_behind():
     journal.unlock()
     assert not seen.busy
     assert seen.left_behind()  # nobody does, and it is not finished
-    journal.finished()
+    journal.finish()
     (seen,) = journals()
     assert not seen.left_behind()
     Noted.fails.add("broken one")
     assert seen.left_behind()
-    assert seen.broken() == ["one is broken"]
+    assert seen.faults() == ["one is broken"]
 
 
 def test_one_at_a_time():
     journal = start()
     (other,) = journals()
-    with pytest.raises(RefusedError, match="another imgtool works on this mount"), other.locked():
+    with pytest.raises(RefusedError, match="another imgtool works on this mount"), other.lock():
         pass
     journal.unlock()
-    with other.locked() as there:
+    with other.lock() as there:
         assert there
         assert journals()[0].busy
     assert not journals()[0].busy
@@ -264,7 +264,7 @@ def test_cleanup_looks_again_before_it_undoes(monkeypatch):
     journal = start()
     journal.do(Noted("one"))
     read_before = journals()
-    journal.finished()
+    journal.finish()
     journal.unlock()
     monkeypatch.setattr(mounting, "journals", lambda: read_before)
     assert mounting.clean_up() == []
@@ -278,7 +278,7 @@ def test_umount_undoes_what_was_done_since_it_looked(monkeypatch, tmp_path):
     journal.do(Noted("one"))
     read_before = journals()
     journal.do(Noted("two"))
-    journal.finished()
+    journal.finish()
     journal.unlock()
     monkeypatch.setattr(mounting, "journals", lambda: read_before)
     mounting.unmount(tmp_path)
