@@ -12,6 +12,7 @@ from ctypes import POINTER, byref, c_char_p, c_int, c_ulong, c_void_p
 from functools import cache
 
 from imgtool.errors import HostError
+from imgtool.host.libc import libc
 
 YESCRYPT, SHA512 = "$y$", "$6$"
 # Hashes that are computed anew to compare: a guest could ask for hours or all memory with others.
@@ -38,20 +39,13 @@ def _library() -> ctypes.CDLL:
     )
 
 
-@cache
-def _free() -> ctypes._FuncPointer:
-    free = ctypes.CDLL(None).free
-    free.argtypes = [c_void_p]
-    return free
-
-
 def _crypt(password: bytes, setting: bytes) -> bytes | None:
     data, size = c_void_p(), c_int()
     try:
         found = _library().crypt_ra(password, setting, byref(data), byref(size))
         hashed = ctypes.string_at(found) if found else b"*0"
     finally:
-        _free()(data)
+        libc.free(data)
     return None if hashed.startswith(b"*") else hashed
 
 
@@ -61,7 +55,7 @@ def hash_password(password: bytes, method: str) -> str:
     try:
         setting = ctypes.string_at(salt) if salt else b"*0"
     finally:
-        _free()(salt)
+        libc.free(salt)
     found = _crypt(password, setting)
     if found is None:
         raise HostError("the host's libcrypt cannot make such a hash", subject=method)
