@@ -19,7 +19,7 @@ check() {
 }
 
 # Scripts are told by their first line: some have no suffix.
-mapfile -t shell_scripts < <(grep -lE '^#!.*\b(ba|da)?sh$' scripts/* .ci/*)
+mapfile -t shell_scripts < <(grep -lE '^#!.*\b(ba|da)?sh$' scripts/* .ci/* debian/*)
 
 check "ruff check" "$python" -m ruff check .
 check "ruff format" "$python" -m ruff format --check --quiet .

@@ -65,6 +65,7 @@ if [ $with_tests = yes ]; then
         hyperfine zstd mtools xorriso genisoimage
         kpartx kmod busybox-static file udev iproute2 openssh-client
         runc golang-github-containers-common unzip acl gdisk squashfs-tools lz4 xxd bzip2 xz-utils mandoc jq
+        zsh fish
     )
 fi
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,11 +63,32 @@ def test_the_file_of_zsh_also_answers_the_tab_that_loads_it(files):
     assert lines == [*old[:-1], *end]
 
 
-@pytest.mark.parametrize(("shell", "name"), [("zsh", "_imgtool"), ("fish", "imgtool.fish")])
-def test_the_other_shells_can_read_their_files(files, shell, name):
+# What each shell would offer after `imgtool copy-`. Of zsh's own functions only those that are
+# called are there: they print what they get.
+_OTHERS = {
+    "fish": ("--no-config", "source {0}/imgtool.fish; complete -C 'imgtool copy-'"),
+    "zsh": (
+        "-f",
+        "compdef() {{ : }}; _arguments() {{ print -l -- $@ }}; source {0}/_imgtool;"
+        " words=(imgtool copy-) CURRENT=2; _imgtool_completion",
+    ),
+}
+
+
+@pytest.mark.parametrize("shell", _OTHERS)
+def test_the_other_shells_offer_commands(files, program, shell):
     if shutil.which(shell) is None:
-        pytest.skip(f"no {shell} here")
-    subprocess.run([shell, "--no-execute", files / name], check=True)
+        pytest.skip(f"no {shell} here: scripts/setup.sh installs it")
+    option, script = _OTHERS[shell]
+    done = subprocess.run(
+        [shell, option, "-c", script.format(files)],
+        env={**os.environ, "PATH": f"{program}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    assert set(re.findall(r"\bcopy-[a-z]+", done.stdout)) == {"copy-in", "copy-out"}
 
 
 def tab(files: Path, program: Path, *words: str) -> list[str]:
