@@ -53,7 +53,7 @@ def modules() -> list[str]:
 
 @pytest.fixture(scope="module")
 def debian() -> Iterator[Path]:
-    with unpacked(root_archive("trixie", packages())) as root:
+    with unpacked(root_archive("trixie", [*packages(), "apparmor"])) as root:
         pip = [
             sys.executable,
             "-m",
@@ -91,6 +91,14 @@ def test_doctor_finds_all_but_the_appliance(debian):
     for name in ("Python binding nbd", "qemu-img", "qemu-nbd", "sandbox (bubblewrap)"):
         assert rows[name] in ("ok", "true", "True"), done.stdout
     assert "appliance kernel" in rows
+
+
+def test_the_profile_for_apparmor_is_taken(debian):
+    """By its parser of version 4, which Debian 12 has not."""
+    words = ["--skip-kernel-load", "--skip-cache", ROOT / "debian/apparmor/imgtool"]
+    command = [*entering(debian, ROOT), "/usr/sbin/apparmor_parser", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def passed(done: subprocess.CompletedProcess[str]) -> int:
