@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import pytest
 from imgtool.errors import ImgtoolError, RefusedError
 from imgtool.image.chain.chain import open_chain
 from imgtool.image.change import compacting, mending, overlays, plan, recovery, single, snapshots
+from imgtool.image.change.rehearsing import json_name
 from imgtool.image.checks.ages import newer_bases
 from imgtool.image.intent import intent_log
 from imgtool.image.intent.intent_log import is_ours, record_path
@@ -163,6 +165,10 @@ JOBS = {
 }
 
 
+def _rehearse_on_snapshots(qemu_img, node, image, option, name):
+    qemu_img(["snapshot", option, name, json_name(node)], image=image)
+
+
 def killed(job: Job, folder: Path, number: int, after: bool) -> bool:
     """Make the images and do the work, killed before or after a step; whether there was one."""
     folder.mkdir()
@@ -171,6 +177,9 @@ def killed(job: Job, folder: Path, number: int, after: bool) -> bool:
     def cut() -> None:
         wrap = cut_at(number, after)
         patch = pytest.MonkeyPatch()
+        # A rehearsal does nothing to the image: it is no step of the work.
+        rehearsed = partial(_rehearse_on_snapshots, mending.qemu_img)
+        patch.setattr(snapshots, "try_on_snapshots", rehearsed)
         for module in (plan, recovery, mending, writes.transaction):
             patch.setattr(module, "qemu_img", wrap(module.qemu_img))
         patch.setattr(plan, "same_content", wrap(plan.same_content))
