@@ -227,7 +227,7 @@ def _opened_second(request: Request, point: Point) -> Callable[[], AbstractConte
     """How the second of two images is opened, whose format has an option of its own."""
 
     @contextlib.contextmanager
-    def opened() -> Iterator[Guest]:
+    def open_it() -> Iterator[Guest]:
         with contextlib.ExitStack() as stack:
             try:
                 guest = stack.enter_context(_at(request, point).opened())
@@ -236,7 +236,7 @@ def _opened_second(request: Request, point: Point) -> Callable[[], AbstractConte
                 raise
             yield guest
 
-    return opened
+    return open_it
 
 
 def _at(request: Request, point: Point) -> Request:

@@ -88,13 +88,18 @@ def _plan_on_list(
     operation: str,
     path: Path,
     lines: tuple[str, ...],
-    do: Callable[[Work], None],
+    option: str,
+    name: str,
     after: Callable[[Holdings], Holdings],
     backing_dirs: Dirs,
     image: ImageInfo,
-    rehearsal: Callable[[dict[str, Any]], None],
 ) -> Plan:
     """A plan for the list of snapshots alone: a guest sees the same afterwards."""
+
+    def do(work: Work) -> None:
+        with work.step(operation.removeprefix("snapshot ")):
+            on_snapshots(path, option, name)
+
     return Plan(
         operation,
         path.absolute(),
@@ -107,7 +112,7 @@ def _plan_on_list(
         same_in=path,
         backing_dirs=backing_dirs,
         after=after,
-        rehearsal=rehearsal,
+        rehearsal=lambda node: try_on_snapshots(node, path, option, name),
     )
 
 
@@ -127,19 +132,15 @@ def plan_create(
     refuse_several_names(path)
     _check_name(chain, name)
 
-    def do(work: Work) -> None:
-        with work.step("create"):
-            on_snapshots(path, "-c", name)
-
     return _plan_on_list(
         "snapshot create",
         path,
         (f"keep the present state of {printable(path)} as '{printable(name)}'",),
-        do,
+        "-c",
+        name,
         lambda holdings: holdings.with_snapshot(name),
         backing_dirs,
         chain.active,
-        lambda node: try_on_snapshots(node, path, "-c", name),
     )
 
 
@@ -158,10 +159,6 @@ def plan_delete(
     snapshot = chain.snapshot(name)
     known_as = _for_delete(chain, snapshot)
 
-    def do(work: Work) -> None:
-        with work.step("delete"):
-            on_snapshots(path, "-d", known_as)
-
     return _plan_on_list(
         "snapshot delete",
         path,
@@ -169,11 +166,11 @@ def plan_delete(
             f"delete the snapshot '{printable(snapshot.name)}' of {printable(path)};"
             " the file does not shrink",
         ),
-        do,
+        "-d",
+        known_as,
         lambda holdings: holdings.without_snapshot(snapshot.id),
         backing_dirs,
         chain.active,
-        lambda node: try_on_snapshots(node, path, "-d", known_as),
     )
 
 

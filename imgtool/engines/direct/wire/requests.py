@@ -238,21 +238,21 @@ def decode(body: bytes) -> Request:
     kinds = kind.__annotations__
     if fields.keys() != kinds.keys():
         raise frames.BadMessage("a request of other fields")
-    return kind._make([_typed(fields[name], kinds[name]) for name in kind._fields])
+    return kind._make([_take(fields[name], kinds[name]) for name in kind._fields])
 
 
-def _typed(value: Any, kind: Any) -> Any:
+def _take(value: Any, kind: Any) -> Any:
     """A value of JSON that is of this kind, with lists of known length as tuples."""
     if isinstance(kind, UnionType):  # with None
         kind = NoneType if value is None else kind.__args__[0]
     if isinstance(kind, GenericAlias):
         parts = kind.__args__
         if kind.__origin__ is Mapping and type(value) is dict:
-            return {name: _typed(part, parts[1]) for name, part in value.items()}
+            return {name: _take(part, parts[1]) for name, part in value.items()}
         if kind.__origin__ is Sequence and type(value) is list:
-            return [_typed(part, parts[0]) for part in value]
+            return [_take(part, parts[0]) for part in value]
         if kind.__origin__ is tuple and type(value) is list and len(value) == len(parts):
-            return tuple(map(_typed, value, parts))
+            return tuple(map(_take, value, parts))
     elif type(value) is kind:
         return value
     raise frames.BadMessage("a request with a field of another type")
