@@ -6,6 +6,7 @@ of it can be seen.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,7 +63,7 @@ class Trials:
         for _ in range(2):  # the shortest, so that kills come before the end
             self.scene.copy(self.template, self.folder)
             process = start(*self.scene.command(self.folder))
-            self._wait_for_record(process)
+            self._wait_for_work(process)
             began = time.monotonic()
             assert process.communicate()[0] == b""
             self.seconds = min(self.seconds, time.monotonic() - began)
@@ -75,10 +77,17 @@ class Trials:
         }
         self.landed: Counter[str] = Counter()
 
-    def _wait_for_record(self, process: subprocess.Popen[bytes]) -> None:
+    def _wait_for_work(self, process: subprocess.Popen[bytes]) -> None:
+        """Until its record says what is done: it is locked before, while that is tried out."""
+        self._wait(process, lambda record: record.exists() and record.stat().st_size > 0)
+
+    def _wait(self, process: subprocess.Popen[bytes], seen: Callable[[Path], bool]) -> None:
         record = record_path(self.folder / self.scene.image)
         until = time.monotonic() + _LONGEST
-        while not record.exists() and process.poll() is None and time.monotonic() < until:
+        while process.poll() is None and time.monotonic() < until:
+            with contextlib.suppress(FileNotFoundError):  # removed between two looks
+                if seen(record):
+                    break
             time.sleep(0.001)
 
     def state(self) -> tuple[object, ...]:
@@ -91,12 +100,23 @@ class Trials:
 
     def cut_off(self, moment: float, number: int) -> int:
         """Do the work on a new copy and send the signal, `moment` of the way; the exit status."""
+
+        def wait(process: subprocess.Popen[bytes]) -> None:
+            self._wait_for_work(process)
+            time.sleep(moment * self.seconds)
+            self.landed[self._step(process)] += 1
+
+        return self._cut_off(wait, number)
+
+    def cut_off_before(self, number: int) -> int:
+        """The same, as soon as the image is locked; the exit status."""
+        return self._cut_off(lambda process: self._wait(process, Path.exists), number)
+
+    def _cut_off(self, wait: Callable[[subprocess.Popen[bytes]], None], number: int) -> int:
         self.scene.copy(self.template, self.folder)
         process = start(*self.scene.command(self.folder))
         try:
-            self._wait_for_record(process)
-            time.sleep(moment * self.seconds)
-            self.landed[self._step(process)] += 1
+            wait(process)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, number)
@@ -157,6 +177,8 @@ def _lives(group: int) -> bool:
 def _killed(name: str, folder: Path, times: int) -> None:
     trials = trials_of(name, folder)
     trials.landed.clear()
+    trials.cut_off_before(signal.SIGKILL)
+    trials.settled()
     seed = random.randrange(1 << 32)
     chosen = random.Random(seed)
     for number in range(times):
