@@ -30,6 +30,16 @@ def _meant(command: object, arguments: list[str]) -> str:
     return " ".join(words)
 
 
+def _way_to_help(command: object, arguments: list[str], error: typer.TyperException) -> str:
+    """Which help lists what an error of use is about."""
+    meant = _meant(command, arguments)
+    path = getattr(getattr(error, "ctx", None), "command_path", meant)
+    # `imgtool help lss`: what is wrong is a name that the command was given.
+    if meant in ("imgtool help", "imgtool schema") and path != meant:
+        return f"'{path} --help' lists the commands"
+    return f"'{meant} --help' lists the arguments and options"
+
+
 def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     completing = "_IMGTOOL_COMPLETE" in os.environ
@@ -48,7 +58,7 @@ def _run(arguments: list[str]) -> int:
         sys.stdout.flush()
     except typer.TyperException as error:
         render.message("error", error.format_message().rstrip("."))
-        render.hint(f"'{_meant(command, arguments)} --help' lists the arguments and options")
+        render.hint(_way_to_help(command, arguments, error))
         return ExitStatus.USAGE
     except ImgtoolError as error:
         if debug:

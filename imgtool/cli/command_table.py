@@ -60,7 +60,7 @@ GROUPS = {
         },
     ),
     "overlay": (
-        "Make overlays on an image, and merge them without losing data.",
+        "Make overlays on an image; merge (commit) or flatten them.",
         {
             "create": "overlaying.create",
             "commit": "overlaying.commit",

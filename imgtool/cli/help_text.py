@@ -47,8 +47,23 @@ class Command(typer.core.TyperCommand):
         _write_page(ctx, formatter)
 
 
+# What hands and memories call a command of a group, and what it is called here.
+OTHER_NAMES = {
+    **{("overlay", "merge"): "overlay commit", ("chain", "merge"): "overlay commit"},
+    **{("chain", name): f"overlay {name}" for name in ("commit", "rebase", "flatten")},
+    **{("snapshot", name): "snapshot revert" for name in ("apply", "restore", "rollback")},
+}
+
+
 class Group(typer.core.TyperGroup):
     """Commands with a whole line for each."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command of a group that is named first; what is called otherwise here, is said."""
+        meant = OTHER_NAMES.get((ctx.info_name, args[0])) if args else None
+        if meant is not None:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean 'imgtool {meant}'?")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         self._write(formatter, "Commands", list(self.commands))

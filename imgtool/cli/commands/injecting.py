@@ -122,7 +122,7 @@ def inject(
         ),
     ] = None,
 ) -> None:
-    """Have guests as a spec says: files, users, services, network.
+    """Set up guests: users, passwords, files, services, network.
 
     All of it is done or nothing. Steps are those of the spec in its order, then those of the
     options, in the order of this list. What is so already is left alone, and a guest in which all
@@ -131,7 +131,7 @@ def inject(
 
     \b
     Examples:
-      imgtool inject guest.qcow2 spec.yaml
+      imgtool inject guest.qcow2 --password root:prompt
       imgtool inject -n guest.qcow2 --hostname web1 --user alice
       imgtool inject --clone-dir clones guest.qcow2 spec.yaml
     """

@@ -65,10 +65,10 @@ def commit(
         bool, typer.Option("--remove", help="Remove the overlay once its content is proved.")
     ] = False,
 ) -> None:
-    """Write what an overlay holds into its base.
+    """Merge an overlay into its base.
 
-    It is proved that both are then the same. If it is interrupted, the overlay has everything; the
-    same command again finishes it.
+    What it holds is written there, and it is proved that both are then the same. If it is
+    interrupted, the overlay has everything; the same command again finishes it.
 
     \b
     Examples:

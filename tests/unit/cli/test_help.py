@@ -13,7 +13,7 @@ import typer
 
 from imgtool.cli import _run
 from imgtool.cli.command_table import COMMANDS, GROUPS, app_with, overview
-from imgtool.cli.help_text import HEADINGS, Root, paragraphs, summary
+from imgtool.cli.help_text import HEADINGS, OTHER_NAMES, Root, paragraphs, summary
 from tests.support.documentation import invocations
 
 ROOT = typer.main.get_command(app_with(None))
@@ -107,11 +107,36 @@ def test_the_help_says_where_the_manual_page_is(name):
         ("ls -v --nope", "imgtool ls"),
         ("--nope ls", "imgtool ls"),
         ("frob --nope", "imgtool"),
+        ("help --nope", "imgtool help"),
     ],
 )
 def test_an_error_of_use_names_the_help_of_its_command(words: str, named: str, capfd):
     assert _run(words.split()) == 2
     assert f"hint: '{named} --help' lists the arguments" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "listing"),
+    [("help cp", "imgtool"), ("schema lss", "imgtool"), ("help chain tre", "imgtool chain")],
+)
+def test_an_unknown_command_that_help_is_asked_of_leads_to_the_list(words, listing, capfd):
+    assert _run(words.split()) == 2
+    assert capfd.readouterr().err.endswith(f"hint: '{listing} --help' lists the commands\n")
+
+
+@pytest.mark.parametrize(("called", "name"), OTHER_NAMES.items())
+def test_another_name_of_a_command_leads_to_it(called, name, capfd):
+    assert name in EVERY
+    assert " ".join(called) not in EVERY
+    for words in ([*called, "x"], ["help", *called]):
+        assert _run(words) == 2
+        assert f"Did you mean 'imgtool {name}'?" in capfd.readouterr().err
+
+
+def test_what_most_come_for_is_found_in_the_help():
+    assert re.search(r"^  inject .*\bpasswords\b", help_of(), re.M)
+    assert "--password root:prompt" in help_of("inject").split("Options:")[0]
+    assert re.search(r"^  overlay .*\bmerge\b", help_of(), re.M)
 
 
 def test_the_overview_is_that_of_the_commands_themselves():
