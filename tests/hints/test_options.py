@@ -218,6 +218,13 @@ ROWS = (
         "--engine",
     ),
     Row(
+        "'{} --help' lists the commands",
+        ext,
+        "help chain tre",
+        typed(again=False),
+        "tree",
+    ),
+    Row(
         "name another file, or remove this one",
         _folder_of_images,
         "chain tree . --svg notes.txt",
