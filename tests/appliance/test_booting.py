@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,15 +105,16 @@ class Seen:
     """What a guest said at its first start, to `LOOKS` over SSH, after it, and at the second."""
 
     image: Path
-    rows: list[dict[str, str]]
+    rows: list[dict[str, Any]]
     first: str
     login: str
     looks: dict[str, str]
     log: str
     second: str
 
-    def listed(self, look: str) -> list[dict[str, object]]:
-        return json.loads(self.looks[look])
+    def listed(self, look: str) -> list[dict[str, Any]]:
+        links: list[dict[str, Any]] = json.loads(self.looks[look])
+        return links
 
 
 def _imgtool(*words: str | Path) -> str:
@@ -130,7 +132,7 @@ def _imgtool(*words: str | Path) -> str:
 def _free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+        return int(one.getsockname()[1])
 
 
 def _interfaces(port: int) -> list[str]:
@@ -165,7 +167,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     folder = tmp_path_factory.mktemp("booting")
     image = folder / "web1.raw"
     subprocess.run(["cp", "--sparse=always", bootable().disk, image], check=True)
-    keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "me", "-f", folder / "key"]
+    keygen = ("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "me", "-f", folder / "key")
     subprocess.run(keygen, check=True)
     steps = SPEC
     for n, renderer in STATIC.items():

@@ -8,6 +8,7 @@ import os
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,16 +25,16 @@ def overlay(tmp_path, monkeypatch):
     def made(name: str) -> Path:
         base = guest(name)
         monkeypatch.setenv("IMGTOOL_BACKING_DIRS", str(base.parent))
-        path = tmp_path / f"{name}.qcow2"
+        path: Path = tmp_path / f"{name}.qcow2"
         kind = "raw" if base.suffix == ".raw" else "qcow2"
-        argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", kind, "-b", base, path]
-        subprocess.run(argv, check=True)
+        argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", kind]
+        subprocess.run([*argv, "-b", base, path], check=True)
         return path
 
     return made
 
 
-def listed(imgtool_cli, image, path) -> dict[str, dict]:
+def listed(imgtool_cli, image, path) -> dict[str, dict[str, Any]]:
     result = imgtool_cli("ls", image, "-R", path, "-o", "jsonl")
     rows = [json.loads(line) for line in result.text.splitlines()]
     return {row["path"]: row for row in rows}
@@ -50,17 +51,17 @@ def test_awkward_names_links_modes_and_times_arrive_as_they_are(imgtool_cli, tmp
         assert (tmp_path / "names" / os.fsdecode(name)).read_bytes() == name
     for name, target in guests.AWKWARD_LINKS.items():
         assert os.readlink(os.fsencode(tmp_path / "links") + b"/" + name) == target
-    for name, mode in guests.AWKWARD_MODES.items():
-        assert (tmp_path / "modes" / name).stat().st_mode & 0o7777 == mode
+    for text, mode in guests.AWKWARD_MODES.items():
+        assert (tmp_path / "modes" / text).stat().st_mode & 0o7777 == mode
     odd = (tmp_path / "modes" / "odd-owner").stat()
     assert (odd.st_uid, odd.st_gid) == guests.ODD_OWNER
-    for name, moment in guests.AWKWARD_TIMES.items():
-        assert (tmp_path / "times" / name).stat().st_mtime_ns == moment
+    for text, moment in guests.AWKWARD_TIMES.items():
+        assert (tmp_path / "times" / text).stat().st_mtime_ns == moment
     inodes = {(tmp_path / path.lstrip("/")).stat().st_ino for path in guests.HARD_LINKS}
     assert len(inodes) == 1
-    for name in guests.AWKWARD_DEVICES:
-        assert not os.path.lexists(tmp_path / "special" / name)
-        assert f"/special/{name}" in result.err
+    for text in guests.AWKWARD_DEVICES:
+        assert not os.path.lexists(tmp_path / "special" / text)
+        assert f"/special/{text}" in result.err
 
 
 def test_a_hostile_listing_cannot_steer_the_terminal_and_json_keeps_the_bytes(imgtool_cli):

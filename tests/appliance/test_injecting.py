@@ -11,6 +11,7 @@ import pytest
 
 from imgtool import open_guest
 from imgtool.engines.libguestfs.write.apply import apply_changes, refuse_if_changed
+from imgtool.engines.libguestfs.write.guest import LibguestfsWritableGuest
 from imgtool.errors import RefusedError
 from imgtool.inject.planner import LocatedStep, check, inject, plan
 from imgtool.inject.spec import read_spec
@@ -70,6 +71,7 @@ def test_a_spec_is_carried_out_in_one_launch_and_once(tmp_path: Path, monkeypatc
     def to_write():
         launches.append(image)
         with open_guest_to_write(image) as opened:
+            assert isinstance(opened, LibguestfsWritableGuest)
             yield opened
             for path in LABELS:
                 raw = opened.calls.getxattr(path.encode(), b"security.selinux")
@@ -133,6 +135,7 @@ def test_every_filesystem_that_is_written_to_is_checked(tmp_path: Path):
         LocatedStep(AppendLine("/boot/grub.cfg", line="a file that is there"), "2"),
     ]
     with open_guest_to_write(image) as opened:
+        assert isinstance(opened, LibguestfsWritableGuest)
         sources = {mount.mountpoint: mount.source for mount in opened.layout.mounts}
         _, first = plan(opened, [LocatedStep(Write("/boot/grub.cfg", content="x\n"), "0")], {})
         apply_changes(opened, first)

@@ -22,7 +22,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tree/grub").mkdir(parents=True)
     (folder / "tree/vmlinuz-6.1.0").write_bytes(b"kernel")
     (folder / "tree/grub/grub.cfg").write_text("set default=0\n")
-    words = ["mke2fs", "-q", "-t", "ext4", "-d", folder / "tree", boot, "16M"]
+    words: list[str | Path] = ["mke2fs", "-q", "-t", "ext4", "-d", folder / "tree", boot, "16M"]
     subprocess.run(words, check=True, capture_output=True)
     root.write_bytes(bytes(32 * MIB))
     words = ["cryptsetup", "luksFormat", "-q", "--type=luks2", "--pbkdf=pbkdf2"]

@@ -73,7 +73,7 @@ def on_a_terminal(*words: str | Path) -> Iterator[Terminal]:
     process, descriptor = pty.fork()
     if process == 0:
         with contextlib.suppress(OSError):
-            command = [sys.executable, "-m", "imgtool", *map(os.fspath, words)]
+            command = [sys.executable, "-m", "imgtool", *map(str, words)]
             os.execv(command[0], command)
         os._exit(127)
     try:

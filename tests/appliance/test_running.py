@@ -61,7 +61,7 @@ def test_ctrl_c_while_the_appliance_starts_leaves_nothing(tmp_path):
     )
     deadline = time.monotonic() + 120
     while (qemu := running_qemu(process.pid)) is None:
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
@@ -123,7 +123,14 @@ def test_a_kvm_that_does_not_work_is_said_once_and_remembered(tmp_path):
     environment["XDG_CACHE_HOME"] = str(tmp_path)
 
     def run() -> subprocess.CompletedProcess[bytes]:
-        words = [*IMGTOOL, "cat", "--engine", "libguestfs", guest("data"), "/readme.txt"]
+        words: list[str | Path] = [
+            *IMGTOOL,
+            "cat",
+            "--engine",
+            "libguestfs",
+            guest("data"),
+            "/readme.txt",
+        ]
         return subprocess.run(words, env=environment, check=True, capture_output=True)
 
     first, second = run(), run()
@@ -136,7 +143,7 @@ def test_a_kvm_that_does_not_work_is_said_once_and_remembered(tmp_path):
 
 def test_a_progress_bar_stands_on_a_terminal_alone(tmp_path):
     path = next(path for path in guests.DATA_FILES if path.endswith("cat.raw"))
-    words = [*IMGTOOL, "copy-out", "--engine", "libguestfs", guest("data"), path]
+    words: list[str | Path] = [*IMGTOOL, "copy-out", "--engine", "libguestfs", guest("data"), path]
     terminal = subprocess.run(
         ["script", "-qec", " ".join(map(str, [*words, tmp_path / "a"])), "/dev/null"],
         capture_output=True,

@@ -36,7 +36,7 @@ def continued(*words: str | Path, cache: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's cache with appliances saved for one disk and for two."""
     folder = tmp_path_factory.mktemp("cache")
     imgtool("doctor", "--launch", cache=folder)  # finds out whether KVM works

@@ -94,9 +94,9 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def filesystems(*words: object) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "imgtool", "filesystems", "--all", "-o", "jsonl", *words]
-    return subprocess.run(argv, capture_output=True, text=True, check=False)
+def filesystems(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "imgtool", "filesystems", "--all", "-o", "jsonl"]
+    return subprocess.run([*argv, *words], capture_output=True, text=True, check=False)
 
 
 def types(done: subprocess.CompletedProcess[str]) -> Types:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from imgtool import open_guest
+from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest
+from imgtool.engines.libguestfs.write.guest import LibguestfsWritableGuest
 from imgtool.errors import ImgtoolError
 from imgtool.image.intent.intent_log import record_path
 from imgtool.opening import open_guest_to_write
@@ -112,6 +114,7 @@ def test_faults_from_before_are_said_and_new_ones_undo_all(image):
     subprocess.run(["debugfs", "-w", "-R", command, image], check=True, capture_output=True)
     said: list[str] = []
     with open_guest_to_write(image, notice=said.append) as guest:
+        assert isinstance(guest, LibguestfsWritableGuest)
         guest.calls.chmod(guest.resolve("/etc/link.conf"), 0o600)
     assert len(said) == 1 and "had faults before" in said[0]
     before = content(image)
@@ -119,6 +122,7 @@ def test_faults_from_before_are_said_and_new_ones_undo_all(image):
         pytest.raises(ImgtoolError, match=r"unsound,? .*nothing was changed") as refused,
         open_guest_to_write(image, notice=said.append) as guest,
     ):
+        assert isinstance(guest, LibguestfsWritableGuest)
         guest.calls.chmod(guest.resolve("/etc/link.conf"), 0o644)
         guest.handle.umount_all()
         guest.handle.pwrite_device("/dev/sda", b"\xff" * 1024, _inode_bitmap(image))
@@ -131,6 +135,7 @@ def test_faults_from_before_are_said_and_new_ones_undo_all(image):
         pytest.raises(ImgtoolError, match=r"unsound,? .*nothing was changed"),
         open_guest_to_write(image, notice=said.append) as guest,
     ):
+        assert isinstance(guest, LibguestfsWritableGuest)
         guest.calls.chmod(guest.resolve("/etc/link.conf"), 0o644)
         guest.handle.umount_all()
         guest.handle.pwrite_device("/dev/sda", b"\xff" * 1024, _inode_bitmap(image))
@@ -206,6 +211,7 @@ def test_an_edit_keeps_the_selinux_label(tmp_path):
     done = imgtool("edit", image, "/etc/hostname", "-e", "s/^/new-/", "-b", ".bak", *dirs)
     assert (done.status, done.err) == (0, "")
     with open_guest(image, engine="libguestfs", backing_dirs=dirs[1:]) as guest:
+        assert isinstance(guest, LibguestfsGuest)
         assert guest.read_bytes("/etc/hostname").startswith(b"new-")
         for path in ("/etc/hostname", "/etc/hostname.bak"):
             raw = guest.calls.getxattr(path.encode(), b"security.selinux")

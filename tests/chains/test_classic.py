@@ -124,8 +124,8 @@ def test_with_overlays(guest: Path) -> None:
             (folder / name).unlink()
     status, said = imgtool("overlay", "commit", second)
     assert status == 0, said  # `third` is its overlay, not another one of its base
-    for name in (first, second, third):
-        assert cat(name) == (states[name] if name != first else states[second])
+    for link in (first, second, third):
+        assert cat(link) == (states[link] if link != first else states[second])
     status, said = imgtool("overlay", "commit", first)
     assert status == 4, said  # the base is protected, and has another overlay
     did("overlay", "commit", third, "--remove")

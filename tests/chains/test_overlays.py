@@ -25,7 +25,7 @@ def qemu_img(*words: str | Path) -> bytes:
 
 def write(image: Path, *commands: str) -> None:
     words = [word for command in commands for word in ("-c", command)]
-    argv = ["qemu-io", "-t", "writeback", "-f", "qcow2", *words, image.resolve()]
+    argv: list[str | Path] = ["qemu-io", "-t", "writeback", "-f", "qcow2", *words, image.resolve()]
     subprocess.run(argv, check=True, capture_output=True)
 
 
@@ -126,8 +126,8 @@ def test_a_base_of_other_overlays_is_not_written_to(folder, imgtool_cli):
     assert content(top) == before
     assert imgtool_cli("overlay", "commit", top, "--force", "is-base").status == 0
     assert imgtool_cli("overlay", "commit", folder / "second.qcow2", "--remove").status == 4
-    words = ("overlay", "commit", folder / "second.qcow2", "--remove", "--force", "is-base")
-    refused = imgtool_cli(*words)
+    forced = ("--remove", "--force", "is-base")
+    refused = imgtool_cli("overlay", "commit", folder / "second.qcow2", *forced)
     assert refused.status == 4 and "--force base-newer" in refused.err
     assert imgtool_cli(*words, "--force", "base-newer").status == 0
 
@@ -415,9 +415,7 @@ def test_no_guest_can_be_started_while_its_image_is_being_replaced(folder):
 
 
 def test_too_little_space_is_told_before_anything_is_done(folder, imgtool_cli, monkeypatch):
-    from imgtool.image.change import guards
-
-    monkeypatch.setattr(guards.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))
     before = everything(folder)
     for words in (("commit",), ("flatten",), ("rebase", folder / "other.qcow2")):
         done = imgtool_cli("overlay", words[0], folder / "top.qcow2", *words[1:])

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from imgtool.errors import ImgtoolError, UsageError
 from imgtool.image.chain.chain import open_chain
+from imgtool.image.change.copies import convert
 from imgtool.image.change.single import parse_size
 from imgtool.image.intent.intent_log import is_ours
 from imgtool.image.qemu.qemu_img import same_content
@@ -24,7 +26,7 @@ def qemu_img(*words: str | Path) -> bytes:
 
 def write(image: Path, *commands: str) -> None:
     words = [word for command in commands for word in ("-c", command)]
-    argv = ["qemu-io", "-t", "writeback", "-f", "qcow2", *words, image]
+    argv: list[str | Path] = ["qemu-io", "-t", "writeback", "-f", "qcow2", *words, image]
     subprocess.run(argv, check=True, capture_output=True)
 
 
@@ -67,7 +69,7 @@ def test_sizes(text, size):
 def test_a_small_size_without_a_unit_is_refused_with_what_was_meant(text):
     with pytest.raises(UsageError, match="without a unit") as refused:
         parse_size(text, 10 * MIB)
-    meant = refused.value.hint.partition(" ")[0]
+    meant = str(refused.value.hint).partition(" ")[0]
     assert meant == f"{text}M"
 
 
@@ -181,13 +183,12 @@ def test_what_is_being_made_is_for_its_owners_eyes_alone(tmp_path, imgtool_cli, 
     image = tmp_path / "disk.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", image, "1M")
     image.chmod(0o600)
-    seen = []
+    seen: list[int] = []
 
-    def look(*arguments: object) -> None:
+    def look(*arguments: Any) -> None:
         seen.extend(path.stat().st_mode & 0o777 for path in tmp_path.glob(".*imgtool-*[0-9a-f]"))
-        really(*arguments)  # type: ignore[arg-type]
+        convert(*arguments)
 
-    really = compacting.convert
     monkeypatch.setattr(compacting, "convert", look)
     assert imgtool_cli("compact", image).status == 0
     assert 0o600 in seen and image.stat().st_mode & 0o777 == 0o600

@@ -14,17 +14,31 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from imgtool.errors import ImgtoolError, RefusedError
 from imgtool.image.chain.chain import open_chain
-from imgtool.image.change import compacting, mending, overlays, plan, recovery, single, snapshots
+from imgtool.image.chain.reading import remove_unread
+from imgtool.image.change import (
+    compacting,
+    mending,
+    overlays,
+    plan,
+    recovery,
+    single,
+    snapshots,
+    transaction,
+)
+from imgtool.image.change.plan import sync_file
 from imgtool.image.change.rehearsing import json_name
 from imgtool.image.checks.ages import newer_bases
 from imgtool.image.intent import intent_log
 from imgtool.image.intent.intent_log import is_ours, record_path
 from imgtool.image.intent.marks import is_as_noted
+from imgtool.image.qemu.qemu_img import qemu_img as run_qemu_img
+from imgtool.image.qemu.qemu_img import same_content
 from tests.support import writes
 from tests.support.writes import KILLED, cut_at, in_child
 
@@ -178,17 +192,17 @@ def killed(job: Job, folder: Path, number: int, after: bool) -> bool:
         wrap = cut_at(number, after)
         patch = pytest.MonkeyPatch()
         # A rehearsal does nothing to the image: it is no step of the work.
-        rehearsed = partial(_rehearse_on_snapshots, mending.qemu_img)
+        rehearsed = partial(_rehearse_on_snapshots, run_qemu_img)
         patch.setattr(snapshots, "try_on_snapshots", rehearsed)
-        for module in (plan, recovery, mending, writes.transaction):
+        for module in (plan, recovery, mending, transaction):
             patch.setattr(module, "qemu_img", wrap(module.qemu_img))
-        patch.setattr(plan, "same_content", wrap(plan.same_content))
-        patch.setattr(overlays, "sync_file", wrap(overlays.sync_file))
+        patch.setattr(plan, "same_content", wrap(same_content))
+        patch.setattr(overlays, "sync_file", wrap(sync_file))
         patch.setattr(plan, "put_in_place", wrap(plan.put_in_place))
         patch.setattr(plan, "replace", wrap(plan.replace))
         patch.setattr(intent_log.Record, "note", wrap(intent_log.Record.note))
         patch.setattr(intent_log.Record, "remove", wrap(intent_log.Record.remove))
-        patch.setattr(recovery, "remove_unread", wrap(recovery.remove_unread))
+        patch.setattr(recovery, "remove_unread", wrap(remove_unread))
         job.do(folder)
 
     status = in_child(cut)
@@ -369,6 +383,7 @@ def test_while_it_is_under_way_another_imgtool_says_so(tmp_path, imgtool_cli):
     with subprocess.Popen(
         [*words, "-c", code, image], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
+        assert other.stdin is not None and other.stdout is not None
         assert other.stdout.readline()
         done = imgtool_cli("info", image)
         assert done.status == 0 and f"process {other.pid}, is at work on it" in done.err
@@ -386,10 +401,9 @@ def test_a_guest_that_is_started_at_once_is_seen(tmp_path, imgtool_cli, name, gr
     if not child:
         os.setpgid(0, 0)
         patch = pytest.MonkeyPatch()
-        really = recovery.qemu_img if name == "write" else plan.qemu_img
 
-        def hang(*words: object, **options: object) -> None:
-            really(*words, **options)
+        def hang(*words: Any, **options: Any) -> None:
+            run_qemu_img(*words, **options)
             started.touch()
             signal.pause()
 
@@ -417,7 +431,7 @@ def test_a_guest_that_is_started_at_once_is_seen(tmp_path, imgtool_cli, name, gr
 
 def _tries(image: Path) -> int:
     """The status of a guest that wants to write to an image."""
-    words = ["qemu-io", "-f", "qcow2", "-c", f"write -P {SINCE} 3584k 64k", image]
+    words = ("qemu-io", "-f", "qcow2", "-c", f"write -P {SINCE} 3584k 64k", image)
     return subprocess.run(words, check=False, capture_output=True).returncode
 
 
@@ -433,10 +447,10 @@ def test_no_guest_comes_between_the_proof_and_the_end_of_a_commit(tmp_path, monk
 
         return both
 
-    monkeypatch.setattr(plan, "qemu_img", and_a_guest(plan.qemu_img))
-    monkeypatch.setattr(plan, "same_content", and_a_guest(plan.same_content))
-    monkeypatch.setattr(overlays, "sync_file", and_a_guest(overlays.sync_file))
-    monkeypatch.setattr(recovery, "remove_unread", and_a_guest(recovery.remove_unread))
+    monkeypatch.setattr(plan, "qemu_img", and_a_guest(run_qemu_img))
+    monkeypatch.setattr(plan, "same_content", and_a_guest(same_content))
+    monkeypatch.setattr(overlays, "sync_file", and_a_guest(sync_file))
+    monkeypatch.setattr(recovery, "remove_unread", and_a_guest(remove_unread))
     overlays.plan_commit(top, remove=True).run()
     assert tried == [(1, 1)] * 4
     assert not top.exists() and content(base) == expected
@@ -446,11 +460,11 @@ def test_no_guest_comes_between_the_proof_and_the_end_of_a_commit(tmp_path, monk
 def test_what_was_put_on_the_overlay_meanwhile_keeps_it(tmp_path, imgtool_cli, monkeypatch):
     _pair(tmp_path)
     top, new = tmp_path / "top.qcow2", tmp_path / "on-top.qcow2"
-    really, expected = overlays.sync_file, content(top)
+    expected = content(top)
 
     def and_an_overlay(path: Path) -> None:
         qemu_img("create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", top.name, new, str(SIZE))
-        really(path)
+        sync_file(path)
 
     monkeypatch.setattr(overlays, "sync_file", and_an_overlay)
     done = imgtool_cli("overlay", "commit", top, "--remove")
@@ -467,6 +481,7 @@ def test_who_is_locked_out_has_done_nothing(tmp_path, name):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     words = ["qemu-io", "-f", "qcow2", image]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
+        assert guest.stdin is not None and guest.stdout is not None
         guest.stdin.write(b"read 0 512\n")
         guest.stdin.flush()
         guest.stdout.readline()
@@ -494,6 +509,7 @@ def test_a_guest_that_starts_right_after_the_last_look_locks_it_out(
         guest = subprocess.Popen(
             ["qemu-io", "-f", "qcow2", image], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
+        assert guest.stdin is not None and guest.stdout is not None
         guest.stdin.write(f"write -P {SINCE} 3584k 64k\n".encode())
         guest.stdin.flush()
         guest.stdout.readline()
@@ -504,14 +520,16 @@ def test_a_guest_that_starts_right_after_the_last_look_locks_it_out(
     verb = words[:2] if words[0] == "snapshot" else words[:1]
     done = imgtool_cli(*verb, image, *words[len(verb) :], *more)
     monkeypatch.undo()
+    (guest,) = held
+    assert guest.stdin is not None and guest.stdout is not None
     try:
-        kept = held[0].poll() is None and words[0] == "resize"
+        kept = guest.poll() is None and words[0] == "resize"
         assert done.status == (1 if kept else 0), done.err
         assert not record_path(image).exists() or kept, done.err
     finally:
-        held[0].stdin.close()
-        held[0].wait()
-        held[0].stdout.close()
+        guest.stdin.close()
+        guest.wait()
+        guest.stdout.close()
     if words[0] == "resize":
         seen = content(image)
         imgtool_cli("recover", image)

@@ -108,9 +108,9 @@ def _unpacked(file: IO[bytes], name: str) -> Iterator[bytes]:
         if kind == "gz":
             file = gzip.GzipFile(fileobj=file)  # type: ignore[assignment]
         elif kind == "xz":
-            file = lzma.LZMAFile(file)  # type: ignore[assignment] # noqa: SIM115
+            file = lzma.LZMAFile(file)  # noqa: SIM115
         elif kind == "bz2":
-            file = bz2.BZ2File(file)  # type: ignore[assignment]
+            file = bz2.BZ2File(file)
         elif kind == "tar":  # of one image, which may be sparse
             inner = tarfile.open(fileobj=file, mode="r|")  # noqa: SIM115
             image = next(member for member in inner if member.isfile())

@@ -26,7 +26,7 @@ def ext4(tmp_path: Path) -> Path:
     tree.mkdir()
     (tree / "file").write_bytes(b"content" * 1000)
     image = tmp_path / "ext4.img"
-    words = ["-q", "-F", "-t", "ext4", "-d", tree, image, "4M"]
+    words = ("-q", "-F", "-t", "ext4", "-d", tree, image, "4M")
     subprocess.run(["mke2fs", *words], check=True, capture_output=True)
     return image
 

@@ -54,7 +54,7 @@ def modules() -> list[str]:
 @pytest.fixture(scope="module")
 def debian() -> Iterator[Path]:
     with unpacked(root_archive("trixie", [*packages(), "apparmor"])) as root:
-        pip = [
+        pip: list[str | Path] = [
             sys.executable,
             "-m",
             "pip",
@@ -95,8 +95,8 @@ def test_doctor_finds_all_but_the_appliance(debian):
 
 def test_the_profile_for_apparmor_is_taken(debian):
     """By its parser of version 4, which Debian 12 has not."""
-    words = ["--skip-kernel-load", "--skip-cache", ROOT / "debian/apparmor/imgtool"]
-    command = [*entering(debian, ROOT), "/usr/sbin/apparmor_parser", *words]
+    words = ("--skip-kernel-load", "--skip-cache", ROOT / "debian/apparmor/imgtool")
+    command: list[str | Path] = [*entering(debian, ROOT), "/usr/sbin/apparmor_parser", *words]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -115,8 +115,7 @@ LEFT_OUT = "not what_is_read_of_a_guest and not page_of_this_installation"
 
 def test_the_unit_tests_pass(debian):
     words = ("pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "worksteal")
-    words += ("-k", LEFT_OUT)
-    assert passed(within(debian, *words, "tests/unit")) > 1000
+    assert passed(within(debian, *words, "-k", LEFT_OUT, "tests/unit")) > 1000
 
 
 # With how many tests each has at least; one of the first has the whole matrix in it.

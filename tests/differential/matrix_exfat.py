@@ -145,7 +145,8 @@ def _mend_boot(path: Path) -> None:
 def _root(path: Path) -> int:
     content = path.read_bytes()[:512]
     data, _, cluster = struct.unpack_from("<III", content, 88)
-    return (data << content[108]) + ((cluster - 2) << content[108] + content[109])
+    place: int = (data << content[108]) + ((cluster - 2) << content[108] + content[109])
+    return place
 
 
 def _refused(folder: Path, sound: Path) -> list[Image]:
@@ -172,7 +173,7 @@ def _refused(folder: Path, sound: Path) -> list[Image]:
     _change(copy("exfat-hash", "wrong hash"), "lower.txt", _set(ENTRY + 4, b"\0\0"))
     _change(copy("exfat-sum", "wrong checksum"), "lower.txt", _set(12, b"\0\1"), mend=False)
     same = copy("exfat-same-name", "two entries of one name")
-    found = {}
+    found: dict[str, bytes] = {}
     _change(same, "UPPER.TXT", lambda raw: found.update(name=bytes(raw)))
     # Another file with that name: its name's entry and hash.
     _change(same, "lower.txt", _set(ENTRY + 4, found["name"][ENTRY + 4 : ENTRY + 6]))

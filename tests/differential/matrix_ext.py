@@ -137,8 +137,8 @@ def images(folder: Path) -> Iterator[tuple[str, Path]]:
     _make(image, "32M", ["-t", "ext4", "-b", "4096", "-O", "mmp"])
     with open(image, "r+b") as file:
         file.seek(1024 + 0x168)
-        block = int.from_bytes(file.read(8), "little")
-        file.seek(block * 4096 + 4)
+        mmp = int.from_bytes(file.read(8), "little")
+        file.seek(mmp * 4096 + 4)
         file.write((17).to_bytes(4, "little"))
     yield "mmp-in-use", image
 
@@ -180,26 +180,26 @@ def _contents(root: Path) -> None:
     (root / "slowest").symlink_to("t" * 1000)
     os.symlink(b"bad \xff", place + b"/link")
     os.link(root / "plain", root / "second")
-    for mode, name, major, minor in (
+    for mode, device, major, minor in (
         (0o020600, "char-old", 1, 3),
         (0o060660, "block-new", 259, 70000),
         (0o020644, "char-new", 4000, 5),
     ):
-        os.mknod(root / name, mode, os.makedev(major, minor))
+        os.mknod(root / device, mode, os.makedev(major, minor))
     os.mkfifo(root / "fifo")
     os.mknod(root / "socket", 0o140755)
     (root / "owned").touch()
     os.chown(root / "owned", 4_000_000_000, 3_000_000_000)
     os.chmod(root / "owned", 0o7751)
-    for name, seconds in (
+    for year, seconds in (
         ("y1901", -(2**31)),
         ("y1969", -1),
         ("y2037", 2**31 - 1),
         ("y2100", 4_102_444_800),
         ("y2446", 15_000_000_000),
     ):
-        (root / name).touch()
-        os.utime(root / name, ns=(0, seconds * 10**9 + 123_456_789))
+        (root / year).touch()
+        os.utime(root / year, ns=(0, seconds * 10**9 + 123_456_789))
     with open(root / "sparse", "wb") as file:
         file.write(b"head")
         file.seek(700_001)

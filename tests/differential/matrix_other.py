@@ -138,14 +138,14 @@ def make_without_appliance(folder: Path) -> list[Image]:
         made.append(Image(folder / name, "vfat"))
     _entry_after_the_end(folder / "fat12-behind")
     patch(folder / "fat16-dirty", 37, b"\1")
-    for name, size, fill, options in (
+    for name, size, fill, cluster in (
         ("ntfs", 24 * MIB, _copy(tree), ()),
         ("ntfs-64k", 32 * MIB, _copy(tree), ("-c", 65536)),
         ("ntfs-special", 24 * MIB, _special, ()),
         ("ntfs-fragmented", 24 * MIB, _fragmented, ("-c", 512)),
         ("ntfs-empty", 16 * MIB, lambda mounted: None, ()),
     ):
-        _ntfs(folder / name, size, fill, *options)
+        _ntfs(folder / name, size, fill, *cluster)
         made.append(Image(folder / name, "ntfs"))
     rocky = tree_of_files(folder / "rocky", 60)
     os.symlink("one/two", rocky / "link")
@@ -154,14 +154,14 @@ def make_without_appliance(folder: Path) -> list[Image]:
     os.mkfifo(rocky / "fifo")
     (rocky / "UPPER.TXT").chmod(0o4751)
     os.chown(rocky / "UPPER.TXT", 1234, 5678)
-    for name, options in (
+    for name, kind in (
         ("iso-plain", ("-iso-level", 1)),
         ("iso-level-3", ("-iso-level", 3)),
         ("iso-joliet", ("-J", "-joliet-long")),
         ("iso-rock", ("-R",)),
         ("iso-rock-joliet", ("-r", "-J", "-joliet-long")),
     ):
-        run("genisoimage", "-quiet", *options, "-o", folder / name, rocky)
+        run("genisoimage", "-quiet", *kind, "-o", folder / name, rocky)
         made.append(Image(folder / name, "iso9660"))
     run("xorriso", "-as", "mkisofs", "-R", "-J", "-o", folder / "iso-xorriso", rocky)
     made.append(Image(folder / "iso-xorriso", "iso9660"))

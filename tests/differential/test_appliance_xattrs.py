@@ -48,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], Said]:
     ext, xfs = folder / "ext.img", folder / "xfs.img"
     with ext.open("wb") as file:
         file.truncate(64 << 20)
-    options = ["-t", "ext4", "-O", "ea_inode", ext]
+    options = ("-t", "ext4", "-O", "ea_inode", ext)
     subprocess.run(["mke2fs", "-q", "-F", *options], check=True, capture_output=True)
     said: Said = {}
     mounted = folder / "mounted"

@@ -19,6 +19,7 @@ from imgtool import open_guest
 from imgtool.engines.direct.replay import host
 from imgtool.errors import ImageError, ImgtoolError
 from imgtool.guest.model import Mount
+from imgtool.host.process import run
 from tests.unit.engines.direct.parent.test_sandbox import ATTACK
 
 pytestmark = pytest.mark.skipif(
@@ -142,8 +143,8 @@ def walked(root: Path) -> dict[bytes, tuple[int, int, int]]:
 def test_it_is_read_without_its_journal_where_that_is_said(tmp_path, kind):
     image = crashed(tmp_path, kind)
     before = hashlib.sha256(image.read_bytes()).hexdigest()
-    options = {"format": "raw", "engine": "direct", "mounts": [Mount("/dev/sda", "/", "noload")]}
-    with open_guest(image, **options) as guest:
+    mounts = [Mount("/dev/sda", "/", "noload")]
+    with open_guest(image, format="raw", engine="direct", mounts=mounts) as guest:
         ours = {
             entry.path: (entry.mode, entry.size, entry.mtime_ns)
             for entry in guest.walk("/", on_problem=lambda path, line: None)
@@ -174,11 +175,13 @@ def test_an_xfs_is_read_without_its_log_where_that_is_said(tmp_path):
                 late.write(b"late")
                 os.fsync(late.fileno())
         subprocess.run(["cp", "--sparse=always", live, image], check=True)
-    options = {"format": "raw", "engine": "direct"}
-    with pytest.raises(ImgtoolError), open_guest(image, **options) as guest:
+    with (
+        pytest.raises(ImgtoolError),
+        open_guest(image, format="raw", engine="direct") as guest,
+    ):
         guest.read_bytes("/kept")
-    options["mounts"] = [Mount("/dev/sda", "/", "norecovery")]
-    with open_guest(image, **options) as guest:
+    mounts = [Mount("/dev/sda", "/", "norecovery")]
+    with open_guest(image, format="raw", engine="direct", mounts=mounts) as guest:
         ours = {
             entry.path: (entry.mode, entry.size, entry.mtime_ns)
             for entry in guest.walk("/", on_problem=lambda path, line: None)
@@ -246,7 +249,7 @@ def test_a_journal_that_cannot_be_replayed_is_refused(tmp_path):
 
 def test_the_command_says_what_it_did(tmp_path):
     image = crashed(tmp_path, "ext4")
-    words = ["ls", image, "/folder", "-v", "-o", "json", "--format", "raw"]
+    words = ("ls", image, "/folder", "-v", "-o", "json", "--format", "raw")
     done = subprocess.run(
         [sys.executable, "-m", "imgtool", *words], capture_output=True, check=True
     )
@@ -291,7 +294,6 @@ os.write(1, json.dumps(said).encode() + bytes((10,)))
 @pytest.mark.parametrize("owner", [None, 4321])
 def test_what_replays_a_journal_has_no_rights(tmp_path, monkeypatch, owner, filtered):
     said = []
-    run = host.run
 
     def listened(*words, **options):
         done = run(*words, **options)

@@ -148,7 +148,7 @@ def _of_node(filesystem: ExtFilesystem, node: Node) -> tuple[object, ...]:
 
 
 def _kernel_walk(root: bytes) -> Seen:
-    seen = {}
+    seen: Seen = {}
     waiting = [b""]
     while waiting:
         path = waiting.pop()

@@ -121,8 +121,8 @@ def appliance_walk(g: Any, work: Path) -> Walk:
             part = [os.fsdecode(name) for name in names[start : start + _BATCH]]
             stats = g.lstatnslist(os.fsdecode(folder), part)
             targets = g.readlinklist(os.fsdecode(folder), part)
-            for name, stat, target in zip(part, stats, targets, strict=True):
-                path = os.path.join(folder, os.fsencode(name))
+            for text, stat, target in zip(part, stats, targets, strict=True):
+                path = os.path.join(folder, os.fsencode(text))
                 walked[path] = _said(stat, os.fsencode(target), sums.get(path, ""))
     return walked
 

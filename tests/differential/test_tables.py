@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def filesystem(path: Path, kind: str, size: int, word: str) -> bytes:
     image = path / f"{word}.img"
     with image.open("wb") as file:
         file.truncate(size)
-    command = ["mke2fs", "-q", "-t", kind, "-L", word, "-b", "4096", "-d", contents, image]
+    command = ("mke2fs", "-q", "-t", kind, "-L", word, "-b", "4096", "-d", contents, image)
     subprocess.run(command, check=True)
     return image.read_bytes()
 
@@ -66,14 +67,13 @@ def in_lvm(path: Path, images: list[Path], content: bytes) -> None:
             devices.append(found.stdout.strip())
         lvm = ["--config", 'devices{scan="/dev" use_devicesfile=0} global{use_lvmlockd=0}']
         lvm += ["--driverloaded", "n"]
-        quiet = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        for device in devices:
-            subprocess.run(["pvcreate", *lvm, "-ff", "-y", device], **quiet)
-        subprocess.run(["vgcreate", *lvm, "two-disks", *devices], **quiet)
-        subprocess.run(
-            ["lvcreate", *lvm, "-an", "-Zn", "-Wn", "-l", "100%FREE", "-n", "a-b", "two-disks"],
-            **quiet,
+        quiet = partial(
+            subprocess.run, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
+        for device in devices:
+            quiet(["pvcreate", *lvm, "-ff", "-y", device])
+        quiet(["vgcreate", *lvm, "two-disks", *devices])
+        quiet(["lvcreate", *lvm, "-an", "-Zn", "-Wn", "-l", "100%FREE", "-n", "a-b", "two-disks"])
         mapped = subprocess.run(
             [
                 *("lvs", *lvm, "--noheadings", "--units", "b", "--nosuffix", "--separator", " "),
@@ -96,7 +96,7 @@ def in_lvm(path: Path, images: list[Path], content: bytes) -> None:
 
 
 def compared(imgtool_cli, *words: object) -> list[dict[str, object]]:
-    answers = []
+    answers: list[list[dict[str, object]]] = []
     for engine in ("direct", "libguestfs"):
         result = imgtool_cli(*words, "-o", "json", "--engine", engine)
         assert result.status == 0, (engine, result.err)

@@ -16,10 +16,10 @@ _STYLE = ("STYLE: input text line longer than 80 bytes",)
 
 
 @pytest.fixture(scope="module")
-def manual(tmp_path_factory) -> Path:
+def manual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("manual")
-    build = [sys.executable, "-m", "sphinx", "-q", "-W", "-d", folder / "read", "-b", "man"]
-    subprocess.run([*build, DOCS, folder], check=True)
+    build = [sys.executable, "-m", "sphinx", "-q", "-W", "-b", "man"]
+    subprocess.run([*build, "-d", folder / "read", DOCS, folder], check=True)
     return folder / "man1"
 
 

@@ -46,7 +46,9 @@ def _alike(one: str, other: str) -> bool:
     if sizes[0] and sizes[1] and sizes[0][2] == sizes[1][2]:
         return _near(float(sizes[0][1]), float(sizes[1][1]), _LEAST[sizes[0][2]])
     percents = _PERCENT.fullmatch(one), _PERCENT.fullmatch(other)
-    return bool(percents[0] and percents[1]) and _near(int(percents[0][1]), int(percents[1][1]), 3)
+    if percents[0] and percents[1]:
+        return _near(int(percents[0][1]), int(percents[1][1]), 3)
+    return False
 
 
 def same_line(written: str, printed: str) -> bool:

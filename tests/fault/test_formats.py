@@ -12,6 +12,7 @@ import pytest
 from imgtool.image.chain.chain import open_chain
 from imgtool.image.change import recovery, transaction
 from imgtool.image.change.recovery import recover
+from imgtool.image.qemu.qemu_img import qemu_img as run_qemu_img
 from imgtool.image.qemu.qemu_img import same_content
 from tests.support.format_images import WRITABLE, Kind, qemu_img, qemu_io
 from tests.support.writes import KILLED, in_child, left_over
@@ -31,14 +32,14 @@ def write(image: Path, format: str, number: int) -> None:
 
     def cut_off(words, *, image, **options):
         if words[0] != "commit":
-            return done(words, image=image, **options)
+            return run_qemu_img(words, image=image, **options)
         kill = f"inject={_WRITES}:signal=KILL:when={number}"
         argv = ["strace", "-f", "-o", "/dev/null", "-e", f"trace={_WRITES}", "-e", kill]
         if subprocess.run([*argv, "qemu-img", *words], capture_output=True, check=False).returncode:
             os._exit(KILLED)
         return None
 
-    done, recovery.qemu_img = recovery.qemu_img, cut_off
+    pytest.MonkeyPatch().setattr(recovery, "qemu_img", cut_off)
     chain = open_chain(image, format=format)
     with transaction.transaction([chain], notice=lambda line: None) as writing:
         qemu_io(writing.chains[0].active.path, "qcow2", *_CHANGES)

@@ -54,7 +54,7 @@ def hint(done: Any) -> str:
     assert done.status != 0, done.err
     lines = [line for line in done.err.splitlines() if line.startswith("  hint: ")]
     assert len(lines) == 1, done.err
-    return lines[0].removeprefix("  hint: ")
+    return str(lines[0]).removeprefix("  hint: ")
 
 
 def follow(cli: Cli, text: str, **chosen: str | Path) -> None:

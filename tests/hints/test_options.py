@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.guestmaker import disks
 from tests.hints import images
 from tests.hints.following import (
     Done,
@@ -77,7 +78,7 @@ def _a_spec() -> None:
 
 
 def _swap_alone() -> None:
-    images.disks.blank(Path("disk.raw"), 8 << 20)
+    disks.blank(Path("disk.raw"), 8 << 20)
     run("mkswap", "-q", "disk.raw")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ def torn(image: Path | None = None, folder: str | None = None) -> Path:
         os._exit(KILLED)
 
     def work() -> None:
-        transaction.finish_write = killed
+        pytest.MonkeyPatch().setattr(transaction, "finish_write", killed)
         chains = [open_chain(image)]
         where = Path(folder) if folder else None
         with transaction.transaction(chains, tmp_dir=where, notice=lambda line: None) as writing:
@@ -89,16 +90,17 @@ def _commit_without_overlay() -> None:
 
 def _first_disk_lost() -> None:
     image = writes.made(Path.cwd(), "holding")
-    facts = {"operation": "write", "step": "ready", "images": ["first.img", image.name], "id": "x"}
+    images = ["first.img", image.name]
+    facts: dict[str, Any] = {"operation": "write", "step": "ready", "images": images, "id": "x"}
     left(image, overlay=str(image.with_name("x")), number=1, **facts)
 
 
-def _planted(**facts: object) -> Path:
+def _planted(**facts: Any) -> Path:
     image = writes.made(Path.cwd(), "holding")
     return planted(image, **{"operation": "snapshot create", "step": "begun", **facts})
 
 
-def _left(**facts: object) -> Path:
+def _left(**facts: Any) -> Path:
     return left(writes.made(Path.cwd(), "holding"), **facts)
 
 

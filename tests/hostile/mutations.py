@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from tests.hostile.seeds import Region, Seed
 
@@ -61,7 +61,7 @@ def _change(image: bytearray, region: Region, chance: random.Random) -> str:
     else:
         width = chance.choice((1, 2, 2, 4, 4, 4, 8))
         at = region.offset + chance.randrange(max(1, region.length // width)) * width
-        order = chance.choice(("little", "big"))
+        order: Literal["little", "big"] = chance.choice(("little", "big"))
         known = int.from_bytes(image[at : at + width], order)
         most = (1 << 8 * width) - 1
         number = chance.choice(

@@ -10,7 +10,7 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -193,12 +193,8 @@ def _walk(guest: Guest, out: Path, seen: dict[bytes, Entry], problems: list[str]
         seen[entry.path] = entry
 
 
-def _sizes(guest: Guest, problem: object = lambda path, line: None) -> int:
-    return sum(
-        entry.size
-        for entry in guest.walk("/", on_problem=problem)  # type: ignore[arg-type]
-        if entry.type == "file"
-    )
+def _sizes(guest: Guest, problem: Callable[[bytes, str], None] = lambda path, line: None) -> int:
+    return sum(entry.size for entry in guest.walk("/", on_problem=problem) if entry.type == "file")
 
 
 def _usage(guest: Guest, out: Path, seen: dict[bytes, Entry], problems: list[str]) -> None:

@@ -433,7 +433,7 @@ version = 1
 _LVM_CRC = 0xF597A6CF
 
 
-def _lvm_crc(data: bytes) -> bytes:
+def _lvm_crc(data: bytes | bytearray) -> bytes:
     return (zlib.crc32(data, _LVM_CRC ^ 0xFFFFFFFF) ^ 0xFFFFFFFF).to_bytes(4, "little")
 
 

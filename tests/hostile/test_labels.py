@@ -46,7 +46,16 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[Seed]:
     for label, words in _LABELS.items():
         disk = tmp_path_factory.mktemp(label) / "disk"
         disk.write_bytes(bytes(_SIZE))
-        command = ["parted", "-s", "-a", "none", disk, "mklabel", label, *words.split()]
+        command: list[str | Path] = [
+            "parted",
+            "-s",
+            "-a",
+            "none",
+            disk,
+            "mklabel",
+            label,
+            *words.split(),
+        ]
         subprocess.run(command, check=True, capture_output=True)
         content = disk.read_bytes()
         sectors = {

@@ -161,7 +161,7 @@ def _dirty(folder: Path) -> None:
     """As after a crash of QEMU with lazy refcounts."""
     _snapshots("lazy_refcounts=on")(folder)
     image = folder / "disk.qcow2"
-    command = ["qemu-io", "-c", "write -P 7 6M 1M", "-c", "abort", image]
+    command = ("qemu-io", "-c", "write -P 7 6M 1M", "-c", "abort", image)
     subprocess.run(command, capture_output=True)
 
 

@@ -90,7 +90,7 @@ def _overlay_on(image: Path, secret: str) -> None:
     """`top.qcow2` stands on the image, and something is written to it where QEMU needs no key."""
     top = image.with_name("top.qcow2")
     if secret:
-        words = ["-f", "qcow2", "-F", "qcow2", "-b", image.name, top, str(SIZE)]
+        words = ("-f", "qcow2", "-F", "qcow2", "-b", image.name, top, str(SIZE))
         run("qemu-img", "create", "-q", "-u", *words)
         return
     run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", image.name, top)

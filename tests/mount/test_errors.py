@@ -267,6 +267,7 @@ def test_whoever_uses_it_is_named(image, place, how):
     here("mount", image.path, place, "--via", "loop", *image.chosen)
     words = ["/usr/bin/python3", "-c", scripts[how], place / "noise"]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as user:
+        assert user.stdout is not None
         user.stdout.readline()
         fails(4, "umount", place, says=f"python3 (process {user.pid})", hint="try again")
         user.communicate(b"\n")
@@ -301,6 +302,7 @@ def test_a_container_has_a_copy_of_it(image, place, monkeypatch):
     here("mount", image.path, place, "--via", "loop", *image.chosen)
     words = ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo; exec sleep 600"]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as container:
+        assert container.stdout is not None
         container.stdout.readline()
         with pytest.raises(RefusedError, match="still mounted") as refused:
             unmount(place)

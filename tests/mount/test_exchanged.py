@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,7 +65,7 @@ def test_an_image_that_is_exchanged_meanwhile_is_not_mounted(
     shutil.copy(image.path, secret)
     real = mounting._start
 
-    def exchanged(*given: object) -> object:
+    def exchanged(*given: Any) -> object:
         if not image.path.is_symlink():
             image.path.rename(theirs / "aside")
             image.path.symlink_to(secret)

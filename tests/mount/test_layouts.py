@@ -229,10 +229,9 @@ def test_two_subvolumes_of_one_partition_are_both_shown(
     image = blank(tmp_path / "disk.raw", 80 * MIB)
     divide(image, ["label: gpt", "start=2048"])
     put(filesystem, image, MIB)
-    with_layout = mounting.plan.partition
 
     def items(wanted, disks):
-        source = with_layout(disks, 1)
+        source = plan.partition(disks, 1)
         return [
             plan.Item(source, "/", "btrfs", "@"),
             plan.Item(source, "/home", "btrfs", "@home"),

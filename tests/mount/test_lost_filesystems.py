@@ -18,7 +18,7 @@ def test_a_lost_superblock_is_read_from_its_copy(tmp_path: Path) -> None:
     tree.mkdir()
     place.mkdir()
     (tree / "file").write_text("content")
-    words = ["mke2fs", "-q", "-t", "ext4", "-b", "4096", "-d", tree, image, "160M"]
+    words = ("mke2fs", "-q", "-t", "ext4", "-b", "4096", "-d", tree, image, "160M")
     subprocess.run(words, check=True)
     with image.open("r+b") as file:
         file.write(bytes(4096))

@@ -8,8 +8,8 @@ import subprocess
 
 import pytest
 
+from imgtool.engines.direct.parent import sandbox
 from imgtool.engines.direct.wire.refusals import NoSandbox
-from imgtool.engines.parted.parent import asking
 from imgtool.mount.mounter import MountRequest
 from imgtool.mount.mounting import mount, unmount
 from tests.mount.host import good, here, imgtool, state_of
@@ -99,7 +99,7 @@ def test_without_a_sandbox_there_is_no_second_opinion(tmp_path, place, monkeypat
     def none(*_: object, **__: object) -> None:
         raise NoSandbox("there is none")
 
-    monkeypatch.setattr(asking.sandbox, "start_worker", none)
+    monkeypatch.setattr(sandbox, "start_worker", none)
     told: list[str] = []
     with caplog.at_level(logging.INFO):
         mount(MountRequest(disk, place, via="loop", partition=1, notice=told.append))

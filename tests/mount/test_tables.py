@@ -172,7 +172,8 @@ print(json.dumps(sorted(rows)))
 def as_libparted_says(disk: Path, sector: int) -> list[list[int]]:
     """Number, offset and size of each partition."""
     env = {"PARTED_SECTOR_SIZE": str(sector)} if sector != SECTOR else {}
-    return json.loads(run(sys.executable, "-c", _PARTED, disk, env=env))
+    rows: list[list[int]] = json.loads(run(sys.executable, "-c", _PARTED, disk, env=env))
+    return rows
 
 
 def _compared(disk: Path, sector: int = SECTOR) -> list[list[int]]:

@@ -101,7 +101,7 @@ def renamed_base(template: bytes, backing: str | bytes) -> bytes:
 
 
 def write(path: Path, where: str = "0 64k", pattern: int = 7, format: str = "qcow2") -> None:
-    command = ["qemu-io", "-f", format, "-c", f"write -P {pattern} {where}", path]
+    command = ("qemu-io", "-f", format, "-c", f"write -P {pattern} {where}", path)
     subprocess.run(command, check=True, capture_output=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,12 @@ class Typed:
     output: list[str] = field(default_factory=list)
 
 
+def commands_of(group: object) -> Mapping[str, Any]:
+    """The commands of a group of them, by their names."""
+    assert isinstance(group, typer.core.TyperGroup)
+    return group.commands
+
+
 def typed(block: Block) -> list[Typed]:
     """The commands of a block of console; a line that begins with `> ` goes on with a command."""
     every: list[Typed] = []
@@ -114,9 +120,9 @@ def options() -> dict[str, set[str]]:
         every = {option for parameter in command.params for option in parameter.opts}
         return {option for option in every if option.startswith("-")} | {"--help"}
 
-    root: Any = typer.main.get_command(app_with(None))
+    root = typer.main.get_command(app_with(None))
     found = {"": of(root)}
-    for name, command in root.commands.items():
+    for name, command in commands_of(root).items():
         found[name] = of(command)
         for member, one in getattr(command, "commands", {}).items():
             found[f"{name} {member}"] = of(one)

@@ -48,6 +48,8 @@ class Exfat:
         env = {**os.environ, "PATH": where}
         subprocess.run(command, check=True, capture_output=True, timeout=60, env=env)
         self.image = bytearray(path.read_bytes())
+        fat: int
+        heap: int
         fat, _, heap, _, self._root = struct.unpack_from("<IIIII", self.image, 80)
         self._table, self._heap, self.cluster = fat * 512, heap * 512, cluster
         root = self.at(self._root)

@@ -7,9 +7,10 @@ import subprocess
 import time
 from pathlib import Path
 
+from imgtool.formats.qcow2_bitmaps import Bitmap
 from imgtool.host.process import spawn
 from imgtool.image.chain.chain import open_chain
-from imgtool.image.chain.holdings import Holdings, holdings_of
+from imgtool.image.chain.holdings import Held, Holdings, holdings_of
 from imgtool.image.intent.intent_log import is_ours
 from imgtool.image.qemu.disk_reader import open_contents
 
@@ -24,7 +25,7 @@ def qemu_img(*words: str | Path) -> bytes:
 
 def write(image: Path, *commands: str) -> None:
     words = [word for command in commands for word in ("-c", command)]
-    argv = ["qemu-io", "-t", "writeback", "-f", "qcow2", *words, image]
+    argv: list[str | Path] = ["qemu-io", "-t", "writeback", "-f", "qcow2", *words, image]
     subprocess.run(argv, check=True, capture_output=True)
 
 
@@ -43,6 +44,18 @@ def held(image: Path) -> Holdings:
     found = holdings_of(image, "qcow2")
     assert found is not None
     return found
+
+
+def bitmaps_in(image: Path) -> tuple[Bitmap, ...]:
+    bitmaps = held(image).bitmaps
+    assert bitmaps is not None
+    return bitmaps
+
+
+def snapshots_in(image: Path) -> tuple[Held, ...]:
+    snapshots = held(image).snapshots
+    assert snapshots is not None
+    return snapshots
 
 
 def contents(image: Path) -> list[bytes]:
@@ -72,7 +85,7 @@ def noted_in(image: Path, bitmap: str) -> list[tuple[int, int]]:
 
 
 def tables(image: Path) -> dict[str, int]:
-    argv = ["qemu-img", "check", "--output=json", image]
+    argv = ("qemu-img", "check", "--output=json", image)
     answer = json.loads(subprocess.run(argv, check=False, capture_output=True).stdout)
     return {kind: answer[kind] for kind in ("corruptions", "leaks") if answer.get(kind)}
 

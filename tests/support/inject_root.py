@@ -110,6 +110,7 @@ class Root:
             elif entry.type == "symlink":
                 at.symlink_to(os.fsdecode(entry.target or b""))
             else:
+                assert content is not None
                 at.write_bytes(content.read_bytes() if isinstance(content, Path) else content)
             if entry.type != "symlink":
                 at.chmod(entry.mode & 0o7777)

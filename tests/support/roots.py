@@ -59,7 +59,7 @@ def unpacked(archive: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="debian-root-", dir="/var/tmp"))
     try:
         folder.chmod(0o755)
-        words = ["tar", "-C", folder, "--exclude=./dev/*", "-xf", archive]
+        words = ("tar", "-C", folder, "--exclude=./dev/*", "-xf", archive)
         subprocess.run(words, check=True)
         yield folder
     finally:

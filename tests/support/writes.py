@@ -13,6 +13,7 @@ import pytest
 
 from imgtool.image.chain.chain import open_chain
 from imgtool.image.change import recovery, transaction
+from imgtool.image.change.plan import sync_file
 from imgtool.image.intent import intent_log
 from imgtool.image.intent.intent_log import Record
 
@@ -127,7 +128,7 @@ def cut_off(images: Sequence[Path], kinds: Sequence[str], number: int, after: bo
         patch = pytest.MonkeyPatch()
         for module in (transaction, recovery):
             patch.setattr(module, "qemu_img", wrap(module.qemu_img))
-        patch.setattr(transaction, "sync_file", wrap(transaction.sync_file))
+        patch.setattr(transaction, "sync_file", wrap(sync_file))
         patch.setattr(Record, "note", wrap(Record.note))
         patch.setattr(Record, "remove", wrap(Record.remove))
         patch.setattr(Path, "unlink", wrap(Path.unlink))

@@ -28,6 +28,7 @@ _OF_OTHERS = {"--no-tests"}  # of scripts/setup.sh
 
 def _reference_pages():
     spec = importlib.util.spec_from_file_location("reference_pages", DOCS / "reference_pages.py")
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -72,7 +72,9 @@ def test_a_refusal_keeps_the_guard_that_it_names():
 
 
 @pytest.mark.parametrize("kind", [CallFailed, ProgramFailed, ApplianceFailed])
-def test_a_step_that_a_failing_guest_ends_has_failed_and_says_why(kind, tmp_path):
+def test_a_step_that_a_failing_guest_ends_has_failed_and_says_why(
+    kind: type[ImgtoolError], tmp_path: Path
+):
     class Failing:
         def check(self, variables: object) -> None:
             raise made(kind)
@@ -84,7 +86,7 @@ def test_a_step_that_a_failing_guest_ends_has_failed_and_says_why(kind, tmp_path
             return "/etc/hosts"
 
     step = LocatedStep(Failing(), "SPEC.yaml:3")  # type: ignore[arg-type]
-    (outcome,), _ = plan(Root(tmp_path), [step], {})
+    (outcome,), _ = plan(Root(tmp_path), [step], {})  # type: ignore[arg-type]
     for error in (outcome.error, *check([step], {})):
-        assert type(error) is kind
+        assert isinstance(error, kind) and type(error) is kind
         assert error.message == f"SPEC.yaml:3: {made(kind).message}"

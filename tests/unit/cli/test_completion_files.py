@@ -15,14 +15,14 @@ from tests.support.documentation import ROOT
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("completions")
     subprocess.run([ROOT / "scripts/build-completions", folder], check=True)
     return folder
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory) -> Path:
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a command `imgtool`."""
     path = tmp_path_factory.mktemp("bin") / "imgtool"
     path.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m imgtool "$@"\n')

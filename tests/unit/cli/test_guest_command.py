@@ -12,6 +12,7 @@ import typer
 from imgtool.cli import options
 from imgtool.cli.guest_command import OPTIONS, READ, WRITE, guest_command, plain_command
 from imgtool.cli.session import Common, Request
+from imgtool.errors import Reason
 from imgtool.guest.guest_options import GuestOptions
 
 
@@ -45,7 +46,7 @@ def test_what_is_typed_arrives(tmp_path):
     assert request == Request(
         image=Path("a"), add=[Path("b")], format="raw", snapshot="s", mounts=["/dev/sda:/"],
         root="/dev/r", keys=["k"], engine="direct", backing_dirs=[tmp_path], debug=True,
-        dry_run=True, clone=Path("c"), tmp_dir=Path("t"), force=["damaged"],
+        dry_run=True, clone=Path("c"), tmp_dir=Path("t"), force=[Reason.DAMAGED],
     )  # fmt: skip
 
 
@@ -89,6 +90,6 @@ def test_what_opens_no_guest_gets_what_is_typed_too(tmp_path):
     run(look, "a", "-h", *write, "--debug")
     run(look, "b")
     common = Common(
-        dry_run=True, force=["damaged"], format="raw", backing_dirs=[tmp_path], debug=True
+        dry_run=True, force=[Reason.DAMAGED], format="raw", backing_dirs=[tmp_path], debug=True
     )
     assert seen == [(common, Path("a"), True), (Common(), Path("b"), False)]

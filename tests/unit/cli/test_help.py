@@ -14,15 +14,16 @@ import typer
 from imgtool.cli import _run
 from imgtool.cli.command_table import COMMANDS, GROUPS, app_with, overview
 from imgtool.cli.help_text import HEADINGS, OTHER_NAMES, Root, paragraphs, summary
-from tests.support.documentation import invocations
+from tests.support.documentation import commands_of, invocations
 
 ROOT = typer.main.get_command(app_with(None))
+ALL = commands_of(ROOT)
 EVERY = {
-    **{name: ROOT.commands[name] for name in COMMANDS},
+    **{name: ALL[name] for name in COMMANDS},
     **{
         f"{name} {member}": command
         for name in GROUPS
-        for member, command in ROOT.commands[name].commands.items()
+        for member, command in commands_of(ALL[name]).items()
     },
 }
 
@@ -55,20 +56,20 @@ def test_the_help_has_a_whole_line_for_each_command():
         lines = text.split(f"\n{heading}:\n")[1].split("\n\n")[0].splitlines()
         assert [line.split()[0] for line in lines] == list(names)
     for name in (*COMMANDS, *GROUPS):
-        assert re.search(rf"^  {name} +{re.escape(summary(ROOT.commands[name]))}\.$", text, re.M)
+        assert re.search(rf"^  {name} +{re.escape(summary(ALL[name]))}\.$", text, re.M)
     assert "..." not in text.replace("[ARGS]...", "")
 
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_the_help_of_a_group_has_a_whole_line_for_each_command(name):
     text = help_of(name)
-    for member, command in ROOT.commands[name].commands.items():
+    for member, command in commands_of(ALL[name]).items():
         assert re.search(rf"^  {member} +{re.escape(summary(command))}\.$", text, re.M)
 
 
 def test_a_narrow_terminal_cuts_nothing_off():
     words = " ".join(help_of(columns=40).split())
-    assert [n for n in COMMANDS if f"{n} {summary(ROOT.commands[n])}." not in words] == []
+    assert [n for n in COMMANDS if f"{n} {summary(ALL[n])}." not in words] == []
 
 
 def test_a_line_that_is_too_long_is_found():
@@ -147,4 +148,4 @@ def test_the_overview_is_that_of_the_commands_themselves():
         with typer.Context(root, info_name="imgtool") as context:
             texts.append(root.get_help(context))
     assert texts[0] == texts[1]
-    assert listed.commands.keys() == ROOT.commands.keys()
+    assert commands_of(listed).keys() == ALL.keys()

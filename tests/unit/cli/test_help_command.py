@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from imgtool.cli.commands import helping
+from imgtool.host import process
 
 ROFF = ".TH IMGTOOL-CHAIN 1\n.SH NAME\nimgtool-chain \\- the page itself\n"
 
@@ -36,21 +37,26 @@ def manual(tmp_path: Path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("words", [["chain"], ["chain", "show"]])
 def test_the_page_of_this_installation_is_shown(manual, monkeypatch, words):
-    shown = []
-    monkeypatch.setattr(helping.process, "interactive", lambda argv: shown.append(argv) or 0)
+    shown: list[list[str | Path]] = []
+
+    def show(argv: list[str | Path]) -> int:
+        shown.append(argv)
+        return 0
+
+    monkeypatch.setattr(process, "interactive", show)
     helping.show_help(words)
     assert shown == [["man", "-l", manual / "imgtool-chain.1"]]
 
 
 def test_a_page_that_man_cannot_show_is_no_answer(manual, monkeypatch, capsys):
-    monkeypatch.setattr(helping.process, "interactive", lambda argv: 3)
+    monkeypatch.setattr(process, "interactive", lambda argv: 3)
     helping.show_help(["chain", "show"])
     assert capsys.readouterr().out.startswith("Usage: imgtool chain show ")
 
 
 def test_a_page_that_man_finds_is_shown(manual, monkeypatch):
     """Such as that of a package whose modules are elsewhere."""
-    if helping.process.find("man") is None:
+    if process.find("man") is None:
         pytest.skip("no man(1) here")
     elsewhere = manual.parents[1] / "other/man1"
     elsewhere.mkdir(parents=True)
@@ -62,7 +68,7 @@ def test_a_page_that_man_finds_is_shown(manual, monkeypatch):
 
 def test_without_man_the_help_is_shown(tmp_path):
     done = imgtool("help", "chain", "show", PATH=str(tmp_path))
-    if helping.process.find("man") in ("/usr/sbin/man", "/sbin/man"):
+    if process.find("man") in ("/usr/sbin/man", "/sbin/man"):
         pytest.skip("man(1) is where every program looks")
     assert done.returncode == 0
     assert done.stdout == imgtool("chain", "show", "--help").stdout

@@ -60,7 +60,7 @@ def test_a_name_that_is_not_utf8_keeps_its_bytes_in_json():
 
 
 def test_json_is_one_array_and_jsonl_one_object_a_line(capsys):
-    rows = [{"a": 1, "b": None}, {"a": 2, "b": "x\n"}]
+    rows: list[dict[str, object]] = [{"a": 1, "b": None}, {"a": 2, "b": "x\n"}]
     render.emit(iter(rows), ("a", "b"), Output.json)
     assert json.loads(capsys.readouterr().out) == rows
     render.emit(iter(rows), ("a", "b"), Output.jsonl)

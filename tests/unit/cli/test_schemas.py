@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -32,6 +33,7 @@ from imgtool.cli.commands import (
 )
 from imgtool.cli.output import Output
 from imgtool.engines.libguestfs.appliance import saved
+from tests.support.documentation import commands_of
 from tests.support.guests import guest
 from tests.support.schemas import require_schema, validator
 
@@ -58,10 +60,10 @@ FIELDS = {
 
 def with_json() -> set[str]:
     """The commands that have -o with json."""
-    root = typer.main.get_command(app_with(None))
-    every = {name: root.commands[name] for name in COMMANDS}
+    root = commands_of(typer.main.get_command(app_with(None)))
+    every = {name: root[name] for name in COMMANDS}
     for group in GROUPS:
-        every |= {f"{group} {name}": one for name, one in root.commands[group].commands.items()}
+        every |= {f"{group} {name}": one for name, one in commands_of(root[group]).items()}
     return {
         name
         for name, command in every.items()
@@ -102,7 +104,7 @@ def test_rows_that_are_not_as_the_schema_says_are_found():
     assert require_schema(["ls", "x", "/"], b"{}") == []
 
 
-def rows(*words: object, statuses: tuple[int, ...] = (0,), **environment: str) -> list:
+def rows(*words: object, statuses: tuple[int, ...] = (0,), **environment: str) -> list[Any]:
     arguments = [str(word) for word in words]
     done = subprocess.run(
         [sys.executable, "-m", "imgtool", *arguments],

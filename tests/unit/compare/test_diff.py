@@ -417,10 +417,12 @@ def walked(*paths: str) -> tuple[Walk, list[bytes]]:
 
 
 def shown(one: Walk, other: Walk) -> list[str]:
-    return [
-        ("-" if b is None else "+" if a is None else "=") + (a or b).path.decode()
-        for a, b in merge_walks(one, other)
-    ]
+    lines = []
+    for a, b in merge_walks(one, other):
+        either = a or b
+        assert either is not None
+        lines.append(("-" if b is None else "+" if a is None else "=") + either.path.decode())
+    return lines
 
 
 def test_siblings_are_merged_in_the_order_of_their_bytes() -> None:

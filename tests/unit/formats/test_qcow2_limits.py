@@ -23,7 +23,7 @@ from imgtool.formats.qcow2_refcounts import used_ranges
 from imgtool.formats.qcow2_snapshots import SnapshotRow, read_snapshots, same_as_active
 from imgtool.image import headers
 from imgtool.image.chain.chain import open_chain
-from imgtool.image.chain.info import probe
+from imgtool.image.chain.info import Snapshot, probe
 
 MIB = 1 << 20
 ENTRY = struct.Struct(">QIHHIIQII")
@@ -66,7 +66,7 @@ def long_names(image: Path, count: int, length: int = 65535) -> None:
 
 def test_names_of_snapshots_take_no_more_memory_than_QEMU_shows_of_them(image: Path) -> None:
     long_names(image, 400)  # 52 MB
-    found = []
+    found: list[Snapshot] = []
     most = memory(lambda: found.extend(probe(image, by_header=True).snapshots))
     assert len(found) == 400
     assert {(len(snapshot.id), len(snapshot.name)) for snapshot in found} == {(127, 255)}
@@ -94,7 +94,7 @@ def test_names_as_long_as_they_can_be_made_are_shown_whole(image: Path) -> None:
 
 def test_extensions_of_a_header_take_no_memory_but_for_those_that_are_known(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
-    words = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", path, "1G"]
+    words = ("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", path, "1G")
     subprocess.run(words, check=True)
     kinds = range(0x10000, 0x10000 + 100_000)
     patch(path, 112, b"".join(struct.pack(">II", kind, 0) for kind in kinds))
@@ -104,7 +104,7 @@ def test_extensions_of_a_header_take_no_memory_but_for_those_that_are_known(tmp_
 
 def test_a_format_of_a_base_longer_than_QEMU_takes_is_not_kept(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
-    words = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", path, "1G"]
+    words = ("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", path, "1G")
     subprocess.run(words, check=True)
     patch(path, 112, struct.pack(">II", 0xE2792ACA, MIB) + b"r" * MIB + bytes(8))
     patch(path, 8, struct.pack(">QI", 2 * MIB - 16, 4))
@@ -212,7 +212,7 @@ def test_what_QEMU_does_not_take_for_a_directory_of_bitmaps_is_not_read(
 
 def test_two_large_tables_are_compared_a_part_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
-    words = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", path, "64G"]
+    words = ("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", path, "64G")
     subprocess.run(words, check=True)
     with path.open("rb") as file:
         header = qcow2.read_header(file)

@@ -24,7 +24,6 @@ from imgtool.errors import EngineError
 from imgtool.formats.xattrs import ACL_ACCESS, ACL_DEFAULT, acl, acl_text, order_xattrs
 from imgtool.guest.model import Entry
 from imgtool.host.process import environment
-from imgtool.transfer import keeping
 from imgtool.transfer.copy_out import Report, copy_out, tar_out
 from imgtool.transfer.keeping import Keeping
 from imgtool.transfer.staging import Attributes, Staging
@@ -63,7 +62,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "d/link").symlink_to("file")
     os.link(root / "d/file", root / "d/second")
     path = folder / "disk.img"
-    words = ["mke2fs", "-q", "-t", "ext4", "-b", "1024", "-d", root, path, "8M"]
+    words: list[str | Path] = ["mke2fs", "-q", "-t", "ext4", "-b", "1024", "-d", root, path, "8M"]
     subprocess.run(words, check=True, env=environment(), capture_output=True)
     for name, values in (("/d/file", FILE), ("/d", FOLDER), ("/d/link", LINK)):
         for key, value in values.items():
@@ -311,7 +310,7 @@ def test_what_the_host_does_not_take_is_counted(guest, tmp_path, monkeypatch) ->
             raise OSError(95, "Operation not supported")
         real(path, name, value, **more)
 
-    monkeypatch.setattr(keeping.os, "setxattr", refusing)
+    monkeypatch.setattr(os, "setxattr", refusing)
     lines = Lines()
     copy_out(guest, "/d/file", tmp_path, lines.report)
     assert (tmp_path / "file").read_text() == "content"
@@ -433,29 +432,29 @@ def test_a_stream_of_ntfs_that_is_no_attribute_costs_no_other(tmp_path):
         subprocess.run(words, check=True, capture_output=True)
     short = ((b"user.short", b"x" * 10),)
     told: list[str] = []
-    stream = io.BytesIO()
+    tar = io.BytesIO()
     with open_guest(disk, engine="direct", notice=told.append) as guest:
         found = list(guest.walk("/", xattrs=True))
-        tar_out(guest, "/", stream)
+        tar_out(guest, "/", tar)
         assert guest.xattrs("/file") == short
         assert guest.oversized_xattrs == 3
     assert {entry.path: entry.xattrs for entry in found} == {b"/file": short, b"/other": short}
     assert told == ["extended attributes (streams of NTFS) of more than 64 KiB are left out: 3"]
-    with tarfile.open(fileobj=io.BytesIO(stream.getvalue())) as archive:
+    with tarfile.open(fileobj=io.BytesIO(tar.getvalue())) as archive:
         for name in ("./file", "./other"):
             assert archive.getmember(name).pax_headers == {"SCHILY.xattr.user.short": "x" * 10}
             assert archive.extractfile(name).read() == b"xxxxx"  # type: ignore[union-attr]
-    for words in (
+    for command in (
         ("ls", "--xattrs", disk, "/file"),
         ("copy-out", disk, "/file", tmp_path / "copy"),
         ("copy-out", disk, "/", "-"),
     ):
         done = subprocess.run(
-            [sys.executable, "-m", "imgtool", *words, "--engine", "direct"], capture_output=True
+            [sys.executable, "-m", "imgtool", *command, "--engine", "direct"], capture_output=True
         )
         assert done.returncode == 0, done.stderr
         assert b"more than 64 KiB are left out: 1\n" in done.stderr
-        if words[0] == "ls":
+        if command[0] == "ls":
             assert done.stdout == b'file\n    user.short="xxxxxxxxxx"\n'
 
 
@@ -498,7 +497,15 @@ def xfs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         file.truncate(64 << 20)
     # mkfs.xfs makes a filesystem below 300 MB only for its own test suite.
     env = environment({"TEST_DIR": "/", "TEST_DEV": "none", "QA_CHECK_FS": "1"})
-    words = ["mkfs.xfs", "-q", "-m", f"crc={request.param - 4}", "-p", folder / "proto", image]
+    words: list[str | Path] = [
+        "mkfs.xfs",
+        "-q",
+        "-m",
+        f"crc={request.param - 4}",
+        "-p",
+        folder / "proto",
+        image,
+    ]
     subprocess.run(words, check=True, env=env, capture_output=True)
     words = ["xfs_db", "-x"]
     for path, values in XFS.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 
@@ -262,8 +263,8 @@ def test_an_open_boot_is_not_taken_for_the_guest_whose_root_is_locked(kind):
     with pytest.raises(NotInGuestError) as caught:
         discover(FakeGuest(filesystems))
     assert "encrypted" in caught.value.message
-    assert "--key /dev/sda2:file:FILE" in caught.value.hint
-    assert "-m /dev/sda1" in caught.value.hint
+    assert "--key /dev/sda2:file:FILE" in str(caught.value.hint)
+    assert "-m /dev/sda1" in str(caught.value.hint)
     opened = FakeGuest(
         {**filesystems, "/dev/mapper/x": ("ext4", linux())},
         parents={"/dev/mapper/x": ["/dev/sda2"]},
@@ -276,7 +277,7 @@ def test_an_open_boot_is_not_taken_for_the_guest_whose_root_is_locked(kind):
 
 def guest_with(fstab: str, *names: str, **more) -> FakeGuest:
     disks = more.pop("disks", ("/dev/sda", "/dev/sdb"))
-    filesystems: dict = {"/dev/sda1": ("ext4", linux(f"UUID=b007 / ext4\n{fstab}"))}
+    filesystems: dict[str, Any] = {"/dev/sda1": ("ext4", linux(f"UUID=b007 / ext4\n{fstab}"))}
     filesystems |= {name: ("ext4", {}) for name in names}
     ids = {("uuid", "b007"): "/dev/sda1", **more.pop("ids", {})}
     return FakeGuest(filesystems, disks=disks, ids=ids, **more)

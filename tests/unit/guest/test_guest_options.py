@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 
-from imgtool.errors import UsageError
+from imgtool.errors import Reason, UsageError
 from imgtool.guest.guest_options import GuestOptions
 from imgtool.guest.keys import Key
 from imgtool.guest.model import Mount
@@ -36,7 +36,7 @@ def test_what_opens_a_guest_takes_the_options(opener, options):
 
 
 def test_the_keywords_are_those_of_a_guest_alone():
-    options = WriteOptions(root="/dev/sda1", force=["damaged"])
+    options = WriteOptions(root="/dev/sda1", force=[Reason.DAMAGED])
     assert GuestOptions(**options.keywords()) == GuestOptions(root="/dev/sda1")
 
 

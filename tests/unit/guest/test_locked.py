@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from imgtool import cli
+from imgtool.cli.command_table import app_with
+from imgtool.errors import NotInGuestError
 from imgtool.guest.blocks import Block, locked_devices
 
 
@@ -29,7 +30,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(capfd: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as ended:
-        cli.app_with(str(words[0]))([str(word) for word in words], standalone_mode=False)
+        app_with(str(words[0]))([str(word) for word in words], standalone_mode=False)
     out, err = capfd.readouterr()
     return int(ended.value.code or 0), out, err
 
@@ -42,9 +43,9 @@ def test_df_has_a_row_for_what_no_key_opened(disk, capfd):
 
 
 def test_inspect_says_that_it_is_encrypted(disk, capfd):
-    with pytest.raises(FileNotFoundError, match="in /dev/sda1 is encrypted") as caught:
-        cli.app_with("inspect")(["inspect", str(disk), "--engine", "direct"], standalone_mode=False)
-    assert "--key /dev/sda1:file:FILE" in caught.value.hint
+    with pytest.raises(NotInGuestError, match="in /dev/sda1 is encrypted") as caught:
+        app_with("inspect")(["inspect", str(disk), "--engine", "direct"], standalone_mode=False)
+    assert "--key /dev/sda1:file:FILE" in str(caught.value.hint)
 
 
 def test_what_a_key_opened_is_not_locked():

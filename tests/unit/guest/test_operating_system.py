@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 
 import pytest
 
@@ -28,14 +29,14 @@ def ident(name: str, pretty: str, version: str | None = None) -> dict[str, str]:
     return {"/etc/os-release": os_release(ID=name, PRETTY_NAME=pretty, **version_id)}
 
 
-def guest(files: dict[str, str | bytes], *, fstab: bool = True) -> FakeFiles:
+def guest(files: Mapping[str, str | bytes], *, fstab: bool = True) -> FakeFiles:
     every: dict[str, str | bytes] = {"/bin/true": "", "/etc/passwd": "", **files}
     if fstab:
         every.setdefault("/etc/fstab", "")
     return FakeFiles({k: v.encode() if isinstance(v, str) else v for k, v in every.items()})
 
 
-def look(files: dict[str, str | bytes]):
+def look(files: Mapping[str, str | bytes]):
     return identify(guest(files), ROOT, {"/": ROOT})
 
 
@@ -228,7 +229,9 @@ def test_the_distribution_is_what_libguestfs_says_it_is(name):
         ((9, 2), b"", "9.2"),
     ],
 )
-def test_a_version_is_given_as_it_is_written(numbers, content, written):
+def test_a_version_is_given_as_it_is_written(
+    numbers: tuple[int, int], content: bytes, written: str
+):
     assert spelling(*numbers, content) == written
 
 

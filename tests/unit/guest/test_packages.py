@@ -7,6 +7,7 @@ import io
 import sqlite3
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 import pytest
@@ -65,7 +66,7 @@ def rpm_package(name: str, version: str, release: str, epoch: int | None, arch: 
     return header({**tags, 1022: arch, 1004: "a summary"})
 
 
-def rpm_database(tmp_path, blobs: list[bytes], schema: str | None = None) -> bytes:
+def rpm_database(tmp_path: Path, blobs: list[bytes], schema: str | None = None) -> bytes:
     path = tmp_path / "rpmdb.sqlite"
     with contextlib.closing(sqlite3.connect(path)) as database:
         database.execute("PRAGMA journal_mode=WAL")

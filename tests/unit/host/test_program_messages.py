@@ -78,7 +78,7 @@ def test_what_qemu_says_of_an_image_is_one_line_of_ours(
 def test_its_own_text_is_there_with_v(tmp_path):
     image = make(tmp_path / "image", "-O", "vpc")
     patch(image, 20, b"\xff")
-    argv = [sys.executable, "-m", "imgtool", "info", "-v", image]
+    argv = (sys.executable, "-m", "imgtool", "info", "-v", image)
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 3 and "QEMU said: " in done.stderr and "checksum" in done.stderr
 

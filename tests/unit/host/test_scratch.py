@@ -36,6 +36,7 @@ with scratch_folder("test") as folder:
     words = [sys.executable, "-c", code]
     env = {**os.environ, "TMPDIR": str(top)}
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout is not None
         folder = Path(process.stdout.readline().strip())
         assert (folder / "file").exists()
         assert folder not in remove_left_behind()  # it is in use

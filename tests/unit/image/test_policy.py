@@ -340,7 +340,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     (tmp_path / "more").write_bytes(b"more")
     full = tmp_path / "full.raw"
     full.write_bytes(base.read_bytes())
-    argv = ["debugfs", "-w", "-R", f"write {tmp_path}/more more", full]
+    argv = ("debugfs", "-w", "-R", f"write {tmp_path}/more more", full)
     subprocess.run(argv, check=True, capture_output=True)
     qemu_img("convert", "-f", "raw", "-O", "qcow2", "-B", base, "-F", "raw", full, found[1])
     for path in found:

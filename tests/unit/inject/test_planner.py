@@ -47,12 +47,14 @@ class Direct(Root):
         return super().entries(path)
 
     @contextlib.contextmanager
-    def open_range(self, path: str | bytes, offset: int, length: int) -> Iterator[BinaryIO]:
-        refused = self.error is not None and self.host(path) == self.host(REFUSED)
+    def open_range(
+        self, path: str | bytes, offset: int, length: int
+    ) -> Iterator[BinaryIO | _Breaking]:
+        error = self.error if self.host(path) == self.host(REFUSED) else None
         with self.open(path) as stream:
-            if refused and not self.late:
-                raise self.error
-            yield _Breaking(self.error) if refused else stream  # type: ignore[misc]
+            if error is not None and not self.late:
+                raise error
+            yield stream if error is None else _Breaking(error)
 
 
 class _Breaking:

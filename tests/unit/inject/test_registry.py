@@ -21,6 +21,7 @@ from imgtool.inject.registry import OPTIONS, STEPS
 from imgtool.inject.spec import schema, schema_text
 from imgtool.inject.steps.schema import DEFINITIONS
 from imgtool.inject.steps.step import Option, Step
+from tests.support.documentation import commands_of
 
 
 def modules() -> list[ModuleType]:
@@ -103,16 +104,16 @@ def test_each_option_has_a_turn_of_its_own() -> None:
 
 
 def test_the_command_has_the_options_that_the_steps_declare() -> None:
-    command = typer.main.get_command(app_with("inject")).commands["inject"]  # type: ignore[attr-defined]
+    command = commands_of(typer.main.get_command(app_with("inject")))["inject"]
     found = {
         parameter.opts[0]: Option(
             parameter.opts[0],
             None if parameter.is_flag else parameter.metavar,
-            parameter.help,
+            parameter.help or "",
             not (parameter.multiple or parameter.is_flag),
         )
         for parameter in command.params
-        if parameter.param_type_name == "option"
+        if isinstance(parameter, typer.core.TyperOption)
     }
     assert [found[option.name] for option, _ in OPTIONS] == [option for option, _ in OPTIONS]
     shown = [name for name in found if name in {option.name for option, _ in OPTIONS}]

@@ -14,6 +14,8 @@ from imgtool.errors import UsageError
 from imgtool.inject.option_parsers import steps_of, variables_of
 from imgtool.inject.registry import OPTIONS
 from imgtool.inject.spec import read_spec, schema_text
+from imgtool.inject.steps.accounts import User
+from imgtool.inject.steps.files import ChangeOwner, Copy, Write
 from imgtool.inject.steps.passwords import Password
 from tests.support.chain_images import qcow2
 from tests.support.inject_root import Root
@@ -69,8 +71,9 @@ def test_the_schema_is_one_and_every_kind_of_step_can_be_made(tmp_path):
     kinds = {placed.step.kind for placed in found.steps}
     assert kinds == set(schema["$defs"]["step"]["properties"])
     assert found.steps[0].where == f"{tmp_path}/site.yaml:3"
-    assert found.steps[0].step.mode == "0644"
-    assert found.steps[1].step.source == tmp_path / "here"
+    write, copy = found.steps[0].step, found.steps[1].step
+    assert isinstance(write, Write) and write.mode == "0644"
+    assert isinstance(copy, Copy) and copy.source == tmp_path / "here"
     assert found.variables == {"name": "web"}
 
 
@@ -143,11 +146,13 @@ def test_options_make_the_steps_that_they_say():
     ]
     kinds = ["user", "user", "password", "copy", "append-line", "chown", "machine-id"]
     assert [step.kind for step in steps] == kinds
-    assert (steps[0].groups, steps[0].sudo) == (("sudo", "adm"), True)
-    assert (steps[1].groups, steps[1].sudo) == ((), True)
-    assert isinstance(steps[2], Password)
-    assert (steps[3].source, steps[3].path) == (Path("a:b"), "/etc/c")
-    assert (steps[5].owner, steps[5].path) == ("alice:users", "/srv")
+    bob, eve, password, copy, _, owner, _ = steps
+    assert isinstance(bob, User) and (bob.groups, bob.sudo) == (("sudo", "adm"), True)
+    assert isinstance(eve, User) and (eve.groups, eve.sudo) == ((), True)
+    assert isinstance(password, Password)
+    assert isinstance(copy, Copy) and (copy.source, copy.path) == (Path("a:b"), "/etc/c")
+    assert isinstance(owner, ChangeOwner)
+    assert (owner.owner, owner.path) == ("alice:users", "/srv")
     assert variables_of(["a=b=c"]) == {"a": "b=c"}
 
 

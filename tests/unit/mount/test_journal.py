@@ -199,7 +199,8 @@ def test_what_cannot_be_undone_is_tried_again():
     with pytest.raises(RefusedError):
         journal.undo()
     (left,) = journals()
-    assert (left.state, [step.name for step in left.steps]) == (UNMAKING, ["one", "two"])
+    names = [step.name for step in left.steps if isinstance(step, Noted)]
+    assert (left.state, names) == (UNMAKING, ["one", "two"])
     assert left.left_behind()
     Noted.fails.clear()
     left.undo()

@@ -75,7 +75,7 @@ def guest() -> Put:
 
 def extracted(stream: bytes, folder: Path) -> Path:
     folder.mkdir()
-    argv = ["tar", "-C", folder, "-xpf", "-", "--numeric-owner"]
+    argv = ("tar", "-C", folder, "-xpf", "-", "--numeric-owner")
     done = subprocess.run(argv, input=stream, capture_output=True)
     assert done.returncode == 0, done.stderr
     return folder
@@ -328,7 +328,7 @@ def test_a_sparse_stream_arrives_whole(guest: Put, tmp_path: Path, form: str) ->
     with (tmp_path / "sparse").open("wb") as file:
         file.seek(1 << 20)
         file.write(b"end")
-    argv = ["tar", "-C", tmp_path, f"--format={form}", "-cSf", "-", "sparse"]
+    argv = ("tar", "-C", tmp_path, f"--format={form}", "-cSf", "-", "sparse")
     made = subprocess.run(argv, capture_output=True, check=True).stdout
     assert len(made) < 100_000
     there = extracted(guest.tar(made), tmp_path / "out")
@@ -343,7 +343,7 @@ def test_a_real_tar_stream_arrives_as_it_was(guest: Put, tmp_path: Path, flags: 
     (source / ("n" * 150)).write_bytes(b"2" * 30_000)
     (source / "link").symlink_to("/etc/../x")
     os.link(source / ("n" * 150), source / "hard")
-    argv = ["tar", "-C", source, f"-c{flags}f", "-", "."]
+    argv = ("tar", "-C", source, f"-c{flags}f", "-", ".")
     made = subprocess.run(argv, capture_output=True, check=True).stdout
     there = extracted(guest.tar(made), tmp_path / "out")
     compared = subprocess.run(["diff", "-r", "--no-dereference", source, there])
@@ -363,7 +363,7 @@ def test_a_compressed_stream_that_ends_early_is_no_whole_stream(
     guest: Put, tmp_path: Path, flags: str
 ) -> None:
     (tmp_path / "random").write_bytes(os.urandom(100_000))
-    argv = ["tar", "-C", tmp_path, f"-c{flags}f", "-", "random"]
+    argv = ("tar", "-C", tmp_path, f"-c{flags}f", "-", "random")
     made = subprocess.run(argv, capture_output=True, check=True).stdout
     with pytest.raises(ImgtoolError, match="not a whole tar stream"):
         guest.tar(made[: len(made) // 2])
@@ -391,7 +391,7 @@ def test_extended_attributes_that_are_not_copied_are_counted_once(guest: Put, tm
     line = "extended attributes are not copied (ACLs: 1, user.*: 2)"
     assert guest.skipped == [(b"/dest", line)]
     guest.skipped.clear()
-    words = ["tar", "-C", tmp_path, "--xattrs", "--acls", "-cf", "-", "source"]
+    words = ("tar", "-C", tmp_path, "--xattrs", "--acls", "-cf", "-", "source")
     guest.tar(subprocess.run(words, check=True, capture_output=True).stdout)
     assert guest.skipped == [(b"/dest", line)]
     guest.skipped.clear()

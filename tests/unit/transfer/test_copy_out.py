@@ -17,7 +17,7 @@ import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -215,7 +215,7 @@ def member(
     kind: bytes = tarfile.REGTYPE,
     link: str = "",
     size: int | None = None,
-    form: int = tarfile.GNU_FORMAT,
+    form: Literal[0, 1, 2] = tarfile.GNU_FORMAT,
     pax: dict[str, str] | None = None,
     mode: int = 0o644,
 ) -> bytes:
@@ -945,7 +945,17 @@ def on_base(tmp_path: Path) -> Path:
     (folder / "tmp/base.raw").write_bytes(b"of the guest")
     subprocess.run(["mke2fs", "-q", "-d", folder, base, "1M"], check=True)
     for name in ("disk.qcow2", "other.qcow2"):
-        words = ["create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", tmp_path / name]
+        words: list[str | Path] = [
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-b",
+            base,
+            "-F",
+            "raw",
+            tmp_path / name,
+        ]
         subprocess.run(["qemu-img", *words], check=True)
     words = ["create", "-q", "-f", "qcow2", tmp_path / "second.qcow2", "1M"]
     subprocess.run(["qemu-img", *words], check=True)
@@ -975,7 +985,7 @@ APART = {
 }
 
 
-@pytest.fixture(params=APART.values(), ids=APART.keys())
+@pytest.fixture(params=APART.values(), ids=list(APART))
 def apart(request: pytest.FixtureRequest, tmp_path: Path) -> FakeGuest:
     """A guest whose disk is in other files than the one that names it."""
     format, options = request.param
@@ -1026,7 +1036,7 @@ def test_the_data_file_of_an_image_is_not_written_over(on_base: Path, imgtool_cl
     before = content(on_base.parent)
     done = imgtool_cli("copy-out", image, "/file", data, "--overwrite", "--engine", "direct")
     assert done.status == 4 and "the guest is read from" in done.err, done.err
-    argv = [sys.executable, "-m", "imgtool", "cat", image, "/file", "--engine", "direct"]
+    argv = (sys.executable, "-m", "imgtool", "cat", image, "/file", "--engine", "direct")
     with data.open("ab") as out:
         shown = subprocess.run(argv, stdout=out, stderr=subprocess.PIPE, text=True)
     assert shown.returncode == 4 and "standard output" in shown.stderr, shown.stderr
@@ -1038,7 +1048,16 @@ def test_nothing_is_written_to_a_standard_output_that_is_read(
     on_base: Path, words: list[str]
 ) -> None:
     command, *rest = words
-    argv = [sys.executable, "-m", "imgtool", command, on_base, *rest, "--engine", "direct"]
+    argv: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "imgtool",
+        command,
+        on_base,
+        *rest,
+        "--engine",
+        "direct",
+    ]
     before = content(on_base.parent)
     with on_base.with_name("base.raw").open("ab") as out:
         done = subprocess.run(argv, stdout=out, stderr=subprocess.PIPE, text=True)
@@ -1084,4 +1103,4 @@ def test_no_record_of_work_comes_out_of_a_guest_and_all_else_does(
     said = {line for _, line in lines.problems if "for its own" in line}
     assert len(said) == 1 and "left out" in said.pop()
     with pytest.raises(ImgtoolError, match="for its own"):
-        copy_out(guest, "/top/good", place / "dest" / os.fsdecode(planted), lines.report)
+        copy_out(guest, "/top/good", place / "dest" / os.fsdecode(planted), lines.report)  # type: ignore[arg-type]

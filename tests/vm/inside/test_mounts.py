@@ -36,7 +36,7 @@ class Images:
 
     def state(self) -> list[tuple[int, ...]]:
         """Size, blocks and times of all of them; their bytes are compared outside."""
-        found = []
+        found: list[tuple[int, ...]] = []
         for path in (*self.disks.values(), *self.whole.values()):
             status = path.stat()
             found.append((status.st_size, status.st_blocks, status.st_mtime_ns, status.st_ctime_ns))

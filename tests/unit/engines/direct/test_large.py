@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -23,8 +24,9 @@ from imgtool.engines.direct.wire.ring import SLOT
 from imgtool.errors import EngineError
 from imgtool.host.process import environment
 from imgtool.image.chain.chain import open_chain
-from imgtool.image.qemu.clusters import ByteRange
+from imgtool.image.qemu.clusters import ByteRange, Clusters
 from imgtool.transfer.copy_out import Report, copy_out
+from tests.support.workers import client_of
 
 _MIB = 1 << 20
 
@@ -76,11 +78,11 @@ def large(request, tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(params=["by the worker", "from the files"])
-def way(request, monkeypatch) -> str:
+def way(request: pytest.FixtureRequest, monkeypatch) -> str:
     """Who reads: the worker and QEMU, or the parent, where that can be."""
     least = 0 if request.param == "from the files" else 1 << 62
     monkeypatch.setattr(direct_guest, "_LARGE", least)
-    return request.param
+    return str(request.param)
 
 
 def test_large_files_are_read_to_the_byte(large, way):
@@ -170,7 +172,7 @@ def test_where_clusters_are_compressed_the_worker_takes_over(large, monkeypatch,
     run_qemu_img("create", "-f", "qcow2", "-b", packed, "-F", "qcow2", overlay)
     with open_guest(image, engine="direct") as guest:
         guest.lstat("/whole")
-        rows = guest._guest._client.call(requests.Runs("/whole", 0, 1 << 40))
+        rows = client_of(guest).call(requests.Runs("/whole", 0, 1 << 40))
     # The first of it is written again, and so is no longer compressed.
     start, end, _, at = rows[0]
     first = expected[start : min(end, start + 2 * _MIB)]
@@ -206,22 +208,24 @@ def test_an_image_that_becomes_shorter_or_unreadable_is_an_error(tmp_path):
     file = tmp_path / "disk"
     file.write_bytes(bytes(8192))
 
-    class Plain:
+    class Plain(Clusters):
         def __init__(self, descriptor: int) -> None:
+            super().__init__([])
             self._descriptor = descriptor
 
         def at(self, offset: int, length: int) -> ByteRange:
             return ByteRange(self._descriptor, offset, length)
 
+    def no_worker(at: int) -> BinaryIO:
+        raise AssertionError("the worker was asked")
+
     with file.open("rb") as opened:
-        stream = PlainStream(
-            [Extent(0, 9000, 0, 0)], [Plain(opened.fileno())], 0, 9000, lambda at: 1
-        )
+        stream = PlainStream([Extent(0, 9000, 0, 0)], [Plain(opened.fileno())], 0, 9000, no_worker)
         buffer = bytearray(8192)
         assert stream.readinto(buffer) == 8192
         with pytest.raises(EngineError, match="become shorter"):
             stream.readinto(buffer)
-        unreadable = PlainStream([Extent(0, 9, 0, 0)], [Plain(1 << 20)], 0, 9, lambda at: 1)
+        unreadable = PlainStream([Extent(0, 9, 0, 0)], [Plain(1 << 20)], 0, 9, no_worker)
         with pytest.raises(EngineError, match="cannot be read: Bad file descriptor"):
             unreadable.readinto(buffer)
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -142,8 +143,9 @@ def test_without_pyparted_too(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = disk_with(tmp_path / "disk", "sun")
-    known = sandbox.find_spec
-    monkeypatch.setattr(sandbox, "find_spec", lambda name: None if name == "_ped" else known(name))
+    monkeypatch.setattr(
+        sandbox, "find_spec", lambda name: None if name == "_ped" else find_spec(name)
+    )
     status, _, err = run(capfd, "partitions", disk)
     assert status == 0
     assert "the Python module _ped is not installed" in err

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from imgtool import cli
+from imgtool.cli.command_table import app_with
 from imgtool.engines.libguestfs.appliance import launch
 
 
@@ -146,7 +147,7 @@ def test_a_path_that_is_not_there_has_no_title(tmp_path, capfd):
     subprocess.run(mke2fs, check=True, env=env, capture_output=True)
     words = ["ls", "-m", "/dev/sda", str(image), "/gone", "/one", "/gone", "/two"]
     with pytest.raises(SystemExit) as ended:
-        cli.app_with("ls")(words, standalone_mode=False)
+        app_with("ls")(words, standalone_mode=False)
     assert ended.value.code == 5
     out, err = capfd.readouterr()
     assert out == "/one:\n\n/two:\nfile\n"

@@ -22,7 +22,7 @@ def qemu_img(*words: str | Path) -> bytes:
 
 
 def write(path: Path, pattern: int, where: str, format: str = "qcow2") -> None:
-    command = ["qemu-io", "-f", format, "-c", f"write -P {pattern} {where}", path]
+    command = ("qemu-io", "-f", format, "-c", f"write -P {pattern} {where}", path)
     subprocess.run(command, check=True, capture_output=True)
 
 

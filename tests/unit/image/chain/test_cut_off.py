@@ -43,7 +43,19 @@ def disk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     table = f"label: {request.param}\nstart=2048,size={30 << 11},type=L\n"
     subprocess.run(["sfdisk", "-q", image], input=table.encode(), check=True, capture_output=True)
     options = f"offset={START}"
-    argv = ["mke2fs", "-q", "-F", "-t", "ext4", "-E", options, "-d", tree, image, f"{30 << 10}k"]
+    argv: list[str | Path] = [
+        "mke2fs",
+        "-q",
+        "-F",
+        "-t",
+        "ext4",
+        "-E",
+        options,
+        "-d",
+        tree,
+        image,
+        f"{30 << 10}k",
+    ]
     subprocess.run(argv, check=True, capture_output=True)
     argv = ["debugfs", "-w", "-R", f"write {large} large", f"{image}?{options}"]
     subprocess.run(argv, check=True, capture_output=True)
@@ -211,7 +223,7 @@ def test_where_the_tables_are_lost_nothing_is_read(disk: Path, tmp_path: Path, c
 
 def test_an_overlay_that_was_cut_off_is_not_read_in_part(disk: Path, tmp_path: Path, capfd):
     image = tmp_path / "over.qcow2"
-    words = ["create", "-f", "qcow2", "-F", "raw", "-b", disk, image]
+    words = ("create", "-f", "qcow2", "-F", "raw", "-b", disk, image)
     subprocess.run(["qemu-img", *words], check=True, capture_output=True)
     subprocess.run(["qemu-io", "-c", "write 8M 4M", image], check=True, capture_output=True)
     os.truncate(image, image.stat().st_size * 6 // 10)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from imgtool.host.process import ProgramFailed
 from imgtool.image.chain.holdings import lost, note_holdings
 from imgtool.image.chain.info import probe
 from imgtool.image.change import snapshots
+from imgtool.image.change.mending import on_snapshots
 from imgtool.image.change.plan import Plan, Work
 from imgtool.image.change.repairing import repair_tables
 from imgtool.image.intent.intent_log import record_path
@@ -26,6 +28,7 @@ from tests.support.holding import (
     CLUSTER,
     INCOMPATIBLE,
     MIB,
+    bitmaps_in,
     contents,
     held,
     kill_a_writer,
@@ -35,6 +38,7 @@ from tests.support.holding import (
     nothing_left,
     patch,
     qemu_img,
+    snapshots_in,
     tables,
     with_both,
     write,
@@ -58,16 +62,16 @@ def test_holdings_are_what_qemu_says(image):
             "granularity": bitmap.granularity,
             "flags": ["in-use"] * bitmap.in_use + ["auto"] * bitmap.auto,
         }
-        for bitmap in held(image).bitmaps
+        for bitmap in bitmaps_in(image)
     ] == told["format-specific"]["data"]["bitmaps"]
-    assert {bitmap.in_use for bitmap in held(image).bitmaps} == {True, False}
-    assert [(row.id, row.name) for row in held(image).snapshots] == [(b"1", b"one")]
+    assert {bitmap.in_use for bitmap in bitmaps_in(image)} == {True, False}
+    assert [(row.id, row.name) for row in snapshots_in(image)] == [(b"1", b"one")]
     assert held(image).virtual_size == told["virtual-size"]
 
 
 def test_bitmaps_that_a_program_without_them_has_left_are_none(image):
     patch(image, AUTOCLEAR, b"\0")
-    assert held(image).bitmaps == () and len(held(image).snapshots) == 1
+    assert held(image).bitmaps == () and len(snapshots_in(image)) == 1
 
 
 def test_what_is_lost_is_said(image, tmp_path):
@@ -214,7 +218,7 @@ def test_a_commit_that_was_cut_off_is_finished_and_loses_nothing(image, tmp_path
     done = imgtool_cli("recover", image)
     assert done.status == 0, done.err
     assert len(contents(image)) == 2 and contents(image)[0] == expected
-    assert [bitmap.name for bitmap in held(image).bitmaps] == [b"since"]
+    assert [bitmap.name for bitmap in bitmaps_in(image)] == [b"since"]
 
 
 def test_a_bitmap_that_a_killed_writer_has_spoilt_is_said(image, imgtool_cli):
@@ -322,7 +326,7 @@ def test_a_revert_is_refused_beside_bitmaps_before_anything_is_done(image, imgto
     assert f"qemu-img bitmap --remove {image} since" in done.err
     qemu_img("bitmap", "--remove", image, "since")
     assert imgtool_cli("snapshot", "revert", image, "one", "--save-as", "now").status == 0
-    assert [row.name for row in held(image).snapshots] == [b"one", b"now"]
+    assert [row.name for row in snapshots_in(image)] == [b"one", b"now"]
 
 
 @pytest.mark.parametrize("words", [("recover",), ("resize", "16M"), ("compact",)])
@@ -331,24 +335,24 @@ def test_a_bitmap_that_came_after_a_kill_ends_a_revert(image, imgtool_cli, words
     qemu_img("bitmap", "--remove", image, "since")
     others, before = snapshots_of(image), contents(image)
     qemu_img("snapshot", "-c", "saved", image)
-    facts = {"to": "1", "saved": "saved", "temporary": True, "others": others, "step": "apply"}
-    left(image, operation="revert", format="qcow2", **facts)
+    facts: dict[str, Any] = {"to": "1", "saved": "saved", "temporary": True, "others": others}
+    left(image, operation="revert", format="qcow2", step="apply", **facts)
     qemu_img("bitmap", "--add", image, "later")
     done = imgtool_cli(words[0], image, *words[1:])
     assert done.status == 0 and "it stays as it is" in done.err, done.err
     assert nothing_left(image.parent)
-    assert [row.name for row in held(image).snapshots] == [b"one", b"saved"]
-    assert [bitmap.name for bitmap in held(image).bitmaps] == [b"later"]
+    assert [row.name for row in snapshots_in(image)] == [b"one", b"saved"]
+    assert [bitmap.name for bitmap in bitmaps_in(image)] == [b"later"]
     assert contents(image)[0][: 8 * MIB] == contents(image)[2] == before[0]
 
 
 def test_nobody_writes_between_the_two_steps_of_a_revert(image, imgtool_cli, monkeypatch):
     qemu_img("bitmap", "--remove", image, "since")
     before = contents(image)[0]
-    really, tried = snapshots.on_snapshots, []
+    tried: list[int] = []
 
     def and_somebody_writes(path: Path, option: str, name: str) -> None:
-        really(path, option, name)
+        on_snapshots(path, option, name)
         argv = ["qemu-io", "-f", "qcow2", "-c", "write -P 5 0 1M", image]
         tried.append(subprocess.run(argv, check=False, capture_output=True).returncode)
 
@@ -374,9 +378,8 @@ def test_the_rest_stays_through_other_work(image, imgtool_cli, words):
     command = words[:2] if words[0] == "snapshot" else words[:1]
     done = imgtool_cli(*command, image, *words[len(command) :])
     assert done.status == 0, done.err
-    after = held(image)
-    assert after.bitmaps == before.bitmaps
-    assert after.snapshots[:1] == before.snapshots
+    assert bitmaps_in(image) == before.bitmaps
+    assert snapshots_in(image)[:1] == before.snapshots
 
 
 def test_a_snapshot_is_deleted_and_the_bitmap_stays(image, imgtool_cli):
@@ -414,7 +417,7 @@ def test_flatten_takes_bitmaps_along(overlay, imgtool_cli):
     dirty = [noted_in(overlay, name) for name in ("fine", "coarse")]
     done = imgtool_cli("overlay", "flatten", overlay)
     assert done.status == 0 and "2 dirty bitmaps" in done.err
-    assert held(overlay).bitmaps == before.bitmaps and held(overlay).backing is None
+    assert bitmaps_in(overlay) == before.bitmaps and held(overlay).backing is None
     assert [noted_in(overlay, name) for name in ("fine", "coarse")] == dirty
     assert dirty == [[(4 * MIB, 8192)], [(5 * MIB, CLUSTER)]]
     assert contents(overlay) == expected

@@ -233,7 +233,7 @@ def test_a_fixed_vhd_is_known_by_its_end(creator: bytes, tmp_path: Path):
     assert same_content(open_chain(tmp_path / "new.qcow2").filename(), str(raw))
     before = image.read_bytes()
     with pytest.raises(ImageError, match="a vpc image cannot be resized"):
-        plan_resize(image, "+8M", require_empty_tail=lambda chain, size: None)
+        plan_resize(image, "+8M", require_empty_tail=lambda chain, size, force: None)
     assert image.read_bytes() == before
 
 

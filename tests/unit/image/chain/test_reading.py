@@ -21,7 +21,8 @@ from imgtool.image.chain.reading import block_readers, chain_to_read, passes_loc
 from imgtool.image.change import transaction
 from imgtool.image.change.recovery import recover
 from imgtool.image.intent import intent_state
-from imgtool.image.intent.intent_log import record_path
+from imgtool.image.intent.intent_log import record_path, worker_on
+from imgtool.image.intent.intent_state import unfinished_commit
 from imgtool.image.qemu.disk_reader import open_contents
 from tests.support.writes import NEW, cut_off, fill, made, write
 
@@ -61,7 +62,7 @@ def test_a_write_waits_for_a_reader_who_is_done_in_a_moment(image):
 def test_what_is_finished_while_it_is_opened_is_opened_anew(image, monkeypatch):
     """The overlay of an interrupted write is found, and is gone before a lock is on it."""
     assert cut_off([image], ["qcow2"], 6, after=True)
-    found = reading.unfinished_commit(image)
+    found = unfinished_commit(image)
     assert found is not None
     asked = []
 
@@ -159,7 +160,7 @@ def work_of_another(image: Path) -> Iterator[subprocess.Popen[bytes]]:
         stdout=subprocess.PIPE,
         env={**os.environ, "IMGTOOL_STATE_DIR": str(image.parent / "theirs")},
     ) as other:
-        assert other.stdout.readline()
+        assert other.stdout is not None and other.stdout.readline()
         yield other
 
 
@@ -183,7 +184,7 @@ def end_before(lookup, work):
 
 
 def test_work_that_ends_after_its_record_was_read_was_not_left(image, work_of_another, monkeypatch):
-    monkeypatch.setattr(reading, "worker_on", end_before(reading.worker_on, work_of_another))
+    monkeypatch.setattr(reading, "worker_on", end_before(worker_on, work_of_another))
     with chain_to_read(image) as chain:
         assert chain.active.path == image
 
@@ -191,6 +192,6 @@ def test_work_that_ends_after_its_record_was_read_was_not_left(image, work_of_an
 def test_work_that_ends_after_its_record_was_read_is_not_warned_of(
     image, work_of_another, monkeypatch
 ):
-    lookup = end_before(intent_state.worker_on, work_of_another)
+    lookup = end_before(worker_on, work_of_another)
     monkeypatch.setattr(intent_state, "worker_on", lookup)
     assert intent_state.line_on(image) is None

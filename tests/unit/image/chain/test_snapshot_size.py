@@ -91,7 +91,7 @@ def guest(tmp_path: Path) -> Path:
         file.truncate(24 * MIB)
     table = "label: gpt\nfirst-lba: 64\nstart=64, type=linux\n"
     subprocess.run(["sfdisk", "-q", raw], input=table.encode(), check=True)
-    words = ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", folder]
+    words = ("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", folder)
     subprocess.run([*words, "-E", "offset=32768", raw, "23000k"], check=True, capture_output=True)
     qemu_img("convert", "-f", "raw", "-O", "qcow2", raw, image)
     qemu_img("snapshot", "-c", "then", image)

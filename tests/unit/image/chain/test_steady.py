@@ -24,11 +24,13 @@ from imgtool.image.chain.steady import (
 )
 from imgtool.image.change import compacting, transaction
 from imgtool.image.change import plan as working
+from imgtool.image.change.made import made_file as really_made_file
 from imgtool.image.checks import ages
 from imgtool.image.intent import intent_log
 from imgtool.image.policy import AllowedDirs
 from imgtool.image.qemu.disk_reader import open_contents
 from imgtool.image.qemu.nbd import serve
+from imgtool.image.qemu.qemu_img import qemu_img as run_qemu_img
 
 MIB = 1 << 20
 NOBODY = 65534
@@ -52,7 +54,7 @@ def image(tmp_path: Path) -> Path:
     base = folder / "base.raw"
     base.write_bytes(b"1" * MIB)
     os.utime(base, (1, 1))
-    words = ["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", folder / "disk.qcow2"]
+    words = ("create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", folder / "disk.qcow2")
     subprocess.run(["qemu-img", *words], check=True)
     return folder / "disk.qcow2"
 
@@ -94,7 +96,16 @@ def test_so_it_is_with_the_other_files_that_a_header_names(
     disk, part = tmp_path / "theirs/disk.vmdk", tmp_path / "theirs/part"
     disk.parent.mkdir()
     if kind == "extent":
-        words = ["create", "-q", "-f", "vmdk", "-o", "subformat=monolithicFlat", disk, "1M"]
+        words: list[str | Path] = [
+            "create",
+            "-q",
+            "-f",
+            "vmdk",
+            "-o",
+            "subformat=monolithicFlat",
+            disk,
+            "1M",
+        ]
         subprocess.run(["qemu-img", *words], check=True)
         part = tmp_path / "theirs/disk-flat.vmdk"
     else:
@@ -146,7 +157,7 @@ def test_a_header_that_is_rewritten_after_the_look_at_it_gets_nothing_served(
     chain = open_chain(image)
     forged = tmp_path / "forged"
     options = f"data_file={secret},data_file_raw=on"
-    words = ["create", "-q", "-f", "qcow2", "-o", options, forged, "1M"]
+    words = ("create", "-q", "-f", "qcow2", "-o", options, forged, "1M")
     subprocess.run(["qemu-img", *words], check=True)
     secret.write_bytes(b"S" * MIB)
     image.write_bytes(forged.read_bytes())
@@ -260,11 +271,9 @@ def test_a_copy_has_nothing_of_a_file_that_is_put_there_as_it_begins(
     monkeypatch: pytest.MonkeyPatch,
     words: list[str],
 ) -> None:
-    real = working.qemu_img
-
     def qemu_img(words: Any, **options: Any) -> None:
         exchange(image, secret)
-        real(words, **options)
+        run_qemu_img(words, **options)
 
     monkeypatch.setattr(working, "qemu_img", qemu_img)
     folder = image.parent
@@ -331,17 +340,14 @@ def test_nothing_is_written_through_a_link_in_the_place_of_a_new_file(
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", folder / words[-1], "1M"])
         subprocess.run(["qemu-img", "snapshot", "-c", "one", folder / words[-1]], check=True)
     links = []
-    real = working.qemu_img
 
     def qemu_img(given: Any, **options: Any) -> None:
         links.append(put_link(folder, secret))
-        real(given, **options)
-
-    real_made = compacting.made_file
+        run_qemu_img(given, **options)
 
     def made_file(path: Path, *, write: bool = False) -> Any:
         links.append(put_link(folder, secret))
-        return real_made(path, write=write)
+        return really_made_file(path, write=write)
 
     monkeypatch.setattr(working, "qemu_img", qemu_img)
     monkeypatch.setattr(compacting, "made_file", made_file)
@@ -354,12 +360,12 @@ def test_nothing_is_written_through_a_link_in_the_place_of_a_new_file(
 def test_an_overlay_to_write_to_is_not_made_through_a_link(
     image: Path, secret: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, before = transaction.qemu_img, secret.read_bytes()
+    before = secret.read_bytes()
     chain = open_chain(image)
 
     def qemu_img(given: Any, **options: Any) -> None:
         assert put_link(image.parent, secret) == 1
-        real(given, **options)
+        run_qemu_img(given, **options)
 
     monkeypatch.setattr(transaction, "qemu_img", qemu_img)
     with pytest.raises(ImageError):
@@ -481,7 +487,7 @@ def test_an_image_of_several_files_is_read_by_who_has_no_rights_but_their_own(
 ) -> None:
     """QEMU looks for its files beside the name that it is given."""
     path = image.with_name("disk.vmdk")
-    words = ["create", "-q", "-f", "vmdk", "-o", f"subformat={kind}", path, "1M"]
+    words = ("create", "-q", "-f", "vmdk", "-o", f"subformat={kind}", path, "1M")
     subprocess.run(["qemu-img", *words], check=True)
     subprocess.run(["qemu-io", "-f", "vmdk", "-c", "write -P 0x31 0 64k", path], check=True)
     chain = open_chain(path)
@@ -530,7 +536,7 @@ def test_a_record_changes_no_file_that_is_put_in_its_place(
 def test_an_overlay_of_another_folder_keeps_its_times(image: Path, tmp_path: Path) -> None:
     """A link that was there when overlays were looked for."""
     base, other = image.with_name("base.raw"), tmp_path / "other.qcow2"
-    words = ["create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", other]
+    words = ("create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", other)
     subprocess.run(["qemu-img", *words], check=True)
     os.utime(other, (2, 2))
     os.chown(base, NOBODY, NOBODY)

@@ -121,7 +121,7 @@ def _guest(raw: Path, image: Path) -> None:
     tree = raw.with_name("tree")
     (tree / "etc").mkdir(parents=True)
     (tree / "etc" / "hostname").write_text("a\n")
-    argv = ["mke2fs", "-q", "-F", "-t", "ext4", "-d", tree, raw, "8M"]
+    argv = ("mke2fs", "-q", "-F", "-t", "ext4", "-d", tree, raw, "8M")
     subprocess.run(argv, check=True, capture_output=True)
     qemu_img("convert", "-O", "vmdk", "-o", "subformat=streamOptimized", raw, image)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from imgtool.image.chain.chain import open_chain
+from imgtool.image.change.mending import on_snapshots
 from imgtool.image.change.snapshots import space_to_give_back
 from imgtool.image.intent.intent_log import is_ours
 from imgtool.image.intent.marks import snapshots_of
@@ -24,7 +26,7 @@ def qemu_img(*words: str | Path) -> bytes:
 
 def write(image: Path, *commands: str) -> None:
     words = [word for command in commands for word in ("-c", command)]
-    argv = ["qemu-io", "-t", "writeback", "-f", "qcow2", *words, image]
+    argv: list[str | Path] = ["qemu-io", "-t", "writeback", "-f", "qcow2", *words, image]
     subprocess.run(argv, check=True, capture_output=True)
 
 
@@ -169,7 +171,7 @@ def test_delete_says_how_much_compact_gives_back(tmp_path, imgtool_cli):
 @pytest.mark.parametrize("step", ["saved", "applied", "tidied"])
 @pytest.mark.parametrize("finish", [True, False])
 def test_a_revert_that_was_cut_off_is_finished_by_recover(image, imgtool_cli, step, finish):
-    facts = {"operation": "revert", "to": "1", "saved": "safety", "temporary": True}
+    facts: dict[str, Any] = {"operation": "revert", "to": "1", "saved": "safety", "temporary": True}
     facts["others"] = snapshots_of(image)
     if step == "saved":
         left(image, **facts)
@@ -192,13 +194,13 @@ def test_a_revert_that_fails_leaves_the_present_state(image, imgtool_cli, monkey
     from imgtool.errors import ImgtoolError
     from imgtool.image.change import snapshots
 
-    really, failed = snapshots.on_snapshots, []
+    failed: list[str] = []
 
     def once(path: Path, option: str, name: str) -> None:
         if option == failing and not failed:
             failed.append(option)
             raise ImgtoolError("QEMU could not do it")
-        really(path, option, name)
+        on_snapshots(path, option, name)
 
     monkeypatch.setattr(snapshots, "on_snapshots", once)
     done = imgtool_cli("snapshot", "revert", image, "one", "--discard")

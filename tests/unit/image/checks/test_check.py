@@ -152,7 +152,7 @@ def corrupt(folder: Path) -> Path:
 def dirty(folder: Path) -> Path:
     """Its QEMU is killed; until it is mended the tables look damaged, which they are not."""
     image = qcow2(folder / "image", options="lazy_refcounts=on")
-    command = ["qemu-io", "-f", "qcow2", "-c", "write 0 64k", "-c", "abort", image]
+    command = ("qemu-io", "-f", "qcow2", "-c", "write 0 64k", "-c", "abort", image)
     assert subprocess.run(command, capture_output=True).returncode != 0
     return image
 

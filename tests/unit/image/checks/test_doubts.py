@@ -388,7 +388,7 @@ def crashed(folder: Path) -> Path:
     image = folder / "disk.qcow2"
     options = "lazy_refcounts=on"
     qemu_img("create", "-f", "qcow2", "-o", options, image, "4M")
-    words = ["qemu-io", "-c", "write -P 7 0 1M", "-c", "abort", image]
+    words = ("qemu-io", "-c", "write -P 7 0 1M", "-c", "abort", image)
     subprocess.run(words, capture_output=True)
     return image
 

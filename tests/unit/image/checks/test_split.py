@@ -27,13 +27,13 @@ def filesystem(path: Path, size: int = 4 * PART + 4096) -> bytes:
     tree = path.parent / "tree"
     tree.mkdir(exist_ok=True)
     (tree / "letter").write_text("a letter\n")
-    words = ["-q", "-F", "-t", "ext4", "-d", tree, path, f"{size >> 10}k"]
+    words = ("-q", "-F", "-t", "ext4", "-d", tree, path, f"{size >> 10}k")
     subprocess.run(["mke2fs", *words], check=True, capture_output=True)
     return path.read_bytes()
 
 
 def split(content: bytes, stem: Path, first: int, width: int = 3) -> list[Path]:
-    made = []
+    made: list[Path] = []
     for at in range(0, len(content), PART):
         part = stem.with_name(f"{stem.name}.{first + len(made):0{width}}")
         part.write_bytes(content[at : at + PART])

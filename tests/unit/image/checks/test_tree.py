@@ -251,7 +251,14 @@ def hostile(tmp_path):
     base = qcow2(folder / HOSTILE)
     template = qcow2(folder / "template", "x" * 1000).read_bytes()
     (folder / "template").unlink()
-    names = [base.name, "nul\0inside", b"\xff\xfe", "\x1b[2J:x", "x" * 300, "json:" + "[" * 900]
+    names: list[str | bytes] = [
+        base.name,
+        "nul\0inside",
+        b"\xff\xfe",
+        "\x1b[2J:x",
+        "x" * 300,
+        "json:" + "[" * 900,
+    ]
     for number, name in enumerate(names):
         (folder / f"{number}\x01<{HOSTILE[:20]}").write_bytes(renamed_base(template, name))
     (folder / os.fsdecode(b"not\xffutf8")).write_bytes(renamed_base(template, "gone"))

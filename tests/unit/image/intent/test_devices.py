@@ -359,7 +359,7 @@ def looped(*files: Path) -> Iterator[list[Path]]:
     made: list[Path] = []
     try:
         for file in files:
-            words = ["losetup", "--find", "--show", file]
+            words = ("losetup", "--find", "--show", file)
             done = subprocess.run(
                 words, check=True, capture_output=True, text=True, env=environment()
             )
@@ -398,7 +398,7 @@ def cut(*images: Path) -> None:
         os._exit(KILLED)
 
     def work() -> None:
-        recovery.qemu_img = part  # type: ignore[assignment]
+        pytest.MonkeyPatch().setattr(recovery, "qemu_img", part)
         chains = [open_chain(image, format="raw") for image in images]
         with transaction.transaction(chains, notice=lambda line: None) as writing:
             for chain in writing.chains:

@@ -20,7 +20,7 @@ from imgtool.image.intent.intent_log import (
 )
 from imgtool.image.intent.intent_state import unfinished_commit
 from imgtool.image.intent.marks import identity_of
-from tests.support.records import left
+from tests.support.records import left, new_record
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def image(tmp_path: Path) -> Path:
 def test_a_record_is_one_for_all_names_of_an_image_and_goes_when_it_says_nothing(image):
     link = image.with_name("link")
     link.symlink_to(image.name)
-    with open_record(link, create=True) as record:
+    with new_record(link) as record:
         assert record_path(link) == record_path(image)
         record.note(operation="compact", temporary="x")
         assert read_facts(image) == {"operation": "compact", "temporary": "x"}
@@ -54,9 +54,9 @@ def test_two_at_once_are_one_and_a_refusal(image):
 
 
 def test_a_record_that_is_done_with_takes_no_other_away(image):
-    with open_record(image, create=True) as first:
+    with new_record(image) as first:
         first.remove()
-        with open_record(image, create=True) as second:
+        with new_record(image) as second:
             second.note(operation="resize")
             first.remove()
             assert read_facts(image) == {"operation": "resize"}
@@ -69,7 +69,7 @@ def test_a_record_that_is_done_with_takes_no_other_away(image):
 def test_a_torn_line_says_nothing_and_does_not_swallow_the_next(image, torn):
     record_path(image).write_bytes(torn)
     assert read_facts(image) == {}
-    with open_record(image, create=True) as record:
+    with new_record(image) as record:
         assert record.facts == {}
         record.note(operation="resize")
         assert read_facts(image) == {"operation": "resize"}
@@ -78,11 +78,12 @@ def test_a_torn_line_says_nothing_and_does_not_swallow_the_next(image, torn):
 def test_what_was_written_whole_before_a_torn_line_counts(image):
     record_path(image).write_bytes(b'{"operation": "revert"}\n{"step": "app')
     with open_record(image, create=False) as record:
+        assert record is not None
         assert record.facts == {"operation": "revert"}
 
 
 def test_there_is_no_room_for_a_record(image, monkeypatch):
-    with open_record(image, create=True) as record:
+    with new_record(image) as record:
         record.note(operation="revert")
         really = os.write
         monkeypatch.setattr(os, "write", lambda to, what: really(to, what[:5]))
@@ -225,7 +226,7 @@ def test_a_folder_that_was_moved_is_settled_where_it_is_now(image, tmp_path):
 def test_any_name_of_an_image_has_a_record(tmp_path, name):
     image = tmp_path / name
     image.write_bytes(b"x")
-    with open_record(image, create=True) as record:
+    with new_record(image) as record:
         record.note(operation="resize", name=name)
         assert read_facts(image)["name"] == name
         assert is_temporary_of(image, temporary_path(image).name)

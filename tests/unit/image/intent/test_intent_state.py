@@ -17,12 +17,14 @@ from pathlib import Path
 import pytest
 
 from imgtool.errors import HostError, ImageError, Reason, RefusedError
-from imgtool.image.chain.chain import open_chain
+from imgtool.image.chain.chain import Chain, open_chain
 from imgtool.image.change import overlays, recovery, transaction
 from imgtool.image.change.recovery import recover
 from imgtool.image.intent.intent_log import read_facts, record_path
 from imgtool.image.intent.marks import is_as_noted, mark_of
+from imgtool.image.locking.locks import refuse_if_in_use
 from imgtool.image.qemu.qemu_img import Locked
+from imgtool.image.qemu.qemu_img import qemu_img as run_qemu_img
 from tests.support.records import left, planted
 from tests.support.writes import (
     KILLED,
@@ -50,7 +52,7 @@ def torn(*images: Path, tmp_dir: Path | None = None) -> None:
         os._exit(KILLED)
 
     def work() -> None:
-        transaction.finish_write = killed
+        pytest.MonkeyPatch().setattr(transaction, "finish_write", killed)
         write(*images, tmp_dir=tmp_dir)
 
     assert in_child(work) == KILLED
@@ -101,7 +103,7 @@ def test_a_folder_that_was_moved_is_read_whole_and_finished(disk, tmp_path):
     torn(disk)
     moved = disk.parent.rename(tmp_path / "elsewhere") / disk.name
     assert sees(moved, NEW)
-    assert "finished" in recover(moved)
+    assert "finished" in str(recover(moved))
     assert pattern(moved, "raw", NEW)
     assert left_over(moved.parent) == []
 
@@ -143,7 +145,7 @@ def test_what_holds_all_of_it_is_lost_and_no_part_is_taken_for_the_whole(disk, t
         assert f"imgtool recover {disk} --keep" in str(caught.value.hint)
     assert record_path(disk).exists()
     before = disk.read_bytes()
-    assert "nothing else" in recover(disk, end=True)
+    assert "nothing else" in str(recover(disk, end=True))
     assert disk.read_bytes() == before and left_over(disk.parent) == []
 
 
@@ -164,7 +166,7 @@ def test_a_copy_of_all_that_was_left_is_finished_where_it_is_said_to_be_one(disk
     shutil.rmtree(disk.parent)
     with pytest.raises(RefusedError):
         recover(copy)
-    assert "finished" in recover(copy, force=[Reason.COPY])
+    assert "finished" in str(recover(copy, force=[Reason.COPY]))
     assert pattern(copy, "raw", NEW)
 
 
@@ -209,7 +211,7 @@ def apart(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Apart]:
     if request.param == "data file":
         image = tmp_path / "image.qcow2"
         options = f"data_file={data},data_file_raw=on,preallocation=metadata"
-        words = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, image, "4M"]
+        words = ("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, image, "4M")
         subprocess.run(words, check=True)
         fill(image, "qcow2", OLD)
         yield Apart(image, data, "qcow2")
@@ -251,7 +253,7 @@ class Apart:
 @contextlib.contextmanager
 def attached(file: Path) -> Iterator[Path]:
     """A loop device on a file."""
-    words = ["losetup", "--find", "--show", file]
+    words = ("losetup", "--find", "--show", file)
     made = subprocess.run(words, check=True, capture_output=True, text=True)
     device = Path(made.stdout.strip())
     try:
@@ -270,7 +272,7 @@ def test_a_part_that_is_in_another_file_or_not_yet_on_the_disk_is_seen(apart):
     with pytest.raises(ImageError, match="QEMU died"):
         apart.write(fails)
     assert read_facts(apart.image)["step"] == "commit"
-    assert "finished" in recover(apart.image)
+    assert "finished" in str(recover(apart.image))
     assert pattern(apart.image, apart.format, NEW)
 
 
@@ -285,7 +287,7 @@ def test_what_was_written_since_to_a_data_file_or_a_device_is_kept(apart, tmp_pa
     with apart.data.open("rb") as file:
         file.seek(1 << 20)
         assert file.read(4096) == bytes([0x77]) * 4096
-    assert "finished" in recover(apart.image, force=[Reason.CHANGED])
+    assert "finished" in str(recover(apart.image, force=[Reason.CHANGED]))
     assert pattern(apart.image, apart.format, NEW)
 
 
@@ -322,9 +324,9 @@ def cut(image: Path, tmp_dir: Path, *, step: str | None) -> Path:
 
     def work() -> None:
         if step is None:
-            transaction.Transaction.commit = dies
+            pytest.MonkeyPatch().setattr(transaction.Transaction, "commit", dies)
         else:
-            recovery.remove_unread = dies
+            pytest.MonkeyPatch().setattr(recovery, "remove_unread", dies)
         write(image, tmp_dir=tmp_dir)
 
     assert in_child(work) == KILLED
@@ -341,7 +343,7 @@ def test_what_is_done_to_a_copy_leaves_the_overlay_of_the_original(disk, tmp_pat
     copies = [
         Path(shutil.copytree(disk.parent, tmp_path / name)) / disk.name for name in ("one", "two")
     ]
-    said = recover(copies[0], force=[Reason.COPY])
+    said = str(recover(copies[0], force=[Reason.COPY]))
     assert "stays" in said and overlay.exists() and not record_path(copies[0]).exists()
     recover(copies[1], end=True)
     assert overlay.exists() and not record_path(copies[1]).exists()
@@ -425,7 +427,7 @@ def test_a_base_outside_its_places_is_not_looked_at(tmp_path):
     left(base, of_overlay=overlay, operation="commit", overlay=str(overlay), remove=True)
     assert recover(overlay) is None
     assert overlay.exists()
-    assert "finished" in recover(overlay, backing_dirs=[outside])
+    assert "finished" in str(recover(overlay, backing_dirs=[outside]))
 
 
 @needs_root
@@ -474,7 +476,8 @@ def test_a_commit_that_is_killed_before_its_first_byte_leaves_what_was_there(tmp
     fill(overlay, "qcow2", NEW)
 
     def work() -> None:
-        overlays.mark_of = lambda path: os._exit(KILLED)  # the step before the first
+        patch = pytest.MonkeyPatch()
+        patch.setattr(overlays, "mark_of", lambda path: os._exit(KILLED))  # before the first step
         overlays.plan_commit(overlay).run()
 
     assert in_child(work) == KILLED
@@ -488,13 +491,13 @@ def test_a_commit_that_is_killed_before_its_first_byte_leaves_what_was_there(tmp
 
 
 def test_a_reader_that_locks_for_a_moment_makes_the_commit_wait(disk, monkeypatch):
-    really, calls = recovery.qemu_img, []
+    calls = []
 
     def busy(words, **options):
         calls.append(words[0])
         if len(calls) == 1:
             raise Locked('Failed to get "write" lock')
-        really(words, **options)
+        run_qemu_img(words, **options)
 
     monkeypatch.setattr(recovery, "qemu_img", busy)
     write(disk)
@@ -504,8 +507,9 @@ def test_a_reader_that_locks_for_a_moment_makes_the_commit_wait(disk, monkeypatc
 
 def holding(image: Path, work: Callable[[], None]) -> None:
     """Do something while a QEMU, as that of a guest, has the image open for writing."""
-    words = ["qemu-io", "-f", "raw", image]
+    words = ("qemu-io", "-f", "raw", image)
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
+        assert guest.stdin is not None and guest.stdout is not None
         guest.stdin.write(b"read 0 512\n")
         guest.stdin.flush()
         guest.stdout.readline()
@@ -521,7 +525,7 @@ def test_a_lock_of_another_qemu_is_known_as_one(disk):
     subprocess.run([*serve, f"--socket={disk.parent}/socket", disk], check=True)
     try:
         with pytest.raises(Locked):
-            recovery.qemu_img(["resize", "-f", "raw", disk, "8M"], image=disk)
+            run_qemu_img(["resize", "-f", "raw", disk, "8M"], image=disk)
     finally:
         os.kill(int(pidfile.read_text()), signal.SIGTERM)
 
@@ -535,11 +539,11 @@ def test_a_guest_that_is_started_before_the_word_has_the_image_to_itself(disk, m
         [open_chain(disk, format="raw")], notice=lambda line: None
     ) as writing:
         fill(writing.chains[0].active.path, "qcow2", NEW)
-        sound, begun = transaction.refuse_if_in_use, []
+        begun: list[Chain] = []
 
         def looked(chain, **options):
             if begun:  # the first look was before it waited for readers
-                sound(chain, **options)
+                refuse_if_in_use(chain, **options)
             begun.append(chain)
 
         monkeypatch.setattr(transaction, "refuse_if_in_use", looked)
@@ -654,7 +658,7 @@ def test_what_a_guest_wrote_is_not_mended_as_if_it_were_the_image(disk):
         file.write(inner.read_bytes())
     before = disk.read_bytes()
     left(disk, operation="resize", format="raw", noted={})
-    assert "sound" in recover(disk)
+    assert "sound" in str(recover(disk))
     assert disk.read_bytes() == before
 
 

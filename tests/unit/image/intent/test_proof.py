@@ -18,14 +18,13 @@ from imgtool.image.change.recovery import recover
 from imgtool.image.intent import proof
 from imgtool.image.intent.intent_log import (
     load_intent,
-    open_record,
     read_facts,
     record_path,
     temporary_path,
 )
 from imgtool.image.intent.marks import identity_of
 from imgtool.transfer.staging import BadName, split
-from tests.support.records import left, planted
+from tests.support.records import left, new_record, planted
 
 MIB = 1 << 20
 
@@ -99,10 +98,10 @@ def test_a_planted_record_cannot_show_another_disk(disk, tmp_path, imgtool_cli):
     path = overlay_of(disk, disk.with_name(f".{disk.name}.imgtool-12345678"), "raw")
     qemu_img("rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", neighbour, path)
     planted(disk, of_overlay=path, operation="commit", overlay=path.name)
-    for words in (("info", disk), ("info", disk, "--format", "raw"), ("check", disk)):
-        done = imgtool_cli(*words)
+    for status, command, *options in ((4, "info"), (4, "info", "--format", "raw"), (0, "check")):
+        done = imgtool_cli(command, disk, *options)
         assert b"secret" not in done.out
-        assert done.status == (0 if words[0] == "check" else 4), done.err
+        assert done.status == status, done.err
 
 
 def test_a_planted_record_cannot_have_a_raw_disk_repaired_as_a_qcow2(disk, base, imgtool_cli):
@@ -155,7 +154,7 @@ def test_no_record_makes_a_message_long(disk, imgtool_cli):
         {"operation": "write", "step": "ready", "images": ["x" * 100_000], "overlay": "x"},
     ):
         for put in (planted, left):
-            put(disk, **{**facts, "noted": {}})
+            put(disk, **facts, noted={})
             done = imgtool_cli("recover", disk)
             assert done.status in (3, 4) and len(done.err) < 2000, facts["operation"][:20]
 
@@ -172,7 +171,7 @@ def test_no_record_makes_a_message_long(disk, imgtool_cli):
     ids=["changed", "first missing", "other order", "added", "repeated"],
 )
 def test_a_record_that_somebody_changed_proves_nothing(disk, change):
-    with open_record(disk, create=True) as record:
+    with new_record(disk) as record:
         for step in ("a", "aa", "b"):
             record.note(operation="resize", step=step)
     written = load_intent(disk)

@@ -150,7 +150,7 @@ def test_what_stands_on_a_base_alone_does_not_keep_its_overlay_from_being_writte
     image: Path, sysfs: Path
 ) -> None:
     active = image.with_name("active.qcow2")
-    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "raw", active]
+    create = ("qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "raw", active)
     subprocess.run(create, check=True)
     folder = loop(sysfs, image, read_only=True)
     refuse_if_in_use(open_chain(active))

@@ -89,7 +89,7 @@ def test_an_image_in_use_is_still_read(image: Path) -> None:
 
 def test_an_overlay_is_not_written_while_its_base_is(image: Path) -> None:
     active = image.with_name("active.qcow2")
-    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", active]
+    create = ("qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", active)
     subprocess.run(create, check=True)
     chain = open_chain(active)
     with written_by_qemu(image) as pid, pytest.raises(RefusedError, match=f"process {pid}"):
@@ -99,7 +99,7 @@ def test_an_overlay_is_not_written_while_its_base_is(image: Path) -> None:
 
 def test_readers_keep_writers_away_from_the_active_image_alone(image: Path) -> None:
     active = image.with_name("active.qcow2")
-    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", active]
+    create = ("qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", active)
     subprocess.run(create, check=True)
     chain = open_chain(image)
     with serve(chain):
@@ -138,7 +138,7 @@ def test_an_image_that_grows_just_now_is_not_called_truncated(image: Path) -> No
 def test_locks_that_are_held_keep_writers_out_and_own_programs_in(tmp_path: Path) -> None:
     image = tmp_path / "disk.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
-    guest = ["qemu-io", "-f", "qcow2", "-c", "write 0 64k", image]
+    guest = ("qemu-io", "-f", "qcow2", "-c", "write 0 64k", image)
 
     def status() -> int:
         return subprocess.run(guest, check=False, capture_output=True).returncode

@@ -21,7 +21,7 @@ from imgtool.image.qemu.nbd import serve
 
 
 def write(path: Path, pattern: int, where: str) -> None:
-    command = ["qemu-io", "-c", f"write -P {pattern} {where}", path]
+    command = ("qemu-io", "-c", f"write -P {pattern} {where}", path)
     subprocess.run(command, check=True, capture_output=True)
 
 

@@ -40,6 +40,7 @@ from imgtool.guest.model import Entry, Mount
 from imgtool.host import interrupt
 from imgtool.host.process import environment
 from imgtool.transfer.copy_out import Report, copy_out
+from tests.support.workers import client_of
 
 pytestmark = pytest.mark.usefixtures("worker_may_fail")
 
@@ -77,7 +78,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.truncate(64 << 20)
         file.write(b"x")
     path = folder / "disk.img"
-    words = ["mke2fs", "-q", "-t", "ext4", "-d", root, path, "32M"]
+    words = ("mke2fs", "-q", "-t", "ext4", "-d", root, path, "32M")
     subprocess.run(words, check=True, env=environment())
     return path
 
@@ -347,7 +348,7 @@ def test_a_file_lies_on_the_guests_own_disks(lying, rows, monkeypatch):
 
 def test_an_empty_file_is_empty_and_none_is_none(image):
     with open_guest(image, engine="direct") as guest:
-        volume = WorkerVolume(guest._guest._client)
+        volume = WorkerVolume(client_of(guest))
         guest.layout  # noqa: B018 - mounted
         assert volume.read("/empty") == b""
         assert volume.read("/small") == b"small"
@@ -406,7 +407,7 @@ DECODED: dict[str, tuple[Any, Callable[[Any], Any]]] = {
     "stretches": ([[[0, 5], [6, 9]], None], lambda answer: messages.stretches(answer, 2)),
     "runs": ([[0, 5, 0, 7], [5, 6, 0, 99]], lambda answer: host_reader.runs(answer, [100])),
 }
-NONSENSE = (
+NONSENSE: tuple[object, ...] = (
     *(None, True, 0, -1, 1.5, float("nan"), 1 << 70, "", "x", "\0", "\ud800", "\udcff", "\u20ac"),
     *("x" * 5000, [], [[]], {}, {"x": 1}, [1, 2, 3], ["/etc/x", []]),
 )
@@ -562,7 +563,7 @@ def test_a_conversation_may_have_any_descriptor():
         with Liar(
             "put(b'J\\0\\0\\0\\1' + b'5' + b'.\\0\\0\\0\\0'); flush(); time.sleep(60)"
         ) as process:
-            assert process.stdout.fileno() > 1024
+            assert process.stdout is not None and process.stdout.fileno() > 1024
             assert Client(process, image="disk").call(requests.Lstat("/small")) == 5
     finally:
         for descriptor in taken:

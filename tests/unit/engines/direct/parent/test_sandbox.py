@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -530,14 +531,14 @@ def in_child(action: Callable[[int], object]) -> str:
 
 
 def test_a_host_that_limits_processes_itself_is_no_error():
-    def limited(room: int) -> tuple[bool, bool]:
+    def limited(tell: int, *, room: int) -> tuple[bool, bool]:
         hard = limits._threads_now() + room
         resource.setrlimit(resource.RLIMIT_NPROC, (hard, hard))
         limits.limit(1)
         return resource.getrlimit(resource.RLIMIT_NPROC) == (hard, hard), limits._may_have(hard)
 
     for room in (9, 50):
-        assert in_child(lambda tell, room=room: limited(room)) == "(True, True)"
+        assert in_child(partial(limited, room=room)) == "(True, True)"
 
 
 def test_a_host_that_lets_no_more_processes_in_has_no_sandbox():

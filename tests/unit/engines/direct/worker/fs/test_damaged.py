@@ -49,13 +49,13 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "beside").write_bytes(b"beside")
     (root / "mapped").write_bytes(os.urandom(300 * BLOCK))  # 12 blocks, and an indirect one
     image = folder / "sound.img"
-    words = ["mke2fs", "-q", "-t", "ext2", "-b", str(BLOCK), "-O", "^dir_index", "-d", root, image]
+    words = ("mke2fs", "-q", "-t", "ext2", "-b", str(BLOCK), "-O", "^dir_index", "-d", root, image)
     subprocess.run([*words, "8M"], check=True, env=environment(), capture_output=True)
     return image
 
 
 def _blocks(image: Path, path: str) -> list[int]:
-    words = ["debugfs", "-R", f"blocks {path}", image]
+    words = ("debugfs", "-R", f"blocks {path}", image)
     said = subprocess.run(words, check=True, env=environment(), capture_output=True).stdout
     return [int(word) for word in said.split()]
 
@@ -176,7 +176,7 @@ def test_a_copy_of_a_damaged_directory_has_what_could_be_read(sound, tmp_path, k
 def test_an_indirect_block_that_is_damaged_takes_only_its_own_part(sound: Path, tmp_path) -> None:
     # Its last pointer leads out of the volume: the kernel takes the whole block for damaged.
     blocks = _blocks(sound, "/mapped")
-    words = ["debugfs", "-R", "stat /mapped", sound]
+    words = ("debugfs", "-R", "stat /mapped", sound)
     said = subprocess.run(words, check=True, env=environment(), capture_output=True).stdout
     indirect = int(said.split(b"(IND):")[1].split(b",")[0])
     pointers = struct.unpack("<256I", sound.read_bytes()[indirect * BLOCK :][:BLOCK])
@@ -215,14 +215,14 @@ def test_a_file_of_which_nothing_can_be_read_is_kept_as_an_empty_one(sound, tmp_
 
 def _unmapped(image: Path, path: str) -> None:
     """Have a file's first block lie past the end of the filesystem."""
-    words = ["debugfs", "-w", "-R", f"set_inode_field {path} block[0] {1 << 30}", image]
+    words = ("debugfs", "-w", "-R", f"set_inode_field {path} block[0] {1 << 30}", image)
     subprocess.run(words, check=True, env=environment(), capture_output=True)
 
 
 def test_a_tar_stream_has_all_but_what_cannot_be_read_and_names_that(sound, tmp_path) -> None:
     at, lost = _entries(sound)[1][5]
     image = _changed(sound, tmp_path / "disk.img", at, b"\xff\xff\xff\x7f")
-    words = ["debugfs", "-w", "-R", "link /mapped /other", image]
+    words: list[str | Path] = ["debugfs", "-w", "-R", "link /mapped /other", image]
     subprocess.run(words, check=True, env=environment(), capture_output=True)
     words = ["debugfs", "-w", "-R", "set_inode_field /mapped links_count 2", image]
     subprocess.run(words, check=True, env=environment(), capture_output=True)
@@ -275,7 +275,7 @@ def test_a_damaged_block_of_an_xfs_directory_takes_only_its_own_names(tmp_path: 
         file.truncate(64 << 20)
     # mkfs.xfs makes a filesystem below 300 MB only for its own test suite.
     env = environment({"TEST_DIR": "/", "TEST_DEV": "none", "QA_CHECK_FS": "1"})
-    words = ["mkfs.xfs", "-q", "-p", tmp_path / "proto", image]
+    words = ("mkfs.xfs", "-q", "-p", tmp_path / "proto", image)
     subprocess.run(words, check=True, env=env, capture_output=True)
     raw = image.read_bytes()
     starts = [at for at in range(0, len(raw), 4096) if raw[at : at + 4] == b"XDD3"]

@@ -256,8 +256,7 @@ def test_a_file_that_reaches_past_the_last_cluster_is_left_to_the_appliance(volu
 def test_directories_that_share_their_clusters_are_left_to_the_appliance(volume: Exfat) -> None:
     at = _find(volume, "many")
     stream = volume.image[at + ENTRY + 20 : at + 2 * ENTRY]
-    image = _changed(volume, "chained folder", ENTRY + 20, stream)
-    image = bytearray(image)
+    image = bytearray(_changed(volume, "chained folder", ENTRY + 20, bytes(stream)))
     at = _find(volume, "chained folder")
     image[at + ENTRY + 1] = 3
     image[at + ENTRY + 8 : at + ENTRY + 16] = stream[4:]
