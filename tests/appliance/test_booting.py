@@ -246,7 +246,7 @@ def test_the_ssh_server_has_new_keys(seen: Seen):
     assert new in seen.image.with_name("known_hosts").read_text()
 
 
-def test_scripts_of_the_first_start_run_once_in_the_order_of_the_spec(seen: Seen):
+def test_first_start_scripts_run_once_in_order_of_the_spec(seen: Seen):
     route = "198.51.19.1 via 10.77.19.1 dev ens19 src 10.77.19.10"
     for text in (seen.first, seen.log):
         said = re.findall(r"FIRST: .*\w|ended with status \d", text)

@@ -110,7 +110,7 @@ def test_several_data_filesystems_need_a_choice(imgtool_cli):
     assert "-m /dev/sda2" in result.err
 
 
-def test_a_second_disk_is_found_by_its_uuid_and_missed_when_it_is_not_given(imgtool_cli):
+def test_second_disk_is_found_by_uuid_and_missed_if_not_given(imgtool_cli):
     assert layout(imgtool_cli, "twodisk")["/srv"].startswith("/dev/sdb")
     path, content = guests.TWODISK_FILE
     assert imgtool_cli("cat", *options("twodisk"), path).out == content
@@ -133,7 +133,7 @@ def test_an_overlay_shows_the_whole_chain(imgtool_cli):
         assert imgtool_cli("cat", guest("overlay2"), path).out == content
 
 
-def test_a_filesystem_that_cannot_be_read_is_a_row_with_the_reason(imgtool_cli):
+def test_unreadable_filesystem_is_a_row_with_the_reason(imgtool_cli):
     result = imgtool_cli("df", guest("nofs"), "-o", "json")
     assert result.status == 1
     rows = {row["device"]: row for row in json.loads(result.text)}

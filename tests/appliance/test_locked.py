@@ -36,7 +36,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return disk
 
 
-def test_nothing_is_written_into_the_boot_of_a_guest_whose_root_is_locked(disk, tmp_path):
+def test_boot_of_a_guest_with_locked_root_is_not_written_to(disk, tmp_path):
     file, empty = tmp_path / "motd", tmp_path / "empty"
     file.write_text("hello\n")
     empty.mkdir()

@@ -35,7 +35,7 @@ def test_a_filesystem_with_errors_is_mended_in_a_copy(image, tmp_path, monkeypat
     assert b"Port 23" in imgtool("cat", image, "/etc/real.conf", "-m", "/dev/sda:/:noload").out
 
 
-def test_what_can_still_be_read_of_a_filesystem_that_does_not_mount(image: Path):
+def test_unmountable_filesystem_is_read_as_far_as_it_can_be(image: Path):
     with image.open("r+b") as file:  # the descriptors of its groups, behind the superblock
         file.seek(2048)
         file.write(b"\xff" * 2048)
@@ -66,7 +66,7 @@ def half(tmp_path: Path) -> Path:
     return path
 
 
-def test_what_would_lie_hidden_below_a_mount_point_is_not_written(half: Path, tmp_path: Path):
+def test_mount_point_hides_no_write(half: Path, tmp_path: Path):
     file = tmp_path / "file"
     file.write_text("text")
     before = content(half)
@@ -83,7 +83,7 @@ MISSING = "0000-dead"
 HOME = "11111111-2222-3333-4444-555555555555"
 
 
-def test_what_an_edit_of_fstab_makes_visible_was_not_added_in_its_dry_run(half, tmp_path):
+def test_fstab_edit_that_shows_more_adds_nothing_in_a_dry_run(half, tmp_path):
     tree, home = tmp_path / "home", tmp_path / "home.raw"
     (tree / "alice").mkdir(parents=True)
     (tree / "alice/letter").write_text("dear\n")

@@ -113,7 +113,7 @@ def test_a_password_is_asked_for_twice_and_not_shown(image: Path):
         ("", "", "a password is one line of 1 to 511 bytes; this is not (root)"),
     ],
 )
-def test_what_is_typed_differently_or_not_at_all_changes_nothing(image, first, second, said):
+def test_password_typed_differently_or_not_changes_nothing(image, first, second, said):
     before = image.stat()
     with on_a_terminal("inject", image, "--password", "root:prompt") as terminal:
         terminal.wait_for("Password of root: ")
@@ -129,7 +129,7 @@ def test_what_is_typed_differently_or_not_at_all_changes_nothing(image, first, s
     assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
 
 
-def test_ctrl_c_at_the_prompt_ends_it_and_gives_the_terminal_back(image: Path):
+def test_ctrl_c_ends_the_prompt_and_gives_the_terminal_back(image: Path):
     with on_a_terminal("inject", image, "--password", "root:prompt") as terminal:
         terminal.wait_for("Password of root: ")
         terminal.type("\x03")

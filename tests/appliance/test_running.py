@@ -80,7 +80,7 @@ def test_ctrl_c_while_the_appliance_starts_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_images_side_by_side_are_rows_in_the_order_given(tmp_path):
+def test_images_side_by_side_are_rows_in_the_order_given(tmp_path):
     noise = tmp_path / "noise.img"
     noise.write_bytes(os.urandom(1 << 20))
     images = [guest("data"), noise, guest("plain")]

@@ -55,7 +55,7 @@ def _emulated(cache) -> None:
         pytest.skip("KVM works here: an appliance starts in a moment and none is saved")
 
 
-def test_partitions_volumes_and_filesystems_are_those_of_the_guest(cache):
+def test_saved_appliance_lists_what_the_guest_has(cache):
     image = guest("lvm")
     said = continued("df", "--engine", "libguestfs", image, cache=cache)
     assert said == imgtool("df", "--engine", "direct", image, cache=cache).stdout

@@ -56,7 +56,7 @@ def content(image: Path) -> bytes:
     return image.read_bytes() + str(image.stat().st_mtime_ns).encode()
 
 
-def test_an_edit_through_a_link_changes_the_file_and_nothing_about_it(image):
+def test_edit_through_a_link_changes_the_file_alone(image):
     with open_guest(image, engine="direct") as guest:
         folder = guest.lstat("/etc")
     done = imgtool("edit", image, "/etc/link.conf", "--set", "Port=2222")
@@ -100,7 +100,7 @@ def test_a_dry_run_shows_what_would_change_and_a_clone_has_it(image, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clone.qcow2", "disk.raw", "tree"]
 
 
-def test_a_filesystem_that_says_that_it_has_errors_is_not_written_to(image):
+def test_filesystem_that_notes_errors_is_not_written_to(image):
     subprocess.run(["debugfs", "-w", "-R", "ssv state 2", image], check=True, capture_output=True)
     before = content(image)
     done = imgtool("edit", image, "/etc/real.conf", "-e", "s/22/23/")
@@ -168,7 +168,7 @@ def test_a_guest_that_is_hibernated_is_not_written_to(tmp_path, image):
     assert (done.status, done.err) == (0, "")
 
 
-def test_a_filesystem_damaged_beyond_its_journal_is_refused_with_what_to_do(image, tmp_path):
+def test_filesystem_damaged_beyond_its_journal_is_refused(image, tmp_path):
     command = ["debugfs", "-w", "-R", "sif <8> mode 0", image]
     subprocess.run(command, check=True, capture_output=True)
     before = content(image)
@@ -188,7 +188,7 @@ def _inode_bitmap(image: Path) -> int:
     return block * size
 
 
-def test_what_cannot_be_written_there_fails_soon_and_changes_nothing(image, tmp_path):
+def test_unwritable_place_fails_soon_and_changes_nothing(image, tmp_path):
     before = content(image)
     (tmp_path / "etc").write_text("a file with the name of a directory\n")
     for words, status, said in (

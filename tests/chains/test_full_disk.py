@@ -33,9 +33,7 @@ NAMES = ("commit", "rebase", "flatten", "compact", "compact-snapshots", "revert"
 
 
 @pytest.mark.parametrize("name", [*NAMES, "overlay-create", "convert", "snapshot-create"])
-def test_a_full_disk_leaves_the_old_state_and_room_lets_it_finish(
-    name: str, tmp_path: Path
-) -> None:
+def test_full_disk_leaves_the_old_state_until_there_is_room(name: str, tmp_path: Path) -> None:
     scene = _scene(name)
     force = [] if name in ("overlay-create", "snapshot-create", "revert") else ["--force", "space"]
     template = tmp_path / "template"

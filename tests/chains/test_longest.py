@@ -9,7 +9,7 @@ from pathlib import Path
 from imgtool.image.chain.chain import MAX_LINKS, open_chain
 
 
-def test_the_longest_chain_that_is_followed_is_one_that_qemu_opens(tmp_path: Path) -> None:
+def test_longest_chain_that_is_followed_is_opened_by_qemu(tmp_path: Path) -> None:
     words = ["qemu-img", "create", "-q", "-f", "qcow2"]
     link = tmp_path / "0.qcow2"
     subprocess.run([*words, link, "1M"], check=True)

@@ -86,7 +86,7 @@ def test_commit_rebase_and_flatten_give_the_same_content(folder, imgtool_cli):
 
 
 @pytest.mark.parametrize("format", ["raw", "vmdk"])
-def test_commit_into_another_format_and_a_smaller_base_that_grows(tmp_path, imgtool_cli, format):
+def test_commit_to_another_format_grows_a_smaller_base(tmp_path, imgtool_cli, format):
     base, top = tmp_path / "base", tmp_path / "top"
     qemu_img("create", "-q", "-f", format, base, "1M")
     qemu_img("create", "-q", "-f", "qcow2", "-F", format, "-b", "base", top, "2M")
@@ -102,7 +102,7 @@ def test_commit_into_another_format_and_a_smaller_base_that_grows(tmp_path, imgt
     assert nothing_left(tmp_path)
 
 
-def test_commit_of_an_overlay_that_is_smaller_than_its_base_is_refused(folder, imgtool_cli):
+def test_commit_to_a_larger_base_is_refused(folder, imgtool_cli):
     qemu_img("resize", "-q", "--shrink", folder / "top.qcow2", "1M")
     done = imgtool_cli("overlay", "commit", folder / "top.qcow2")
     assert done.status == 4 and "imgtool resize" in done.err
@@ -335,7 +335,7 @@ def test_rebase_refuses_what_would_make_garbage(folder, imgtool_cli):
     assert done.status == 0, done.err
 
 
-def test_a_commit_that_was_cut_off_is_read_through_the_overlay_and_finished(folder, imgtool_cli):
+def test_cut_off_commit_is_read_by_overlay_and_finished(folder, imgtool_cli):
     top, base = folder / "top.qcow2", folder / "base.qcow2"
     expected = content(top)
     left(base, of_overlay=top, operation="commit", overlay="top.qcow2", remove=False)
@@ -352,7 +352,7 @@ def test_a_commit_that_was_cut_off_is_read_through_the_overlay_and_finished(fold
     assert nothing_left(moved)
 
 
-def test_an_overlay_that_is_gone_in_the_middle_of_its_commit_is_said(folder, imgtool_cli):
+def test_commit_says_that_its_overlay_is_gone(folder, imgtool_cli):
     base, top = folder / "base.qcow2", folder / "top.qcow2"
     left(base, of_overlay=top, operation="commit", overlay="top.qcow2", remove=False)
     write(base, "write -P 2 1M 4k")  # a part of it
@@ -364,7 +364,7 @@ def test_an_overlay_that_is_gone_in_the_middle_of_its_commit_is_said(folder, img
     assert imgtool_cli("recover", folder / "base.qcow2").status == 0
 
 
-def test_an_image_that_changes_after_it_was_looked_at_is_left_alone(folder):
+def test_image_that_changes_after_the_look_is_left_alone(folder):
     from imgtool.errors import RefusedError
     from imgtool.image.change.overlays import plan_flatten
 
@@ -402,7 +402,7 @@ def test_an_image_in_use_is_refused_with_the_process(folder, imgtool_cli):
         process.stdin.close()
 
 
-def test_no_guest_can_be_started_while_its_image_is_being_replaced(folder):
+def test_guest_cannot_start_while_its_image_is_replaced(folder):
     from imgtool.image.locking.locks import block_writers
 
     top = folder / "top.qcow2"
@@ -423,7 +423,7 @@ def test_too_little_space_is_told_before_anything_is_done(folder, imgtool_cli, m
     assert everything(folder) == before
 
 
-def test_encrypted_images_and_those_with_a_data_file_are_refused(tmp_path, imgtool_cli):
+def test_encrypted_images_and_data_files_are_refused(tmp_path, imgtool_cli):
     secret = ("--object", "secret,id=s,data=x")  # the old kind, which needs no second of hashing
     luks = tmp_path / "luks.qcow2"
     options = "encrypt.format=aes,encrypt.key-secret=s"
@@ -474,9 +474,7 @@ def test_a_file_with_other_names_is_not_written_to(folder, imgtool_cli, monkeypa
     assert "hard links" not in done.err and done.status in (0, 4), done.err
 
 
-def test_a_commit_that_was_cut_off_is_finished_by_repeating_it_where_the_tables_lag(
-    tmp_path, imgtool_cli
-):
+def test_cut_off_commit_is_repeated_where_tables_lag(tmp_path, imgtool_cli):
     """A base with lazy refcounts, at which QEMU was killed; and somebody linked it since."""
     base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
     options = ("-o", "lazy_refcounts=on")
@@ -514,7 +512,7 @@ def test_what_is_removed_is_the_overlay_and_not_a_link_to_it(folder, imgtool_cli
     ],
     ids=" ".join,
 )
-def test_a_base_of_which_a_write_was_cut_off_is_finished_before_it_is_named(
+def test_base_of_a_cut_off_write_is_finished_before_it_is_named(
     folder, imgtool_cli, monkeypatch, words
 ):
     """What holds all of it until then is not what the overlay is put on."""

@@ -66,7 +66,7 @@ def test_sizes(text, size):
 
 
 @pytest.mark.parametrize("text", ["50", "+1", "-2", "1048575"])
-def test_a_small_size_without_a_unit_is_refused_with_what_was_meant(text):
+def test_small_size_without_unit_is_refused_with_a_suggestion(text):
     with pytest.raises(UsageError, match="without a unit") as refused:
         parse_size(text, 10 * MIB)
     meant = str(refused.value.hint).partition(" ")[0]

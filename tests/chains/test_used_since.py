@@ -303,9 +303,7 @@ def test_what_was_written_after_the_kill_is_not_lost(tmp_path, imgtool_cli, name
     ("name", "which"),
     [one for one in USED if one[0] in ("commit", "commit --remove", "write")],
 )
-def test_an_older_backup_that_is_put_back_in_place_is_not_written_over(
-    tmp_path, imgtool_cli, name, which
-):
+def test_older_backup_put_in_place_is_not_written_over(tmp_path, imgtool_cli, name, which):
     """By `cp -p`: the file stays the same, and its time is one from before the work."""
     job = JOBS[name]
     used = job.image if which == "IMAGE" else job.other
@@ -435,7 +433,7 @@ def _tries(image: Path) -> int:
     return subprocess.run(words, check=False, capture_output=True).returncode
 
 
-def test_no_guest_comes_between_the_proof_and_the_end_of_a_commit(tmp_path, monkeypatch):
+def test_commit_lets_no_guest_in_between_proof_and_end(tmp_path, monkeypatch):
     _pair(tmp_path)
     top, base = tmp_path / "top.qcow2", tmp_path / "base.qcow2"
     expected, tried = content(top), []
@@ -496,7 +494,7 @@ def test_who_is_locked_out_has_done_nothing(tmp_path, name):
 @pytest.mark.parametrize(
     "words", [("resize", "8M"), ("snapshot", "create", "new"), ("snapshot", "revert", "one")]
 )
-def test_a_guest_that_starts_right_after_the_last_look_locks_it_out(
+def test_guest_started_after_the_last_look_locks_work_out(
     tmp_path, imgtool_cli, monkeypatch, words
 ):
     """Nothing is left to be finished over what that guest writes."""
@@ -563,7 +561,7 @@ def test_what_cannot_be_finished_is_ended_and_all_of_it_is_kept(tmp_path, imgtoo
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to attach a device")
-def test_what_is_written_to_a_device_is_seen_by_the_kernels_count(tmp_path, imgtool_cli):
+def test_device_writes_are_seen_by_the_kernels_count(tmp_path, imgtool_cli):
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(8 << 20))
     attach = ["/sbin/losetup", "-f", "--show", disk]
@@ -625,7 +623,7 @@ def in_order(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_overlays_stay_younger_than_an_image_that_is_the_same_for_them(tmp_path, name):
+def test_overlays_stay_younger_than_an_unchanged_image(tmp_path, name):
     _with_overlays(tmp_path)
     KEPT[name](tmp_path)
     assert in_order(tmp_path)

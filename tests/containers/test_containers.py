@@ -55,7 +55,7 @@ def test_a_container_reads_what_the_host_reads(box, user):
 
 
 @pytest.mark.parametrize("user", [0, 1000])
-def test_images_that_only_their_owner_may_read_are_read_by_the_owner(box, user):
+def test_images_of_one_owner_are_read_by_the_owner(box, user):
     image = box.images / "disk.qcow2"
     before = image.stat()
     try:

@@ -31,7 +31,7 @@ def ext4(tmp_path: Path) -> Path:
     return image
 
 
-def test_a_sound_image_has_nothing_wrong_and_is_what_the_kernel_shows(ext4):
+def test_sound_image_is_what_the_kernel_shows(ext4):
     looked = look(ext4)
     assert looked.defects == []
     assert {name: answer.status for name, answer in looked.answers.items()} == {
@@ -99,7 +99,7 @@ def test_what_no_command_may_do_is_told(answer, told):
     assert found == [] if told is None else found[0].startswith(told)
 
 
-def test_an_image_that_is_packed_in_an_archive_of_its_own_is_taken_out(tmp_path):
+def test_image_in_an_archive_is_taken_out(tmp_path):
     image = tmp_path / "exfat.img"
     image.write_bytes(b"an image" * 1000)
     packed = tmp_path / "exfat.img.tar.xz"

@@ -246,7 +246,7 @@ def test_nothing_of_root_changes_when_a_name_is_exchanged(
 
 
 @pytest.mark.parametrize("what", ["base", "disk", "folder"])
-def test_nothing_of_root_changes_when_a_name_is_exchanged_for_recover(
+def test_recover_of_an_exchanged_name_changes_nothing_of_root(
     tmp_path: Path, audit: None, imgtool_cli: Any, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     def cut_off(self: Any, *arguments: Any, **options: Any) -> None:
@@ -265,7 +265,7 @@ def test_nothing_of_root_changes_when_a_name_is_exchanged_for_recover(
 
 
 @pytest.mark.parametrize("what", ["base", "disk", "folder"])
-def test_nothing_of_root_changes_when_a_name_is_exchanged_in_a_transaction(
+def test_write_to_an_exchanged_name_changes_nothing_of_root(
     tmp_path: Path, audit: None, what: str
 ) -> None:
     def act(folder: Folder, words: list[str], moment: Moment) -> int:
@@ -327,7 +327,7 @@ def test_no_name_of_a_descriptor_is_written_down(tmp_path: Path, imgtool_cli: An
             assert b"/proc/" not in path.read_bytes(), (command, path)
 
 
-def test_who_has_no_rights_but_their_own_works_in_a_folder_of_others(
+def test_user_without_rights_works_in_a_folder_of_others(
     tmp_path: Path, imgtool_cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = new_folder(tmp_path)

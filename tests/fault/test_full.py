@@ -81,7 +81,7 @@ main()
 
 
 @needs_root
-def test_an_image_that_cannot_grow_after_all_is_read_through_what_was_written(disk, tmp_path):
+def test_image_that_cannot_grow_is_read_through_the_overlay(disk, tmp_path):
     with small_disk(tmp_path / "small", 100) as small:
         image = make(disk, "raw", small / "images")
         taken = fill(small, 4 * _MIB)
@@ -103,7 +103,7 @@ def test_an_image_that_cannot_grow_after_all_is_read_through_what_was_written(di
         sound(image, "raw", tmp_path)
 
 
-def test_a_guest_without_room_is_said_and_the_image_is_as_it_was(disk, tmp_path):
+def test_guest_without_room_is_said_and_the_image_stays(disk, tmp_path):
     image = make(disk, "qcow2", tmp_path / "images")
     old, before = manifest(image), facts(image)
     large = tmp_path / "large"

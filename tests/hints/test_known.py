@@ -33,7 +33,7 @@ def test_every_hint_of_the_code_is_known():
     assert set(KNOWN) - set(hints()) == set(), "no longer in the code"
 
 
-def test_those_that_are_followed_are_followed_by_a_test_that_is_there():
+def test_known_hints_are_followed_by_tests_that_exist():
     for template, how in KNOWN.items():
         if how in KINDS:
             continue

@@ -110,7 +110,7 @@ def test_every_sound_image_is_read(sound: dict[str, tuple[Outcome, list[str] | N
 @pytest.mark.skipif(
     not _CAN_MOUNT, reason="needs root and loop devices: the kernel's own mount is the reference"
 )
-def test_what_is_read_of_the_sound_images_is_what_the_kernel_shows(
+def test_sound_images_are_read_as_the_kernel_shows_them(
     seeds: Sequence[Seed], sound: dict[str, tuple[Outcome, list[str] | None]]
 ) -> None:
     wrong = {seed.name: sound[seed.name][1] for seed in seeds if seed.filesystem is not None}

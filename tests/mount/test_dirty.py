@@ -125,9 +125,7 @@ def test_a_crashed_filesystem_can_be_written_to(dirty, place, tmp_path):
 
 @pytest.mark.parametrize("via", ["loop", "export", pytest.param("fuse", marks=_APPLIANCE)])
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
-def test_what_is_only_shown_beside_what_is_written_keeps_its_journal(
-    dirty, place, tmp_path, kind, via
-):
+def test_filesystem_shown_beside_a_written_one_keeps_journals(dirty, place, tmp_path, kind, via):
     """The hint is followed to the letter."""
     disk = Path(shutil.copy(dirty(kind), tmp_path))
     before = disk.read_bytes()

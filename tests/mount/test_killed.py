@@ -207,9 +207,7 @@ def test_several_at_once_and_a_healthy_one_among_them(image, place, nothing_more
 
 @pytest.mark.parametrize("via", ["loop", "export"])
 @pytest.mark.parametrize("point", ["before mount", "after mount"])
-def test_the_next_mount_at_the_same_place_is_not_mixed_up_with_it(
-    image, place, nothing_more, via, point
-):
+def test_next_mount_at_the_same_place_is_not_mixed_up(image, place, nothing_more, via, point):
     """The second one may get the loop device of the same number."""
     assert imgtool(*mount_words(image, place, via), fail_at=point).status == SIGKILLED
     again = imgtool(*mount_words(image, place, via))
@@ -272,7 +270,7 @@ def test_a_mount_that_somebody_unmounted_by_hand(image, place, nothing_more):
     nothing_more()
 
 
-def test_a_journal_of_an_earlier_boot_is_removed_and_nothing_else(image, place, nothing_more):
+def test_journal_of_an_earlier_boot_alone_is_removed(image, place, nothing_more):
     """What has the same number and place today is not what the journal speaks of."""
     here(*mount_words(image, place, "loop"))
     (folder,) = [path for path in STATE.iterdir() if path.name not in host.strangers(place.parent)]

@@ -32,9 +32,7 @@ def test_a_lost_superblock_is_read_from_its_copy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("via", ["loop", "export"])
-def test_a_guest_of_which_not_all_is_shown_is_not_mounted_to_be_written(
-    tmp_path: Path, via: str
-) -> None:
+def test_guest_shown_in_part_is_not_mounted_to_be_written(tmp_path: Path, via: str) -> None:
     tree, image, place = tmp_path / "tree", tmp_path / "disk.raw", tmp_path / "place"
     place.mkdir()
     for folder in ("etc", "home"):
@@ -54,9 +52,7 @@ def test_a_guest_of_which_not_all_is_shown_is_not_mounted_to_be_written(
 
 
 @pytest.mark.parametrize("via", ["loop", "export"])
-def test_a_guest_that_starts_without_a_filesystem_is_written_to_with_a_warning(
-    tmp_path: Path, via: str
-) -> None:
+def test_guest_that_starts_without_one_is_written_but_warned_of(tmp_path: Path, via: str) -> None:
     tree, image, place = tmp_path / "tree", tmp_path / "disk.raw", tmp_path / "place"
     place.mkdir()
     for folder in ("etc", "mnt"):
@@ -88,9 +84,7 @@ def divided(folder: Path, *pieces: Path) -> Path:
 
 
 @pytest.mark.parametrize("via", ["loop", "export"])
-def test_a_part_that_can_only_be_read_does_not_keep_the_rest_from_being_written(
-    tmp_path: Path, via: str
-) -> None:
+def test_read_only_part_does_not_keep_the_rest_from_writes(tmp_path: Path, via: str) -> None:
     tree, packed, place = tmp_path / "tree", tmp_path / "packed", tmp_path / "place"
     for folder in (tree / "etc", tree / "rec", packed, place):
         folder.mkdir(parents=True)

@@ -213,7 +213,7 @@ def test_force_means_nothing_without_rw(images, place, words):
     assert imgtool("mount", image.path, place, "--force", "hibernated", *words).status == 2
 
 
-def test_two_overlays_of_one_base_are_written_to_at_the_same_time(images, place, tmp_path):
+def test_two_overlays_of_one_base_are_written_at_once(images, place, tmp_path):
     base = images.copy(images.get("ext4", "gpt", "qcow2"), tmp_path)
     before = state_of([base.path])
     clones = [overlay(tmp_path / f"{name}.qcow2", base.path) for name in ("one", "two")]

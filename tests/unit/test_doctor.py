@@ -112,7 +112,7 @@ def test_a_machine_that_has_everything_can_do_the_main_job(machine: Host) -> Non
     assert stopping(machine) == []
 
 
-def test_what_is_missing_always_comes_with_a_name_and_what_was_seen(machine: Host) -> None:
+def test_missing_need_comes_with_a_name_and_what_was_seen(machine: Host) -> None:
     shutil.rmtree(machine.boot)
     shutil.rmtree(machine.libraries)
     shutil.rmtree(machine.dev)
@@ -130,7 +130,7 @@ def test_what_is_missing_always_comes_with_a_name_and_what_was_seen(machine: Hos
         ("supermin", "supermin"),
     ],
 )
-def test_a_missing_program_stops_the_main_job_and_its_package_is_named(
+def test_missing_program_stops_the_main_job_and_names_a_package(
     machine: Host, program: str, package: str
 ) -> None:
     remove_program(machine, program)
@@ -168,7 +168,7 @@ def test_bindings_of_another_python_are_explained(
     assert "/usr/bin/python3 -m venv --system-site-packages" in fix
 
 
-def test_missing_bindings_of_the_system_python_name_their_package(
+def test_missing_bindings_of_system_python_name_their_package(
     machine: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "guestfs", None)
@@ -186,7 +186,7 @@ def test_missing_nbd_and_parted_do_not_stop_the_main_job(
     assert check(machine, "Python binding parted").ok is None
 
 
-def test_a_kernel_that_the_user_cannot_read_is_named_with_the_command_to_type(
+def test_unreadable_kernel_is_named_with_the_command_to_type(
     machine: Host,
 ) -> None:
     kernel = machine.boot / f"vmlinuz-{KERNEL}"
@@ -199,7 +199,7 @@ def test_a_kernel_that_the_user_cannot_read_is_named_with_the_command_to_type(
     assert "dpkg-statoverride" in str(found.fix)
 
 
-def test_an_older_readable_kernel_does_not_hide_the_newest_that_supermin_takes(
+def test_older_readable_kernel_does_not_hide_the_newest(
     machine: Host,
 ) -> None:
     newest = "6.1.0-10-cloud-amd64"  # by number newer than -9, by letters older
@@ -295,7 +295,7 @@ def test_kvm_without_permission_says_which_group(machine: Host) -> None:
     assert "kvm" in str(found.fix)
 
 
-def test_a_kvm_device_that_makes_no_virtual_machine_is_not_called_usable(machine: Host) -> None:
+def test_kvm_device_without_virtual_machines_is_not_usable(machine: Host) -> None:
     (machine.dev / "kvm").symlink_to("/dev/null")
     before = sorted(Path("/proc/self/fd").iterdir())
     found = check(machine, "KVM")
@@ -323,7 +323,7 @@ def test_without_kvm_a_saved_appliance_is_looked_for(machine, monkeypatch, state
     assert said in found.found
 
 
-def test_what_the_last_launch_found_counts_in_the_boot_that_it_was_in(
+def test_last_launch_counts_in_the_boot_that_it_was_in(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -348,7 +348,7 @@ def test_the_memory_limit_of_a_container_counts(machine: Host) -> None:
     assert stopping(machine) == []
 
 
-def test_a_full_disk_stops_the_main_job_unless_the_appliance_is_built(
+def test_full_disk_stops_the_main_job_unless_appliance_is_built(
     machine: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "CACHE_NEEDS", 1 << 62)
@@ -410,7 +410,7 @@ def test_a_device_node_without_its_driver_does_not_count(machine: Host) -> None:
     assert check(machine, "device-mapper").ok is True
 
 
-def test_nbd_is_absent_loadable_loaded_without_partitions_or_usable(machine: Host) -> None:
+def test_nbd_is_absent_loadable_without_partitions_or_usable(machine: Host) -> None:
     assert check(machine, "nbd devices").fix == "sudo modprobe nbd max_part=16"
     write(machine.sys / "block/nbd0", "")
     write(machine.sys / "module/nbd/parameters/max_part", "0\n")
@@ -471,7 +471,7 @@ def test_a_launch_is_reported_with_its_seconds(machine: Host) -> None:
     assert "12.3 s" in found.found
 
 
-def test_a_launch_that_fails_stops_the_main_job_and_passes_its_hint_on(machine: Host) -> None:
+def test_failed_launch_stops_the_main_job_and_gives_its_hint(machine: Host) -> None:
     def fail() -> float:
         raise HostError("the appliance does not start", hint="buy memory")
 

@@ -51,7 +51,7 @@ def made(kind: type[ImgtoolError]) -> ImgtoolError:
 
 
 @pytest.mark.parametrize("kind", every_type(), ids=lambda kind: kind.__name__)
-def test_an_error_takes_in_where_it_happened_and_stays_what_it_is(kind):
+def test_error_takes_in_its_place_and_stays_what_it_is(kind):
     error = made(kind)
     before = {name: getattr(error, name) for name in vars(error) if name != "message"}
     message, subject, errno = error.message, error.subject, getattr(error, "errno", None)
@@ -72,7 +72,7 @@ def test_a_refusal_keeps_the_guard_that_it_names():
 
 
 @pytest.mark.parametrize("kind", [CallFailed, ProgramFailed, ApplianceFailed])
-def test_a_step_that_a_failing_guest_ends_has_failed_and_says_why(
+def test_step_that_a_failing_guest_ends_has_failed_and_says_why(
     kind: type[ImgtoolError], tmp_path: Path
 ):
     class Failing:

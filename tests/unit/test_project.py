@@ -8,7 +8,8 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from imgtool.engines.direct.parent import sandbox
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted((ROOT / "imgtool").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # The rooms, each allowed to know only those before it, and itself. `opening` brings the engines and
 # the images together; `doctor` looks at everything.
@@ -151,7 +153,7 @@ def test_only_the_command_line_uses_the_front_door() -> None:
     assert leaning == []
 
 
-def test_the_check_of_rooms_sees_upward_imports_in_every_spelling() -> None:
+def test_rooms_check_sees_upward_imports_in_every_spelling() -> None:
     path = ROOT / "imgtool/image/chain/chain.py"
     upward = (
         "import imgtool.cli.render",
@@ -205,7 +207,7 @@ def test_what_is_confined_imports_only_what_is_in_the_sandbox() -> None:
     assert outside(("formats",), PURE, "import imgtool.host.process") != []
 
 
-def test_the_sandbox_has_the_modules_that_run_in_it_and_no_others() -> None:
+def test_sandbox_has_the_modules_that_run_in_it_and_no_others() -> None:
     known = {module_name(path): path for path in MODULES}
     left = [name for name in known if any(is_in(name, f"imgtool.{at}") for at in CONFINED)]
     used = set()
@@ -288,7 +290,7 @@ def test_every_dependency_is_used() -> None:
     assert unused_dependencies(more) == ["requests"]
 
 
-def test_pytsk3_is_imported_only_in_the_worker_of_the_direct_engine() -> None:
+def test_pytsk3_is_imported_only_in_the_direct_engines_worker() -> None:
     elsewhere = [
         str(found)
         for found in all_imports()
@@ -324,6 +326,53 @@ def test_programs_are_started_in_one_place() -> None:
 def test_no_module_grows_past_500_lines() -> None:
     lengths = {module_name(path): len(path.read_text().splitlines()) for path in MODULES}
     assert {name: length for name, length in lengths.items() if length > 500} == {}
+
+
+def defined_tests(tree: ast.Module) -> Iterator[str]:
+    """The tests of a file, those of a class as CLASS.NAME; what is defined twice comes twice."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef):
+            scope = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+            for child in node.body:
+                if isinstance(child, ast.FunctionDef) and child.name.startswith("test"):
+                    yield scope + child.name
+
+
+def long_names(tree: ast.Module) -> list[str]:
+    return [name for name in defined_tests(tree) if len(name.rpartition(".")[2]) >= 60]
+
+
+def hidden_tests(tree: ast.Module) -> list[str]:
+    """Tests that never run, since a later one in the same file has the same name."""
+    counts = Counter(defined_tests(tree))
+    return [name for name, count in counts.items() if count > 1]
+
+
+@pytest.mark.parametrize("check", [long_names, hidden_tests])
+def test_names_of_tests_are_short_and_each_its_own(
+    check: Callable[[ast.Module], list[str]],
+) -> None:
+    found = {str(path.relative_to(ROOT)): check(ast.parse(path.read_text())) for path in TESTS}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_check_of_names_sees_long_and_hidden_ones() -> None:
+    longest, longer = "test_" + "x" * 54, "test_" + "x" * 55
+    source = f"""
+def {longest}(): pass
+def {longer}(): pass
+@pytest.mark.parametrize("x", [1])
+def test_twice(x): pass
+class TestThese:
+    def {longer}(self): pass
+    def {longest}(self): pass
+    def test_again(self): pass
+    def test_again(self): pass
+def test_twice(): pass
+"""
+    tree = ast.parse(source)
+    assert sorted(long_names(tree)) == sorted([longer, f"TestThese.{longer}"])
+    assert sorted(hidden_tests(tree)) == ["TestThese.test_again", "test_twice"]
 
 
 def imported_by_running(*arguments: str) -> set[str]:

@@ -42,7 +42,7 @@ def test_what_is_asked_for_goes_to_the_streams_that_are_open(image, closed):
     ],
 )
 @pytest.mark.parametrize("closed", [">&-", "<&- >&-"])
-def test_an_answer_that_cannot_be_written_is_an_error_of_one_line(image, words, closed):
+def test_answer_that_cannot_be_written_is_an_error_of_one_line(image, words, closed):
     done = shell(closed, *[image if word == "IMAGE" else word for word in words])
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()

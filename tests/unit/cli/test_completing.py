@@ -62,7 +62,7 @@ def test_a_guest_path_is_completed_from_the_image(image, command):
     assert completed(command, image, "/etc/ho") == ["/etc/hostname", "/etc/hosts"]
 
 
-def test_a_directory_that_is_the_only_choice_shows_what_is_in_it(image):
+def test_only_choice_of_a_directory_shows_what_is_in_it(image):
     assert completed("ls", image, "/et") == ["/etc/apt/", "/etc/hostname", "/etc/hosts"]
 
 

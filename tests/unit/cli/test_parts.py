@@ -48,7 +48,7 @@ def test_human_sizes_are_those_of_ls(size, shown):
     assert render.human(size) == shown
 
 
-def test_times_have_nanoseconds_and_damaged_ones_do_not_stop_a_listing():
+def test_times_have_nanoseconds_and_damaged_ones_are_listed():
     assert render.timestamp(1_000_000_001) == "1970-01-01T00:00:01.000000001Z"
     assert render.timestamp(-1) == "1969-12-31T23:59:59.999999999Z"
     assert render.timestamp(2**80).startswith("9999-")
@@ -79,7 +79,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_csv_on_a_terminal_cannot_steer_it_and_is_the_bare_name_elsewhere(monkeypatch):
+def test_csv_cannot_steer_a_terminal_and_is_bare_elsewhere(monkeypatch):
     rows = [{"path": "/\x1b[2Jname with a space", "all": ["\x9b31m"]}]
     for out in (Terminal(), io.StringIO()):
         monkeypatch.setattr("sys.stdout", out)

@@ -188,9 +188,7 @@ def test_an_image_is_the_same_as_itself(changed: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
-def test_content_of_the_same_size_and_time_is_compared_with_checksum(
-    base: Path, changed: Path
-) -> None:
+def test_checksum_compares_content_of_the_same_size_and_time(base: Path, changed: Path) -> None:
     found = rows(base, changed, "--checksum", "md5", "--path", "/etc")
     same = found["/etc/same-size"]
     assert (same["change"], same["fields"]) == ("changed", ["content"])
@@ -297,7 +295,7 @@ def test_text_is_a_patch_of_the_changed_text_files(base: Path, changed: Path) ->
     assert done.stdout.count(b"@@ -") == 1
 
 
-def test_text_goes_to_a_file_byte_for_byte_and_to_a_terminal_escaped(
+def test_text_is_bytes_in_a_file_and_escaped_on_a_terminal(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "other.raw"
@@ -344,9 +342,7 @@ def test_names_that_would_steer_a_terminal_are_escaped(base: Path, tmp_path: Pat
     assert [base64.b64decode(row["path_bytes"]) for row in found] == [b"/" + ODD]
 
 
-def test_a_directory_that_cannot_be_read_is_said_and_neither_equal_nor_gone(
-    base: Path, tmp_path: Path
-) -> None:
+def test_unreadable_directory_is_neither_equal_nor_gone(base: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.raw"
     damaged.write_bytes(base.read_bytes())
     with damaged.open("r+b") as file:
@@ -442,7 +438,7 @@ def test_what_one_side_cannot_read_is_neither_added_nor_removed() -> None:
     assert shown(one, other) == ["=/", "=/a", "=/c"]
 
 
-def test_what_is_below_a_mount_point_that_is_not_mounted_is_not_compared() -> None:
+def test_unmounted_mount_point_is_not_compared_below() -> None:
     one, said = walked("/", "/home", "/root")
     one.hide(b"/home", "cannot be mounted")
     other, _ = walked("/", "/home", "/home/me", "/homes", "/root")
@@ -555,7 +551,7 @@ def test_one_point_is_not_two() -> None:
         points.two_points(points.Point(Path("a")), None, snapshot_after=None)
 
 
-def test_ctrl_c_ends_a_comparison_at_once_however_much_there_is_to_read(tmp_path):
+def test_ctrl_c_ends_a_comparison_at_once(tmp_path):
     image, root = tmp_path / "disk.img", tmp_path / "root"
     root.mkdir()
     for number in range(800):

@@ -105,7 +105,7 @@ def test_a_refusal_is_answered_by_the_appliance(made, reason):
 
 
 @pytest.mark.parametrize("appliance", [True, False])
-def test_where_imgtool_is_tested_a_worker_that_fails_ends_the_command(made, appliance):
+def test_failed_worker_ends_the_command_under_test(made, appliance):
     reason = WorkerFailed("it died")
     with pytest.raises(WorkerFailed, match="it died"):
         made(opening=reason, appliance=appliance)
@@ -123,14 +123,14 @@ def test_the_sandbox_is_gone_before_the_appliance_starts(made):
     assert chosen.direct.closed
 
 
-def test_without_the_appliance_a_refusal_is_an_error_with_the_reason(made):
+def test_refusal_without_the_appliance_is_an_error(made):
     with pytest.raises(ImageError, match="it is btrfs"):
         made(refuses=Unsupported("it is btrfs"), appliance=False).guest.lstat("/x")
     with pytest.raises(ImageError, match="it is btrfs"):
         made(opening=Unsupported("it is btrfs"), appliance=False)
 
 
-def test_without_a_sandbox_and_the_appliance_the_host_cannot_do_it(made, monkeypatch):
+def test_host_without_sandbox_and_appliance_cannot_do_it(made, monkeypatch):
     reason = "no sandbox can be had (namespaces: they are not allowed)"
     with pytest.raises(HostError, match="no sandbox can be had") as failed:
         made(opening=NoSandbox(reason), appliance=False)
@@ -183,7 +183,7 @@ def test_no_appliance_is_started_after_ctrl_c(made, monkeypatch):
         ("twoGbMaxExtentSparse", "5G", "in 3 files of their own"),
     ],
 )
-def test_a_vmdk_in_other_files_is_refused_in_words_that_count_them(
+def test_vmdk_in_other_files_is_refused_with_their_count(
     tmp_path, imgtool_cli, subformat, size, where
 ):
     image = tmp_path / "disk.vmdk"

@@ -69,7 +69,7 @@ TOOLS = {
 
 
 @pytest.mark.parametrize("program", TOOLS)
-def test_an_image_of_another_program_is_named_and_the_step_unpacks_it(
+def test_image_of_another_program_is_named_and_unpacked(
     tmp_path, monkeypatch, imgtool_cli, program
 ):
     if shutil.which(program) is None:
@@ -100,9 +100,7 @@ def test_a_windows_image_holds_files(tmp_path, monkeypatch, imgtool_cli):
     assert Path("FOLDER/name").read_text() == "text"
 
 
-def test_an_image_of_ntfsclone_is_named_and_the_step_restores_it(
-    tmp_path, monkeypatch, imgtool_cli
-):
+def test_ntfsclone_image_is_named_and_restored(tmp_path, monkeypatch, imgtool_cli):
     monkeypatch.chdir(tmp_path)
     with open("it's NTFS", "wb") as file:
         file.truncate(8 * MIB)
@@ -148,7 +146,7 @@ def test_each_kind_is_refused_by_name(tmp_path, imgtool_cli, kind, command):
     assert path.read_bytes() == before
 
 
-def test_what_a_guest_wrote_to_its_raw_disk_is_read_where_it_is_called_raw(tmp_path, imgtool_cli):
+def test_raw_disk_that_looks_packed_is_read_where_called_raw(tmp_path, imgtool_cli):
     path = tmp_path / "data.raw"
     path.write_bytes(b"\x1f\x8b" + bytes(MIB))
     assert imgtool_cli("convert", "--format", "raw", path, tmp_path / "new.qcow2").status == 0

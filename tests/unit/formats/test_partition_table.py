@@ -208,7 +208,7 @@ def test_a_logical_chain_that_leaves_the_disk_ends(disk: Disk) -> None:
     assert disk.problems() == ("/dev/sda1 reaches past the end of the disk",)
 
 
-def test_partitions_that_overlap_or_leave_the_disk_stay_and_are_told(disk: Disk) -> None:
+def test_partitions_that_overlap_or_leave_the_disk_are_told(disk: Disk) -> None:
     disk.entry(0, 0, 0x83, 2048, 10_000)
     disk.entry(0, 1, 0x83, 4096, 10_000)
     disk.entry(0, 2, 0x83, 100_000, 0xFFFF_0000)

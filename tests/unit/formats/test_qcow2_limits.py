@@ -64,7 +64,7 @@ def long_names(image: Path, count: int, length: int = 65535) -> None:
     patch(image, 60, struct.pack(">IQ", count, MIB))
 
 
-def test_names_of_snapshots_take_no_more_memory_than_QEMU_shows_of_them(image: Path) -> None:
+def test_snapshot_names_take_no_more_memory_than_qemu_shows(image: Path) -> None:
     long_names(image, 400)  # 52 MB
     found: list[Snapshot] = []
     most = memory(lambda: found.extend(probe(image, by_header=True).snapshots))
@@ -73,7 +73,7 @@ def test_names_of_snapshots_take_no_more_memory_than_QEMU_shows_of_them(image: P
     assert most < 8 * MIB
 
 
-def test_a_table_of_snapshots_larger_than_QEMU_takes_is_not_read(image: Path) -> None:
+def test_snapshot_table_larger_than_qemu_takes_is_not_read(image: Path) -> None:
     long_names(image, 600)  # 79 MB
     with image.open("rb") as file:
         header = qcow2.read_header(file)
@@ -92,7 +92,7 @@ def test_names_as_long_as_they_can_be_made_are_shown_whole(image: Path) -> None:
     assert [snapshot.name for snapshot in open_chain(image).active.snapshots] == [name]
 
 
-def test_extensions_of_a_header_take_no_memory_but_for_those_that_are_known(tmp_path: Path) -> None:
+def test_header_extensions_take_memory_only_if_known(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     words = ("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", path, "1G")
     subprocess.run(words, check=True)
@@ -118,9 +118,7 @@ def test_a_format_of_a_base_longer_than_QEMU_takes_is_not_kept(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("clusters", [129, 0xFFFF_FFFF])
-def test_a_table_of_refcounts_larger_than_QEMU_takes_is_not_sound(
-    image: Path, clusters: int
-) -> None:
+def test_refcount_table_larger_than_qemu_takes_is_unsound(image: Path, clusters: int) -> None:
     patch(image, 56, struct.pack(">I", clusters))
     with image.open("rb") as file:
         header = qcow2.read_header(file)
@@ -165,7 +163,7 @@ BITMAPS = {
 
 
 @pytest.mark.parametrize(("made", "says"), BITMAPS.values(), ids=BITMAPS.keys())
-def test_a_directory_of_bitmaps_beyond_the_limits_is_refused_in_words_that_help(
+def test_bitmap_directory_beyond_the_limits_is_refused(
     image: Path, imgtool_cli: Any, made: int, says: dict[str, int]
 ) -> None:
     long_bitmaps(image, made, **says)
@@ -182,7 +180,7 @@ def test_a_directory_of_bitmaps_beyond_the_limits_is_refused_in_words_that_help(
     assert probe(image.with_name("COPY")).virtual_size == 1 << 30
 
 
-def test_as_many_bitmaps_as_QEMU_takes_are_no_more_than_their_names(image: Path) -> None:
+def test_bitmaps_at_their_most_take_no_more_than_their_names(image: Path) -> None:
     long_bitmaps(image, 65535)
     with image.open("rb") as file:
         header = qcow2.read_header(file)
@@ -193,9 +191,7 @@ def test_as_many_bitmaps_as_QEMU_takes_are_no_more_than_their_names(image: Path)
 
 
 @pytest.mark.parametrize("says", [fields for made, fields in BITMAPS.values() if fields])
-def test_what_QEMU_does_not_take_for_a_directory_of_bitmaps_is_not_read(
-    image: Path, says: dict[str, int]
-) -> None:
+def test_bitmap_directory_that_qemu_rejects_is_not_read(image: Path, says: dict[str, int]) -> None:
     sound = Path(shutil.copy(image, image.with_name("sound.qcow2")))
     long_bitmaps(sound, 3)
     with sound.open("rb") as file:

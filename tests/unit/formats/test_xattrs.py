@@ -150,7 +150,7 @@ def test_a_liar_has_no_odd_attributes(rows: Any) -> None:
         received(rows)
 
 
-def test_the_second_form_of_acls_on_xfs_is_left_out_and_names_are_in_order() -> None:
+def test_xfs_acls_of_the_second_form_are_left_out() -> None:
     pairs = [(b"user.b", b"1"), (b"trusted.SGI_ACL_FILE", b"2"), (b"user.a", b"3")]
     assert order_xattrs([*pairs, (b"user.b", b"later")]) == ((b"user.a", b"3"), (b"user.b", b"1"))
 
@@ -258,7 +258,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root sets truste
 @needs_root
 @pytest.mark.parametrize("everything", [False, True])
 @pytest.mark.parametrize("source", ["/d", "/"])
-def test_a_copy_keeps_user_attributes_and_acls_and_all_on_demand(
+def test_copy_keeps_user_attributes_and_acls_and_all_on_demand(
     guest, tmp_path, everything, source
 ) -> None:
     lines = Lines(everything)
@@ -389,7 +389,7 @@ def test_the_tar_stream_has_all_of_them_for_gnu_tar(guest, tmp_path) -> None:
     assert _on_host(out / "plain") == {}
 
 
-def test_damaged_attributes_are_left_out_of_the_tar_stream_alone(image, tmp_path):
+def test_damaged_attributes_alone_are_left_out_of_a_tar_stream(image, tmp_path):
     raw = bytearray(image.read_bytes())
     raw[raw.index(LONG) + 1] ^= 1  # the block has a checksum
     broken = tmp_path / "broken.img"
@@ -458,7 +458,7 @@ def test_a_stream_of_ntfs_that_is_no_attribute_costs_no_other(tmp_path):
             assert done.stdout == b'file\n    user.short="xxxxxxxxxx"\n'
 
 
-def test_what_only_the_appliance_can_read_is_found_out_before_a_tar_stream(guest, monkeypatch):
+def test_tar_stream_is_not_begun_where_the_appliance_is_needed(guest, monkeypatch):
     """A worker whose attributes need the appliance says so when it is asked for them."""
     asked: list[bool] = []
     worker = guest._guest

@@ -124,7 +124,7 @@ BY_PATH = "/dev/disk/by-path/pci-0000:00:04.0-scsi-0:0:"
         "/dev/mapper/cr /data ext4\n",
     ],
 )
-def test_a_name_of_a_disk_that_is_not_given_is_not_the_one_that_is(fstab):
+def test_name_of_an_absent_disk_is_not_that_of_the_one_given(fstab):
     crypttab = f"cr {BY_ID}1-part2 none luks\n".encode()
     guest = FakeGuest(
         {
@@ -147,7 +147,7 @@ def test_a_disk_without_partitions_is_not_another_disk_either(name):
     assert mounts(guest) == {"/": "/dev/sda"}
 
 
-def test_one_name_may_be_mounted_twice_and_a_subvolume_by_any_name():
+def test_name_may_be_mounted_twice_and_a_subvolume_by_any():
     fstab = f"LABEL=r / btrfs subvol=@\n{BY_ID}0-part1 /home btrfs subvol=@home\n" + "".join(
         f"{BY_ID}0-part2 {at} ext4\n" for at in ("/one", "/two")
     )
@@ -206,7 +206,7 @@ def test_a_thousand_lines_that_say_nothing_are_a_few_words():
 
 
 @pytest.mark.parametrize(("length", "missed"), [(4000, 1), (50000, 0)])
-def test_a_line_of_fstab_that_goes_on_and_on_is_said_in_a_few_words(length, missed):
+def test_long_line_of_fstab_is_said_in_a_few_words(length, missed):
     fstab = f"UUID={'x' * length} /{'y' * length} ext4 defaults 0 2\n"
     layout = discover(FakeGuest({"/dev/sda1": ("ext4", linux(fstab)), "/dev/sda2": ("xfs", {})}))
     assert len(layout.missed) == missed
@@ -241,7 +241,7 @@ def test_what_a_missing_key_hides_is_said_with_the_key_to_type():
 
 
 @pytest.mark.parametrize("spec", ["/dev/mapper/vg-home", "UUID=gone", "/dev/vg/home"])
-def test_what_may_be_in_something_locked_is_not_said_to_be_nowhere(spec):
+def test_locked_device_may_hold_what_is_not_found(spec):
     fstab = f"{spec} /home ext4 defaults 0 2\n"
     filesystems = {"/dev/sda1": ("ext4", linux(fstab)), "/dev/sda2": ("crypto_LUKS", None)}
     (line,) = discover(FakeGuest(filesystems)).problems
@@ -258,7 +258,7 @@ def test_what_may_be_in_something_locked_is_not_said_to_be_nowhere(spec):
 
 
 @pytest.mark.parametrize("kind", ["crypto_LUKS", "BitLocker"])
-def test_an_open_boot_is_not_taken_for_the_guest_whose_root_is_locked(kind):
+def test_open_boot_is_not_the_guest_whose_root_is_locked(kind):
     filesystems = {"/dev/sda1": ("ext4", {"/vmlinuz": b"k"}), "/dev/sda2": (kind, None)}
     with pytest.raises(NotInGuestError) as caught:
         discover(FakeGuest(filesystems))
@@ -297,7 +297,7 @@ def disk(name: str, *parts: int) -> list[Block]:
 
 
 @pytest.mark.parametrize("tag", ["UUID=A-B", "LABEL=data", "PARTUUID=a-b", "PARTLABEL=data"])
-def test_a_name_that_two_filesystems_have_is_said_and_leads_to_neither(tag):
+def test_name_that_two_filesystems_have_leads_to_neither(tag):
     kind, value = tag.lower().split("=")
     blocks = [Block(f"/dev/sd{n}1", "partition", 1, "ext4", **{kind: value}) for n in "ab"]
     names = named_blocks(*blocks)
@@ -438,7 +438,7 @@ def test_names_of_one_kind_of_disk_are_that_disk(first, other):
     assert mounts(guest) == {"/": "/dev/sda1", "/data": "/dev/sda2"}
 
 
-def test_a_disk_that_only_swap_or_crypttab_names_is_another_disk_too():
+def test_disk_in_swap_or_crypttab_alone_is_another_disk_too():
     swap = f"{ATA}-part1 none swap sw\n/dev/disk/by-id/ata-Disk_2-part2 /data ext4\n"
     assert "/data" not in mounts(guest_with(swap, "/dev/sda2", disks=("/dev/sda",)))
     blocks = disk("/dev/sda", 1, 2)
@@ -448,7 +448,7 @@ def test_a_disk_that_only_swap_or_crypttab_names_is_another_disk_too():
     assert named_blocks(*blocks).find(data) is not None
 
 
-def test_of_several_roots_in_fstab_none_tells_which_disk_is_which():
+def test_roots_in_fstab_do_not_tell_which_disk_is_which():
     fstab = "/dev/sdb1 / ext4\n/dev/sda1 / ext4\n/dev/sda2 /data ext4\n"
     guest = FakeGuest(
         {"/dev/sdb1": ("ext4", linux(fstab)), "/dev/sda2": ("xfs", {}), "/dev/sdb2": ("ext4", {})},
@@ -474,7 +474,7 @@ def test_only_blanks_and_line_feeds_part_what_a_guest_writes():
         ("/a\\040b", "'/dev/sda2:/a b'"),
     ],
 )
-def test_what_is_to_be_typed_is_one_word_whatever_a_guest_calls_its_folders(point, words):
+def test_folder_of_any_name_is_one_word_to_be_typed(point, words):
     (_, line) = discover(guest_with(f"UUID=gone {point} ext4\n", "/dev/sda2")).problems
     assert f"-m {words}" in line
 
@@ -485,7 +485,7 @@ def test_nothing_is_to_be_typed_that_would_mean_something_else(point):
     assert len(layout.problems) == 1
 
 
-def test_a_subvolume_with_a_hostile_name_is_one_word_in_what_is_to_be_typed():
+def test_subvolume_of_a_hostile_name_is_one_word_to_be_typed():
     hostile = "btrfsvol:/dev/sda1/$(id)"
     guest = FakeGuest(
         {"/dev/sda1": ("btrfs", {}), hostile: ("btrfs", linux()), "/dev/sda2": ("ext4", linux())}

@@ -183,7 +183,7 @@ def test_a_data_disk_with_one_filesystem_is_mounted_at_the_root():
     assert mounts(FakeGuest({"/dev/sda": ("ext4", {"/file": b""})})) == {"/": "/dev/sda"}
 
 
-def test_several_filesystems_and_no_system_is_an_error_that_says_what_to_type():
+def test_filesystems_without_system_say_what_to_type():
     guest = FakeGuest({"/dev/sda1": ("ext4", {}), "/dev/sda2": ("xfs", {})})
     with pytest.raises(NotInGuestError) as caught:
         discover(guest)
@@ -191,7 +191,7 @@ def test_several_filesystems_and_no_system_is_an_error_that_says_what_to_type():
     assert "-m /dev/sda2" in str(caught.value.hint)
 
 
-def test_several_systems_is_an_error_that_lists_the_roots_and_root_chooses():
+def test_systems_are_listed_and_root_chooses():
     guest = FakeGuest({"/dev/sda1": ("ext4", linux()), "/dev/sda2": ("ext4", linux(name="Fedora"))})
     with pytest.raises(NotInGuestError) as caught:
         discover(guest)
@@ -202,7 +202,7 @@ def test_several_systems_is_an_error_that_lists_the_roots_and_root_chooses():
         discover(guest, root="/dev/sdz")
 
 
-def test_a_filesystem_that_does_not_mount_is_named_with_the_reason():
+def test_unmountable_filesystem_is_named_with_the_reason():
     with pytest.raises(NotInGuestError, match="wrong fs type"):
         discover(FakeGuest({"/dev/sda1": ("ext4", None)}))
 
@@ -213,7 +213,7 @@ def test_an_encrypted_disk_without_key_asks_for_one():
     assert "--key /dev/sda2" in str(caught.value.hint)
 
 
-def test_a_btrfs_root_is_the_subvolume_that_its_own_fstab_names_not_a_snapshot():
+def test_btrfs_root_is_the_subvolume_of_its_own_fstab():
     fstab = (
         "UUID=b / btrfs subvol=@ 0 0\nUUID=b /home btrfs subvol=/@home 0 0\n"
         "UUID=b /var btrfs subvolid=260 0 0\n"
@@ -264,7 +264,7 @@ def test_mapper_names_are_read_as_lvm_escapes_them(name, path):
 
 
 @pytest.mark.parametrize("spec", ["/dev/vda2", "/dev/hda2", "/dev/xvda2", "/dev/nvme0n1p2"])
-def test_the_disk_keeps_its_place_whatever_driver_the_guest_used(spec):
+def test_disk_keeps_its_place_whatever_driver_the_guest_used(spec):
     guest = FakeGuest(
         {"/dev/sda1": ("ext4", linux(f"{spec} /x ext4 defaults 0 0")), "/dev/sda2": ("ext4", {})}
     )

@@ -314,7 +314,7 @@ def test_what_libguestfs_might_see_otherwise_is_left_to_it(files):
 
 
 @pytest.mark.parametrize("mountpoint", ["/usr/share", "/etc", "/bin", "/usr/lib/modules"])
-def test_a_filesystem_below_what_is_looked_into_is_left_to_libguestfs(mountpoint):
+def test_mount_below_what_is_looked_into_is_undetermined(mountpoint):
     with pytest.raises(Undetermined):
         identify(guest(FEDORA), ROOT, {"/": ROOT, mountpoint: "/dev/sda2"})
 

@@ -102,7 +102,7 @@ def test_what_a_guest_starts_without_is_said_to_who_asks_for_it(optional, capfd)
     assert run(capfd, "ls", optional, "/home", *words)[:2] == (0, "README\n")
 
 
-def test_a_guest_that_is_written_to_as_a_whole_is_said_to_lack_what_it_starts_without(tmp_path):
+def test_guest_to_write_is_said_to_lack_what_it_starts_without(tmp_path):
     said: list[str] = []
     wanted = MountRequest(tmp_path, tmp_path, writable=True, notice=said.append)
     wanted.refuse_hidden({"/mnt": "WHY"}, {"/mnt"})
@@ -133,7 +133,7 @@ def test_every_command_says_what_is_not_shown_once(bad, tmp_path, capfd, command
 
 
 @pytest.mark.parametrize("mended", [True, False])
-def test_what_one_side_does_not_show_was_neither_added_nor_removed(bad, good, capfd, mended):
+def test_part_that_one_side_hides_was_not_added_nor_removed(bad, good, capfd, mended):
     sides = (bad, good) if mended else (good, bad)
     status, out, err = run(capfd, "diff", *sides, "--engine", "direct", "--checksum", "sha256")
     assert status == 1
@@ -154,7 +154,7 @@ def test_what_neither_side_shows_is_said_and_the_rest_compared(bad, capfd):
     assert "/home is not shown" in err
 
 
-def test_a_part_that_has_nothing_to_do_with_it_is_compared_in_silence(bad, good, capfd):
+def test_unrelated_part_is_compared_in_silence(bad, good, capfd):
     status, out, err = run(capfd, "diff", good, bad, "--path", "/etc", *SUMMED)
     assert status == 0
     assert "/etc/fstab" in out

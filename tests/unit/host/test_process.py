@@ -8,7 +8,7 @@ import sys
 from imgtool.host.process import Limits, run
 
 
-def test_a_program_whose_memory_is_limited_sets_little_of_it_aside_for_threads():
+def test_program_of_limited_memory_sets_little_of_it_aside():
     words = ["sh", "-c", "echo ${MALLOC_ARENA_MAX-none}; ulimit -v"]
     assert run(words).stdout.split()[0] == b"none"
     assert run(words, limits=Limits(memory=1 << 30)).stdout.split() == [b"1", b"1048576"]

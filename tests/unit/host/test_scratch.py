@@ -63,7 +63,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(top):
     assert all(os.path.lexists(other) for other in others)
 
 
-def test_a_folder_that_has_just_been_made_is_left_to_whoever_made_it(top, monkeypatch):
+def test_new_folder_is_left_to_whoever_made_it(top, monkeypatch):
     folder = killed(top)
     monkeypatch.setattr(scratch, "_NEW", 10.0)
     assert folder not in remove_left_behind()
@@ -71,7 +71,7 @@ def test_a_folder_that_has_just_been_made_is_left_to_whoever_made_it(top, monkey
 
 
 @pytest.mark.parametrize("name", ["libguestfsAbC123", "precious"])
-def test_the_sockets_of_a_killed_appliance_go_too_and_what_is_not_one_stays(top, name):
+def test_killed_appliances_sockets_go_and_other_files_stay(top, name):
     folder, other = killed(top), top / name
     other.mkdir()
     goes_with(folder, str(other))

@@ -53,7 +53,7 @@ def test_a_binding_that_is_not_there_comes_with_the_command(monkeypatch, module,
     assert error.value.hint == binding_fix(package) == f"sudo apt-get install {package}"
 
 
-def test_an_environment_without_the_systems_modules_is_said_to_be_so(monkeypatch):
+def test_environment_without_system_modules_is_said_to_be_so(monkeypatch):
     monkeypatch.setattr(sys, "path", ["/somewhere/site-packages"])
     assert "--system-site-packages" in binding_fix("python3-libnbd")
     monkeypatch.setattr(sys, "base_prefix", "/opt/python")

@@ -73,13 +73,13 @@ def linked(tmp_path: Path) -> Path:
 # By links
 
 
-def test_a_relative_name_starts_where_the_file_is_not_where_a_link_is(linked: Path) -> None:
+def test_relative_name_starts_at_the_file_not_at_a_link(linked: Path) -> None:
     chain = open_chain(linked)
     assert chain.base.path == linked.parents[1] / "images/base.raw"
     assert first_byte(chain) == 1 and chain.safe_by_name and not chain.notes
 
 
-def test_a_base_that_is_only_beside_the_link_is_read_and_not_written_to(linked: Path) -> None:
+def test_base_beside_the_link_alone_is_read_and_not_written_to(linked: Path) -> None:
     (linked.parents[1] / "images/base.raw").rename(linked.parent / "base.raw")
     chain = open_chain(linked)
     assert first_byte(chain) == 1 and not chain.safe_by_name
@@ -110,7 +110,7 @@ def test_two_bases_of_one_name_are_told_apart_by_the_user(linked: Path, imgtool_
 
 @pytest.mark.parametrize("unsafe", [False, True])
 @pytest.mark.parametrize("place", ["images", "images/sub", "links", "elsewhere"])
-def test_rebase_through_a_link_writes_a_name_that_is_right_from_the_file(
+def test_rebase_through_a_link_writes_a_name_seen_from_the_file(
     linked: Path, unsafe: bool, place: str, imgtool_cli: Any
 ) -> None:
     """Wherever the new base is, and whatever has its name beside the link."""
@@ -158,9 +158,7 @@ def test_an_overlay_made_on_a_link_names_what_the_link_leads_to(
     assert by_qemu(new) == b"\1" * MIB
 
 
-def test_a_new_overlay_at_a_folder_that_is_a_link_finds_its_base(
-    linked: Path, imgtool_cli: Any
-) -> None:
+def test_new_overlay_at_a_linked_folder_finds_its_base(linked: Path, imgtool_cli: Any) -> None:
     folder = linked.parents[1]
     (folder / "door").symlink_to("images")
     done = imgtool_cli("overlay", "create", folder / "images/base.raw", folder / "door/new.qcow2",
@@ -173,9 +171,7 @@ def test_a_new_overlay_at_a_folder_that_is_a_link_finds_its_base(
 
 
 @pytest.mark.parametrize("beside", ["images", "links", "middle"])
-def test_overlays_beside_every_link_that_leads_to_a_base_are_seen(
-    tmp_path: Path, beside: str
-) -> None:
+def test_overlays_beside_every_link_to_a_base_are_seen(tmp_path: Path, beside: str) -> None:
     base = raw(tmp_path / "images/base.raw", 1)
     for folder, target in (("middle", base), ("links", tmp_path / "middle/base.raw")):
         (tmp_path / folder).mkdir()
@@ -187,7 +183,7 @@ def test_overlays_beside_every_link_that_leads_to_a_base_are_seen(
     )
 
 
-def test_an_overlay_that_is_a_link_itself_counts_where_its_file_is_and_where_the_link_is(
+def test_linked_overlay_counts_at_its_file_and_at_the_link(
     tmp_path: Path,
 ) -> None:
     base, other = raw(tmp_path / "a/base.raw", 1), raw(tmp_path / "b/base.raw", 2)
@@ -216,7 +212,7 @@ def copied(tmp_path: Path) -> Path:
     return overlay(tmp_path / "top/disk.qcow2", "../gone/middle.qcow2", "qcow2")
 
 
-def test_a_chain_is_found_by_its_names_in_a_folder_that_is_given(copied: Path) -> None:
+def test_chain_is_found_by_its_names_in_a_given_folder(copied: Path) -> None:
     folder = copied.parents[1] / "copy"
     before = copied.read_bytes()
     with pytest.raises(RefusedError, match="outside the folders") as refused:
@@ -241,7 +237,7 @@ def test_so_it_is_by_the_environment(copied: Path, monkeypatch: pytest.MonkeyPat
     assert first_byte(open_chain(copied)) == 1
 
 
-def test_what_is_where_the_header_says_is_not_looked_for_elsewhere(linked: Path) -> None:
+def test_file_where_the_header_says_is_not_sought_elsewhere(linked: Path) -> None:
     other = raw(linked.parents[1] / "other/base.raw", 9)
     chain = open_chain(linked, backing_dirs=[other.parent])
     assert first_byte(chain) == 1 and not chain.notes

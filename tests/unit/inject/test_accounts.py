@@ -62,7 +62,7 @@ def test_a_system_user_has_a_low_number_and_no_home(root):
     assert not (root.folder / "home/svc").exists()
 
 
-def test_a_group_that_is_not_there_fails_with_those_that_are_near(root):
+def test_absent_group_fails_with_those_that_are_near(root):
     (outcome,) = root.take(User("bob", groups=("ww-data",)))
     assert isinstance(outcome.error, NotInGuestError)
     assert "www-data" in str(outcome.error.hint)
@@ -83,7 +83,7 @@ def test_an_ssh_key_is_readable_by_its_user_alone(root):
         assert root.owners[path] == (1000, 1000)
 
 
-def test_a_key_that_is_there_is_known_by_itself_not_by_its_comment(root):
+def test_ssh_key_is_known_by_itself_not_by_its_comment(root):
     folder = root.folder / "home/alice/.ssh"
     folder.mkdir(mode=0o700)
     (folder / "authorized_keys").write_text(f'command="x" ssh-ed25519 {BLOB} other')
@@ -133,7 +133,7 @@ def test_what_is_no_public_key_is_told_before_a_guest_is_opened(tmp_path, text):
         SshKey("alice", tmp_path / "key").check({})
 
 
-def test_a_password_is_hashed_as_the_guest_does_and_kept_if_it_is_the_same(root, tmp_path):
+def test_password_is_hashed_as_in_the_guest_and_kept_if_equal(root, tmp_path):
     (tmp_path / "secret").write_text("correct horse\n")
     step = Password("alice", Secret("file", str(tmp_path / "secret")))
     assert root.twice(step) == ["changed"]

@@ -32,7 +32,7 @@ def test_a_new_file_gets_mode_and_owner_by_the_guests_own_names(root):
     assert root.owners["/etc/app.conf"] == (1000, 33)
 
 
-def test_a_name_that_the_guest_does_not_have_fails_with_those_that_are_near(root):
+def test_absent_name_fails_with_those_that_are_near(root):
     (outcome,) = root.take(files.ChangeOwner("/etc/hostname", owner="alicia"))
     assert isinstance(outcome.error, NotInGuestError)
     assert "alice" in str(outcome.error.hint)
@@ -111,7 +111,7 @@ def test_a_users_link_leads_to_nothing_of_somebody_else(root, step):
     assert root.owners == before and root.text("/etc/hostname") == "dead-guest\n"
 
 
-def test_links_to_what_is_the_users_own_and_roots_links_are_followed(root):
+def test_links_of_root_and_to_the_users_own_are_followed(root):
     for name, target, uid in (("mine", "letter.txt", 1000), ("roots", "/etc/hostname", 0)):
         (root.folder / "home/alice" / name).symlink_to(target)
         root.owners[f"/home/alice/{name}"] = (uid, uid)
@@ -124,7 +124,7 @@ def test_links_to_what_is_the_users_own_and_roots_links_are_followed(root):
 
 
 @pytest.mark.parametrize("folder", ["home/alice", "tmp"])
-def test_a_file_that_a_user_may_have_linked_there_is_not_changed(root, folder):
+def test_file_that_a_user_may_have_linked_is_not_changed(root, folder):
     (root.folder / "tmp").mkdir()
     (root.folder / "tmp").chmod(0o1777)
     (root.folder / folder / "x").hardlink_to(root.folder / "etc/shadow")
@@ -180,12 +180,12 @@ def test_folders_are_copied_and_merged(root, tmp_path):
     assert root.text("/etc/run") == "#!/bin/sh\n"
 
 
-def test_a_source_that_is_not_there_is_told_before_a_guest_is_opened(tmp_path):
+def test_absent_source_is_told_before_a_guest_is_opened(tmp_path):
     with pytest.raises(ImgtoolError, match="cannot be read"):
         files.Copy("/opt", source=tmp_path / "gone").check({})
 
 
-def test_templates_are_filled_in_and_a_missing_variable_is_an_error(root, tmp_path):
+def test_templates_are_filled_and_missing_variables_are_errors(root, tmp_path):
     source = tmp_path / "t"
     source.write_text("server {{ name }}; ${shell} {{port}}\n")
     step = files.Template("/etc/t", source=source)
@@ -206,7 +206,7 @@ def test_what_is_deleted_and_made_again_has_nothing_of_the_old(root):
     assert root.twice(files.Delete("/nothing/here")) == ["unchanged"]
 
 
-def test_the_owner_of_a_tree_is_changed_but_not_of_what_its_links_lead_to(root):
+def test_owner_of_a_tree_is_changed_but_not_beyond_its_links(root):
     (root.folder / "home/alice/etc").symlink_to("/etc")
     root.owners["/home/alice"] = (0, 0)
     assert root.twice(files.ChangeOwner("/home/alice", "alice:alice", True)) == ["changed"]

@@ -48,7 +48,7 @@ def test_the_guests_own_way_is_found(root):
     assert renderer_of(GuestOverlay(root)) == "netplan"
 
 
-def test_ifupdown_reads_one_file_an_interface_and_no_older_stanza(root):
+def test_ifupdown_reads_one_file_an_interface_and_no_old_stanza(root):
     old = "auto lo eth0\niface lo inet loopback\n\niface eth0 inet dhcp\n    metric 5\n"
     root.host(network.INTERFACES).write_text(old)
     assert root.twice(Network((STATIC, DHCP))) == ["changed"]
@@ -61,7 +61,7 @@ def test_ifupdown_reads_one_file_an_interface_and_no_older_stanza(root):
     assert "iface eth1 inet dhcp\n" in root.text("/etc/network/interfaces.d/imgtool-eth1")
 
 
-def test_ifupdown_sets_an_mtu_where_the_address_comes_from_a_server(root):
+def test_ifupdown_sets_an_mtu_with_an_address_from_a_server(root):
     step = Network((Ethernet.of("eth0", {"dhcp4": True, "mtu": 1400}),), "ifupdown")
     assert root.twice(step) == ["changed"]
     text = root.text("/etc/network/interfaces.d/imgtool-eth0")
@@ -92,7 +92,7 @@ def test_name_servers_are_left_to_what_hands_them_on(root):
     assert root.text(resolver.RESOLV_CONF) == "nameserver 10.0.0.1\n"
 
 
-def test_systemd_resolved_is_told_what_ifupdown_does_not_tell_it(root):
+def test_systemd_resolved_is_told_what_ifupdown_does_not_tell(root):
     give(root, "/usr/lib/systemd/systemd-resolved", "/usr/bin/resolvectl")
     root.host("/usr/sbin/resolvconf").symlink_to("../bin/resolvectl")
     root.host(resolver.RESOLV_CONF).symlink_to("../run/systemd/resolve/stub-resolv.conf")

@@ -121,7 +121,7 @@ def test_what_is_read_directly_is_planned_so(case: Case) -> None:
 
 @pytest.mark.parametrize("error", REFUSALS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "while it is read"])
-def test_what_the_direct_engine_refuses_in_a_step_the_appliance_plans(
+def test_step_the_direct_engine_refuses_uses_the_appliance(
     case: Case, error: Exception, late: bool
 ) -> None:
     result = case.inject(Direct(case.guest, error, late=late))
@@ -131,9 +131,7 @@ def test_what_the_direct_engine_refuses_in_a_step_the_appliance_plans(
 
 
 @pytest.mark.parametrize("error", REFUSALS, ids=lambda error: type(error).__name__)
-def test_what_the_direct_engine_does_not_open_the_appliance_plans(
-    case: Case, error: Exception
-) -> None:
+def test_guest_the_direct_engine_refuses_uses_the_appliance(case: Case, error: Exception) -> None:
     result = case.inject(error)
     assert (result.committed, case.launches, case.made()) == (True, 1, True)
 

@@ -71,7 +71,7 @@ def test_a_step_class_that_is_not_registered_is_found() -> None:
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=lambda step: step.kind)
-def test_the_fragment_of_a_step_is_a_schema_and_refers_to_what_is_there(step: type[Step]) -> None:
+def test_step_fragment_is_a_schema_that_refers_to_what_is_there(step: type[Step]) -> None:
     known = {**DEFINITIONS, **step.definitions}
     jsonschema.Draft202012Validator.check_schema({**step.schema, "$defs": known})
     used = {name.removeprefix("#/$defs/") for name in references([step.schema, step.definitions])}

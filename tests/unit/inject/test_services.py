@@ -135,7 +135,7 @@ def steps(*names: str) -> list[FirstBoot]:
     return [FirstBoot(name=name, content=f"#!/bin/sh\necho {name} >> said\n") for name in names]
 
 
-def test_scripts_of_the_first_start_run_once_in_order_and_are_logged(root, tmp_path):
+def test_first_start_scripts_run_once_in_order_and_are_logged(root, tmp_path):
     failing = FirstBoot(name="broken", content="#!/bin/sh\necho no >&2; exit 3\n")
     assert root.twice(*steps("b", "a"), failing) == ["changed"] * 3
     names = sorted(os.listdir(root.host(firstboot.SCRIPTS)))
@@ -170,7 +170,7 @@ def test_a_script_that_has_run_is_not_replaced_but_followed(root):
 
 
 @pytest.mark.parametrize("text", ["echo hello\n", "#!/bin/sh\r\necho\r\n"])
-def test_a_script_that_could_not_run_is_told_before_a_guest_is_opened(tmp_path: Path, text):
+def test_script_that_could_not_run_is_told_before_opening(tmp_path: Path, text):
     (tmp_path / "s.sh").write_text(text, newline="")
     with pytest.raises(UsageError):
         FirstBoot(tmp_path / "s.sh").check({})

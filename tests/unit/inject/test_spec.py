@@ -197,7 +197,7 @@ def test_a_step_that_fails_starts_no_appliance_and_says_where(command, tmp_path)
     assert "hint: it has: cron.service" in result.err
 
 
-def test_all_that_can_be_checked_is_checked_before_a_guest_is_opened(command, tmp_path):
+def test_checks_come_before_a_guest_is_opened(command, tmp_path):
     path = spec(
         tmp_path,
         "steps:\n  - copy: {source: gone, path: /x}\n  - hostname: a_b\n"

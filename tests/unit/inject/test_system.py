@@ -110,7 +110,7 @@ SERVER = "usr/lib/systemd/system/ssh.service"
         ("ExecStartPre=/usr/sbin/sshd-gen-keys-start", False),
     ],
 )
-def test_a_guest_whose_sshd_would_not_start_without_keys_makes_them(root, line, ours):
+def test_guest_whose_sshd_needs_keys_makes_them(root, line, ours):
     for program in ("usr/sbin/sshd", "usr/bin/ssh-keygen"):
         (root.folder / program).write_text("")
     (root.folder / SERVER).write_text(f"[Service]\n{line}\n")

@@ -78,7 +78,7 @@ def test_the_values_of_via_are_the_mechanisms() -> None:
         assert [found for found, _ in mechanisms(name)] == [name]
 
 
-def test_the_first_need_that_is_missing_is_told_and_none_after_it_is_asked() -> None:
+def test_first_missing_need_is_told_and_none_after_it_is_asked() -> None:
     asked: list[tuple[str, bool]] = []
 
     def need(name: str, reason: str | None) -> available.Need:

@@ -366,7 +366,7 @@ def test_no_folder_is_no_mounts(state):
 # Folders of others, and keys
 
 
-def test_a_journal_that_another_user_can_have_written_is_not_believed(monkeypatch, tmp_path):
+def test_journal_that_another_user_could_write_is_not_believed(monkeypatch, tmp_path):
     """What it says would be undone with this user's rights: files of his be removed."""
     root, victim = tmp_path / "state", tmp_path / "victim"
     victim.write_text("mine")
@@ -420,7 +420,7 @@ def test_keys_of_a_mount_through_the_appliance_are_in_no_file(monkeypatch, tmp_p
     assert (seen["position"], seen["folder"]) == ("0", "")
 
 
-def test_the_process_of_a_mount_takes_its_request_from_standard_input(tmp_path):
+def test_mount_process_takes_its_request_from_standard_input(tmp_path):
     request = {**REQUEST, "image": str(tmp_path / "none.img"), "format": None, "mounts": []}
     request |= {"root": None, "backing_dirs": [], "writable": False, "snapshot": None}
     request |= {"target": str(tmp_path), "executable": False, "force": []}

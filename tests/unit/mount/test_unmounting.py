@@ -53,7 +53,7 @@ def test_a_mount_that_stays_in_use_fails_the_test_and_is_gone(place: Path) -> No
 
 
 @pytest.mark.skipif(not Path("/dev/fuse").exists(), reason="needs FUSE and ntfs-3g")
-def test_the_program_behind_a_mount_has_ended_when_it_is_unmounted(tmp_path: Path) -> None:
+def test_program_behind_a_mount_has_ended_once_unmounted(tmp_path: Path) -> None:
     image, place = tmp_path / "ntfs.img", tmp_path / "place"
     place.mkdir()
     with image.open("wb") as file:

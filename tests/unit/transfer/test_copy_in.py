@@ -193,7 +193,7 @@ def test_progress_ends_at_what_was_planned(guest: Put, tmp_path: Path) -> None:
     assert guest.progress[-1] == (200_000, 200_000)
 
 
-def test_a_file_that_shrinks_is_an_error_and_one_that_grows_is_cut(
+def test_file_that_shrinks_is_an_error_and_a_growing_one_is_cut(
     guest: Put, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "file"
@@ -304,7 +304,7 @@ def test_a_name_that_leads_elsewhere_refuses_the_whole_stream(
     assert guest.stream == b""
 
 
-def test_extended_headers_cannot_undo_what_was_checked_or_asked_for(guest: Put) -> None:
+def test_extended_headers_cannot_undo_checks_or_requests(guest: Put) -> None:
     stream = guest.tar(
         archive(
             # Two headers give a name: the harmless one was checked.
@@ -380,7 +380,7 @@ def test_an_empty_archive_is_one(guest: Put) -> None:
     assert listed(guest.tar(archive())) == []
 
 
-def test_extended_attributes_that_are_not_copied_are_counted_once(guest: Put, tmp_path: Path):
+def test_extended_attributes_not_copied_are_counted_once(guest: Put, tmp_path: Path):
     source = tmp_path / "source"
     source.mkdir()
     for name in ("one", "two"):

@@ -366,9 +366,7 @@ HOSTILE: dict[str, Callable[[str], list[bytes]]] = {
 
 
 @pytest.mark.parametrize("attack", HOSTILE)
-def test_a_hostile_stream_writes_nothing_outside_and_loses_nothing_else(
-    place: Path, lines: Lines, attack: str
-) -> None:
+def test_hostile_stream_writes_nothing_outside(place: Path, lines: Lines, attack: str) -> None:
     top = copied(hostile(*HOSTILE[attack](str(place / "outside"))), place, lines)
     assert (top / "good").read_bytes() == b"good"
     assert not Path("/evil-imgtool").exists()
@@ -482,9 +480,7 @@ def test_a_name_of_any_bytes_stays_as_it_is(
 # What is kept
 
 
-def test_modes_and_times_are_those_of_the_walk_read_only_folders_too(
-    place: Path, lines: Lines
-) -> None:
+def test_modes_and_times_are_the_walks_on_read_only_folders_too(place: Path, lines: Lines) -> None:
     guest = FakeGuest().directory(b"/top", 0o40555).directory(b"/top/locked", 0o40500)
     guest.directory(b"/top/locked/deep", 0o41777).add(b"/top/locked/deep/f", b"x", mode=0o100400)
     guest.add(b"/top/link", mode=0o120777, target=b"/etc/passwd")
@@ -644,9 +640,7 @@ def test_files_beside_those_of_the_guest_are_replaced(
     assert (tmp_path / "images" / name).read_bytes() == b"from the guest"
 
 
-def test_nothing_is_copied_where_one_of_several_would_replace_a_file_of_the_guest(
-    tmp_path: Path, disks: FakeGuest
-) -> None:
+def test_sources_that_would_replace_a_file_are_not_copied(tmp_path: Path, disks: FakeGuest) -> None:
     folder = tmp_path / "images"
     for sources, dest in ((["/a", "/second.raw"], folder), (["/a"], folder / "bases/base.raw")):
         with pytest.raises(RefusedError, match="the guest is read from"):
@@ -666,7 +660,7 @@ def test_a_destination_that_ends_with_a_slash_is_a_directory(tmp_path: Path) -> 
     assert caught.value.subject == tmp_path / "file" and caught.value.hint is None
 
 
-def test_two_sources_of_one_name_are_told_before_anything_is_copied(tmp_path: Path) -> None:
+def test_sources_of_one_name_are_told_before_any_is_copied(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="two sources"):
         check_destination(["/a/x", "/b/x/"], tmp_path, overwrite=True)
 
@@ -701,9 +695,7 @@ def test_a_single_unreadable_file_leaves_nothing_but_its_part(
     assert (place / "dest/bad").exists() == keep and len(lines.problems) == 1
 
 
-def test_a_stream_that_breaks_in_a_file_nobody_else_saw_leaves_no_part(
-    place: Path, lines: Lines
-) -> None:
+def test_stream_that_breaks_in_an_unseen_file_leaves_no_part(place: Path, lines: Lines) -> None:
     guest = hostile()
     head = member("./", kind=tarfile.DIRTYPE) + member("./unseen", size=9000)
     guest.stream = Breaking(head + b"x" * 1000, EngineError("appliance lost"))
@@ -712,7 +704,7 @@ def test_a_stream_that_breaks_in_a_file_nobody_else_saw_leaves_no_part(
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_a_file_that_the_host_cannot_hold_is_a_problem_of_its_own(
+def test_file_that_the_host_cannot_hold_is_a_problem_of_its_own(
     place: Path, lines: Lines, broken: bool
 ) -> None:
     guest = FakeGuest().directory(b"/top").add(b"/top/good", b"x")
@@ -770,9 +762,7 @@ def test_the_root_is_copied_into_a_folder_or_under_a_new_name(place: Path, lines
         assert (dest / "bin/sh").read_bytes() == b"sh" and (dest / "init").read_bytes() == b"init"
 
 
-def test_a_link_is_copied_as_a_link_and_with_a_slash_as_what_it_leads_to(
-    place: Path, lines: Lines
-) -> None:
+def test_link_is_copied_as_one_and_with_a_slash_as_its_target(place: Path, lines: Lines) -> None:
     guest = FakeGuest().directory(b"/top").add(b"/top/f", b"x")
     guest.add(b"/link", mode=0o120777, target=b"/top")
     copy_out(guest, "/link", place / "dest", lines.report)  # type: ignore[arg-type]
@@ -853,7 +843,7 @@ def test_more_hard_links_than_there_is_room_for_become_copies(
     assert len(lines.skipped) == 2 and lines.problems == []
 
 
-def test_files_that_fail_are_not_all_remembered_and_none_goes_without_a_line(
+def test_failed_files_are_all_said_and_not_all_remembered(
     place: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guest = FakeGuest(tar_error=EngineError("tar failed")).directory(b"/top")
@@ -895,7 +885,7 @@ def test_memory_does_not_grow_with_the_root_of_a_guest(place: Path, lines: Lines
 
 
 @pytest.mark.parametrize("chosen", [None, "/dev/shm"])
-def test_large_temporary_files_are_not_in_memory_unless_the_user_says_so(
+def test_temporary_files_are_in_memory_only_if_the_user_says_so(
     monkeypatch: pytest.MonkeyPatch, chosen: str | None
 ) -> None:
     monkeypatch.delenv("TMPDIR", raising=False)
@@ -1083,9 +1073,7 @@ def test_no_image_is_given_a_name_that_imgtool_removes(
     assert not new.exists()
 
 
-def test_no_record_of_work_comes_out_of_a_guest_and_all_else_does(
-    place: Path, lines: Lines
-) -> None:
+def test_record_of_work_alone_does_not_come_out_of_a_guest(place: Path, lines: Lines) -> None:
     """What lies beside an image under such a name would be taken for imgtool's own."""
     planted, folder = b".disk.qcow2.imgtool-record", b".imgtool-0123456789ab"
     guest = FakeGuest().directory(b"/top").add(b"/top/good", b"good")

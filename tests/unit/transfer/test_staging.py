@@ -150,7 +150,7 @@ def test_nothing_is_left_of_a_tree_deeper_than_a_path(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
-def test_what_a_killed_copy_left_goes_with_the_next_and_nothing_else(
+def test_killed_copys_remains_alone_go_with_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = [tmp_path / ".imgtool-0123456789ab.txt", tmp_path / ".imgtool-mine"]
@@ -170,7 +170,7 @@ def test_what_a_killed_copy_left_goes_with_the_next_and_nothing_else(
 
 
 @needs_root
-def test_nothing_is_left_for_one_who_may_not_write_what_was_made(others: Path) -> None:
+def test_unwritable_result_leaves_nothing(others: Path) -> None:
     with pytest.raises(RefusedError), Staging(others, b"top") as staging:
         staging.directory(b"")
         staging.directory(b"locked")
@@ -277,7 +277,7 @@ def test_a_conflict_is_found_before_anything_is_replaced(tmp_path: Path, top: by
     assert names(outside) == set() and names(tmp_path) == {"outside", "link", "top"}
 
 
-def test_a_tree_deeper_than_descriptors_and_recursion_reach_is_merged(tmp_path: Path) -> None:
+def test_tree_deeper_than_descriptors_and_recursion_is_merged(tmp_path: Path) -> None:
     place = tmp_path / "place"
     place.mkdir()
     try:
@@ -365,7 +365,7 @@ def test_a_full_filesystem_is_explained_and_left_as_it_was(small: Path) -> None:
     assert free.f_bfree == free.f_blocks
 
 
-def test_a_name_or_size_that_the_host_cannot_have_is_of_that_name_only(tmp_path: Path) -> None:
+def test_name_or_size_that_the_host_cannot_have_fails_alone(tmp_path: Path) -> None:
     with Staging(tmp_path, b"top") as staging:
         staging.directory(b"")
         for call in (
@@ -433,7 +433,7 @@ def exchange_on_unlink(
     monkeypatch.setattr(os, "unlink", unlink)
 
 
-def test_a_folder_exchanged_for_a_link_is_not_changed_where_the_link_leads(
+def test_folder_exchanged_for_a_link_is_unchanged_at_its_target(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scratch, "_NEW", -1.0)
@@ -450,7 +450,7 @@ def test_a_folder_exchanged_for_a_link_is_not_changed_where_the_link_leads(
 
 
 @needs_root
-def test_root_removes_nothing_that_another_user_calls_left_behind(
+def test_root_removes_nothing_that_another_user_calls_left_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other user owns the destination: he may rename what root has there."""
@@ -471,7 +471,7 @@ def test_root_removes_nothing_that_another_user_calls_left_behind(
 
 @needs_root
 @pytest.mark.parametrize("theirs", ["owner", "mode"])
-def test_a_copy_does_not_begin_in_a_folder_that_was_put_in_the_place_of_its_own(
+def test_copy_does_not_begin_in_a_folder_exchanged_for_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theirs: str
 ) -> None:
     real = os.mkdir

@@ -10,7 +10,7 @@ from tests.vm.inside.machine import MIB, loop_device, run, sparse, wait_until
 from tests.vm.inside.test_the_machine import make_group
 
 
-def test_a_volume_is_the_same_by_every_name_and_after_it_was_renamed(tmp_path: Path) -> None:
+def test_volume_is_the_same_by_every_name_and_after_a_rename(tmp_path: Path) -> None:
     with loop_device(sparse(tmp_path / "pv", 64 * MIB)) as device:
         only = ("--devicesfile", "", "--devices", device)
         make_group(str(device), "named", "--setautoactivation", "n")

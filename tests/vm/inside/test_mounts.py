@@ -202,7 +202,7 @@ def test_what_is_mounted_is_what_copy_out_gives(images: Images, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_two_clones_at_once_and_a_group_of_the_host_with_the_same_name(
+def test_clones_at_once_and_a_host_group_of_the_same_name_work(
     images: Images, tmp_path: Path
 ) -> None:
     disk = sparse(tmp_path / "host.raw", 64 * MIB)

@@ -146,7 +146,7 @@ def asked_of_the_worker(monkeypatch) -> list[str]:
     return words
 
 
-def test_what_lies_plainly_in_the_files_is_not_asked_of_the_worker(large, monkeypatch, tmp_path):
+def test_plain_parts_of_files_are_not_asked_of_the_worker(large, monkeypatch, tmp_path):
     image, contents = large
     expected = (contents / "whole").read_bytes()
     monkeypatch.setattr(direct_guest, "_LARGE", 1 << 20)
@@ -204,7 +204,7 @@ def test_a_file_that_lies_nowhere_is_nonsense(rows):
     assert runs([[0, 10, 0, 90], [10, 20, 0, 0]], [100])[1].at == 0
 
 
-def test_an_image_that_becomes_shorter_or_unreadable_is_an_error(tmp_path):
+def test_image_that_becomes_shorter_or_unreadable_is_an_error(tmp_path):
     file = tmp_path / "disk"
     file.write_bytes(bytes(8192))
 

@@ -30,7 +30,7 @@ MOUNTS = (Mount("/dev/sda1", "/"), Mount("/dev/sda2", "/rec"))
 
 
 @pytest.mark.parametrize("type", ["squashfs", "erofs", "iso9660"])
-def test_what_can_only_be_read_by_its_nature_keeps_nobody_from_writing_elsewhere(type):
+def test_read_only_kind_keeps_nobody_from_writing_elsewhere(type):
     handle = Handle(ROOT_ROW, f"/dev/sda2 /sysroot/rec {type} ro,relatime 0 0")
     refuse_unless_writable(handle, MOUNTS, ())
     with pytest.raises(RefusedError, match=f"of a kind that can only be read .{type}"):
@@ -38,7 +38,7 @@ def test_what_can_only_be_read_by_its_nature_keeps_nobody_from_writing_elsewhere
         refuse_unless_writable(handle, MOUNTS[:1], ())
 
 
-def test_what_can_only_be_read_though_it_could_be_written_to_is_refused():
+def test_read_only_mount_of_a_writable_kind_is_refused():
     handle = Handle(ROOT_ROW, "/dev/sda2 /sysroot/rec ext4 ro,relatime 0 0")
     with pytest.raises(RefusedError, match="hibernated, or damaged"):
         refuse_unless_writable(handle, MOUNTS, ())
@@ -88,7 +88,7 @@ def test_a_sound_filesystem_has_none():
         assert parse_fsck(Filesystem("/dev/sda", "/dev/sda", kind), ["0", "4"], "text") is None
 
 
-def test_a_check_that_came_to_nothing_does_not_make_a_filesystem_sound():
+def test_check_that_came_to_nothing_proves_no_soundness():
     for status in (8, 16, 32, 137):
         assert str(status) in unsound("e2fsck 1.47.0 (5-Feb-2023)\n", status).said
     for kind in ("xfs", "vfat"):

@@ -56,7 +56,7 @@ def qemu(name: str) -> socket.socket:
     return connection
 
 
-def test_one_that_comes_first_and_says_nothing_does_not_keep_qemu_out(watch):
+def test_silent_first_client_does_not_keep_qemu_out(watch):
     listens, name, stopped = watch
     with socket.socket(socket.AF_UNIX) as first:
         first.connect(f"\0{name}")

@@ -55,7 +55,7 @@ def test_what_blkid_says_of_the_ambiguous_is_taken() -> None:
 SWAPPED = (disk("sda", 1, fstype="ext2"), disk("sdb", 0), part("sdb2", "sdb", fstype="btrfs"))
 
 
-def test_disks_are_named_by_their_address_whatever_the_kernel_calls_them() -> None:
+def test_disks_are_named_by_address_not_by_the_kernel() -> None:
     found = blocks(*SWAPPED)
     assert set(found) == {"/dev/sda", "/dev/sda2"}
     assert found["/dev/sda2"].parents == ("/dev/sda",)
@@ -76,7 +76,7 @@ def test_subvolumes_on_lvm_keep_their_name() -> None:
     assert guest_names(list(blocks(*SWAPPED).values()), [name]) == {name: name}
 
 
-def test_many_disks_are_in_the_order_of_their_numbers_not_of_their_digits() -> None:
+def test_disks_are_in_the_order_of_numbers_not_of_digits() -> None:
     order = "cbafedihglkjm"
     found = blocks(*(disk(f"sd{letter}", n) for n, letter in enumerate(order)))
     assert {b.kernel: b.device for b in found.values()} == {
@@ -90,7 +90,7 @@ def test_partitions_are_in_the_order_of_their_numbers() -> None:
     assert list(found) == ["/dev/sda", "/dev/sda1", "/dev/sda9", "/dev/sda10"]
 
 
-def test_logical_volumes_have_their_names_and_hidden_ones_are_left_out() -> None:
+def test_logical_volumes_have_names_and_hidden_ones_none() -> None:
     found = blocks(
         disk("sda", 0, fstype="LVM2_member"),
         line(kname="dm-0", pkname="sda", name="my--vg-a--b", type="lvm", fstype="ext4"),
@@ -102,7 +102,7 @@ def test_logical_volumes_have_their_names_and_hidden_ones_are_left_out() -> None
     assert list(found) == ["/dev/sda", "/dev/my-vg/a-b", "/dev/mapper/imgtool-luks0"]
 
 
-def test_an_array_has_its_members_as_parents_and_stands_there_once() -> None:
+def test_array_has_its_members_as_parents_and_stands_once() -> None:
     member = {"fstype": "linux_raid_member"}
     array = {"kname": "md127", "type": "raid1", "fstype": "ext4"}
     found = blocks(

@@ -141,7 +141,7 @@ def test_a_folder_above_that_others_may_write_to_is_not_used(home, tmp_path, mon
     assert saved.all_saved(home) == []
 
 
-def test_another_time_of_qemu_makes_it_stale_but_not_of_the_appliance(home, tmp_path):
+def test_saved_one_is_stale_by_qemus_time_not_the_appliances(home, tmp_path):
     os.utime(tmp_path / "root", (1, 1))
     facts = json.loads((home / "1/saved.json").read_text())
     facts["files"] = [
@@ -183,7 +183,7 @@ def test_what_is_saved_can_be_used_whatever_the_umask(quick, tmp_path, mask):
     assert set(modes.values()) == {0o600}
 
 
-def test_what_saves_that_were_killed_have_left_goes_with_the_next_one(quick, tmp_path):
+def test_next_save_removes_what_killed_saves_left(quick, tmp_path):
     for name in (".new-1", ".old-2"):
         (quick / name).mkdir(parents=True)
         (quick / name / "state").write_bytes(b"memory")

@@ -19,7 +19,7 @@ def test_a_raid_that_runs_without_a_disk_is_said_and_shown():
     assert not sets.idle
 
 
-def test_a_raid_that_does_not_run_is_not_shown_and_its_members_are_named():
+def test_stopped_raid_is_not_shown_and_its_members_are_named():
     blocks = [block("/dev/sda"), block("/dev/md127", "md", None, "/dev/sda")]
     sets = parse_sets("md md127 inactive 0 0\n", blocks)
     assert sets.idle == {"/dev/md127"}
@@ -42,7 +42,7 @@ def test_a_whole_raid_is_not_worth_a_word():
     assert parse_sets("md md127 active 2 0\n", [block("/dev/md127", "md")]).lines == []
 
 
-def test_of_a_group_it_is_said_what_is_missing_and_what_is_not_shown_without():
+def test_incomplete_group_says_what_is_missing_and_not_shown():
     said = (
         f"changed\npv vg0//eBw7za\npv vg0/missing/{MISSING}\npv other//x\n"
         "lv vg0/a/active/-wi-a-----\nlv vg0/b//-wi-----p-\nlv vg0/m/active/rwi-a-r-p-\n"
@@ -67,7 +67,7 @@ def test_a_btrfs_on_two_devices_is_one():
     assert sets.lines == []
 
 
-def test_a_btrfs_that_lacks_a_device_is_said_with_what_can_be_tried():
+def test_btrfs_without_a_device_says_what_can_be_tried():
     said = (
         "btrfs Label: none  uuid: f5ec\nbtrfs Total devices 2 FS bytes used 147456\n"
         "btrfs devid    1 size 1 used 1 path /dev/sda\nbtrfs *** Some devices missing\n"

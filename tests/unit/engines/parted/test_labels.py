@@ -124,7 +124,7 @@ def test_only_sectors_with_tables_leave_the_disk(tmp_path: Path) -> None:
     assert [row.number for row in asked(disk).rows] == [1, 2, 5, 6]
 
 
-def test_without_a_sandbox_the_table_is_named_and_the_command_answers(
+def test_table_is_named_without_a_sandbox(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = disk_with(tmp_path / "disk", "sun")

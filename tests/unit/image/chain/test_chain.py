@@ -80,7 +80,7 @@ def test_file_colon_is_a_local_file(base: Path) -> None:
     assert names(open_chain(active)) == ["active.qcow2", "base.raw"]
 
 
-def test_a_missing_backing_file_is_named_with_the_link_that_wants_it(base: Path) -> None:
+def test_missing_backing_file_is_named_with_its_link(base: Path) -> None:
     active = overlay(base.parent / "active.qcow2", "gone.raw")
     with pytest.raises(ImageError, match=r"gone\.raw.*missing.*active\.qcow2") as caught:
         open_chain(active)
@@ -96,7 +96,7 @@ def test_a_loop_is_found(length: int, tmp_path: Path) -> None:
     assert caught.value.status is ExitStatus.IMAGE_UNREADABLE
 
 
-def test_a_backing_file_outside_the_folder_is_refused_and_can_be_allowed(
+def test_backing_file_outside_the_folder_needs_permission(
     base: Path, secret: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     active = overlay(base.parent / "active.qcow2", str(secret))
@@ -173,9 +173,7 @@ def test_a_base_that_is_no_file_is_refused(tmp_path: Path) -> None:
         open_chain(bad)
 
 
-def test_a_raw_guest_that_wrote_a_qcow2_header_gets_no_file_of_the_host(
-    base: Path, secret: Path
-) -> None:
+def test_raw_guest_with_a_qcow2_header_gets_no_file_of_the_host(base: Path, secret: Path) -> None:
     fake = overlay(base.parent / "fake", str(secret)).read_bytes()
     with base.open("r+b") as file:
         file.write(fake)
@@ -239,7 +237,7 @@ def test_the_description_leaves_qemu_nothing_to_guess(base: Path) -> None:
     assert open_chain(base_of_its_own).blockdev()["backing"] is None
 
 
-def test_what_qemu_would_guess_or_find_elsewhere_is_not_safe_by_name(
+def test_name_that_qemu_guesses_or_finds_elsewhere_is_unsafe(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     middle = overlay(base.parent / "middle", "base.raw")
@@ -252,7 +250,7 @@ def test_what_qemu_would_guess_or_find_elsewhere_is_not_safe_by_name(
         assert open_chain("disk").safe_by_name is safe
 
 
-def test_qemu_reads_through_the_description_what_it_reads_by_itself(base: Path) -> None:
+def test_description_gives_qemu_what_it_reads_by_itself(base: Path) -> None:
     middle = overlay(base.parent / "middle", "base.raw")
     active = overlay(base.parent / "active", "middle", format="qcow2")
     write(middle, 1, "1M 1M")
@@ -287,7 +285,7 @@ def test_data_files_and_extents_open_through_the_description(
         assert len(chain.files) == 2
 
 
-def test_a_snapshot_is_found_by_name_or_id_and_else_the_others_are_listed(tmp_path: Path) -> None:
+def test_snapshot_is_found_by_name_or_id_or_others_are_listed(tmp_path: Path) -> None:
     path = tmp_path / "disk"
     qemu_img("create", "-f", "qcow2", path, "1M")
     with pytest.raises(NotInGuestError) as caught:

@@ -134,7 +134,7 @@ def test_a_repair_of_an_overlay_keeps_the_name_of_its_base(image, tmp_path, imgt
     assert held(top) == before and contents(top) == expected and tables(top) == {}
 
 
-def test_lost_space_alone_is_not_mended_where_that_would_lose_snapshots(image, imgtool_cli):
+def test_lost_space_is_not_mended_where_snapshots_would_go(image, imgtool_cli):
     leak(image)
     miscount(image)
     content = image.read_bytes()
@@ -208,7 +208,7 @@ def test_recover_loses_nothing(image, imgtool_cli, operation, damage):
     assert tables(image) in ({}, {"leaks": 1}) and nothing_left(image.parent)
 
 
-def test_a_commit_that_was_cut_off_is_finished_and_loses_nothing(image, tmp_path, imgtool_cli):
+def test_cut_off_commit_is_finished_and_loses_nothing(image, tmp_path, imgtool_cli):
     top = tmp_path / "top.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", "-b", "disk.qcow2", "-F", "qcow2", top)
     write(top, "write -P 7 4M 1M")
@@ -232,7 +232,7 @@ def test_a_bitmap_that_a_killed_writer_has_spoilt_is_said(image, imgtool_cli):
     assert "a backup by its bitmap 'since' has to begin anew" in said[0]
 
 
-def test_bitmaps_that_were_being_written_down_at_a_kill_are_said(image, imgtool_cli):
+def test_bitmaps_being_written_at_a_kill_are_said(image, imgtool_cli):
     left(
         image,
         operation="resize",
@@ -278,7 +278,7 @@ esac
     ],
     ids=lambda words: " ".join(words[:3]),
 )
-def test_what_qemu_would_lose_is_seen_before_the_image_is_touched(
+def test_loss_by_qemu_is_seen_before_the_image_is_touched(
     image, tmp_path, monkeypatch, imgtool_cli, words
 ):
     qemu_img("bitmap", "--remove", image, "since")
@@ -314,7 +314,7 @@ def test_a_file_that_lacks_something_takes_nobodys_place(image, tmp_path):
     assert image.read_bytes() == content and nothing_left(tmp_path)
 
 
-def test_a_revert_is_refused_beside_bitmaps_before_anything_is_done(image, imgtool_cli):
+def test_revert_beside_bitmaps_is_refused_at_once(image, imgtool_cli):
     content = image.read_bytes()
     for disable in (False, True):
         if disable:
@@ -423,7 +423,7 @@ def test_flatten_takes_bitmaps_along(overlay, imgtool_cli):
     assert contents(overlay) == expected
 
 
-def test_flatten_does_not_drop_bitmaps_that_cannot_be_copied_unasked(overlay, imgtool_cli):
+def test_flatten_drops_no_bitmaps_unasked(overlay, imgtool_cli):
     kill_a_writer(overlay)
     content = overlay.read_bytes()
     done = imgtool_cli("overlay", "flatten", overlay)
@@ -434,7 +434,7 @@ def test_flatten_does_not_drop_bitmaps_that_cannot_be_copied_unasked(overlay, im
     assert held(overlay).bitmaps == () and held(overlay).backing is None
 
 
-def test_a_commit_keeps_both_sides_and_removes_no_bitmaps_unasked(image, overlay, imgtool_cli):
+def test_commit_keeps_both_sides_and_no_bitmap_goes_unasked(image, overlay, imgtool_cli):
     base, top = held(image), held(overlay)
     done = imgtool_cli("overlay", "commit", overlay, "--remove")
     assert done.status == 4 and "--force bitmaps" in done.err and "coarse" in done.err
@@ -464,7 +464,7 @@ def test_rebase_keeps_bitmaps(image, overlay, tmp_path, imgtool_cli):
     assert held(overlay) == before.on("other.qcow2", "qcow2")
 
 
-def test_an_encrypted_image_is_not_repaired_and_has_no_record_after(tmp_path, imgtool_cli):
+def test_encrypted_image_is_not_repaired_and_has_no_record(tmp_path, imgtool_cli):
     path = tmp_path / "disk.qcow2"
     secret = ("--object", "secret,id=s,data=x")  # the old kind, which needs no second of hashing
     options = "encrypt.format=aes,encrypt.key-secret=s"
@@ -477,7 +477,7 @@ def test_an_encrypted_image_is_not_repaired_and_has_no_record_after(tmp_path, im
     assert done.status == 0 and not record_path(path).exists(), done.err
 
 
-def test_a_repair_that_is_not_enough_leaves_no_record_and_does_no_more(image, imgtool_cli):
+def test_repair_that_is_not_enough_leaves_no_record(image, imgtool_cli):
     qemu_img("bitmap", "--remove", image, "since")
     miscount(image)
     leak(image)

@@ -186,7 +186,7 @@ def test_a_backing_file_is_named_but_not_opened(tmp_path: Path) -> None:
     assert (info.backing, info.backing_format) == ("/not/there", "raw")
 
 
-def test_a_data_file_beside_the_image_is_found_whatever_the_current_folder(tmp_path: Path) -> None:
+def test_data_file_beside_the_image_is_found_from_any_folder(tmp_path: Path) -> None:
     qemu_img("create", "-f", "qcow2", "-o", "data_file=data.raw", "disk", "1M", cwd=tmp_path)
     info = probe(tmp_path / "disk")
     assert (info.format, info.data_file, info.data_path) == (
@@ -227,7 +227,7 @@ DESCRIPTOR = '# Disk DescriptorFile\nversion=1\ncreateType="monolithicFlat"\nRW 
 
 
 @pytest.mark.usefixtures("no_qemu")
-def test_vmdk_extents_elsewhere_are_refused_before_qemu_sees_them(tmp_path: Path) -> None:
+def test_vmdk_extents_elsewhere_are_refused_before_qemu(tmp_path: Path) -> None:
     path = tmp_path / "disk.vmdk"
     path.write_text(DESCRIPTOR.format("/etc/shadow"))
     with pytest.raises(RefusedError, match="/etc/shadow"):

@@ -107,7 +107,7 @@ Make = Callable[[Path], tuple[Path, Path, str]]
 
 
 @every_maker
-def test_what_qemu_does_not_read_with_its_parent_is_refused_by_name(make: Make, tmp_path: Path):
+def test_parent_that_qemu_ignores_is_refused_by_name(make: Make, tmp_path: Path):
     _, delta, name = make(tmp_path)
     with pytest.raises(ImageError, match="differencing") as caught:
         probe(delta)

@@ -96,7 +96,7 @@ def test_an_overlay_stays_until_who_found_it_has_opened_it(image):
         assert first(chain) == new
 
 
-def test_an_overlay_that_is_read_for_long_is_removed_all_the_same(tmp_path, monkeypatch):
+def test_overlay_read_for_long_is_removed_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "PATIENCE", 0.1)
     path = tmp_path / "overlay"
     path.write_bytes(b"x")
@@ -189,9 +189,7 @@ def test_work_that_ends_after_its_record_was_read_was_not_left(image, work_of_an
         assert chain.active.path == image
 
 
-def test_work_that_ends_after_its_record_was_read_is_not_warned_of(
-    image, work_of_another, monkeypatch
-):
+def test_work_that_ends_after_the_look_is_not_warned_of(image, work_of_another, monkeypatch):
     lookup = end_before(worker_on, work_of_another)
     monkeypatch.setattr(intent_state, "worker_on", lookup)
     assert intent_state.line_on(image) is None

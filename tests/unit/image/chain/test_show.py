@@ -81,7 +81,7 @@ def test_the_table_says_what_stands_on_what(tmp_path, imgtool_cli):
     assert lines[3].startswith(f"  -> {tmp_path}/base.raw ")
 
 
-def test_a_chain_broken_in_the_middle_still_shows_the_links_above(tmp_path, imgtool_cli):
+def test_chain_broken_in_the_middle_shows_the_links_above(tmp_path, imgtool_cli):
     qcow2(tmp_path / "middle", "gone")
     top = qcow2(tmp_path / "top", "middle")
     result = imgtool_cli("chain", "show", "-o", "json", top)
@@ -100,7 +100,7 @@ def test_a_damaged_link_in_the_middle(tmp_path, imgtool_cli):
     assert f"({tmp_path}/base)" in result.err
 
 
-def test_a_chain_that_leaves_its_folder_is_shown_as_far_as_it_may_be(tmp_path, imgtool_cli):
+def test_chain_that_leaves_its_folder_is_shown_as_far_as_may_be(tmp_path, imgtool_cli):
     raw(tmp_path / "elsewhere/base")
     top = qcow2(tmp_path / "here/top", "../elsewhere/base", "raw")
     result = imgtool_cli("chain", "show", top)
@@ -214,7 +214,7 @@ def test_a_sparse_file_of_terabytes(tmp_path, imgtool_cli):
     assert result.text.count(" 4.0T ") == 2 and time.monotonic() - started < 5
 
 
-def test_names_of_snapshots_and_formats_cannot_steer_the_terminal(tmp_path, imgtool_cli):
+def test_snapshot_and_format_names_cannot_steer_the_terminal(tmp_path, imgtool_cli):
     raw(tmp_path / "base")
     top = qcow2(tmp_path / "top", "base", "raw")
     qemu_img("snapshot", "-c", "a\x1b[31m\nred", top)

@@ -100,7 +100,7 @@ def guest(tmp_path: Path) -> Path:
     return image
 
 
-def test_the_guest_of_a_larger_disk_is_read_without_the_appliance(guest, imgtool_cli):
+def test_larger_disks_guest_is_read_without_the_appliance(guest, imgtool_cli):
     with open_guest(guest, snapshot="then", engine="direct") as seen:
         assert seen.read_bytes("/then") == b"then" * MIB
     table = partitions_of(open_chain(guest), snapshot="then")

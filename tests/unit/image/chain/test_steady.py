@@ -71,7 +71,7 @@ def content(chain: Chain) -> bytes:
         return read(0, size)
 
 
-def test_a_base_that_is_exchanged_before_it_is_opened_is_refused(
+def test_base_exchanged_before_it_is_opened_is_refused(
     image: Path, secret: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the look at where its name leads, and its opening."""
@@ -133,9 +133,7 @@ USES: dict[str, Callable[[Chain], object]] = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_base_that_is_exchanged_after_the_look_at_the_chain_is_not_opened(
-    image: Path, secret: Path, use: str
-) -> None:
+def test_base_exchanged_after_the_look_is_not_opened(image: Path, secret: Path, use: str) -> None:
     chain = open_chain(image)
     exchange(image, secret)
     with pytest.raises(RefusedError, match="exchanged"):
@@ -149,7 +147,7 @@ def test_a_raw_disk_that_is_exchanged_is_not_read(image: Path, secret: Path) -> 
         content(chain)
 
 
-def test_a_header_that_is_rewritten_after_the_look_at_it_gets_nothing_served(
+def test_header_rewritten_after_the_look_gets_nothing_served(
     image: Path, secret: Path, tmp_path: Path
 ) -> None:
     """The file is the same, and its owner has written another header into it, which names a file
@@ -165,7 +163,7 @@ def test_a_header_that_is_rewritten_after_the_look_at_it_gets_nothing_served(
         pytest.fail("it was served")
 
 
-def test_a_chain_that_others_can_exchange_is_served_by_descriptors(image: Path) -> None:
+def test_chain_that_others_can_exchange_is_served_by_descriptor(image: Path) -> None:
     chain = open_chain(image)
     assert not is_safe_from_others(chain)
     with steady(chain) as seen:
@@ -264,7 +262,7 @@ def test_what_a_process_has_opened_is_compared(image: Path, secret: Path) -> Non
 @pytest.mark.parametrize(
     "words", [["convert", "disk.qcow2", "new"], ["overlay", "flatten", "disk.qcow2"]]
 )
-def test_a_copy_has_nothing_of_a_file_that_is_put_there_as_it_begins(
+def test_copy_has_nothing_of_a_file_put_there_as_it_begins(
     image: Path,
     secret: Path,
     imgtool_cli: Any,
@@ -284,7 +282,7 @@ def test_a_copy_has_nothing_of_a_file_that_is_put_there_as_it_begins(
 
 
 @pytest.mark.parametrize("command", ["convert", "flatten", "compact"])
-def test_work_on_images_in_a_folder_of_others_gives_what_it_should(
+def test_work_in_a_folder_of_others_gives_what_it_should(
     image: Path, imgtool_cli: Any, command: str
 ) -> None:
     subprocess.run(["qemu-io", "-c", "write -P 0x32 0 64k", image], check=True)
@@ -327,7 +325,7 @@ def put_link(folder: Path, target: Path) -> int:
     ],
     ids=" ".join,
 )
-def test_nothing_is_written_through_a_link_in_the_place_of_a_new_file(
+def test_link_in_the_place_of_a_new_file_is_not_written_through(
     image: Path,
     secret: Path,
     imgtool_cli: Any,
@@ -405,7 +403,7 @@ def test_every_format_is_made_in_a_folder_of_others(
 
 @pytest.mark.parametrize("words", [["overlay", "flatten", "disk.qcow2"], ["compact", "disk.qcow2"]])
 @pytest.mark.parametrize("what", ["image", "new file"])
-def test_nothing_but_the_image_is_replaced_and_by_nothing_but_what_was_made(
+def test_image_alone_is_replaced_and_by_what_was_made_alone(
     image: Path,
     secret: Path,
     imgtool_cli: Any,
@@ -439,7 +437,7 @@ def test_nothing_but_the_image_is_replaced_and_by_nothing_but_what_was_made(
 
 
 @pytest.mark.parametrize("words", [["overlay", "flatten", "link"], ["compact", "link"]])
-def test_an_image_that_is_named_by_a_link_is_replaced_where_it_is(
+def test_image_named_by_a_link_is_replaced_where_it_is(
     image: Path, tmp_path: Path, imgtool_cli: Any, words: list[str]
 ) -> None:
     link = tmp_path / "link"
@@ -452,7 +450,7 @@ def test_an_image_that_is_named_by_a_link_is_replaced_where_it_is(
     assert content(open_chain(link))[:MIB] == b"1" * MIB
 
 
-def test_a_compacted_image_has_nothing_of_a_file_that_was_there_for_a_moment(
+def test_compacted_image_has_nothing_of_a_passing_file(
     image: Path, imgtool_cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """With its snapshots it is copied by imgtool itself, as it is."""
@@ -482,7 +480,7 @@ def test_a_compacted_image_has_nothing_of_a_file_that_was_there_for_a_moment(
 
 
 @pytest.mark.parametrize("kind", ["monolithicFlat", "twoGbMaxExtentSparse"])
-def test_an_image_of_several_files_is_read_by_who_has_no_rights_but_their_own(
+def test_image_of_several_files_is_read_without_special_rights(
     image: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """QEMU looks for its files beside the name that it is given."""

@@ -27,7 +27,7 @@ def files(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
-def test_every_format_and_subformat_of_qemu_is_in_one_of_the_two_lists():
+def test_formats_and_subformats_of_qemu_are_each_in_one_list():
     known = [*WRITABLE.values(), *UNWRITABLE.values()]
     assert {kind.format for kind in known} == set(FORMATS)
     for format in FORMATS:
@@ -165,7 +165,7 @@ def test_every_command_that_writes_asks_first(words, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("words", UNSUPPORTED.values(), ids=UNSUPPORTED.keys())
-def test_what_is_done_to_some_formats_alone_is_refused_for_others(words, tmp_path, capfd):
+def test_operations_of_some_formats_are_refused_for_others(words, tmp_path, capfd):
     status, said = run(words, tmp_path, capfd)
     assert status == ExitStatus.IMAGE_UNREADABLE, said
     assert "imgtool convert" in said

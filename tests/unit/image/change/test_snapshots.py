@@ -209,7 +209,7 @@ def test_a_revert_that_fails_leaves_the_present_state(image, imgtool_cli, monkey
     assert nothing_left(image.parent)
 
 
-def test_a_snapshot_that_qemu_cannot_make_leaves_the_image_sound(tmp_path, imgtool_cli):
+def test_snapshot_that_qemu_cannot_make_leaves_the_image_sound(tmp_path, imgtool_cli):
     image = made(tmp_path / "disk.qcow2", "-o", "refcount_bits=1")
     done = imgtool_cli("snapshot", "create", image, "s")
     assert done.status == 3 and "refcount_bits=1" in done.err

@@ -110,7 +110,7 @@ def test_a_record_names_the_image_and_nothing_else(tmp_path):
     assert record_path(link) == record_path(image)
 
 
-def test_a_base_that_only_a_named_folder_allows_is_no_obstacle_at_the_end(tmp_path):
+def test_base_that_a_named_folder_allows_can_be_committed_to(tmp_path):
     base = made(tmp_path, "qcow2")
     folder = tmp_path / "work"
     folder.mkdir()
@@ -126,7 +126,7 @@ def test_a_base_that_only_a_named_folder_allows_is_no_obstacle_at_the_end(tmp_pa
     assert left_over(folder) == []
 
 
-def test_an_interrupt_in_the_commit_comes_too_late_and_is_told_so(tmp_path, monkeypatch):
+def test_interrupt_in_the_commit_comes_too_late_and_is_told(tmp_path, monkeypatch):
     """All of it is in the image: the command is done, with status 0."""
     image = made(tmp_path, "qcow2")
     said: list[str] = []

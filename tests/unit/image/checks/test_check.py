@@ -343,9 +343,7 @@ def test_an_image_of_its_own_that_nothing_can_be_said_of(tmp_path, imgtool_cli):
     assert imgtool_cli("chain", "check", raw(tmp_path / "disk")).status == 0
 
 
-def test_a_loop_is_found_from_every_image_and_in_a_folder_that_no_top_leads_to(
-    tmp_path, imgtool_cli
-):
+def test_loop_is_found_from_every_image_and_without_a_top(tmp_path, imgtool_cli):
     for name, below in (("a", "b"), ("b", "c"), ("c", "a"), ("above", "a")):
         os.utime(qcow2(tmp_path / name, below), (1, 1))
     for image in [*tmp_path.iterdir(), tmp_path]:
@@ -375,7 +373,7 @@ def test_every_image_is_looked_at_once(tmp_path):
     assert len(check.looked_at) == 8
 
 
-def test_overlays_in_other_folders_count_where_the_whole_folder_is_given(tmp_path, imgtool_cli):
+def test_overlays_in_other_folders_count_where_a_tree_is_given(tmp_path, imgtool_cli):
     raw(tmp_path / "bases/base.raw")
     for name in ("one", "two"):
         qcow2(tmp_path / "guests" / name / "disk", "../../bases/base.raw", "raw")
@@ -515,7 +513,7 @@ def test_sound_damaged_and_not_looked_at_are_three_words(tmp_path, imgtool_cli, 
     assert ("not looked at: its tables: raw has none" in result.err) == (make is raw)
 
 
-def test_the_tables_of_an_image_that_a_guest_writes_to_are_not_looked_at(tmp_path, imgtool_cli):
+def test_tables_of_an_image_in_use_are_not_looked_at(tmp_path, imgtool_cli):
     image = qcow2(tmp_path / "disk.qcow2")
     with held_by_qemu(image):
         (row,) = json.loads(imgtool_cli("check", "-o", "json", image).text)

@@ -90,9 +90,7 @@ WRITES = [
 
 
 @pytest.mark.parametrize("words", WRITES, ids=lambda words: " ".join(words))
-def test_an_overlay_is_not_written_to_after_its_base_was_changed(
-    top, monkeypatch, imgtool_cli, words
-):
+def test_overlay_is_not_written_to_after_its_base_was_changed(top, monkeypatch, imgtool_cli, words):
     monkeypatch.chdir(top.parent)
     qemu_img("create", "-q", "-f", "qcow2", "other.qcow2", str(SIZE))
     before = (top.read_bytes(), top.stat().st_mtime_ns)
@@ -336,9 +334,7 @@ def in_order(*images: Path) -> bool:
     ],
     ids=lambda words: " ".join(words[:2]),
 )
-def test_work_that_changes_nothing_for_a_guest_leaves_the_overlays_younger(
-    tmp_path, monkeypatch, imgtool_cli, words
-):
+def test_invisible_work_leaves_the_overlays_younger(tmp_path, monkeypatch, imgtool_cli, words):
     monkeypatch.chdir(tmp_path)
     base = tmp_path / "base.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", base, str(SIZE))

@@ -100,7 +100,7 @@ def test_chains_across_two_folders(links, absolute, tmp_path, imgtool_cli):
         assert [row["overlays"] for row in rows] == [[row["path"]] for row in rows[1:]] + [[]]
 
 
-def test_a_base_outside_of_the_folder_is_not_opened_unless_allowed(tmp_path, imgtool_cli):
+def test_base_outside_of_the_folder_needs_permission(tmp_path, imgtool_cli):
     raw(tmp_path / "bases/base.raw")
     qcow2(tmp_path / "guests/top", "../bases/base.raw", "raw")
     rows = rows_of(imgtool_cli, tmp_path / "guests")

@@ -157,7 +157,7 @@ def test_what_has_no_number_is_known_until_it_is_taken_away(host):
 
 
 @needs_root
-def test_a_network_block_device_is_another_when_it_is_connected_anew(host):
+def test_network_block_device_is_another_once_connected_anew(host):
     node = host.disk("nbd0", (43, 0), 5, pid="4242\n")
     ids = identity(node)
     (host.folder / "sys/devices/nbd0/pid").write_text("4243\n")
@@ -165,7 +165,7 @@ def test_a_network_block_device_is_another_when_it_is_connected_anew(host):
 
 
 @needs_root
-def test_a_kernel_without_diskseq_tells_attachments_apart_by_sysfs(host):
+def test_kernel_without_diskseq_tells_attachments_by_sysfs(host):
     def attach(name: str) -> list[str]:
         (host.folder / "sys/dev/block/8:16").unlink(missing_ok=True)
         node = host.disk(name, (8, 16), 5)
@@ -196,7 +196,7 @@ def test_a_number_that_two_disks_have_is_none(host):
 
 
 @needs_root
-def test_a_partition_is_known_by_its_disk_and_its_uuid_or_number(host):
+def test_partition_is_known_by_disk_and_uuid_or_number(host):
     def parts(disk: str, major: int, wwid: str, *uuids: str) -> list[list[str]]:
         host.disk(disk, (major, 0), major, device__wwid=wwid)
         lines = [f"DEVTYPE=partition\nPARTUUID={uuid}\n" if uuid else "" for uuid in uuids]
@@ -315,7 +315,7 @@ def put_old(node: Path, noted: list[str], name: str) -> Path:
 
 
 @needs_root
-def test_a_record_of_before_is_found_at_its_old_name_by_the_disk_that_it_is_of(host):
+def test_earlier_record_is_found_at_its_old_name_by_its_disk(host):
     noted = ["ata-Disk_S1", "wwn-0x5000c500a1b2c3d4"]
     first = host.disk("sdc", (8, 32), 6, device__wwid="naa.5000c500a1b2c3d4")
     second = host.disk("sdb", (8, 16), 5, device__wwid="naa.5000c500ffffffff")
@@ -328,7 +328,7 @@ def test_a_record_of_before_is_found_at_its_old_name_by_the_disk_that_it_is_of(h
 
 
 @needs_root
-def test_a_record_of_before_of_which_nothing_is_known_is_looked_at(host):
+def test_earlier_record_of_an_unknown_disk_is_looked_at(host):
     node = host.disk("sdb", (8, 16), 5, device__wwid="naa.5000c500a1b2c3d4")
     old = put_old(node, ["8:16", "4", "earlier"], "sdb")
     assert record_path(node) == old
@@ -337,7 +337,7 @@ def test_a_record_of_before_of_which_nothing_is_known_is_looked_at(host):
 
 
 @needs_root
-def test_only_records_of_those_who_are_believed_are_looked_through(host):
+def test_records_are_looked_through_only_if_believed(host):
     node = host.disk("sdb", (8, 16), 5, device__wwid="naa.5000c500a1b2c3d4")
     planted = left(node, operation="resize").rename(
         intent_log.FOR_DEVICES / ".dev-mallory.imgtool-record"
@@ -415,7 +415,7 @@ def value_of(device: Path) -> int:
 
 @needs_loop
 @pytest.mark.parametrize("interrupted", [0, 1])
-def test_what_was_interrupted_follows_its_device_to_another_name(files, imgtool_cli, interrupted):
+def test_interrupted_work_follows_its_device_to_another_name(files, imgtool_cli, interrupted):
     with looped(*files) as nodes:
         cut(nodes[interrupted])
         exchange(nodes, files)
@@ -448,7 +448,7 @@ def test_what_was_interrupted_follows_its_device_to_another_name(files, imgtool_
 
 
 @needs_loop
-def test_two_devices_of_one_guest_that_exchange_their_names_are_finished_together(files):
+def test_devices_that_exchange_names_are_finished_together(files):
     with looped(*files) as nodes:
         cut(*nodes)
         assert len(list(intent_log.FOR_DEVICES.iterdir())) == 4
@@ -462,7 +462,7 @@ def test_two_devices_of_one_guest_that_exchange_their_names_are_finished_togethe
 
 
 @needs_loop
-def test_the_first_of_two_devices_is_not_finished_before_one_that_is_elsewhere(files, tmp_path):
+def test_first_device_waits_for_one_that_is_elsewhere(files, tmp_path):
     third = tmp_path / "third.raw"
     third.write_bytes(bytes([OLD]) * SIZE)
     with looped(*files, third) as nodes:
@@ -476,7 +476,7 @@ def test_the_first_of_two_devices_is_not_finished_before_one_that_is_elsewhere(f
 
 
 @needs_loop
-def test_an_overlay_of_the_user_is_committed_to_the_device_that_it_was_on(files, tmp_path):
+def test_users_overlay_is_committed_to_its_own_device(files, tmp_path):
     from imgtool.image.change.overlays import plan_commit
 
     overlay = tmp_path / "top.qcow2"
@@ -510,7 +510,7 @@ def test_an_overlay_of_the_user_is_committed_to_the_device_that_it_was_on(files,
 
 
 @needs_loop
-def test_a_loop_device_is_the_part_of_the_file_that_it_stands_on(files):
+def test_loop_device_is_the_part_of_the_file_it_stands_on(files):
     with looped(*files) as nodes:
         first, second = (identity(node) for node in nodes)
         assert first[0].startswith("loop:") and same_device(first, second) is False

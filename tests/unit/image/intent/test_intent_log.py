@@ -30,7 +30,7 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_record_is_one_for_all_names_of_an_image_and_goes_when_it_says_nothing(image):
+def test_record_is_one_for_all_names_and_goes_when_empty(image):
     link = image.with_name("link")
     link.symlink_to(image.name)
     with new_record(link) as record:
@@ -123,7 +123,7 @@ def test_the_record_of_another_user_is_not_believed(image):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
-def test_another_user_reads_the_record_and_is_told_who_can_settle_it(image):
+def test_other_user_reads_the_record_and_who_can_settle_it(image):
     left(image, operation="resize")
     for folder in image.parents:
         if "pytest" in str(folder):
@@ -186,7 +186,7 @@ def test_a_record_that_makes_no_sense_is_refused_in_words(image, facts):
     assert image.read_bytes() == content
 
 
-def test_a_commit_names_only_an_overlay_that_stands_on_the_image(image, tmp_path):
+def test_commit_names_only_an_overlay_on_the_image(image, tmp_path):
     (tmp_path / "secret.raw").write_bytes(b"secret" * 1000)
     left(image, operation="commit", overlay="secret.raw", remove=True, noted={})
     with pytest.raises(ImageError, match="not there any more, or no longer stands"):
@@ -199,7 +199,7 @@ def test_a_commit_names_only_an_overlay_that_stands_on_the_image(image, tmp_path
     assert (tmp_path / "secret.raw").exists()
 
 
-def test_the_image_is_gone_and_what_was_made_of_it_is_named_and_kept(image):
+def test_lost_image_leaves_its_copy_named_and_kept(image):
     made = temporary_path(image)
     made.write_bytes(b"the only copy")
     left(image, operation="compact", temporary=str(made), made=identity_of(made))
@@ -240,7 +240,7 @@ def test_no_image_and_no_record_is_nothing_to_recover(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["symlink", "hard link"])
-def test_attributes_go_to_no_other_file_that_was_put_in_the_place_of_the_new_one(tmp_path, kind):
+def test_attributes_go_to_no_file_put_in_the_new_ones_place(tmp_path, kind):
     """The owner of the folder exchanges it while root works on his image."""
     image, temporary, precious = (tmp_path / name for name in ("image", "temporary", "precious"))
     image.touch(mode=0o666)

@@ -133,7 +133,7 @@ def test_one_of_two_disks_without_the_other_is_refused(disk, tmp_path):
     assert record_path(second).exists()
 
 
-def test_what_holds_all_of_it_is_lost_and_no_part_is_taken_for_the_whole(disk, tmp_path):
+def test_lost_overlay_leaves_no_part_taken_for_the_whole(disk, tmp_path):
     elsewhere = tmp_path / "tmp"
     elsewhere.mkdir()
     torn(disk, tmp_dir=elsewhere)
@@ -149,7 +149,7 @@ def test_what_holds_all_of_it_is_lost_and_no_part_is_taken_for_the_whole(disk, t
     assert disk.read_bytes() == before and left_over(disk.parent) == []
 
 
-def test_another_image_of_the_same_name_is_neither_read_nor_written_by_it(disk):
+def test_other_image_of_the_same_name_is_left_alone(disk):
     torn(disk)
     os.replace(made(disk.parent.parent, "raw"), disk)
     before = disk.read_bytes()
@@ -160,7 +160,7 @@ def test_another_image_of_the_same_name_is_neither_read_nor_written_by_it(disk):
     assert disk.read_bytes() == before
 
 
-def test_a_copy_of_all_that_was_left_is_finished_where_it_is_said_to_be_one(disk, tmp_path):
+def test_copy_of_all_is_finished_where_it_is_said_to_be_one(disk, tmp_path):
     torn(disk)
     copy = Path(shutil.copytree(disk.parent, tmp_path / "copy")) / disk.name
     shutil.rmtree(disk.parent)
@@ -170,7 +170,7 @@ def test_a_copy_of_all_that_was_left_is_finished_where_it_is_said_to_be_one(disk
     assert pattern(copy, "raw", NEW)
 
 
-def test_a_link_that_leads_elsewhere_by_now_takes_no_other_record_away(disk):
+def test_link_that_leads_elsewhere_takes_no_other_record(disk):
     link, other = disk.with_name("current"), disk.with_name("other.img")
     shutil.copyfile(disk, other)
     torn(other)
@@ -188,7 +188,7 @@ def test_a_file_with_several_names_is_not_written(disk):
         write(disk)
 
 
-def test_a_disk_that_is_in_the_way_leaves_no_record_of_the_first(disk):
+def test_disk_in_the_way_leaves_no_record_of_the_first(disk):
     second = disk.with_name("second.img")
     shutil.copyfile(disk, second)
     with (
@@ -265,7 +265,7 @@ def attached(file: Path) -> Iterator[Path]:
         subprocess.run(["losetup", "--detach", device], check=True)
 
 
-def test_a_part_that_is_in_another_file_or_not_yet_on_the_disk_is_seen(apart):
+def test_part_in_another_file_or_not_yet_on_disk_is_seen(apart):
     def fails() -> None:
         raise ImageError("QEMU died")
 
@@ -276,7 +276,7 @@ def test_a_part_that_is_in_another_file_or_not_yet_on_the_disk_is_seen(apart):
     assert pattern(apart.image, apart.format, NEW)
 
 
-def test_what_was_written_since_to_a_data_file_or_a_device_is_kept(apart, tmp_path):
+def test_later_write_to_a_data_file_or_device_is_kept(apart, tmp_path):
     assert in_child(lambda: apart.write(lambda: os._exit(KILLED))) == KILLED
     apart.put(0x77, 1 << 20)
     status = apart.data.stat()
@@ -336,7 +336,7 @@ def cut(image: Path, tmp_dir: Path, *, step: str | None) -> Path:
 
 
 @pytest.mark.parametrize("step", [None, "written"])
-def test_what_is_done_to_a_copy_leaves_the_overlay_of_the_original(disk, tmp_path, step):
+def test_work_on_a_copy_leaves_the_overlay_of_the_original(disk, tmp_path, step):
     elsewhere = tmp_path / "tmp"
     elsewhere.mkdir()
     overlay = cut(disk, elsewhere, step=step)
@@ -376,7 +376,7 @@ def test_what_is_kept_is_said_to_have_all_of_a_torn_image(disk, tmp_path, imgtoo
 
 
 @needs_root
-def test_another_user_is_refused_what_he_could_read_only_a_part_of(open_folder):
+def test_other_user_is_refused_what_he_reads_only_in_part(open_folder):
     disk = made(open_folder, "raw")
     disk.chmod(0o644)
     torn(disk)
@@ -397,7 +397,7 @@ def test_a_write_by_somebody_of_the_group_is_not_read_past(open_folder):
 
 @needs_root
 @pytest.mark.parametrize("step", [{}, {"step": "proved"}], ids=["begun", "proved"])
-def test_a_base_of_somebody_else_cannot_have_an_overlay_written_into_it(open_folder, step):
+def test_others_base_cannot_have_an_overlay_written_into_it(open_folder, step):
     base, victim = made(open_folder, "qcow2"), open_folder / "victim.qcow2"
     words = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, victim]
     subprocess.run(words, check=True)
@@ -445,7 +445,7 @@ def test_a_record_cannot_have_a_file_of_somebody_else_removed(open_folder):
     assert theirs.read_text() == "precious"
 
 
-def test_an_overlay_of_a_record_leads_no_further_than_the_image_may(disk, tmp_path):
+def test_records_overlay_leads_no_further_than_the_image(disk, tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     overlay, secret = outside / f".{disk.name}.imgtool-1234", outside / "secret"
@@ -468,7 +468,7 @@ def test_senseless_names_in_a_record_are_refused_in_words(disk, names):
 # What comes while it is being written
 
 
-def test_a_commit_that_is_killed_before_its_first_byte_leaves_what_was_there(tmp_path):
+def test_commit_killed_before_its_first_byte_changes_nothing(tmp_path):
     base, overlay = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", base, "4M")
     fill(base, "qcow2", OLD)
@@ -530,7 +530,7 @@ def test_a_lock_of_another_qemu_is_known_as_one(disk):
         os.kill(int(pidfile.read_text()), signal.SIGTERM)
 
 
-def test_a_guest_that_is_started_before_the_word_has_the_image_to_itself(disk, monkeypatch):
+def test_guest_started_before_the_word_has_the_image_alone(disk, monkeypatch):
     def started() -> None:
         with pytest.raises(RefusedError, match="in use"):
             writing.commit()
@@ -651,7 +651,7 @@ def test_a_host_that_is_too_full_for_it_is_told_before_the_word(disk, monkeypatc
     assert left_over(disk.parent) == []
 
 
-def test_what_a_guest_wrote_is_not_mended_as_if_it_were_the_image(disk):
+def test_guests_content_is_not_mended_as_if_it_were_the_image(disk):
     inner = disk.with_name("inner.qcow2")
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", inner, "1G"], check=True)
     with disk.open("r+b") as file:

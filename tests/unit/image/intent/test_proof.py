@@ -66,7 +66,7 @@ def secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("remove", [True, False])
 @pytest.mark.parametrize("command", [("resize", "2M"), ("recover",), ("compact",)])
-def test_a_planted_record_cannot_have_an_overlay_removed_or_written(
+def test_planted_record_gets_no_overlay_removed_or_written(
     base, tmp_path, imgtool_cli, command, remove
 ):
     (tmp_path / "theirs").mkdir()
@@ -104,7 +104,7 @@ def test_a_planted_record_cannot_show_another_disk(disk, tmp_path, imgtool_cli):
         assert done.status == status, done.err
 
 
-def test_a_planted_record_cannot_have_a_raw_disk_repaired_as_a_qcow2(disk, base, imgtool_cli):
+def test_planted_record_gets_no_raw_disk_repaired_as_qcow2(disk, base, imgtool_cli):
     disk.write_bytes(base.read_bytes())
     before = disk.read_bytes()
     planted(disk, operation="resize", format="qcow2", noted={})
@@ -132,9 +132,7 @@ def test_a_planted_record_cannot_have_a_raw_disk_repaired_as_a_qcow2(disk, base,
     ids=ascii,
 )
 @pytest.mark.parametrize("put", [left, planted])
-def test_half_a_character_in_a_record_is_refused_in_words_and_can_be_ended(
-    disk, imgtool_cli, facts, put
-):
+def test_half_a_character_in_a_record_is_refused_in_words(disk, imgtool_cli, facts, put):
     put(disk, **{**facts, "noted": {}})
     before = disk.read_bytes()
     done = imgtool_cli("recover", disk)
@@ -186,7 +184,7 @@ def test_a_record_that_somebody_changed_proves_nothing(disk, change):
 
 
 @pytest.mark.parametrize("operation", ["resize", "snapshot create", "revert", "commit", "compact"])
-def test_the_record_of_another_image_is_refused_by_every_operation(base, imgtool_cli, operation):
+def test_record_of_another_image_is_refused_by_every_operation(base, imgtool_cli, operation):
     """Put beside an image by copying a folder, or an older image put at its name."""
     top = overlay_of(base, base.with_name("top.qcow2"))
     made = temporary_path(base)
@@ -205,7 +203,7 @@ def test_the_record_of_another_image_is_refused_by_every_operation(base, imgtool
     assert len(kept) == 1, done.err
 
 
-def test_an_inode_that_was_given_to_the_next_file_is_another_file(tmp_path):
+def test_inode_given_to_the_next_file_is_another_file(tmp_path):
     image = Path.cwd() / f".imgtool-test-{os.getpid()}"  # not in memory, which has no generations
     numbers = set()
     try:
@@ -240,7 +238,7 @@ def test_a_format_that_is_given_is_not_overridden_by_a_record(base, imgtool_cli)
     assert "leave --format out" in str(caught.value.hint)
 
 
-def test_a_write_in_another_format_than_the_one_that_was_cut_off_is_refused(disk, imgtool_cli):
+def test_write_in_another_format_than_the_cut_off_is_refused(disk, imgtool_cli):
     what = disk.with_name("what")
     what.write_bytes(b"what")
     left(disk, operation="resize", format="raw")
@@ -257,7 +255,7 @@ def test_a_write_in_another_format_than_the_one_that_was_cut_off_is_refused(disk
 # The secret
 
 
-def test_the_secret_is_made_on_first_use_and_for_its_owner_alone(secret, disk):
+def test_secret_is_made_on_first_use_for_its_owner_alone(secret, disk):
     assert load_intent(disk) is None and not secret.exists()
     left(disk, operation="resize")
     assert secret.stat().st_mode & 0o777 == 0o600
@@ -341,7 +339,7 @@ def test_another_home_is_the_same_user(monkeypatch):
         b".\xff.imgtool-record",
     ],
 )
-def test_no_name_that_imgtool_takes_for_its_own_comes_out_of_a_guest(path):
+def test_name_that_imgtool_takes_as_its_own_stays_in_the_guest(path):
     with pytest.raises(BadName, match="for its own"):
         split(path)
 

@@ -146,9 +146,7 @@ def test_writers_are_refused_and_readers_warned(
 
 
 @pytest.mark.usefixtures("mounted")
-def test_what_stands_on_a_base_alone_does_not_keep_its_overlay_from_being_written(
-    image: Path, sysfs: Path
-) -> None:
+def test_device_on_a_base_does_not_lock_its_overlay(image: Path, sysfs: Path) -> None:
     active = image.with_name("active.qcow2")
     create = ("qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "raw", active)
     subprocess.run(create, check=True)

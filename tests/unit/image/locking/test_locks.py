@@ -72,7 +72,7 @@ def test_a_writer_is_named_with_its_process(image: Path) -> None:
     assert in_use_for_writing(image) is None
 
 
-def test_writing_to_an_image_in_use_is_refused_and_reading_warns(image: Path) -> None:
+def test_image_in_use_refuses_writes_and_warns_readers(image: Path) -> None:
     with written_by_qemu(image) as pid:
         chain = open_chain(image)
         with pytest.raises(RefusedError, match=f"process {pid}") as caught:
@@ -135,7 +135,7 @@ def test_an_image_that_grows_just_now_is_not_called_truncated(image: Path) -> No
     assert "being written" in problem
 
 
-def test_locks_that_are_held_keep_writers_out_and_own_programs_in(tmp_path: Path) -> None:
+def test_held_locks_keep_writers_out_and_own_programs_in(tmp_path: Path) -> None:
     image = tmp_path / "disk.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
     guest = ("qemu-io", "-f", "qcow2", "-c", "write 0 64k", image)

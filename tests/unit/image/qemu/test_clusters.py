@@ -125,7 +125,7 @@ def test_chains_are_read_as_qemu_reads_them(tmp_path: Path) -> None:
     _same(image, tmp_path)
 
 
-def test_an_overlay_that_was_made_larger_does_not_show_what_is_below(tmp_path: Path) -> None:
+def test_overlay_made_larger_does_not_show_what_is_below(tmp_path: Path) -> None:
     base = tmp_path / "base.qcow2"
     _run("qemu-img", "create", "-f", "qcow2", base, SIZE)
     _run("qemu-io", "-f", "qcow2", "-c", f"write -P 7 0 {SIZE}", base)

@@ -144,7 +144,7 @@ Worker.do_mount = mount
 # Names
 
 
-def test_the_worker_does_not_choose_the_name_that_is_written_on_the_host(lying, tmp_path):
+def test_worker_does_not_choose_a_name_on_the_host(lying, tmp_path):
     lies = """
 def lstat(self, request): return row("/.bash_login")
 def resolve(self, request): return "/.bash_login"
@@ -252,7 +252,7 @@ CLAIMED = {
 
 
 @pytest.mark.parametrize("claim", CLAIMED)
-def test_a_guest_has_the_disks_that_it_was_given_and_no_more_than_there_can_be(lying, claim):
+def test_guest_has_the_disks_that_it_was_given_alone(lying, claim):
     started = time.monotonic()
     with pytest.raises(ImageError, match="makes no sense"), lying(OPENED + CLAIMED[claim]):
         pass
@@ -286,9 +286,7 @@ def without_mounts(image: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return opened
 
 
-def test_the_layout_is_found_in_its_time_however_many_filesystems_are_claimed(
-    without_mounts, monkeypatch
-):
+def test_layout_is_found_in_time_with_many_filesystems(without_mounts, monkeypatch):
     monkeypatch.setitem(wire._PATIENCE_FOR_LAYOUT, "start", 1.0)
     started = time.monotonic()
     with (
@@ -299,7 +297,7 @@ def test_the_layout_is_found_in_its_time_however_many_filesystems_are_claimed(
     assert time.monotonic() - started < 5
 
 
-def test_as_many_filesystems_as_there_can_be_take_no_time_to_look_through(without_mounts):
+def test_filesystems_at_their_most_take_no_time(without_mounts):
     started = time.monotonic()
     with (
         without_mounts(OPENED + MANY.replace("PAUSE", "0")) as guest,
@@ -429,7 +427,7 @@ def distorted(answer: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("kind", DECODED)
-def test_an_answer_without_sense_is_called_that_and_nothing_else(kind):
+def test_senseless_answer_is_called_that(kind):
     answer, decode = DECODED[kind]
     decode(copy.deepcopy(answer))
     refused = 0
@@ -588,7 +586,7 @@ def test_patience_is_earned():
         patience.spend(2.0)
 
 
-def test_the_time_that_imgtool_itself_is_stopped_is_not_the_workers(monkeypatch):
+def test_time_that_imgtool_is_stopped_is_not_the_workers(monkeypatch):
     answers, more = os.pipe()
     requests = os.open(os.devnull, os.O_WRONLY)
     clock = itertools.count(0, 1000)  # Ctrl-Z again and again

@@ -456,7 +456,7 @@ os.wait()
 
 
 @pytest.mark.parametrize(("kind", "newest"), KINDS[:2])
-def test_qemu_nbd_is_given_its_socket_and_no_sight_of_the_worker(image, monkeypatch, kind, newest):
+def test_qemu_nbd_has_its_socket_and_no_sight_of_the_worker(image, monkeypatch, kind, newest):
     said = json.loads(inside(image, monkeypatch, GIVEN, kind, newest))
     opened = [(number, what) for number, what in enumerate(said["open"]) if what is not None]
     null = os.stat(os.devnull).st_rdev
@@ -550,7 +550,7 @@ def test_a_host_that_lets_no_more_processes_in_has_no_sandbox():
 
 
 @pytest.mark.parametrize("with_landlock", [True, False])
-def test_who_has_no_user_of_his_own_has_room_for_what_starts_elsewhere(with_landlock):
+def test_shared_user_has_room_for_what_starts_elsewhere(with_landlock):
     """However little the user does as the limit is set."""
 
     def limited(tell: int) -> bool:
@@ -789,7 +789,7 @@ def test_who_has_no_proc_has_no_sandbox_of_any_kind(image, monkeypatch):
 
 
 @pytest.mark.usefixtures("worker_may_fail")
-def test_a_worker_that_ends_after_it_was_closed_in_is_not_tried_again(image, monkeypatch):
+def test_worker_that_ends_once_confined_is_not_tried_again(image, monkeypatch):
     """What an image does to its worker must not choose the sandbox."""
     closed = "import sys; sys.stdout.buffer.write(b'!' + bytes(4)); sys.stdout.flush(); "
     dies = "print('bwrap: No permissions', file=sys.stderr, flush=True); sys.exit(1) # {paths!r}"

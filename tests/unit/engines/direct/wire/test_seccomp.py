@@ -173,7 +173,7 @@ def test_nothing_is_sent_out_of_band(program, calls):
         assert other.recv(100) == b"/dev"
 
 
-def test_what_replays_a_journal_may_neither_mount_nor_trace_nor_connect():
+def test_replay_may_neither_mount_nor_trace_nor_connect():
     calls = [(name, -1, -1, -1, -1) for name in seccomp.NEVER if name != "socket"]
     assert tried(seccomp.replay_filter(), *calls) == [errno.EPERM] * len(calls)
     sockets = [("socket", 1, 1, 0), ("socket", 2, 1, 0)]

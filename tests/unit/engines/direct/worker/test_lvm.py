@@ -168,7 +168,7 @@ def test_a_disk_of_the_group_that_is_not_given_is_missed() -> None:
         volume_groups(both(LINEAR)[:1])
 
 
-def test_two_groups_of_one_name_and_two_disks_of_one_uuid_are_refused() -> None:
+def test_groups_of_one_name_and_disks_of_one_uuid_are_refused() -> None:
     other = LINEAR.replace("VGIDVG-VGID", "OTHERS-VGID")
     with pytest.raises(Unsupported, match="have the name"):
         volume_groups(both(LINEAR, other))

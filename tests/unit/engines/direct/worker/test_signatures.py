@@ -83,7 +83,7 @@ def test_a_mark_of_two_bytes_does_not_hide_another(tmp_path):
 
 
 @pytest.mark.parametrize("at", [1 * MIB, 2 * MIB, 4 * MIB])
-def test_a_header_of_luks_far_from_the_start_is_known_without_the_first_one(at, tmp_path):
+def test_second_luks_header_far_from_the_start_is_known(at, tmp_path):
     raw = tmp_path / "raw"
     with raw.open("wb") as file:
         file.truncate(12 * MIB)

@@ -64,7 +64,7 @@ def test_a_chain_is_followed_as_far_as_it_is_sound(table, wanted, pieces, proble
     assert (found.problem is None) == (problem is None)
 
 
-def test_a_chain_is_sound_up_to_the_first_cluster_of_another_file() -> None:
+def test_chain_is_sound_up_to_a_cluster_of_another_file() -> None:
     owners = Owners(20)
     one, other = Chain([(2, 3), (9, 2)], None), Chain([(12, 1), (10, 1)], None)
     owners.claim(one.pieces)
@@ -199,13 +199,13 @@ def test_a_damaged_chain_on_fat_is_an_error_for_its_file(fat: Fat, at, to, clust
     assert _contents(found) == _damaged("first", clusters, problem)
 
 
-def test_a_circle_after_the_end_of_the_file_changes_nothing_of_it(fat: Fat) -> None:
+def test_circle_after_the_end_of_the_file_changes_nothing(fat: Fat) -> None:
     first = fat.start(b"first")
     found = FatFilesystem.open(Padded(fat.linked(first + 3, first), fat.size))
     assert _contents(found) == SOUND
 
 
-def test_files_on_fat_that_share_a_cluster_are_errors_from_there_on(fat: Fat) -> None:
+def test_fat_files_that_share_a_cluster_are_errors_from_there(fat: Fat) -> None:
     first, second = fat.start(b"first"), fat.start(b"second")
     found = FatFilesystem.open(Padded(fat.linked(first, second + 1), fat.size))
     reason = f"its clusters are {SHARED}"
@@ -231,7 +231,7 @@ def test_two_entries_with_one_chain_on_fat_are_errors(fat: Fat) -> None:
     assert _contents(found) == {**SOUND, **wrong}
 
 
-def test_volumes_with_too_many_files_are_read_without_a_list_of_owners(fat, monkeypatch) -> None:
+def test_volumes_with_too_many_files_have_no_list_of_owners(fat, monkeypatch) -> None:
     monkeypatch.setattr(cluster_users, "MOST_NAMES", 2)
     first, second = fat.start(b"first"), fat.start(b"second")
     found = FatFilesystem.open(Padded(fat.linked(first + 2, first), fat.size))
@@ -280,7 +280,7 @@ def test_a_damaged_chain_on_exfat_is_an_error_for_its_file(exfat, at, to, cluste
     assert _contents(ExfatFilesystem.open(source), _EXFAT) == {**sound, **wrong}
 
 
-def test_the_tree_goes_on_and_what_precedes_the_circle_can_be_kept(fat: Fat, tmp_path) -> None:
+def test_tree_goes_on_and_what_precedes_a_circle_is_kept(fat: Fat, tmp_path) -> None:
     first = fat.start(b"first")
     image = tmp_path / "disk.img"
     image.write_bytes(fat.linked(first + 2, first + 1))
@@ -298,7 +298,7 @@ def test_the_tree_goes_on_and_what_precedes_the_circle_can_be_kept(fat: Fat, tmp
     assert (tmp_path / "first").read_bytes() == WHOLE[: 3 * CLUSTER]
 
 
-def test_many_files_with_one_long_chain_end_the_search_for_owners() -> None:
+def test_files_with_one_long_chain_end_the_search_for_owners() -> None:
     owners = Owners(20)
     for _ in range(4):
         assert not owners.is_futile
@@ -318,7 +318,7 @@ def test_sound_files_are_read_without_a_look_at_all_others(fat, exfat, look, mon
         assert surveyed == ([] if look == "of one file" else [found])
 
 
-def test_what_lies_in_the_upper_bits_of_fat32_leads_nowhere_else(fat: Fat) -> None:
+def test_upper_bits_of_fat32_lead_nowhere_else(fat: Fat) -> None:
     if fat.bits != 32:
         pytest.skip("only FAT32 has them")
     first, second = fat.start(b"first"), fat.start(b"second")

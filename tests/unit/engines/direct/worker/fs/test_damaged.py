@@ -140,7 +140,7 @@ def test_an_entry_that_is_too_short_hides_nothing_after_it(sound: Path, tmp_path
     assert _listed(image) == (names, [(b"/many", BAD_ENTRY)])
 
 
-def test_a_hole_in_a_directory_is_an_error_and_the_rest_is_listed(sound: Path, tmp_path) -> None:
+def test_hole_in_a_directory_is_an_error_and_the_rest_is_listed(sound: Path, tmp_path) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(sound.read_bytes())
     words = ["debugfs", "-w", "-R", "set_inode_field /many block[1] 0", image]
@@ -150,7 +150,7 @@ def test_a_hole_in_a_directory_is_an_error_and_the_rest_is_listed(sound: Path, t
     assert _listed(image) == (names, [(b"/many", "a directory has a hole")])
 
 
-def test_a_name_in_a_damaged_directory_that_is_not_found_may_be_there(sound: Path, tmp_path):
+def test_name_not_found_in_a_damaged_directory_may_be_there(sound: Path, tmp_path):
     at, lost = _entries(sound)[1][5]
     image = _changed(sound, tmp_path / "disk.img", at, b"\xff\xff\xff\x7f")
     with open_guest(image, engine="direct") as guest:
@@ -173,7 +173,7 @@ def test_a_copy_of_a_damaged_directory_has_what_could_be_read(sound, tmp_path, k
         assert found == {name: name for name in NAMES if name != lost}
 
 
-def test_an_indirect_block_that_is_damaged_takes_only_its_own_part(sound: Path, tmp_path) -> None:
+def test_damaged_indirect_block_takes_only_its_own_part(sound: Path, tmp_path) -> None:
     # Its last pointer leads out of the volume: the kernel takes the whole block for damaged.
     blocks = _blocks(sound, "/mapped")
     words = ("debugfs", "-R", "stat /mapped", sound)
@@ -199,7 +199,7 @@ def test_an_indirect_block_that_is_damaged_takes_only_its_own_part(sound: Path, 
     assert (tmp_path / "mapped").read_bytes() == whole[: 12 * BLOCK]
 
 
-def test_a_file_of_which_nothing_can_be_read_is_kept_as_an_empty_one(sound, tmp_path) -> None:
+def test_file_that_cannot_be_read_is_kept_as_an_empty_one(sound, tmp_path) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(sound.read_bytes())
     words = ["debugfs", "-w", "-R", f"set_inode_field /mapped block[0] {1 << 30}", image]
@@ -219,7 +219,7 @@ def _unmapped(image: Path, path: str) -> None:
     subprocess.run(words, check=True, env=environment(), capture_output=True)
 
 
-def test_a_tar_stream_has_all_but_what_cannot_be_read_and_names_that(sound, tmp_path) -> None:
+def test_tar_stream_has_all_that_can_be_read_and_names_the_rest(sound, tmp_path) -> None:
     at, lost = _entries(sound)[1][5]
     image = _changed(sound, tmp_path / "disk.img", at, b"\xff\xff\xff\x7f")
     words: list[str | Path] = ["debugfs", "-w", "-R", "link /mapped /other", image]
@@ -248,7 +248,7 @@ def test_a_tar_stream_has_all_but_what_cannot_be_read_and_names_that(sound, tmp_
 
 
 @pytest.mark.parametrize("block", [0, 5])
-def test_a_large_file_that_cannot_be_read_ends_a_tar_stream_within_it(tmp_path, block) -> None:
+def test_large_unreadable_file_ends_a_tar_stream_within_it(tmp_path, block) -> None:
     root, image = tmp_path / "root", tmp_path / "disk.img"
     root.mkdir()
     (root / "large").write_bytes(os.urandom(2 << 20))
@@ -265,7 +265,7 @@ def test_a_large_file_that_cannot_be_read_ends_a_tar_stream_within_it(tmp_path, 
     assert told.returncode == 2 and b"Unexpected EOF" in told.stderr
 
 
-def test_a_damaged_block_of_an_xfs_directory_takes_only_its_own_names(tmp_path: Path) -> None:
+def test_damaged_xfs_directory_block_takes_only_its_own_names(tmp_path: Path) -> None:
     names = [f"name-{number:03}-{'x' * 20}".encode() for number in range(400)]
     lines = ["/", "0 0", "d--755 0 0", "many d--755 0 0"]
     lines += [f"{name.decode()} ---644 0 0 /dev/null" for name in names] + ["$", "$"]
@@ -293,7 +293,7 @@ def test_a_damaged_block_of_an_xfs_directory_takes_only_its_own_names(tmp_path: 
     assert path == b"/many" and line.endswith("has a wrong checksum")
 
 
-def test_names_that_a_damaged_directory_does_not_give_are_not_removed(sound, tmp_path) -> None:
+def test_names_that_a_damaged_directory_lacks_are_not_removed(sound, tmp_path) -> None:
     at, _ = _entries(sound)[1][5]
     image = _changed(sound, tmp_path / "disk.img", at, b"\xff\xff\xff\x7f")
     for pair in ((sound, image), (image, sound)):

@@ -199,7 +199,7 @@ def test_a_damaged_extent_tree_is_an_error(root: bytes) -> None:
         node(0, extent(12, 2, 999), limit=84, size=1024),
     ],
 )
-def test_a_damaged_block_of_an_extent_tree_takes_only_its_own_part(block: bytes) -> None:
+def test_damaged_extent_tree_block_takes_only_its_own_part(block: bytes) -> None:
     sound = node(0, extent(0, 2, 50), limit=84, size=1024)
     last = node(0, extent(20, 1, 70), limit=84, size=1024)
     root = node(1, *(struct.pack("<IIHH", start, at, 0, 0) for start, at in PARTS))

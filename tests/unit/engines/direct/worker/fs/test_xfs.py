@@ -123,7 +123,7 @@ def test_a_superblock_not_on_the_allow_list_is_refused(offset: int, value: bytes
         _open(image)
 
 
-def test_a_version_5_superblock_with_a_wrong_checksum_is_refused() -> None:
+def test_version_5_superblock_with_a_wrong_checksum_is_refused() -> None:
     image = _image()
     struct.pack_into(">H", image, 100, 0xB4A5)
     with pytest.raises(Unsupported, match="checksum"):
@@ -156,7 +156,7 @@ def _full_log(cycle: int, flags: int) -> bytearray:
 
 
 @pytest.mark.parametrize("cycle", [1, 7])
-def test_a_log_that_is_full_to_its_end_is_clean_after_an_unmount(cycle: int) -> None:
+def test_log_full_to_its_end_is_clean_after_an_unmount(cycle: int) -> None:
     assert _open(_full_log(cycle, _UNMOUNT)).root == _ROOT
     with pytest.raises(Unsupported, match="dirty"):
         _open(_full_log(cycle, _COMMIT))
