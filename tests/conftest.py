@@ -8,7 +8,7 @@ import io
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,27 +122,44 @@ def open_guests() -> Iterator[OpenGuests]:
         yield OpenGuests(stack)
 
 
+def _run_here(patch: pytest.MonkeyPatch, arguments: Sequence[str], stdin: bytes) -> Result:
+    """Run a command line in this process."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    err = io.StringIO()
+    with patch.context() as patched, contextlib.redirect_stderr(err):
+        patched.setattr(typer.main, "get_command", _get_command)
+        patched.setattr(sys, "stdout", out)
+        patched.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        try:
+            status = int(cli._run(list(arguments)))
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        out.flush()
+    buffer = out.buffer
+    assert isinstance(buffer, io.BytesIO)
+    written = buffer.getvalue()
+    require_schema(list(arguments), written)
+    return Result(status, written, err.getvalue())
+
+
+@pytest.fixture
+def imgtool_alone(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run a command line in this process, on guests that it opens itself."""
+
+    def run(*arguments: object, stdin: bytes = b"") -> Result:
+        return _run_here(monkeypatch, [str(argument) for argument in arguments], stdin)
+
+    return run
+
+
 @pytest.fixture
 def imgtool_cli(open_guests, monkeypatch):
     """Run a command line in this process, on guests that are shared with other tests."""
     monkeypatch.setattr(imgtool.opening, "open_guest", open_guests.shared)
-    monkeypatch.setattr(typer.main, "get_command", _get_command)
 
     def run(*arguments: object, stdin: bytes = b"") -> Result:
         if arguments[0] not in READING:
             open_guests.forget(map(str, arguments))
-        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
-        err = io.StringIO()
-        with monkeypatch.context() as patch, contextlib.redirect_stderr(err):
-            patch.setattr(sys, "stdout", out)
-            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-            try:
-                status = int(cli._run([str(argument) for argument in arguments]))
-            except SystemExit as ended:
-                status = int(ended.code or 0)
-            out.flush()
-        written = out.buffer.getvalue()
-        require_schema([str(argument) for argument in arguments], written)
-        return Result(status, written, err.getvalue())
+        return _run_here(monkeypatch, [str(argument) for argument in arguments], stdin)
 
     return run

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import csv
-import functools
 import hashlib
 import io
 import json
@@ -27,6 +26,7 @@ from imgtool.engines.direct.worker.shared import Shared
 from imgtool.engines.direct.worker.volumes import DiskRange
 from imgtool.errors import UsageError
 from imgtool.guest.model import Entry
+from tests.conftest import Result
 
 SIZE = 16 << 20
 CLUSTER = 64 << 10
@@ -46,21 +46,44 @@ def ran(*words: object, stdin: str | None = None) -> str:
     return done.stdout
 
 
-@functools.cache  # the images stay as they are
-def diff(*words: object) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [sys.executable, "-m", "imgtool", "diff", "--engine", "direct", *map(str, words)],
+def shared_files(*words: object) -> int:
+    """Of how many files a diff says that both sides have their content from the same place."""
+    done = subprocess.run(
+        [sys.executable, "-m", "imgtool", "diff", "--engine", "direct", "-v", *map(str, words)],
         capture_output=True,
-        check=False,
+        text=True,
+        check=True,
     )
+    return int(done.stderr.split("content: ")[1].split()[0])
 
 
-def rows(*words: object) -> dict[str, Any]:
+Diff = Callable[..., Result]
+Rows = Callable[..., dict[str, Any]]
+_ANSWERS: dict[tuple[str, ...], Result] = {}  # the images of this file stay as they are
+
+
+@pytest.fixture
+def diff(imgtool_alone: Callable[..., Result]) -> Diff:
+    def ask(*words: object) -> Result:
+        key = tuple(map(str, words))
+        if key not in _ANSWERS:
+            _ANSWERS[key] = imgtool_alone("diff", "--engine", "direct", *key)
+        return _ANSWERS[key]
+
+    return ask
+
+
+@pytest.fixture
+def rows(diff: Diff) -> Rows:
     """The rows of a diff by their paths; nothing may have gone wrong."""
-    done = diff("-o", "jsonl", *words)
-    assert (done.returncode, done.stderr) == (0, b"")
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    return {row["path"]: row for row in found}
+
+    def ask(*words: object) -> dict[str, Any]:
+        done = diff("-o", "jsonl", *words)
+        assert (done.status, done.err) == (0, "")
+        found = [json.loads(line) for line in done.out.splitlines()]
+        return {row["path"]: row for row in found}
+
+    return ask
 
 
 def in_debugfs(image: Path, *commands: str) -> None:
@@ -156,7 +179,9 @@ def changed(base: Path) -> Path:
     return overlay_of(base, image)
 
 
-def test_every_kind_of_difference_is_found_and_nothing_else(base: Path, changed: Path) -> None:
+def test_every_kind_of_difference_is_found_and_nothing_else(
+    rows: Rows, base: Path, changed: Path
+) -> None:
     found = rows(base, changed)
     assert {path: (row["change"], row["fields"]) for path, row in found.items()} == {
         "/etc/becomes-a-link": ("changed", ["type", "mode", "mtime"]),
@@ -177,18 +202,20 @@ def test_every_kind_of_difference_is_found_and_nothing_else(base: Path, changed:
     assert found["/etc/gone"]["size_b"] is None
 
 
-def test_the_other_direction_is_the_mirror_image(base: Path, changed: Path) -> None:
+def test_the_other_direction_is_the_mirror_image(rows: Rows, base: Path, changed: Path) -> None:
     found = rows(changed, base)
     assert found["/etc/new"]["change"] == "removed"
     assert found["/etc/gone"]["change"] == "added"
 
 
-def test_an_image_is_the_same_as_itself(changed: Path) -> None:
+def test_an_image_is_the_same_as_itself(diff: Diff, changed: Path) -> None:
     done = diff("--all", "--checksum", "md5", "--exit-code", changed, changed)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert (done.status, done.out, done.err) == (0, b"", "")
 
 
-def test_checksum_compares_content_of_the_same_size_and_time(base: Path, changed: Path) -> None:
+def test_checksum_compares_content_of_the_same_size_and_time(
+    rows: Rows, base: Path, changed: Path
+) -> None:
     found = rows(base, changed, "--checksum", "md5", "--path", "/etc")
     same = found["/etc/same-size"]
     assert (same["change"], same["fields"]) == ("changed", ["content"])
@@ -199,17 +226,19 @@ def test_checksum_compares_content_of_the_same_size_and_time(base: Path, changed
     assert "/long" not in found
 
 
-def test_blocks_that_the_chain_shares_are_not_read(base: Path, changed: Path) -> None:
-    done = diff("-v", "--checksum", "sha256", "--against-base", changed)
-    shared = done.stderr.split(b"content: ")[1].split()[0]
+def test_blocks_that_the_chain_shares_are_not_read(
+    diff: Diff, rows: Rows, base: Path, changed: Path
+) -> None:
+    words = ("--checksum", "sha256", "--against-base", changed)
     # All files of data but those that lie beside something that changed, in one cluster with it.
-    assert 16 <= int(shared) <= 24
-    assert b"  content\n" in done.stdout
+    assert 16 <= shared_files(*words) <= 24
+    done = diff(*words)
+    assert b"  content\n" in done.out
     full = rows(base, changed.with_suffix(".raw"), "--checksum", "sha256")
     assert rows(changed, "--against-base", "--checksum", "sha256") == full
 
 
-def test_xfs_tells_what_is_shared_too(tmp_path: Path) -> None:
+def test_xfs_tells_what_is_shared_too(diff: Diff, tmp_path: Path) -> None:
     disk, overlay = tmp_path / "disk.raw", tmp_path / "overlay.qcow2"
     proto = ["/none", "0 0", "d--755 0 0"]
     for name in ("one", "two", "three"):
@@ -223,26 +252,30 @@ def test_xfs_tells_what_is_shared_too(tmp_path: Path) -> None:
         at = file.read(64 << 20).index(b"two" * 1000) + CLUSTER
     ran("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", disk, overlay)
     ran("qemu-io", "-f", "qcow2", "-c", f"write -q -P 7 {at - at % 512} 512", overlay)
-    done = diff(overlay, "--against-base", "--checksum", "sha256", "-v")
-    assert done.stdout == b"changed  file       /two  content\n"
-    assert int(done.stderr.split(b"content: ")[1].split()[0]) >= 1
+    words = (overlay, "--against-base", "--checksum", "sha256")
+    assert diff(*words).out == b"changed  file       /two  content\n"
+    assert shared_files(*words) >= 1
 
 
-def test_two_overlays_of_one_base_share_it(base: Path, changed: Path, tmp_path: Path) -> None:
+def test_two_overlays_of_one_base_share_it(
+    rows: Rows, base: Path, changed: Path, tmp_path: Path
+) -> None:
     other = tmp_path / "other.raw"
     other.write_bytes(base.read_bytes())
     with other.open("r+b") as file:
         file.seek(block_of(base, "/data/07"))
         file.write(b"only the content")
     overlay = overlay_of(base, other)
-    found = rows(changed, overlay, "--checksum", "md5", "--backing-dir", base.parent)
+    words = (changed, overlay, "--checksum", "md5", "--backing-dir", base.parent)
+    found = rows(*words)
     assert found["/data/07"]["fields"] == ["content"]
     assert found["/etc/same-size"]["fields"] == ["content"]
-    done = diff(changed, overlay, "-v", "--checksum", "md5", "--backing-dir", base.parent)
-    assert int(done.stderr.split(b"content: ")[1].split()[0]) >= 15
+    assert shared_files(*words) >= 15
 
 
-def test_an_internal_snapshot_is_compared_with_the_present(base: Path, tmp_path: Path) -> None:
+def test_an_internal_snapshot_is_compared_with_the_present(
+    rows: Rows, base: Path, tmp_path: Path
+) -> None:
     disk = tmp_path / "disk.qcow2"
     ran("qemu-img", "convert", "-f", "raw", "-O", "qcow2", base, disk)
     ran("qemu-img", "snapshot", "-c", "before", disk)
@@ -258,51 +291,53 @@ def test_an_internal_snapshot_is_compared_with_the_present(base: Path, tmp_path:
     assert mirrored["checksum_a"] == found["/data/03"]["checksum_b"]
 
 
-def test_directories_are_listed_for_their_times_only_when_asked(base: Path, changed: Path) -> None:
+def test_directories_are_listed_for_their_times_only_when_asked(
+    rows: Rows, base: Path, changed: Path
+) -> None:
     assert rows(base, changed, "--all")["/etc"]["fields"] == ["mtime"]
     assert "/etc" not in rows(base, changed)
 
 
-def test_exit_code_says_whether_there_are_differences(base: Path, changed: Path) -> None:
-    assert diff(base, changed).returncode == 0
-    assert diff(base, changed, "--exit-code").returncode == 1
-    assert diff(base, changed, "--exit-code", "--path", "/data").returncode == 0
+def test_exit_code_says_whether_there_are_differences(
+    diff: Diff, base: Path, changed: Path
+) -> None:
+    assert diff(base, changed).status == 0
+    assert diff(base, changed, "--exit-code").status == 1
+    assert diff(base, changed, "--exit-code", "--path", "/data").status == 0
 
 
-def test_a_part_is_compared_alone(base: Path, changed: Path) -> None:
+def test_a_part_is_compared_alone(diff: Diff, rows: Rows, base: Path, changed: Path) -> None:
     assert list(rows(base, changed, "--path", "/etc/motd")) == ["/etc/motd"]
     assert rows(base, changed, "--path", "/etc/new")["/etc/new"]["change"] == "added"
     done = diff(base, changed, "--path", "/nowhere")
-    assert done.returncode == 5
-    assert b"/nowhere" in done.stderr
+    assert done.status == 5
+    assert "/nowhere" in done.err
 
 
-def test_csv_has_the_same_rows(base: Path, changed: Path) -> None:
-    table = list(csv.DictReader(io.StringIO(diff("-o", "csv", base, changed).stdout.decode())))
+def test_csv_has_the_same_rows(diff: Diff, rows: Rows, base: Path, changed: Path) -> None:
+    table = list(csv.DictReader(io.StringIO(diff("-o", "csv", base, changed).out.decode())))
     assert list(table[0]) == list(diffing.FIELDS)
     assert [row["path"] for row in table] == list(rows(base, changed))
     assert next(row for row in table if row["path"] == "/etc/mode")["fields"] == "mode,uid,gid"
 
 
-def test_text_is_a_patch_of_the_changed_text_files(base: Path, changed: Path) -> None:
+def test_text_is_a_patch_of_the_changed_text_files(diff: Diff, base: Path, changed: Path) -> None:
     done = diff(base, changed, "--text")
-    assert done.returncode == 0
-    assert (
-        b"--- a/etc/motd\n+++ b/etc/motd\n@@ -1,3 +1,3 @@\n one\n-two\n+2\n three\n" in done.stdout
-    )
-    assert b"Binary files a/etc/binary and b/etc/binary differ\n" in done.stdout
-    assert b"File b/long is longer than 1048576 bytes: its text is not compared\n" in done.stdout
-    assert done.stdout.count(b"@@ -") == 1
+    assert done.status == 0
+    assert b"--- a/etc/motd\n+++ b/etc/motd\n@@ -1,3 +1,3 @@\n one\n-two\n+2\n three\n" in done.out
+    assert b"Binary files a/etc/binary and b/etc/binary differ\n" in done.out
+    assert b"File b/long is longer than 1048576 bytes: its text is not compared\n" in done.out
+    assert done.out.count(b"@@ -") == 1
 
 
 def test_text_is_bytes_in_a_file_and_escaped_on_a_terminal(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    diff: Diff, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "other.raw"
     other.write_bytes(base.read_bytes())
     (tmp_path / "motd").write_bytes(b"one\n\x1b[31m\xff\\\tred\nthree\n")
     in_debugfs(other, "rm /etc/motd", f"write {tmp_path}/motd /etc/motd")
-    written = diff(base, other, "--text").stdout
+    written = diff(base, other, "--text").out
     assert b"\n+\x1b[31m\xff\\\tred\n" in written
 
     class Terminal(io.StringIO):
@@ -330,19 +365,23 @@ def test_a_name_cannot_break_out_of_the_header_of_a_patch(name: bytes, header: b
     assert text.quote_name(name) == header
 
 
-def test_names_that_would_steer_a_terminal_are_escaped(base: Path, tmp_path: Path) -> None:
+def test_names_that_would_steer_a_terminal_are_escaped(
+    diff: Diff, rows: Rows, base: Path, tmp_path: Path
+) -> None:
     empty = tmp_path / "empty.raw"
     with empty.open("wb") as file:
         file.truncate(SIZE)
     ran("mke2fs", "-q", "-t", "ext4", "-b", "4096", empty)
-    table = diff(empty, base).stdout
+    table = diff(empty, base).out
     assert b"/odd\\377\\033[31m\\n\\ name" in table
     assert b"\x1b" not in table
     found = [row for row in rows(empty, base).values() if "path_bytes" in row]
     assert [base64.b64decode(row["path_bytes"]) for row in found] == [b"/" + ODD]
 
 
-def test_unreadable_directory_is_neither_equal_nor_gone(base: Path, tmp_path: Path) -> None:
+def test_unreadable_directory_is_neither_equal_nor_gone(
+    diff: Diff, base: Path, tmp_path: Path
+) -> None:
     damaged = tmp_path / "damaged.raw"
     damaged.write_bytes(base.read_bytes())
     with damaged.open("r+b") as file:
@@ -350,34 +389,36 @@ def test_unreadable_directory_is_neither_equal_nor_gone(base: Path, tmp_path: Pa
         file.write(b"damaged")
     for first, second in ((base, damaged), (damaged, base)):
         done = diff(first, second)
-        assert done.returncode == 1
-        assert done.stdout == b""
-        assert done.stderr.count(b"\n") == 1
-        assert b"damaged.raw: a block of a directory is damaged (/etc)" in done.stderr
+        assert done.status == 1
+        assert done.out == b""
+        assert done.err.count("\n") == 1
+        assert "damaged.raw: a block of a directory is damaged (/etc)" in done.err
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["A"], b"nothing to compare"),
-        (["A", "--snapshot", "x", "--snapshot-b", "x"], b"the same snapshot"),
-        (["A", "B", "--against-base"], b"--against-base"),
-        (["A", "--against-base", "--snapshot", "x"], b"--against-base"),
-        (["A", "--against-base"], b"no backing image"),
-        (["A", "--format-b", "raw"], b"--format-b"),
-        (["A", "B", "--text", "-o", "json"], b"--text"),
+        (["A"], "nothing to compare"),
+        (["A", "--snapshot", "x", "--snapshot-b", "x"], "the same snapshot"),
+        (["A", "B", "--against-base"], "--against-base"),
+        (["A", "--against-base", "--snapshot", "x"], "--against-base"),
+        (["A", "--against-base"], "no backing image"),
+        (["A", "--format-b", "raw"], "--format-b"),
+        (["A", "B", "--text", "-o", "json"], "--text"),
     ],
 )
 def test_options_that_make_no_sense_together_are_usage(
-    words: list[str], said: bytes, base: Path
+    diff: Diff, words: list[str], said: str, base: Path
 ) -> None:
     done = diff(*(base if word in ("A", "B") else word for word in words))
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert done.stderr.count(b"error:") == 1
+    assert done.status == 2
+    assert said in done.err
+    assert done.err.count("error:") == 1
 
 
-def test_a_base_in_a_folder_that_the_overlay_may_use_is_opened(base: Path, tmp_path: Path) -> None:
+def test_a_base_in_a_folder_that_the_overlay_may_use_is_opened(
+    rows: Rows, base: Path, tmp_path: Path
+) -> None:
     """From the middle of a chain on, its images are where the whole chain was allowed to be."""
     (tmp_path / "middle").mkdir()
     middle, top = tmp_path / "middle/middle.qcow2", tmp_path / "top.qcow2"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from imgtool.formats.packed import KINDS
-from tests.support.chain_images import create_encrypted
+from tests.support.luks import luks
 
 MIB = 1 << 20
 
@@ -164,7 +164,5 @@ def test_a_format_that_only_qemu_knows_is_converted_by_it(disk, monkeypatch, img
 
 
 def test_an_encrypted_disk_of_the_old_kind_is_a_raw_disk(tmp_path, imgtool_cli):
-    path = tmp_path / "luks"
-    options = ["-o", "key-secret=s,iter-time=10"]
-    create_encrypted("-f", "luks", "--object", "secret,id=s,data=x", *options, path, "1M")
+    path = luks(tmp_path / "luks", 1 << 20)
     assert imgtool_cli("info", path).status == 0

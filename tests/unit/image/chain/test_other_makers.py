@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -424,8 +425,21 @@ def test_a_part_of_a_vmdk_names_its_descriptor(tmp_path: Path):
 # Hostile headers
 
 
-def test_huge_tables_are_not_read(tmp_path: Path):
+class Counted(io.FileIO):
+    """A file that counts what is read of it, in bytes."""
+
+    count = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        found = super().read(-1 if size is None else size)
+        self.count += len(found)
+        return found
+
+
+def test_huge_tables_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Headers that speak of tables of many gigabytes, in sparse files that could hold them."""
+    monkeypatch.setattr(vhd, "_LARGEST_TABLE", 1 << 20)
+    monkeypatch.setattr(vdi, "_LARGEST_MAP", 1 << 20)
     image = EXACT.make(tmp_path / "disk.vhd")
     with image.open("rb") as file:
         footer = vhd.read_footer(file)
@@ -434,28 +448,32 @@ def test_huge_tables_are_not_read(tmp_path: Path):
         assert header is not None
     patch(image, 512 + 28, b"\xff\xff\xff\xff")
     os.truncate(image, 1 << 36)
-    with image.open("rb") as file:
+    with Counted(image) as file:
         assert vhd.size_needed(file, footer) <= 1 << 42
+        assert 1 << 20 <= file.count < 2 << 20
     disk = Kind("vdi").make(tmp_path / "disk.vdi")
     patch(disk, 0x180, b"\xff\xff\xff\x7f")
     os.truncate(disk, 1 << 36)
-    with disk.open("rb") as file:
+    with Counted(disk) as file:
         found = vdi.read(file)
         assert found is not None
         vdi.size_needed(file, found)
+        assert 1 << 20 <= file.count < 2 << 20
     sparse = Kind("vmdk").make(tmp_path / "disk.vmdk")
     patch(sparse, 12, struct.pack("<QQ", 1 << 60, 8))
-    with sparse.open("rb") as file:
+    with Counted(sparse) as file:
         extent = vmdk.read_sparse(file)
         assert extent is not None
         assert vmdk.size_needed(file, extent) == 0
+        assert file.count < 1 << 20
     other = Kind("vhdx").make(tmp_path / "disk.vhdx")
     content = other.read_bytes()
     for place in (192 << 10, 256 << 10):
         patch(other, place + 8, b"\xff\xff\xff\xff")
     assert content != other.read_bytes()
-    with other.open("rb") as file:
+    with Counted(other) as file:
         vhdx.read(file)
+        assert file.count < 1 << 20
 
 
 @pytest.mark.parametrize("kind", [EXACT, FIXED, Kind("vdi"), Kind("vhdx"), Kind("vmdk")])

@@ -16,6 +16,7 @@ from imgtool.errors import ExitStatus, RefusedError
 from imgtool.host.process import spawn
 from imgtool.image.chain.chain import Chain, open_chain
 from imgtool.image.chain.info import probe
+from imgtool.image.locking import locks
 from imgtool.image.locking.held import descriptors
 from imgtool.image.locking.locks import (
     Holder,
@@ -97,7 +98,10 @@ def test_an_overlay_is_not_written_while_its_base_is(image: Path) -> None:
     assert warning(chain) is None
 
 
-def test_readers_keep_writers_away_from_the_active_image_alone(image: Path) -> None:
+def test_readers_keep_writers_away_from_the_active_image_alone(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "PATIENCE", 0.2)
     active = image.with_name("active.qcow2")
     create = ("qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", active)
     subprocess.run(create, check=True)

@@ -14,7 +14,7 @@ import pytest
 
 from imgtool.image.chain.chain import open_chain
 from imgtool.image.qemu.clusters import Clusters, plain
-from tests.support.chain_images import create_encrypted
+from tests.support.luks import luks_qcow2
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -152,9 +152,8 @@ def test_what_is_not_plain_is_left_to_qemu(option: str, tmp_path: Path) -> None:
     image = tmp_path / "disk.qcow2"
     if option.startswith("data_file"):
         option = f"data_file={tmp_path / 'other'}"
-    if option.startswith("encrypt"):
-        key = ["--object", "secret,id=key,data=secret", "-o", "encrypt.key-secret=key"]
-        create_encrypted("-f", "qcow2", *key, "-o", option, image, str(SIZE))
+    if option == "encrypt.format=luks":
+        luks_qcow2(image, SIZE)
     else:
         _run("qemu-img", "create", "-f", "qcow2", "-o", option, image, SIZE)
     with _clusters(image) as found:
