@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import subprocess
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,8 +99,9 @@ def imports_of(path: Path, source: str | None = None) -> Iterator[Import]:
             yield Import(importer, node.lineno, name, node.lineno in never_run)
 
 
-def all_imports() -> list[Import]:
-    return [found for path in MODULES for found in imports_of(path)]
+@functools.cache
+def all_imports() -> tuple[Import, ...]:
+    return tuple(found for path in MODULES for found in imports_of(path))
 
 
 def room(module: str) -> int | None:
@@ -338,22 +340,21 @@ def defined_tests(tree: ast.Module) -> Iterator[str]:
                     yield scope + child.name
 
 
-def long_names(tree: ast.Module) -> list[str]:
-    return [name for name in defined_tests(tree) if len(name.rpartition(".")[2]) >= 60]
+def long_names(names: Iterable[str]) -> list[str]:
+    return [name for name in names if len(name.rpartition(".")[2]) >= 60]
 
 
-def hidden_tests(tree: ast.Module) -> list[str]:
+def hidden_tests(names: Iterable[str]) -> list[str]:
     """Tests that never run, since a later one in the same file has the same name."""
-    counts = Counter(defined_tests(tree))
-    return [name for name, count in counts.items() if count > 1]
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
-@pytest.mark.parametrize("check", [long_names, hidden_tests])
-def test_names_of_tests_are_short_and_each_its_own(
-    check: Callable[[ast.Module], list[str]],
-) -> None:
-    found = {str(path.relative_to(ROOT)): check(ast.parse(path.read_text())) for path in TESTS}
-    assert {path: names for path, names in found.items() if names} == {}
+def test_names_of_tests_are_short_and_each_its_own() -> None:
+    wrong = {}
+    for path in TESTS:
+        names = list(defined_tests(ast.parse(path.read_text())))
+        wrong[str(path.relative_to(ROOT))] = long_names(names) + hidden_tests(names)
+    assert {path: names for path, names in wrong.items() if names} == {}
 
 
 def test_check_of_names_sees_long_and_hidden_ones() -> None:
@@ -370,9 +371,9 @@ class TestThese:
     def test_again(self): pass
 def test_twice(): pass
 """
-    tree = ast.parse(source)
-    assert sorted(long_names(tree)) == sorted([longer, f"TestThese.{longer}"])
-    assert sorted(hidden_tests(tree)) == ["TestThese.test_again", "test_twice"]
+    names = list(defined_tests(ast.parse(source)))
+    assert sorted(long_names(names)) == sorted([longer, f"TestThese.{longer}"])
+    assert sorted(hidden_tests(names)) == ["TestThese.test_again", "test_twice"]
 
 
 def imported_by_running(*arguments: str) -> set[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shlex
@@ -29,14 +31,18 @@ EVERY = {
 
 
 def help_of(*words: str, columns: int = 80) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "imgtool", *words, "--help"],
-        env={**os.environ, "COLUMNS": str(columns)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setenv("COLUMNS", str(columns))
+        assert _run([*words, "--help"]) == 0
+    return out.getvalue()
+
+
+def test_help_of_the_program_is_what_is_looked_at_here():
+    words = [sys.executable, "-m", "imgtool", "chain", "show", "--help"]
+    environment = {**os.environ, "COLUMNS": "80"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == help_of("chain", "show")
 
 
 def examples(name: str) -> list[str]:
