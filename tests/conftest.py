@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import io
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 import imgtool.opening
-from imgtool import cli
 from imgtool.engines.fallback import FATAL_VARIABLE
-from tests.support.schemas import require_schema
+from tests.support.commands import Result, run_here
 
 # A command that is found only where the environment is on the PATH is not tested: all start
 # `python -m imgtool` with the Python that runs the tests.
@@ -37,22 +32,6 @@ os.environ["IMGTOOL_STATE_DIR"] = _STATE.name
 # A worker that fails is a defect, which the appliance would hide; also of the commands that tests
 # start as programs.
 os.environ[FATAL_VARIABLE] = "1"
-
-# Half of the time of a quick command goes into this.
-_get_command = functools.cache(typer.main.get_command)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a command said and how it ended."""
-
-    status: int
-    out: bytes
-    err: str
-
-    @property
-    def text(self) -> str:
-        return self.out.decode()
 
 
 # Commands on whose images a guest may stay open for the next one
@@ -122,36 +101,6 @@ def open_guests() -> Iterator[OpenGuests]:
         yield OpenGuests(stack)
 
 
-def _run_here(patch: pytest.MonkeyPatch, arguments: Sequence[str], stdin: bytes) -> Result:
-    """Run a command line in this process."""
-    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
-    err = io.StringIO()
-    with patch.context() as patched, contextlib.redirect_stderr(err):
-        patched.setattr(typer.main, "get_command", _get_command)
-        patched.setattr(sys, "stdout", out)
-        patched.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        try:
-            status = int(cli._run(list(arguments)))
-        except SystemExit as ended:
-            status = int(ended.code or 0)
-        out.flush()
-    buffer = out.buffer
-    assert isinstance(buffer, io.BytesIO)
-    written = buffer.getvalue()
-    require_schema(list(arguments), written)
-    return Result(status, written, err.getvalue())
-
-
-@pytest.fixture
-def imgtool_alone(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Run a command line in this process, on guests that it opens itself."""
-
-    def run(*arguments: object, stdin: bytes = b"") -> Result:
-        return _run_here(monkeypatch, [str(argument) for argument in arguments], stdin)
-
-    return run
-
-
 @pytest.fixture
 def imgtool_cli(open_guests, monkeypatch):
     """Run a command line in this process, on guests that are shared with other tests."""
@@ -160,6 +109,6 @@ def imgtool_cli(open_guests, monkeypatch):
     def run(*arguments: object, stdin: bytes = b"") -> Result:
         if arguments[0] not in READING:
             open_guests.forget(map(str, arguments))
-        return _run_here(monkeypatch, [str(argument) for argument in arguments], stdin)
+        return run_here(*arguments, stdin=stdin)
 
     return run

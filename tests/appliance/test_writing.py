@@ -16,8 +16,8 @@ from imgtool.engines.libguestfs.write.guest import LibguestfsWritableGuest
 from imgtool.errors import ImgtoolError
 from imgtool.image.intent.intent_log import record_path
 from imgtool.opening import open_guest_to_write
-from tests.conftest import Result
 from tests.support import guests
+from tests.support.commands import Result
 
 pytestmark = pytest.mark.appliance
 

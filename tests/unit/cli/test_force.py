@@ -16,7 +16,7 @@ import pytest
 
 from imgtool.errors import Reason
 from imgtool.image.locking.locks import in_use_for_writing
-from tests.conftest import Result
+from tests.support.commands import Result
 
 MIB = 1 << 20
 Words = tuple[str, ...]

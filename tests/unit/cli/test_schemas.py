@@ -33,6 +33,7 @@ from imgtool.cli.commands import (
 )
 from imgtool.cli.output import Output
 from imgtool.engines.libguestfs.appliance import saved
+from tests.support.commands import run_here
 from tests.support.documentation import commands_of
 from tests.support.guests import guest
 from tests.support.schemas import require_schema, validator
@@ -105,16 +106,13 @@ def test_rows_that_are_not_as_the_schema_says_are_found():
 
 
 def rows(*words: object, statuses: tuple[int, ...] = (0,), **environment: str) -> list[Any]:
-    arguments = [str(word) for word in words]
-    done = subprocess.run(
-        [sys.executable, "-m", "imgtool", *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode in statuses, done.stderr.decode()
-    assert done.stdout
-    return require_schema(arguments, done.stdout)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        done = run_here(*words)
+    assert done.status in statuses, done.err
+    assert done.out
+    return require_schema([str(word) for word in words], done.out)
 
 
 READ = [

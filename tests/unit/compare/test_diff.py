@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -26,7 +27,7 @@ from imgtool.engines.direct.worker.shared import Shared
 from imgtool.engines.direct.worker.volumes import DiskRange
 from imgtool.errors import UsageError
 from imgtool.guest.model import Entry
-from tests.conftest import Result
+from tests.support.commands import Result, run_here
 
 SIZE = 16 << 20
 CLUSTER = 64 << 10
@@ -46,6 +47,12 @@ def ran(*words: object, stdin: str | None = None) -> str:
     return done.stdout
 
 
+@functools.cache  # the images stay as they are
+@functools.cache  # the images stay as they are
+def diff(*words: object) -> Result:
+    return run_here("diff", "--engine", "direct", *words)
+
+
 def shared_files(*words: object) -> int:
     """Of how many files a diff says that both sides have their content from the same place."""
     done = subprocess.run(
@@ -57,33 +64,12 @@ def shared_files(*words: object) -> int:
     return int(done.stderr.split("content: ")[1].split()[0])
 
 
-Diff = Callable[..., Result]
-Rows = Callable[..., dict[str, Any]]
-_ANSWERS: dict[tuple[str, ...], Result] = {}  # the images of this file stay as they are
-
-
-@pytest.fixture
-def diff(imgtool_alone: Callable[..., Result]) -> Diff:
-    def ask(*words: object) -> Result:
-        key = tuple(map(str, words))
-        if key not in _ANSWERS:
-            _ANSWERS[key] = imgtool_alone("diff", "--engine", "direct", *key)
-        return _ANSWERS[key]
-
-    return ask
-
-
-@pytest.fixture
-def rows(diff: Diff) -> Rows:
+def rows(*words: object) -> dict[str, Any]:
     """The rows of a diff by their paths; nothing may have gone wrong."""
-
-    def ask(*words: object) -> dict[str, Any]:
-        done = diff("-o", "jsonl", *words)
-        assert (done.status, done.err) == (0, "")
-        found = [json.loads(line) for line in done.out.splitlines()]
-        return {row["path"]: row for row in found}
-
-    return ask
+    done = diff("-o", "jsonl", *words)
+    assert (done.status, done.err) == (0, "")
+    found = [json.loads(line) for line in done.out.splitlines()]
+    return {row["path"]: row for row in found}
 
 
 def in_debugfs(image: Path, *commands: str) -> None:
@@ -179,9 +165,7 @@ def changed(base: Path) -> Path:
     return overlay_of(base, image)
 
 
-def test_every_kind_of_difference_is_found_and_nothing_else(
-    rows: Rows, base: Path, changed: Path
-) -> None:
+def test_every_kind_of_difference_is_found_and_nothing_else(base: Path, changed: Path) -> None:
     found = rows(base, changed)
     assert {path: (row["change"], row["fields"]) for path, row in found.items()} == {
         "/etc/becomes-a-link": ("changed", ["type", "mode", "mtime"]),
@@ -202,20 +186,18 @@ def test_every_kind_of_difference_is_found_and_nothing_else(
     assert found["/etc/gone"]["size_b"] is None
 
 
-def test_the_other_direction_is_the_mirror_image(rows: Rows, base: Path, changed: Path) -> None:
+def test_the_other_direction_is_the_mirror_image(base: Path, changed: Path) -> None:
     found = rows(changed, base)
     assert found["/etc/new"]["change"] == "removed"
     assert found["/etc/gone"]["change"] == "added"
 
 
-def test_an_image_is_the_same_as_itself(diff: Diff, changed: Path) -> None:
+def test_an_image_is_the_same_as_itself(changed: Path) -> None:
     done = diff("--all", "--checksum", "md5", "--exit-code", changed, changed)
     assert (done.status, done.out, done.err) == (0, b"", "")
 
 
-def test_checksum_compares_content_of_the_same_size_and_time(
-    rows: Rows, base: Path, changed: Path
-) -> None:
+def test_checksum_compares_content_of_the_same_size_and_time(base: Path, changed: Path) -> None:
     found = rows(base, changed, "--checksum", "md5", "--path", "/etc")
     same = found["/etc/same-size"]
     assert (same["change"], same["fields"]) == ("changed", ["content"])
@@ -226,9 +208,7 @@ def test_checksum_compares_content_of_the_same_size_and_time(
     assert "/long" not in found
 
 
-def test_blocks_that_the_chain_shares_are_not_read(
-    diff: Diff, rows: Rows, base: Path, changed: Path
-) -> None:
+def test_blocks_that_the_chain_shares_are_not_read(base: Path, changed: Path) -> None:
     words = ("--checksum", "sha256", "--against-base", changed)
     # All files of data but those that lie beside something that changed, in one cluster with it.
     assert 16 <= shared_files(*words) <= 24
@@ -238,7 +218,7 @@ def test_blocks_that_the_chain_shares_are_not_read(
     assert rows(changed, "--against-base", "--checksum", "sha256") == full
 
 
-def test_xfs_tells_what_is_shared_too(diff: Diff, tmp_path: Path) -> None:
+def test_xfs_tells_what_is_shared_too(tmp_path: Path) -> None:
     disk, overlay = tmp_path / "disk.raw", tmp_path / "overlay.qcow2"
     proto = ["/none", "0 0", "d--755 0 0"]
     for name in ("one", "two", "three"):
@@ -257,9 +237,7 @@ def test_xfs_tells_what_is_shared_too(diff: Diff, tmp_path: Path) -> None:
     assert shared_files(*words) >= 1
 
 
-def test_two_overlays_of_one_base_share_it(
-    rows: Rows, base: Path, changed: Path, tmp_path: Path
-) -> None:
+def test_two_overlays_of_one_base_share_it(base: Path, changed: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.raw"
     other.write_bytes(base.read_bytes())
     with other.open("r+b") as file:
@@ -273,9 +251,7 @@ def test_two_overlays_of_one_base_share_it(
     assert shared_files(*words) >= 15
 
 
-def test_an_internal_snapshot_is_compared_with_the_present(
-    rows: Rows, base: Path, tmp_path: Path
-) -> None:
+def test_an_internal_snapshot_is_compared_with_the_present(base: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk.qcow2"
     ran("qemu-img", "convert", "-f", "raw", "-O", "qcow2", base, disk)
     ran("qemu-img", "snapshot", "-c", "before", disk)
@@ -291,22 +267,18 @@ def test_an_internal_snapshot_is_compared_with_the_present(
     assert mirrored["checksum_a"] == found["/data/03"]["checksum_b"]
 
 
-def test_directories_are_listed_for_their_times_only_when_asked(
-    rows: Rows, base: Path, changed: Path
-) -> None:
+def test_directories_are_listed_for_their_times_only_when_asked(base: Path, changed: Path) -> None:
     assert rows(base, changed, "--all")["/etc"]["fields"] == ["mtime"]
     assert "/etc" not in rows(base, changed)
 
 
-def test_exit_code_says_whether_there_are_differences(
-    diff: Diff, base: Path, changed: Path
-) -> None:
+def test_exit_code_says_whether_there_are_differences(base: Path, changed: Path) -> None:
     assert diff(base, changed).status == 0
     assert diff(base, changed, "--exit-code").status == 1
     assert diff(base, changed, "--exit-code", "--path", "/data").status == 0
 
 
-def test_a_part_is_compared_alone(diff: Diff, rows: Rows, base: Path, changed: Path) -> None:
+def test_a_part_is_compared_alone(base: Path, changed: Path) -> None:
     assert list(rows(base, changed, "--path", "/etc/motd")) == ["/etc/motd"]
     assert rows(base, changed, "--path", "/etc/new")["/etc/new"]["change"] == "added"
     done = diff(base, changed, "--path", "/nowhere")
@@ -314,14 +286,14 @@ def test_a_part_is_compared_alone(diff: Diff, rows: Rows, base: Path, changed: P
     assert "/nowhere" in done.err
 
 
-def test_csv_has_the_same_rows(diff: Diff, rows: Rows, base: Path, changed: Path) -> None:
+def test_csv_has_the_same_rows(base: Path, changed: Path) -> None:
     table = list(csv.DictReader(io.StringIO(diff("-o", "csv", base, changed).out.decode())))
     assert list(table[0]) == list(diffing.FIELDS)
     assert [row["path"] for row in table] == list(rows(base, changed))
     assert next(row for row in table if row["path"] == "/etc/mode")["fields"] == "mode,uid,gid"
 
 
-def test_text_is_a_patch_of_the_changed_text_files(diff: Diff, base: Path, changed: Path) -> None:
+def test_text_is_a_patch_of_the_changed_text_files(base: Path, changed: Path) -> None:
     done = diff(base, changed, "--text")
     assert done.status == 0
     assert b"--- a/etc/motd\n+++ b/etc/motd\n@@ -1,3 +1,3 @@\n one\n-two\n+2\n three\n" in done.out
@@ -331,7 +303,7 @@ def test_text_is_a_patch_of_the_changed_text_files(diff: Diff, base: Path, chang
 
 
 def test_text_is_bytes_in_a_file_and_escaped_on_a_terminal(
-    diff: Diff, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "other.raw"
     other.write_bytes(base.read_bytes())
@@ -365,9 +337,7 @@ def test_a_name_cannot_break_out_of_the_header_of_a_patch(name: bytes, header: b
     assert text.quote_name(name) == header
 
 
-def test_names_that_would_steer_a_terminal_are_escaped(
-    diff: Diff, rows: Rows, base: Path, tmp_path: Path
-) -> None:
+def test_names_that_would_steer_a_terminal_are_escaped(base: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.raw"
     with empty.open("wb") as file:
         file.truncate(SIZE)
@@ -379,9 +349,7 @@ def test_names_that_would_steer_a_terminal_are_escaped(
     assert [base64.b64decode(row["path_bytes"]) for row in found] == [b"/" + ODD]
 
 
-def test_unreadable_directory_is_neither_equal_nor_gone(
-    diff: Diff, base: Path, tmp_path: Path
-) -> None:
+def test_unreadable_directory_is_neither_equal_nor_gone(base: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.raw"
     damaged.write_bytes(base.read_bytes())
     with damaged.open("r+b") as file:
@@ -408,7 +376,7 @@ def test_unreadable_directory_is_neither_equal_nor_gone(
     ],
 )
 def test_options_that_make_no_sense_together_are_usage(
-    diff: Diff, words: list[str], said: str, base: Path
+    words: list[str], said: str, base: Path
 ) -> None:
     done = diff(*(base if word in ("A", "B") else word for word in words))
     assert done.status == 2
@@ -416,9 +384,7 @@ def test_options_that_make_no_sense_together_are_usage(
     assert done.err.count("error:") == 1
 
 
-def test_a_base_in_a_folder_that_the_overlay_may_use_is_opened(
-    rows: Rows, base: Path, tmp_path: Path
-) -> None:
+def test_a_base_in_a_folder_that_the_overlay_may_use_is_opened(base: Path, tmp_path: Path) -> None:
     """From the middle of a chain on, its images are where the whole chain was allowed to be."""
     (tmp_path / "middle").mkdir()
     middle, top = tmp_path / "middle/middle.qcow2", tmp_path / "top.qcow2"
