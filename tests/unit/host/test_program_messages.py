@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import struct
@@ -103,24 +104,18 @@ def vhdx_with_a_log(path: Path) -> Path:
     subprocess.run(
         ["qemu-io", "-f", "vhdx", "-c", "write 0 1M", path], check=True, capture_output=True
     )
-    # Each write waits, so that the file is seen as it is after each: strace counts the writes of
-    # each of QEMU's threads apart, and which thread makes which is not always the same.
-    torn, seen = path.with_name("torn.vhdx"), set()
-    slow = ["-e", "trace=pwrite64,pwritev", "-e", "inject=pwrite64,pwritev:delay_exit=300000"]
-    argv = ["strace", "-f", "-o", "/dev/null", *slow, "qemu-io", "-f", "vhdx"]
-    writer = subprocess.Popen([*argv, "-c", "write -P 5 300M 64k", path], stdout=subprocess.DEVNULL)
-    try:
-        while writer.poll() is None:
-            content = path.read_bytes()
-            if content in seen:
-                continue
-            seen.add(content)
-            torn.write_bytes(content)
-            told = subprocess.run(["qemu-img", "info", torn], capture_output=True, check=False)
-            if b"log" in told.stderr:
-                return torn
-    finally:
-        writer.wait()
+    # strace counts the writes of each of QEMU's threads apart, and which thread makes which is not
+    # always the same: at which of them the log is whole and the tables are not is found by trying.
+    torn = path.with_name("torn.vhdx")
+    for number in itertools.islice(itertools.cycle(range(1, 10)), 200):
+        shutil.copyfile(path, torn)
+        kill = ["-e", f"inject=pwrite64,pwritev:signal=KILL:when={number}"]
+        argv = ["strace", "-f", "-o", "/dev/null", "-e", "trace=pwrite64,pwritev", *kill]
+        argv += ["qemu-io", "-f", "vhdx", "-c", "write -P 5 300M 64k"]
+        subprocess.run([*argv, torn], capture_output=True, check=False)
+        told = subprocess.run(["qemu-img", "info", torn], capture_output=True, check=False)
+        if b"log" in told.stderr:
+            return torn
     pytest.fail("no write left a log behind")
 
 
