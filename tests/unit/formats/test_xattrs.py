@@ -8,7 +8,6 @@ import io
 import json
 import os
 import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from imgtool.host.process import environment
 from imgtool.transfer.copy_out import Report, copy_out, tar_out
 from imgtool.transfer.keeping import Keeping
 from imgtool.transfer.staging import Attributes, Staging
+from tests.support.commands import run_here
 
 CAPABILITY = bytes.fromhex("0100000200200000000000000000000000000000")
 SELINUX = b"system_u:object_r:etc_t:s0\0"
@@ -207,8 +207,9 @@ def test_diff_compares_them_when_asked(image, tmp_path) -> None:
         subprocess.run(words, check=True, env=environment(), capture_output=True)
 
     def diff(*more: str) -> str:
-        words = [sys.executable, "-m", "imgtool", "diff", image, other, "--engine", "direct", *more]
-        return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+        done = run_here("diff", image, other, "--engine", "direct", *more)
+        assert done.status == 0, done.err
+        return done.text
 
     assert diff() == ""
     assert [line.split() for line in diff("--xattrs").splitlines()] == [
@@ -408,13 +409,10 @@ def test_damaged_attributes_alone_are_left_out_of_a_tar_stream(image, tmp_path):
         assert archive.extractfile("./file").read() == b"content"  # type: ignore[union-attr]
     assert {"./file", "./plain", "./link", "."} <= set(records)
     assert records["./file"] == {} and records["."]["SCHILY.acl.default"] == TEXT
-    done = subprocess.run(
-        [sys.executable, "-m", "imgtool", "copy-out", "--engine", "direct", broken, "/d", "-"],
-        capture_output=True,
-    )
-    assert done.stdout == stream.getvalue()
-    assert done.returncode == 1
-    assert f"{reason} (/d/file)" in done.stderr.decode()
+    done = run_here("copy-out", "--engine", "direct", broken, "/d", "-")
+    assert done.out == stream.getvalue()
+    assert done.status == 1
+    assert f"{reason} (/d/file)" in done.err
 
 
 def test_a_stream_of_ntfs_that_is_no_attribute_costs_no_other(tmp_path):
@@ -449,13 +447,11 @@ def test_a_stream_of_ntfs_that_is_no_attribute_costs_no_other(tmp_path):
         ("copy-out", disk, "/file", tmp_path / "copy"),
         ("copy-out", disk, "/", "-"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "imgtool", *command, "--engine", "direct"], capture_output=True
-        )
-        assert done.returncode == 0, done.stderr
-        assert b"more than 64 KiB are left out: 1\n" in done.stderr
+        done = run_here(*command, "--engine", "direct")
+        assert done.status == 0, done.err
+        assert "more than 64 KiB are left out: 1\n" in done.err
         if command[0] == "ls":
-            assert done.stdout == b'file\n    user.short="xxxxxxxxxx"\n'
+            assert done.out == b'file\n    user.short="xxxxxxxxxx"\n'
 
 
 def test_tar_stream_is_not_begun_where_the_appliance_is_needed(guest, monkeypatch):
