@@ -126,7 +126,7 @@ def test_an_error_of_use_names_the_help_of_its_command(words: str, named: str, c
     ("words", "listing"),
     [("help cp", "imgtool"), ("schema lss", "imgtool"), ("help chain tre", "imgtool chain")],
 )
-def test_an_unknown_command_that_help_is_asked_of_leads_to_the_list(words, listing, capfd):
+def test_help_of_an_unknown_command_leads_to_the_list(words, listing, capfd):
     assert _run(words.split()) == 2
     assert capfd.readouterr().err.endswith(f"hint: '{listing} --help' lists the commands\n")
 
