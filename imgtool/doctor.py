@@ -300,14 +300,17 @@ def _kvm(host: Host) -> Check:
     if last_accelerator() == "tcg":
         found = f"{node} makes virtual machines, but the appliance did not start with it: {slow}"
         return Check("KVM", None, False, found, "nested virtualisation may be broken on the host")
-    return Check("KVM", True, False, f"{node} makes virtual machines (API {version})")
+    found = f"{node} makes virtual machines (API {version})"
+    if last_accelerator() != "kvm":
+        found += "; whether they run, --launch tries"
+    return Check("KVM", True, False, found)
 
 
 def _check_saved_appliance(kvm: Check) -> Check:
     """Whether an emulated appliance was saved that commands can continue."""
     name = "saved appliance"
     if kvm.ok:
-        return Check(name, None, False, "not needed: appliances start with KVM")
+        return Check(name, None, False, "not needed where appliances run with KVM")
     found = all_saved(saved_home())
     fresh = [one for one in found if one.fresh]
     if fresh:

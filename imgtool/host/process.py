@@ -272,6 +272,17 @@ def command_of(pid: int) -> list[str]:
     return [os.fsdecode(word) for word in raw.split(b"\0")[:-1]]
 
 
+def parent_of(pid: int) -> int | None:
+    """The process that started a process, or has taken it over; None where it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except (OSError, ProcessLookupError):
+        return None
+    return next(
+        (int(line.split()[1]) for line in status.splitlines() if line.startswith("PPid:")), None
+    )
+
+
 def processes_naming(text: str) -> list[int]:
     """The processes whose command line has this in it, but for this one."""
     found = []

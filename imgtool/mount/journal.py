@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from imgtool.errors import HostError, ImgtoolError, RefusedError
+from imgtool.host.own_mounts import JOURNAL
 from imgtool.mount.steps.step import Step
 from imgtool.mount.steps.steps import from_json
 
@@ -176,12 +177,12 @@ class Journal:
         """The journal in a folder; None if it is gone, or not complete, which the first step
         cannot be either."""
         try:
-            with (folder / "journal.json").open("rb") as file:
+            with (folder / JOURNAL).open("rb") as file:
                 content = file.read(_LONGEST + 1)
         except (FileNotFoundError, NotADirectoryError):
             return None
         if len(content) > _LONGEST:
-            raise HostError("no journal of imgtool is so long", subject=folder / "journal.json")
+            raise HostError("no journal of imgtool is so long", subject=folder / JOURNAL)
         known = json.loads(content)
         known["steps"] = [from_json(step) for step in known["steps"]]
         return cls(folder=folder, **known)
@@ -192,7 +193,7 @@ class Journal:
         known["steps"] = [step.to_json() for step in self.steps]
         draft = self.folder / "journal.draft"
         draft.write_text(json.dumps(known))
-        draft.replace(self.folder / "journal.json")
+        draft.replace(self.folder / JOURNAL)
 
     # The lock
 
@@ -317,7 +318,7 @@ def remove_empty_folders() -> None:
     with _no_other_starts(state_folder()):
         for folder in _folders():
             with contextlib.suppress(OSError):  # somebody else removes it
-                if (folder / "journal.json").exists():
+                if (folder / JOURNAL).exists():
                     continue
                 lock = _lock(folder, wait=False)
                 if lock is not None:

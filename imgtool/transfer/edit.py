@@ -91,6 +91,17 @@ def _split(text: str, mark: str) -> list[str]:
     return [*parts, part]
 
 
+# Files whose lines are rows of a table.
+_TABLES = frozenset(
+    b"/etc/" + name
+    for name in (
+        *(b"crontab", b"crypttab", b"exports", b"fstab", b"group", b"gshadow", b"hosts"),
+        *(b"inittab", b"passwd", b"protocols", b"services", b"shadow", b"subgid", b"subuid"),
+        *(b"sudoers", b"networks", b"hosts.allow", b"hosts.deny"),
+    )
+)
+
+
 @dataclass(frozen=True)
 class Setting:
     """`KEY=VALUE` for files of keys and values, with `=`, `:` or white space between the two.
@@ -110,11 +121,20 @@ class Setting:
             raise UsageError("not KEY=VALUE", subject=text, hint="such as --set PermitRootLogin=no")
         return cls(key.strip(), value)
 
+    def _pattern(self) -> tuple[bytes, bytes]:
+        """What finds the key, and what finds it with what stands before its value."""
+        key = re.escape(self.key.encode("utf-8", "surrogateescape"))
+        return key, rb"(?:export[ \t]+)?" + key + rb"(?:[ \t]*[=:][ \t]*|[ \t]+)"
+
+    def is_in(self, content: bytes) -> bool:
+        """Whether a line has the key, and is no comment."""
+        assigned = re.compile(rb"[ \t]*" + self._pattern()[1])
+        return any(map(assigned.match, content.splitlines()))
+
     def apply(self, content: bytes) -> bytes:
         """The content with the value set; every line that sets the key gets it."""
-        key = re.escape(self.key.encode("utf-8", "surrogateescape"))
         value = self.value.encode("utf-8", "surrogateescape")
-        either = rb"(?:export[ \t]+)?" + key + rb"(?:[ \t]*[=:][ \t]*|[ \t]+)"
+        key, either = self._pattern()
         assigned = re.compile(rb"([ \t]*" + either + rb")")
         # What a comment says about a key is prose, unless the key stands right behind its mark.
         commented = re.compile(
@@ -140,6 +160,18 @@ class Setting:
         separator = b"=" if _uses_equals(lines) else b" "
         return b"".join(
             [*lines, self.key.encode("utf-8", "surrogateescape") + separator + value + end]
+        )
+
+
+def refuse_settings(path: bytes) -> None:
+    """Raise `UsageError` for a file of the guest that is known to have no keys and values: a line
+    that is added to it, or replaced, would break it.
+    """
+    if path in _TABLES:
+        raise UsageError(
+            "this file has no keys and values, so --set would break it",
+            subject=os.fsdecode(path),
+            hint="change it with -e 's/RE/TEXT/', or in an editor",
         )
 
 

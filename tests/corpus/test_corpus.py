@@ -88,6 +88,8 @@ def test_an_image_that_a_command_changed_is_told(ext4, monkeypatch):
         (Answer(-9, b"x", "", 0.1, 0), "status -9"),
         (Answer(0, b"x", "", 11.0, 0), "it took 11.0 s"),
         (Answer(0, b"x", "", 0.1, 600 << 20), "it took 600 MiB"),
+        (Answer(0, b"x", "", 6.0, 0, waited=30.0), None),
+        (Answer(0, b"x", "", 0.3, 0, waited=12.0), "it was waited for 12.0 s"),
         (Answer(3, b"x", "imgtool: error: " + "x" * 2000, 0.1, 0), "it says too much"),
         (Answer(3, b"x", "mount: wrong fs type\n", 0.1, 0), "a line that is not imgtool's"),
         (Answer(0, b"\x1b[2J", "", 0.1, 0), "it steers the terminal"),

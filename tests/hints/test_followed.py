@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from imgtool.image.chain.chain import MAX_LINKS
+from imgtool.text import typed
 from tests.hints.following import commands_in
 from tests.unit.image.checks.test_doubts import SIZE, damage, overlay, qemu_img, qemu_io
 
@@ -420,8 +421,15 @@ def test_a_name_that_qemu_does_not_take(imgtool_cli):
 def test_a_base_is_left_alone(imgtool_cli):
     base = image("base.qcow2")
     top = overlay(Path("top.qcow2").absolute(), base)
-    assert hint(imgtool_cli("resize", base, "16M")).startswith("write to the overlay")
+    other = overlay(Path("other.qcow2").absolute(), base)
+    said = hint(imgtool_cli("resize", base, "16M"))
+    assert "or write to the overlay" in said
     assert imgtool_cli("resize", top, "16M").status == 0
+    assert f"first: imgtool overlay flatten {typed(other)}, and each of the others" in said
+    said = hint(imgtool_cli("overlay", "commit", top))
+    assert said.startswith(f"let it stand alone first: imgtool overlay flatten {typed(other)};")
+    assert imgtool_cli("overlay", "flatten", other).status == 0
+    assert imgtool_cli("overlay", "commit", "--remove", top).status == 0
 
 
 def _ext4(path: Path, content: str) -> None:

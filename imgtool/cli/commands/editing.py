@@ -70,7 +70,8 @@ def edit(
     if backup is not None and (not backup or "/" in backup):
         raise UsageError("not an ending for a name", subject=backup, hint="such as -b .bak")
     changes: list[text.Change] = [text.Substitution.parse(e).apply for e in expressions or ()]
-    changes += [text.Setting.parse(s).apply for s in settings or ()]
+    parsed = [text.Setting.parse(s) for s in settings or ()]
+    changes += [setting.apply for setting in parsed]
     in_editor = not changes
     name = re.sub(r"[^\w.-]", "_", path.rpartition("/")[2]) or "file"
     if in_editor:
@@ -85,7 +86,12 @@ def edit(
     with request.opened() as guest:
         # Who has written a text is not told then that it cannot be.
         found, old = text.read_to_edit(guest, path, backup=backup if in_editor else None)
+    if parsed:
+        text.refuse_settings(found)
     new = text.all_of(changes)(old)
+    for setting in parsed:
+        if not setting.is_in(old):
+            _note(f"no line sets {setting.key} yet: one is added ({render.escape(found)})")
     if new == old:
         render.message("note", f"unchanged, nothing was written ({render.escape(found)})")
         return

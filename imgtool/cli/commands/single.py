@@ -60,7 +60,8 @@ def check(
       imgtool check --repair leaks guest.qcow2
       imgtool check --repair all -n guest.qcow2
 
-    Exit status: 3 if the tables are damaged.
+    Exit status: 3 if the tables are damaged, 1 if they were not looked at since somebody writes to
+    the image.
     """
     from imgtool.image.chain.info import probe
     from imgtool.image.change.single import plan_repair
@@ -84,8 +85,9 @@ def check(
     row: dict[str, Any] = {**render.name_fields("path", bytes(link.path)), "format": link.format}
     row.update(sound=None, corruptions=None, leaks=None, errors=None, supported=True)
     row["not_looked_at"] = None
+    writer = writer_of(link.path)
     try:
-        if (writer := writer_of(link.path)) is not None:
+        if writer is not None:
             row["not_looked_at"] = f"its tables: it is being written by {writer}"
         else:
             result = check_metadata(link)
@@ -116,6 +118,8 @@ def check(
         render.message("note", f"not looked at: {row['not_looked_at']}")
     if row["sound"] is False:
         raise SystemExit(int(ExitStatus.IMAGE_UNREADABLE))
+    if writer is not None:
+        raise SystemExit(int(ExitStatus.FAILED))
 
 
 @plain_command("dry_run", "force", "format", "backing_dirs")

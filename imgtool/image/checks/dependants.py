@@ -15,7 +15,7 @@ from imgtool.image.headers import Header
 from imgtool.image.intent.intent_log import is_ours
 from imgtool.image.locking.held import is_one_file, way_to
 from imgtool.image.policy import AllowedDirs, folders_of
-from imgtool.text import printable
+from imgtool.text import printable, typed
 
 log = logging.getLogger(__name__)
 
@@ -142,9 +142,14 @@ def refuse_if_base(
     ]
     if overlays:
         names = join_names(printable(overlay) for overlay in overlays)
+        freed = f"imgtool overlay flatten {typed(overlays[0])}"
+        if len(overlays) > 1:
+            freed += ", and each of the others"
         raise RefusedError(
             f"it is the base of {'an overlay' if len(overlays) == 1 else 'overlays'}: {names}",
             subject=printable(path),
-            hint="write to the overlay; what is written to its base would make garbage of it",
+            # Of another overlay's base only the first half helps.
+            hint=f"let {'it' if len(overlays) == 1 else 'them'} stand alone first: {freed}"
+            + ("" if but_for else "; or write to the overlay; what is written to a base ruins it"),
             reason=Reason.IS_BASE,
         )

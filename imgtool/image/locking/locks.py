@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from imgtool.errors import Force, Reason, RefusedError
+from imgtool.host.own_mounts import served_mount
 from imgtool.image.locking.attached import attached_to
 from imgtool.image.locking.held import holding, is_held, way_to
+from imgtool.text import printable, typed
 
 if TYPE_CHECKING:
     from imgtool.image.chain.chain import Chain
@@ -39,15 +41,19 @@ class Holder:
 
     `pid` and `program` are None where the locks are there but their process is out of sight (of
     another user, or of another container); `pid` alone for a device, which `program` describes.
-    `exclusive`: it does not let others write, or relies on nobody doing so.
+    `exclusive`: it does not let others write, or relies on nobody doing so. `mountpoint` is where
+    it serves a mount of imgtool's.
     """
 
     pid: int | None
     program: str | None
     writes: bool
     exclusive: bool
+    mountpoint: str | None = None
 
     def __str__(self) -> str:
+        if self.mountpoint is not None:
+            return f"imgtool's own mount at {printable(self.mountpoint)}"
         if self.pid is None:
             return self.program or "a process that cannot be seen from here"
         return f"{self.program or 'a process'}, process {self.pid}"
@@ -55,6 +61,8 @@ class Holder:
     @property
     def passes(self) -> bool:
         """Whether it is a reader of the kind that is done in a moment, or was done already."""
+        if self.mountpoint is not None:
+            return False
         unseen = self.pid is None and self.program is None
         return not self.writes and (unseen or self.program in _READERS)
 
@@ -66,6 +74,8 @@ class Holder:
     @property
     def hint(self) -> str:
         """What to do where it is in the way."""
+        if self.mountpoint is not None:
+            return f"imgtool umount {typed(self.mountpoint)}"
         if self.is_device:
             return "unmount it and detach the device; 'imgtool mounts' lists imgtool's own"
         return "shut the guest down, or end that process, then try again"
@@ -77,6 +87,7 @@ def _holder(pid: int | None, program: str | None, locked: set[int]) -> Holder:
         program=program,
         writes=bool(locked & {_HELD + _WRITE, _HELD + _RESIZE}),
         exclusive=bool(locked & {_NOT_SHARED + _WRITE, _NOT_SHARED + _RESIZE}),
+        mountpoint=None if pid is None else served_mount(pid),
     )
 
 

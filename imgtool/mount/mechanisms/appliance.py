@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from imgtool.errors import ExitStatus, HostError, ImgtoolError, Reason, RefusedError, join_names
 from imgtool.host import interrupt
-from imgtool.host.process import ProgramFailed, leave_running, run
+from imgtool.host.process import ProgramFailed, command_of, leave_running, parent_of, run
 from imgtool.mount import kernel
 
 if TYPE_CHECKING:
@@ -68,6 +68,23 @@ def notices(folder: Path) -> list[str]:
     except OSError:
         return []
     return [x.removeprefix(_NOTICE) for x in said.splitlines() if x.startswith(_NOTICE)]
+
+
+def lost_helper(folder: Path) -> str | None:
+    """What is wrong where a program is gone without which the process cannot serve; else None."""
+    try:
+        helpers = json.loads((folder / _READY).read_text() or "[]")
+    except (OSError, ValueError):
+        return None
+    for pid, name in helpers:
+        if not _is_program(pid, name):
+            return f"{name}, which served the image to it, is gone"
+    return None
+
+
+def _is_program(pid: int, name: str) -> bool:
+    words = command_of(pid)  # none of a process that has ended
+    return bool(words) and Path(words[0]).name == name
 
 
 def stop(folder: Path, target: str, *, writable: bool, servers: Callable[[], list[int]]) -> None:
@@ -157,7 +174,7 @@ def _serve(request: dict[str, Any], ready: Path) -> None:
         guest.handle.mount_local(
             request["target"], readonly=not request["writable"], options=",".join(options)
         )
-        ready.touch()
+        _say_ready(ready)
         guest.handle.mount_local_run()
 
     if request["writable"]:
@@ -169,6 +186,17 @@ def _serve(request: dict[str, Any], ready: Path) -> None:
             request["image"], engine="libguestfs", snapshot=request["snapshot"], **common
         ) as opened:
             serve(cast("LibguestfsGuest", opened))
+
+
+def _say_ready(ready: Path) -> None:
+    """Write down that it serves, and which programs that needs."""
+    helpers = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and parent_of(int(entry.name)) == os.getpid():
+            helpers += [(int(entry.name), "qemu-nbd")] * _is_program(int(entry.name), "qemu-nbd")
+    draft = ready.with_suffix(".draft")
+    draft.write_text(json.dumps(helpers))
+    draft.replace(ready)
 
 
 def main() -> None:

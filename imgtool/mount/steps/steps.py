@@ -268,8 +268,9 @@ class Appliance(Step):
         """Whether the process is gone."""
         from imgtool.mount.mechanisms import appliance
 
-        there = self._servers() and appliance.is_mounted(self.target)
-        return None if there else "its appliance is gone"
+        if not (self._servers() and appliance.is_mounted(self.target)):
+            return "its appliance is gone"
+        return appliance.lost_helper(Path(self.folder))
 
 
 _KINDS: dict[str, type[Step]] = {

@@ -19,6 +19,7 @@ from imgtool.transfer.edit import (
     in_editor,
     kept_if_refused,
     read_to_edit,
+    refuse_settings,
     write_edited,
 )
 
@@ -197,3 +198,18 @@ def test_the_editor_is_the_users(monkeypatch):
     with pytest.raises(HostError, match="not installed"):
         editor_words()
     assert os.environ["EDITOR"].startswith("no-such")
+
+
+@pytest.mark.parametrize("name", [b"/etc/fstab", b"/etc/hosts", b"/etc/shadow"])
+def test_files_without_keys_take_no_settings(name):
+    with pytest.raises(UsageError, match="no keys and values"):
+        refuse_settings(name)
+    refuse_settings(b"/etc/ssh/sshd_config")
+
+
+@pytest.mark.parametrize(
+    ("content", "there"),
+    [(b"Port 22\n", True), (b"#Port 22\n", False), (b"Portal 1\n", False), (b" Port=1", True)],
+)
+def test_a_setting_knows_whether_a_line_has_its_key(content, there):
+    assert Setting("Port", "1").is_in(content) is there

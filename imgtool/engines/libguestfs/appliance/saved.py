@@ -54,7 +54,7 @@ from imgtool.text import typed
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # of what is in the folder
+_VERSION = 2  # of what is in the folder
 _DUMMY = 1 << 20  # bytes of the disks that the appliance has while it is saved
 _LONGEST = 300.0  # seconds for an emulated appliance on a busy machine
 # The appliance has opened the channel and waits for somebody to be at its other end.
@@ -156,7 +156,8 @@ def _read(folder: Path) -> Saved | None:
             size=sum(one.st_blocks * 512 for one in written),
             time=int(facts["time"]),
             hypervisor=str(facts["hypervisor"]),
-            fresh=_stands(facts),
+            # The Python of an environment that was removed since starts nothing.
+            fresh=_stands(facts) and os.access(str(facts["python"]), os.X_OK),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -269,6 +270,7 @@ def _describe(argv: list[str], disks: int, hypervisor: str, folder: Path) -> Non
         "disks": disks,
         "time": time.time_ns(),
         "hypervisor": hypervisor,
+        "python": sys.executable,
         "shape": shape(argv),
         "files": [
             identity(hypervisor),

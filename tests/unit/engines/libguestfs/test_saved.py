@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,8 @@ def home(tmp_path: Path) -> Path:
     folder = tmp_path / "saved/1"
     folder.mkdir(parents=True)
     facts = {
-        "version": 1,
+        "version": 2,
+        "python": sys.executable,
         "disks": 1,
         "time": 10**18,
         "hypervisor": str(qemu),
@@ -92,6 +94,12 @@ def test_what_was_made_with_another_qemu_or_appliance_is_stale(home, tmp_path, n
     assert [one.fresh for one in saved.all_saved(home)] == [False]
     argv = asked(tmp_path)
     assert started(home, argv) == argv
+
+
+def test_a_removed_python_makes_it_stale(home):
+    facts = json.loads((home / "1/saved.json").read_text())
+    (home / "1/saved.json").write_text(json.dumps({**facts, "python": "/removed/bin/python"}))
+    assert [one.fresh for one in saved.all_saved(home)] == [False]
 
 
 def test_what_others_may_write_to_is_not_used(home):
