@@ -4,6 +4,7 @@ A page has a comment where it goes:
 
     <!-- generated: command ls -->    synopsis, description, arguments and options of a command
     <!-- generated: commands -->      every command with its one line
+    <!-- generated: fields df -->     the fields of its rows, as the schema describes them
     <!-- generated: spec -->          the steps of a spec of inject
     <!-- generated: schemas -->       the schemas of what commands write with -o json
 
@@ -32,6 +33,7 @@ _SPECIAL = re.compile(r"([\\*_<>\[\]{}#|~$])")
 _EXAMPLES, _STATUS = "Examples:", "Exit status:"
 # Where the page of a command is, by its name.
 PAGE = "reference/commands/{}"
+SCHEMAS = Path(__file__).parents[1] / "imgtool/schemas"
 
 
 def app() -> Any:
@@ -184,11 +186,21 @@ def spec_steps() -> str:
 
 def schema_list() -> str:
     """Each schema, to be downloaded: the page of it is in docs/reference."""
-    files = sorted((Path(__file__).parents[1] / "imgtool/schemas").glob("*.json"))
+    files = sorted(SCHEMAS.glob("*.json"))
     return "\n".join(
         f"- {{download}}`{json.loads(file.read_text())['title']} "
         f"<../../imgtool/schemas/{file.name}>`"
         for file in files
+    )
+
+
+def field_list(name: str) -> str:
+    """Each field of a command's rows, with what its schema says of it."""
+    schema = json.loads((SCHEMAS / f"{name}.json").read_text())
+    return "\n\n".join(
+        f"`{field}`\n: {one['description']}"
+        for field, one in schema["properties"].items()
+        if not field.endswith("_bytes")  # of a name that is no text: the page of JSON says it
     )
 
 
@@ -203,12 +215,14 @@ def generated(source: str) -> str:
             return spec_steps()
         if kind == "schemas":
             return schema_list()
+        if kind == "fields" and (SCHEMAS / f"{name}.json").is_file():
+            return field_list(name)
         if kind != "command" or name not in app().commands:
             raise ValueError(f"nothing is generated for this: {mark[0]}")
         return command_page(name)
 
-    linked = _MANUAL.sub(lambda name: f"[{name[0]}](/{PAGE.format(name[1])}.md)", source)
-    return _MARK.sub(replaced, linked)
+    page = _MARK.sub(replaced, source)
+    return _MANUAL.sub(lambda name: f"[{name[0]}](/{PAGE.format(name[1])}.md)", page)
 
 
 def _read(_app: Any, _page: str, source: list[str]) -> None:

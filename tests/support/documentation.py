@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import typer
@@ -27,6 +29,23 @@ def pages() -> list[Path]:
     """Every page that people read: those of docs, and those at the top of the project."""
     top = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
     return sorted(DOCS.rglob("*.md")) + [page for page in top if page.exists()]
+
+
+@functools.cache
+def reference_pages() -> ModuleType:
+    """What writes the generated parts of pages, which Sphinx loads by its path."""
+    spec = importlib.util.spec_from_file_location("reference_pages", DOCS / "reference_pages.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def whole(page: Path) -> str:
+    """A page with its generated parts, as readers have it."""
+    text: str = reference_pages().generated(page.read_text())
+    return text
 
 
 def name_of(page: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -18,20 +17,13 @@ from tests.support.documentation import (
     name_of,
     options,
     pages,
+    reference_pages,
     spans,
     typed,
 )
 
 # Options of other programs that the prose names by themselves.
 _OF_OTHERS = {"--no-tests"}  # of scripts/setup.sh
-
-
-def _reference_pages():
-    spec = importlib.util.spec_from_file_location("reference_pages", DOCS / "reference_pages.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_each_command_has_a_page_and_each_page_a_command():
@@ -43,7 +35,7 @@ def test_each_command_has_a_page_and_each_page_a_command():
 def test_the_page_of_a_command_is_made_of_the_program(name):
     source = (DOCS / f"reference/commands/{name}.md").read_text()
     assert source.startswith(f"# imgtool {name}\n\n<!-- generated: command {name} -->\n")
-    page = _reference_pages().generated(source)
+    page = reference_pages().generated(source)
     for full, known in options().items():
         if full == name or full.startswith(f"{name} "):
             assert f"**imgtool {full}**" in page or name in GROUPS
@@ -53,7 +45,7 @@ def test_the_page_of_a_command_is_made_of_the_program(name):
 
 def test_a_page_of_no_command_stops_the_build():
     with pytest.raises(ValueError, match="nothing is generated for this"):
-        _reference_pages().generated("<!-- generated: command nonsense -->")
+        reference_pages().generated("<!-- generated: command nonsense -->")
 
 
 @pytest.mark.parametrize("page", pages(), ids=name_of)

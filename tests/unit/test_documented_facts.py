@@ -30,7 +30,7 @@ from imgtool.engines.direct.worker.fs import registry
 from imgtool.errors import ExitStatus, Reason
 from imgtool.formats import foreign_tables
 from imgtool.image.chain.info import FORMATS
-from tests.support.documentation import DOCS, ROOT
+from tests.support.documentation import DOCS, ROOT, whole
 
 CODE = sorted((ROOT / "imgtool").rglob("*.py"))
 
@@ -38,7 +38,7 @@ CODE = sorted((ROOT / "imgtool").rglob("*.py"))
 def section(page: str, heading: str) -> str:
     """What a page says below a heading, up to the next one of its level or higher."""
     level = heading.split()[0]
-    text = (DOCS / page).read_text()
+    text = whole(DOCS / page)
     assert f"\n{heading}\n" in text, f"{page} has no {heading}"
     below = text.split(f"\n{heading}\n", 1)[1]
     return re.split(rf"\n#{{1,{len(level)}}} ", below)[0]

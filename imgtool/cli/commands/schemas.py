@@ -32,7 +32,8 @@ def schema(
 ) -> None:
     """Show the JSON Schema of the rows that -o json writes.
 
-    With -o json the rows are in an array, with -o jsonl each is a line.
+    The schema is that of one row. With -o jsonl each line is a row, with -o json the rows are in an
+    array: the schema of the whole is {"type": "array", "items": SCHEMA}.
 
     \b
     Examples:

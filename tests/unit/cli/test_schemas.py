@@ -91,6 +91,15 @@ def test_a_schema_has_the_fields_of_the_code(name):
 
 
 @pytest.mark.parametrize("name", FIELDS)
+def test_each_field_has_its_own_sentence(name):
+    """The page of the command has the same: a schema that is read alone has nothing above it."""
+    fields = validator(name).schema["properties"].items()
+    said = [one["description"] for field, one in fields if not field.endswith("_bytes")]
+    assert [text for text in said if said.count(text) > 1] == []
+    assert [text for text in said if re.search(r"\babove\b|^As for\b|^As in\b", text)] == []
+
+
+@pytest.mark.parametrize("name", FIELDS)
 def test_a_row_with_a_field_more_or_less_is_refused(name):
     schema = validator(name)
     assert list(schema.iter_errors({"new": 1, **dict.fromkeys(schema.schema["required"])}))
