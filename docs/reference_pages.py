@@ -5,6 +5,7 @@ A page has a comment where it goes:
     <!-- generated: command ls -->    synopsis, description, arguments and options of a command
     <!-- generated: commands -->      every command with its one line
     <!-- generated: fields df -->     the fields of its rows, as the schema describes them
+    <!-- generated: reasons -->       the reasons of --force
     <!-- generated: spec -->          the steps of a spec of inject
     <!-- generated: schemas -->       the schemas of what commands write with -o json
 
@@ -24,6 +25,7 @@ import typer
 
 from imgtool.cli.command_table import COMMANDS, GROUPS, app_with
 from imgtool.cli.help_text import HEADINGS, paragraphs, summary
+from imgtool.errors import Reason
 from imgtool.inject.spec import schema_text
 
 _MARK = re.compile(r"^<!-- generated: (\w+)(?: ([\w-]+))? -->$", re.MULTILINE)
@@ -49,6 +51,16 @@ def man_pages() -> list[tuple[str, str, str, str, int]]:
         line = _lower(summary(root.commands[name]))
         pages.append((PAGE.format(name), f"imgtool-{name}", line, "", 1))
     return pages
+
+
+def write_aliases(folder: Path) -> None:
+    """Write a manual page for each command of a group, such as imgtool-overlay-commit(1): it is
+    that of its group. `folder` has the pages, in man1."""
+    for group, (_, members) in GROUPS.items():
+        for member in members:
+            alias = folder / f"man1/imgtool-{group}-{member}.1"
+            alias.unlink(missing_ok=True)
+            alias.symlink_to(f"imgtool-{group}.1")
 
 
 def _lower(line: str) -> str:
@@ -204,6 +216,11 @@ def field_list(name: str) -> str:
     )
 
 
+def reason_list() -> str:
+    """Each reason of --force, with what may happen without that guard."""
+    return "\n\n".join(f"`{reason}`\n: {escaped(reason.without)}." for reason in Reason)
+
+
 def generated(source: str) -> str:
     """A page with its comments replaced."""
 
@@ -213,6 +230,8 @@ def generated(source: str) -> str:
             return command_list()
         if kind == "spec":
             return spec_steps()
+        if kind == "reasons":
+            return reason_list()
         if kind == "schemas":
             return schema_list()
         if kind == "fields" and (SCHEMAS / f"{name}.json").is_file():
@@ -223,6 +242,11 @@ def generated(source: str) -> str:
 
     page = _MARK.sub(replaced, source)
     return _MANUAL.sub(lambda name: f"[{name[0]}](/{PAGE.format(name[1])}.md)", page)
+
+
+def _finished(sphinx: Any, error: Exception | None) -> None:
+    if error is None and sphinx.builder.name == "man":
+        write_aliases(Path(sphinx.outdir))
 
 
 def _read(_app: Any, _page: str, source: list[str]) -> None:
@@ -246,4 +270,5 @@ def setup(app: Any) -> dict[str, bool]:
 
     app.set_translator("man", ManualPage)
     app.connect("source-read", _read)
+    app.connect("build-finished", _finished)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

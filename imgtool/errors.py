@@ -46,26 +46,44 @@ def shorten(text: str, most: int = 300) -> str:
 
 
 class Reason(StrEnum):
-    """What a refusal protects from. `--force REASON` gives up that one guard, and no other."""
+    """What a refusal protects from. `--force REASON` gives up that one guard, and no other;
+    `without` says what may happen then."""
 
-    BASE_NEWER = "base-newer"  # a base was changed after its overlay
-    DAMAGED = "damaged"  # entries of an image's tables are wrong
-    IS_BASE = "is-base"  # overlays stand on the image that is to be written to
-    IN_USE = "in-use"  # a device of the host stands on the image
-    SNAPSHOTS = "snapshots"  # internal snapshots would be lost
-    BITMAPS = "bitmaps"  # dirty bitmaps would be lost: the next backup would be a full one
-    SPACE = "space"  # the host has less room than may be needed
-    HARD_LINKS = "hard-links"  # other names of the file would keep the old one
-    OWNER = "owner"  # the file would change its owner
-    SHRINK = "shrink"  # beyond the new end of a disk lies what is not zeros
-    CUT_PARTITION = "cut-partition"  # the new end of a disk lies within a partition
-    OTHER_OFFSET = "other-offset"  # libparted reads another place of the partition than imgtool
-    OTHER_BASE = "other-base"  # the new base has another content than the old one
-    HIBERNATED = "hibernated"  # the guest sleeps, and would undo or damage what is written
-    HIDDEN_MOUNT = "hidden-mount"  # the guest mounts over the folder that is written to
-    COPY = "copy"  # the interrupted work was on another file, of which this may be a copy
-    UNPROVED = "unproved"  # a record of work that this user's imgtool may not have written
-    CHANGED = "changed"  # written to since the work on it was interrupted
+    without: str
+
+    def __new__(cls, name: str, without: str = "") -> Self:
+        reason = str.__new__(cls, name)
+        reason._value_ = name
+        reason.without = without
+        return reason
+
+    BASE_NEWER = (
+        "base-newer",
+        "the base was changed after its overlay: what is written may make garbage of a guest",
+    )
+    DAMAGED = "damaged", "tables of the image are damaged: a write may overwrite data"
+    IS_BASE = "is-base", "overlays stand on the image, and would become garbage"
+    IN_USE = "in-use", "a device of the host stands on the image"
+    SNAPSHOTS = "snapshots", "internal snapshots are lost"
+    BITMAPS = "bitmaps", "dirty bitmaps are lost: the next backup is a full one"
+    SPACE = "space", "the host has less room than may be needed"
+    HARD_LINKS = "hard-links", "other names of the file keep the old content"
+    OWNER = "owner", "the image's file changes its owner"
+    SHRINK = "shrink", "beyond the new end of the disk lies what is not zeros, and is lost"
+    CUT_PARTITION = "cut-partition", "the new end of the disk lies within a partition"
+    OTHER_OFFSET = (
+        "other-offset",
+        "what is written may lie elsewhere than where other programs see the partition",
+    )
+    OTHER_BASE = "other-base", "the new base has another content than the old one"
+    HIBERNATED = "hibernated", "the guest sleeps, and would undo or damage what is written"
+    HIDDEN_MOUNT = (
+        "hidden-mount",
+        "the guest mounts over the folder that is written to, and does not see it",
+    )
+    COPY = "copy", "the interrupted work was on another file, of which this may be a copy"
+    UNPROVED = "unproved", "the record of work may not be of this user's imgtool"
+    CHANGED = "changed", "what was written since the work was interrupted is lost"
 
 
 # The guards that a user gives up.

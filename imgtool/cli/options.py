@@ -120,7 +120,7 @@ Force = Annotated[
     typer.Option(
         "--force",
         metavar="REASON",
-        help="Give up the one guard that a refusal names so (repeatable).",
+        help="Give up the one guard that a refusal names so (repeatable); imgtool(1) lists them.",
     ),
 ]
 Clone = Annotated[

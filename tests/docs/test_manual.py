@@ -14,6 +14,12 @@ from tests.support.documentation import DOCS
 # docutils writes a paragraph as one long line.
 _STYLE = ("STYLE: input text line longer than 80 bytes",)
 
+ALIASES = {
+    f"imgtool-{group}-{member}.1": f"imgtool-{group}.1"
+    for group, (_, members) in GROUPS.items()
+    for member in members
+}
+
 
 @pytest.fixture(scope="module")
 def manual(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -27,7 +33,17 @@ def test_there_is_a_page_for_imgtool_and_for_each_command(manual):
     assert {page.name for page in manual.iterdir()} == {
         "imgtool.1",
         *(f"imgtool-{name}.1" for name in (*COMMANDS, *GROUPS)),
+        *ALIASES,
     }
+
+
+@pytest.mark.parametrize(("alias", "page"), ALIASES.items())
+def test_a_command_of_a_group_is_found_as_the_page_of_its_group(manual, alias, page):
+    man = ["man", "-M", manual.parent, "1", alias.removesuffix(".1")]
+    shown = subprocess.run(man, capture_output=True, text=True, check=True).stdout
+    whole = subprocess.run(["man", "-l", manual / page], capture_output=True, text=True, check=True)
+    assert shown == whole.stdout
+    assert "SYNOPSIS" in shown
 
 
 def test_mandoc_finds_nothing_wrong(manual):

@@ -32,6 +32,7 @@ from imgtool.formats import foreign_tables
 from imgtool.image.chain.info import FORMATS
 from tests.support.documentation import DOCS, ROOT, whole
 
+_REASONS = "## Reasons of --force"
 CODE = sorted((ROOT / "imgtool").rglob("*.py"))
 
 
@@ -64,8 +65,10 @@ def test_exit_statuses():
 
 
 def test_reasons_of_force():
-    page = (DOCS / "reference/reasons.md").read_text()
-    assert [words(row[0])[0] for row in rows(page)] == [str(reason) for reason in Reason]
+    every = [f"`{reason}`\n: {reason.without}." for reason in Reason]
+    for text in (whole(DOCS / "reference/reasons.md"), section("reference/imgtool.md", _REASONS)):
+        assert re.findall(r"^`.*`\n: .*$", text, re.M) == every
+    assert [reason for reason in Reason if not reason.without] == []
 
 
 def test_variables_of_the_environment():
