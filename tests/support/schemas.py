@@ -24,7 +24,7 @@ def validator(name: str) -> Any:
 
 def form(arguments: Sequence[str]) -> str | None:
     """What -o is given, if it is."""
-    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for option, value in zip(arguments, [*arguments, ""][1:], strict=True):
         if option in ("-o", "--output"):
             return value
         if option.startswith(("--output=", "-ojson")):

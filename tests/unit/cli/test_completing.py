@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.commands import run_here
 
 HOSTILE = ["$(touch pwned)", "`id`", "\\$(touch pwned)", "a;b", "a b", "*", "a'b", 'a"b', "a\nb"]
 
@@ -47,14 +48,12 @@ def completed(*words: object, shell: str = "bash") -> list[str]:
         "_TYPER_COMPLETE_ARGS": " ".join(line),
         "_TYPER_COMPLETE_FISH_ACTION": "get-args",
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "imgtool"],
-        env={**os.environ, **asked},
-        capture_output=True,
-        check=False,
-    )
-    assert done.stderr == b""
-    return done.stdout.decode().split()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in asked.items():
+            patch.setenv(name, value)
+        done = run_here()
+    assert done.err == ""
+    return done.text.split()
 
 
 @pytest.mark.parametrize("command", ["ls", "cat", "copy-out"])

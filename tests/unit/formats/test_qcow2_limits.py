@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import shutil
@@ -169,8 +168,9 @@ def test_bitmap_directory_beyond_the_limits_is_refused(
     long_bitmaps(image, made, **says)
     before = image.stat()
     for words in (("info", image), ("ls", image, "/"), ("snapshot", "create", image, "new")):
-        assert memory(functools.partial(imgtool_cli, *words)) < 20 * MIB
-        done = imgtool_cli(*words)
+        said: list[Any] = []
+        assert memory(lambda: said.append(imgtool_cli(*words))) < 20 * MIB  # noqa: B023
+        (done,) = said
         assert done.status == 3, done.err
         assert "dirty bitmaps" in done.err
     assert image.stat().st_mtime_ns == before.st_mtime_ns
@@ -180,14 +180,15 @@ def test_bitmap_directory_beyond_the_limits_is_refused(
     assert probe(image.with_name("COPY")).virtual_size == 1 << 30
 
 
-def test_bitmaps_at_their_most_take_no_more_than_their_names(image: Path) -> None:
-    long_bitmaps(image, 65535)
+def test_bitmaps_take_little_more_than_their_names(image: Path) -> None:
+    count = 16384
+    long_bitmaps(image, count)
     with image.open("rb") as file:
         header = qcow2.read_header(file)
-        assert header is not None and count_bitmaps(header) == 65535
+        assert header is not None and count_bitmaps(header) == count
         found: list[object] = []
         most = memory(lambda: found.extend(read_bitmaps(file, header) or ()))
-    assert len(found) == 65535 and most < 100 * MIB
+    assert len(found) == count and most < 25 * MIB
 
 
 @pytest.mark.parametrize("says", [fields for made, fields in BITMAPS.values() if fields])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
+import resource
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +20,8 @@ from imgtool.errors import ExitStatus, HostError, ImgtoolError, RefusedError
 from imgtool.host import scratch
 from imgtool.transfer.staging import Attributes, BadName, Staging
 from imgtool.transfer.writes import BLOCK
+
+PATH_MAX = 4096
 
 NOBODY = 65534
 needs_root = pytest.mark.skipif(
@@ -140,11 +145,12 @@ def test_nothing_is_left_when_something_is_raised(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_of_a_tree_deeper_than_a_path(tmp_path: Path) -> None:
+    name = b"d" * 200
     with pytest.raises(KeyError), Staging(tmp_path, b"top") as staging:
         path = b""
         staging.directory(path)
-        for _ in range(1100):
-            path += b"/d" if path else b"d"
+        while len(path) < 2 * PATH_MAX:
+            path += b"/" + name if path else name
             staging.directory(path)
         raise KeyError
     assert names(tmp_path) == set()
@@ -277,29 +283,38 @@ def test_a_conflict_is_found_before_anything_is_replaced(tmp_path: Path, top: by
     assert names(outside) == set() and names(tmp_path) == {"outside", "link", "top"}
 
 
+@contextlib.contextmanager
+def little_room() -> Iterator[int]:
+    """A depth that neither the descriptors that can be opened nor recursion reaches here."""
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
+    recursion = sys.getrecursionlimit()
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 100, descriptors[1]))
+    sys.setrecursionlimit(len(inspect.stack(0)) + 150)
+    try:
+        yield 300
+    finally:
+        sys.setrecursionlimit(recursion)
+        resource.setrlimit(resource.RLIMIT_NOFILE, descriptors)
+
+
 def test_tree_deeper_than_descriptors_and_recursion_is_merged(tmp_path: Path) -> None:
     place = tmp_path / "place"
     place.mkdir()
-    try:
+    with little_room() as depth:
         for content in (b"old", b"new"):
             with Staging(place, b"top", overwrite=True) as staging:
                 path = b""
                 staging.directory(path)
-                for _ in range(1100):
+                for _ in range(depth):
                     path += b"/d" if path else b"d"
                     staging.directory(path)
                 staging.file(path + b"/file", [content])
                 staging.commit()
-        assert names(place) == {"top"}
-        found = subprocess.run(
-            ["find", place, "-name", "file", "-execdir", "cat", "{}", ";"],
-            capture_output=True,
-            check=True,
-        )
-        assert found.stdout == b"new"
-    finally:
-        # Not left to pytest, whose own clean-up recurses.
-        subprocess.run(["rm", "-rf", place], check=True)
+    assert names(place) == {"top"}
+    found = os.fsencode(place) + b"/top/" + path + b"/file"
+    assert Path(os.fsdecode(found)).read_bytes() == b"new"
+    assert len(list(os.walk(place))) == depth + 2
 
 
 def test_setuid_stays_only_with_its_owner(tmp_path: Path) -> None:
