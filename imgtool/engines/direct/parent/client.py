@@ -6,16 +6,17 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Generator, Iterator
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from imgtool.engines.direct.parent.pipes import Pipes, TimeBudget
+from imgtool.engines.direct.parent.questions import Question
 from imgtool.engines.direct.parent.ring import Ring
 from imgtool.engines.direct.parent.scratch import Scratch
 from imgtool.engines.direct.wire import frames as wire_frames
 from imgtool.engines.direct.wire import requests
-from imgtool.engines.direct.wire.messages import LONGEST_LINE, string
+from imgtool.engines.direct.wire.messages import LONGEST_LINE, Data, string
 from imgtool.engines.direct.wire.refusals import SandboxFailed, Unsupported
 from imgtool.errors import EngineError, ImageError, ImgtoolError, NotInGuestError
 from imgtool.host import interrupt, program_messages
@@ -24,6 +25,10 @@ from imgtool.text import printable, typed
 
 if TYPE_CHECKING:
     import subprocess
+
+_Answer = TypeVar("_Answer")
+_Done = TypeVar("_Done")
+_Arguments = ParamSpec("_Arguments")
 
 SILENCE = 60.0  # seconds in which a worker that owes an answer has to be heard
 # How long all answers together may be waited for (see `TimeBudget`). Names and contents: ten
@@ -74,7 +79,7 @@ class Client:
     ) -> None:
         assert process.stdin is not None and process.stdout is not None
         _keep_memory()
-        self._pipes: Any = Pipes(process.stdin.fileno(), process.stdout.fileno())
+        self._pipes = Pipes(process.stdin.fileno(), process.stdout.fileno())
         self._silence = silence
         self._patience = TimeBudget(**_PATIENCE)
         self._patience_for_sums = TimeBudget(**_PATIENCE_FOR_SUMS)
@@ -121,26 +126,58 @@ class Client:
         self._broken = True
         self._process.kill()
 
-    def request(self, request: requests.Request) -> Generator[Any, None, None]:
-        """The parts of an answer: JSON values as such, data as bytes, or as a memoryview that is
-        good until the next part; errors as `frames`.
+    def call(self, question: Question[_Answer]) -> _Answer:
+        """An answer of one part, or of none; errors as `frames`."""
+        answer: object = None
+        for number, part in enumerate(self._parts(question.request)):
+            if number:
+                raise self.failure("an answer of several parts")
+            answer = part
+        with self.decoding():
+            return question.decode(answer)
+
+    def stream(self, question: Question[_Answer]) -> Generator[_Answer, None, None]:
+        """The parts of an answer, of which a memoryview is good until the next part; errors as
+        `frames`.
         """
+        with contextlib.closing(self._parts(question.request)) as parts:
+            for part in parts:
+                with self.decoding():
+                    decoded = question.decode(part)
+                yield decoded
+
+    def _parts(self, request: requests.Request) -> Generator[object, None, None]:
+        """The parts of an answer: JSON values as such, data as bytes or as a memoryview."""
         with contextlib.closing(self.frames(request)) as frames:
             for kind, payload in frames:
-                if kind != wire_frames.DATA:
-                    yield self.decode(partial(wire_frames.parse_json, payload))
-                else:
+                if kind != wire_frames.JSON or isinstance(payload, memoryview):
                     yield payload
+                else:
+                    with self.decoding():
+                        value = wire_frames.parse_json(payload)
+                    yield value
+
+    @contextlib.contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Nonsense in an answer that is decoded meanwhile is the worker's failure.
+
+        What decodes looks at each value before it uses it, and says `BadMessage`: any other
+        exception is a defect of imgtool, which the appliance is not to hide.
+        """
+        try:
+            yield
+        except wire_frames.BadMessage as error:
+            raise self.failure("its answer makes no sense") from error
 
     def payloads(self, request: requests.Request) -> Generator[bytes, None, None]:
         """The parts of an answer of JSON alone, as they arrived; errors as `frames`."""
         with contextlib.closing(self.frames(request)) as frames:
             for kind, payload in frames:
-                if kind != wire_frames.JSON:
+                if kind != wire_frames.JSON or isinstance(payload, memoryview):
                     raise self.failure("not what was asked for")
                 yield payload
 
-    def frames(self, request: requests.Request) -> Generator[tuple[bytes, bytes], None, None]:
+    def frames(self, request: requests.Request) -> Generator[tuple[bytes, Data], None, None]:
         """The frames of an answer, their kinds (JSON or DATA) and payloads.
 
         Raises `Unsupported`, `NotInGuestError`, `EngineError` or `ImageError` as the worker
@@ -182,7 +219,9 @@ class Client:
             if self._busy and not self._broken:
                 self.failure("interrupted")  # perhaps within a frame: nothing more is heard
         if kind == wire_frames.ERROR:
-            raise self.decode(lambda: self._decode_error(wire_frames.parse_json(payload)))
+            with self.decoding():
+                told = self._decode_error(wire_frames.parse_json(payload))
+            raise told
 
     def _next(self, patience: TimeBudget) -> tuple[bytes, bytes]:
         self._pipes.allow(self._silence)
@@ -215,10 +254,15 @@ class Client:
             kind, _ = self._guard_io(wire_frames.receive, self._pipes)
             self._busy = kind not in (wire_frames.END, wire_frames.ERROR)
 
-    def _guard_io(self, action: Callable[..., Any], *arguments: object) -> Any:
+    def _guard_io(
+        self,
+        action: Callable[_Arguments, _Done],
+        *arguments: _Arguments.args,
+        **named: _Arguments.kwargs,
+    ) -> _Done:
         """What the worker does; its death and its nonsense as its failure."""
         try:
-            return action(*arguments)
+            return action(*arguments, **named)
         except TimeoutError as error:
             raise self.failure("it does not answer") from error
         except (wire_frames.BadMessage, OSError) as error:
@@ -238,7 +282,7 @@ class Client:
         lines = words.decode("utf-8", "replace").strip().splitlines()
         return printable(lines[-1][:LONGEST_LINE]) if lines else ""
 
-    def _decode_error(self, error: Any) -> Exception:
+    def _decode_error(self, error: object) -> Exception:
         if not isinstance(error, dict):
             raise wire_frames.BadMessage("an error of no known form")
         kind, message = error.get("kind"), error.get("message")
@@ -261,23 +305,3 @@ class Client:
             path = error.get("path")
             return EngineError(message, subject=None if path is None else printable(string(path)))
         raise wire_frames.BadMessage("an error of no known kind")
-
-    def call(self, request: requests.Request) -> Any:
-        """An answer of exactly one value, or None for an empty answer."""
-        found: list[Any] = []
-        for value in self.request(request):
-            if found:
-                raise self.failure("an answer of several parts")
-            found.append(value)
-        return found[0] if found else None
-
-    def decode(self, make: Callable[..., Any], *arguments: object) -> Any:
-        """What `make` makes of an answer; nonsense in it is the worker's failure.
-
-        `make` looks at each value before it uses it, and says `BadMessage`: any other exception is
-        a defect of imgtool, which the appliance is not to hide.
-        """
-        try:
-            return make(*arguments)
-        except wire_frames.BadMessage as error:
-            raise self.failure("its answer makes no sense") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from imgtool.engines.direct.wire import messages as wire
 from imgtool.engines.direct.wire.frames import MOST_DEVICES, BadMessage
@@ -25,7 +24,7 @@ class Devices:
         return [block.size for block in self.blocks if block.kind == "device"]
 
 
-def devices(answer: Any, disks: int) -> Devices:
+def devices(answer: object, disks: int) -> Devices:
     """What the worker found on so many disks; `BadMessage` for nonsense."""
     told = wire.mapping(answer, frozenset(("blocks", "groups")))
     rows = wire.items(told["blocks"])
@@ -43,7 +42,7 @@ def devices(answer: Any, disks: int) -> Devices:
     return Devices(blocks, tuple(_group_rows(told["groups"])))
 
 
-def _group_rows(groups: Any) -> list[Device]:
+def _group_rows(groups: object) -> list[Device]:
     """Logical volumes, volume groups and physical volumes, in this order."""
     rows_of = [wire.items(group, 5) for group in wire.items(groups)]
     if sum(1 + len(wire.items(group[3])) + len(wire.items(group[4])) for group in rows_of) > (
@@ -51,9 +50,9 @@ def _group_rows(groups: Any) -> list[Device]:
     ):
         raise BadMessage("more volume groups than there can be")
     volumes, rows, physical = [], [], []
-    for name, uuid, size, members, logical in rows_of:
+    for name, uuid, size, physical_rows, logical_rows in rows_of:
         device = f"/dev/{wire.string(name)}"
-        for volume, identity, length in (wire.items(row, 3) for row in logical):
+        for volume, identity, length in (wire.items(row, 3) for row in wire.items(logical_rows)):
             volumes.append(
                 Device(
                     "lv",
@@ -63,7 +62,7 @@ def _group_rows(groups: Any) -> list[Device]:
                     parents=(device,),
                 )
             )
-        members = [wire.items(member, 3) for member in members]
+        members = [wire.items(member, 3) for member in wire.items(physical_rows)]
         under = tuple(wire.string(member) for _, member, _ in members)
         rows.append(
             Device("vg", device, uuid=wire.string(uuid), size=wire.whole(size), parents=under)

@@ -9,25 +9,22 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO
 
+from imgtool.engines.direct.parent import questions
 from imgtool.engines.direct.parent.client import Client, WorkerFailed
-from imgtool.engines.direct.parent.devices import Devices, devices
 from imgtool.engines.direct.parent.mount_options import unreplayed_devices
 from imgtool.engines.direct.parent.responses import (
     AnswerStream,
     Contents,
     exclusion_path,
-    problems_below,
     spool_rows,
     survey_for_tar,
 )
 from imgtool.engines.direct.parent.volumes import WorkerVolume, WorkerVolumes
 from imgtool.engines.direct.replay import host
 from imgtool.engines.direct.wire import frames as wire_frames
-from imgtool.engines.direct.wire import messages as wire
-from imgtool.engines.direct.wire import requests
+from imgtool.engines.direct.wire.messages import Data, Problem
 from imgtool.engines.direct.wire.refusals import Unsupported
 from imgtool.errors import (
     EngineError,
@@ -81,12 +78,11 @@ class DirectGuest(Guest):
         self._layout: Layout | None = None
         started = time.monotonic()
         argvs, left_alone = [list(argv) for argv in disks], unreplayed_devices(mounts)
-        answer = client.call(
-            requests.Open(argvs, lost, left_alone, ring=client.shared, scratch=client.scratch)
+        self._devices = client.call(
+            questions.opening(argvs, lost, left_alone, ring=client.shared, scratch=client.scratch)
         )
         took = time.monotonic() - started
         log.info("sandbox: worker, QEMU and volumes ready in %.3f s (%s)", took, sandbox)
-        self._devices: Devices = client.decode(devices, answer, len(disks))
         self._blocks = self._devices.blocks
         self._volumes = WorkerVolumes(client, self._blocks)
         if self._given and self._given[0].mountpoint != "/":
@@ -100,11 +96,9 @@ class DirectGuest(Guest):
     def journals(self) -> list[host.DiskRange]:
         """Where filesystems are that need their journal replayed before they can be read."""
         with self._client.in_layout_time():
-            rows = self._client.call(requests.Journals())
+            journals = self._client.call(questions.journals())
         found: list[host.DiskRange] = []
-        for device, places in self._client.decode(
-            lambda: [wire.places_of_journal(row) for row in wire.items(rows)]
-        ):
+        for device, places in journals:
             if len(places) != 1:
                 raise Unsupported(f"the journal of {printable(device)} lies in pieces")
             disk, offset, size = places[0]
@@ -157,7 +151,7 @@ class DirectGuest(Guest):
                     subject=mount.source,
                     hint=there_is(known),
                 )
-        self._client.call(requests.Look(self._given[0].source))
+        self._client.call(questions.look(self._given[0].source))
         windows = WorkerVolume(self._client).is_dir("/Windows/System32")
         return Layout(self._given, os_type="windows" if windows else None)
 
@@ -178,10 +172,9 @@ class DirectGuest(Guest):
 
     def _mount(self, mounts: Sequence[Mount]) -> list[str | None]:
         """Mount in the worker; for each mount None, or why it is not there."""
-        said = self._client.call(
-            requests.Mount([(mount.source, mount.mountpoint) for mount in mounts])
+        return self._client.call(
+            questions.mount([(mount.source, mount.mountpoint) for mount in mounts])
         )
-        return cast("list[str | None]", self._client.decode(wire.reasons, said, len(mounts)))
 
     # Reading
 
@@ -191,8 +184,7 @@ class DirectGuest(Guest):
         if hidden := self._hidden(wire_frames.name(path)):
             raise hidden
         if self.windows:
-            found = self._client.call(requests.Spelling(path))
-            path = wire_frames.text(self._client.decode(partial(wire.spelling, found, path)))
+            path = wire_frames.text(self._client.call(questions.spelling(path)))
         return path
 
     @contextlib.contextmanager
@@ -209,15 +201,13 @@ class DirectGuest(Guest):
         """The path without symbolic links; `NotInGuestError` if it leads nowhere."""
         at = self._at(path)
         with self._about(at):
-            found = self._client.call(requests.Resolve(at))
-        return cast(bytes, self._client.decode(lambda: wire.real_path(found)))
+            return self._client.call(questions.resolve(at))
 
     def lstat(self, path: str | bytes) -> Entry:
         """One path as it is; a symbolic link is not followed."""
         at = self._at(path)
         with self._about(at):
-            row = self._client.call(requests.Lstat(at))
-        return cast(Entry, self._client.decode(partial(wire.entry_at, wire_frames.name(at), row)))
+            return self._client.call(questions.lstat(at))
 
     def _list(
         self,
@@ -229,20 +219,18 @@ class DirectGuest(Guest):
         written: Stretches | None = None,
     ) -> Iterator[Entry]:
         at = self._at(path)
-        frames = self._client.payloads(requests.Walk(at, deep, checksum, xattrs, written))
-        with self._about(at), spool_rows(self._client, frames) as rows:
-            top = wire_frames.name(at)
+        walk = questions.walk(at, deep, checksum, xattrs, written)
+        with self._about(at), spool_rows(self._client, walk) as rows:
             for row in rows:
-                if isinstance(row, list) and len(row) == 2:
-                    name, reason = self._client.decode(wire.problem_below, top, deep, row)
-                    if isinstance(reason, int):
-                        self._oversized_xattrs += reason
-                        continue
-                    if on_problem is None:
-                        raise EngineError(reason, subject=printable(wire_frames.text(name)))
-                    on_problem(name, reason)
-                    continue
-                yield self._client.decode(wire.entry_below, top, deep, row)
+                if not isinstance(row, Problem):
+                    yield row
+                elif isinstance(row.reason, int):
+                    self._oversized_xattrs += row.reason
+                elif on_problem is None:
+                    subject = printable(wire_frames.text(row.path))
+                    raise EngineError(row.reason, subject=subject)
+                else:
+                    on_problem(row.path, row.reason)
 
     def entries(
         self, path: str | bytes, *, xattrs: bool = False, on_problem: OnProblem | None = None
@@ -268,8 +256,7 @@ class DirectGuest(Guest):
             None if number is None else number + (disk in self._replayed)
             for disk, number in enumerate(links)
         ]
-        rows = self._client.call(requests.Written(above))
-        return cast(Stretches, self._client.decode(lambda: wire.stretches(rows, len(links))))
+        return self._client.call(questions.written(above))
 
     def walk_unshared(
         self,
@@ -287,10 +274,9 @@ class DirectGuest(Guest):
         """The extended attributes of one path as it is; a symbolic link is not followed."""
         at = self._at(path)
         with self._about(at):
-            found = self._client.call(requests.Xattrs(at))
-        xattrs, oversized = self._client.decode(lambda: wire.xattrs_of_one(found))
+            xattrs, oversized = self._client.call(questions.xattrs(at))
         self._oversized_xattrs += oversized
-        return cast(Xattrs, xattrs)
+        return xattrs
 
     def checksum(self, kind: str, path: str | bytes) -> str:
         """The md5, sha1 or sha256 of a regular file, in hexadecimal."""
@@ -298,8 +284,7 @@ class DirectGuest(Guest):
             raise UsageError(f"no such checksum; choose from {', '.join(CHECKSUMS)}", subject=kind)
         at = wire_frames.text(self._regular(path).path)
         with self._about(at):
-            found = self._client.call(requests.Checksum(at, kind))
-        return cast(str, self._client.decode(lambda: wire.digest(found)))
+            return self._client.call(questions.checksum(at, kind))
 
     def _regular(self, path: str | bytes) -> Entry:
         found = self.lstat(self.resolve(path))
@@ -313,17 +298,18 @@ class DirectGuest(Guest):
     @contextlib.contextmanager
     def _stream(
         self,
-        request: requests.Read | requests.Tar,
+        at: str,
+        question: questions.Question[Data | Problem],
         *,
         most: int | None = None,
-        on_row: Callable[[Any], None] | None = None,
+        on_problem: OnProblem | None = None,
     ) -> Iterator[BinaryIO]:
-        frames = self._client.request(request)
-        with self._about(request.path), contextlib.closing(frames):
+        parts = self._client.stream(question)
+        with self._about(at), contextlib.closing(parts):
             # A refusal comes now, not when somebody reads.
-            first = list(itertools.islice(frames, 1))
-            stream = AnswerStream(self._client, itertools.chain(first, frames), most, on_row)
-            yield cast(BinaryIO, Contents(stream))
+            first = list(itertools.islice(parts, 1))
+            stream = AnswerStream(self._client, itertools.chain(first, parts), most, on_problem)
+            yield Contents(stream)
 
     def open(self, path: str | bytes) -> AbstractContextManager[BinaryIO]:
         """A regular file's bytes as a stream; links are followed inside the guest."""
@@ -340,30 +326,28 @@ class DirectGuest(Guest):
         at = wire_frames.text(file.path)
         if most >= _LARGE and any(self._clusters()):
             return self._from_the_files(at, offset, most)
-        return self._stream(requests.Read(at, offset, length), most=most)
+        return self._stream(at, questions.read(at, offset, length), most=most)
 
     @contextlib.contextmanager
     def _from_the_files(self, at: str, offset: int, most: int) -> Iterator[BinaryIO]:
         """A part of a large file, as far as it can be from the image's own files."""
         from imgtool.engines.direct.parent.host_reader import (  # most commands do without
             PlainStream,
-            runs,
         )
 
         with self._about(at), contextlib.ExitStack() as stack:
 
             def streamed(start: int) -> BinaryIO:
                 left = offset + most - start
-                stream = self._stream(requests.Read(at, start, left), most=left)
+                stream = self._stream(at, questions.read(at, start, left), most=left)
                 return stack.enter_context(stream)
 
-            rows = self._client.call(requests.Runs(at, offset, most))
-            if rows is None:
+            found = self._client.call(questions.runs(at, offset, most, self.disk_sizes))
+            if found is None:
                 yield streamed(offset)
                 return
-            found = self._client.decode(runs, rows, self.disk_sizes)
             stream = PlainStream(found, self._clusters(), offset, offset + most, streamed)
-            yield cast(BinaryIO, Contents(stream))
+            yield Contents(stream)
 
     def tar(
         self,
@@ -378,19 +362,15 @@ class DirectGuest(Guest):
         # What has to be refused is refused before the stream begins.
         survey_for_tar(self, at, xattrs, on_problem)
         names = [wire_frames.text(exclusion_path(at, pattern)) for pattern in excludes]
-        on_row = problems_below(self._client, at, on_problem) if on_problem else None
-        request = requests.Tar(at, names, xattrs, passes_over=on_row is not None)
-        return self._stream(request, on_row=on_row)
+        question = questions.tar(at, names, xattrs, passes_over=on_problem is not None)
+        return self._stream(at, question, on_problem=on_problem)
 
     def data_ranges(self, path: str | bytes) -> Sequence[tuple[int, int]]:
         """Where a sparse file has data: (offset, length) in bytes, ascending."""
         file = self._regular(path)
         at = wire_frames.text(file.path)
         with self._about(at):
-            rows = self._client.call(requests.Ranges(at))
-        return cast(
-            Sequence[tuple[int, int]], self._client.decode(lambda: wire.ranges(rows, file.size))
-        )
+            return self._client.call(questions.ranges(at, file.size))
 
     # Whole guests
 
@@ -449,21 +429,18 @@ class DirectGuest(Guest):
                     SpaceUsage(self.image, device, mountpoints.get(device), kind, error=reason)
                 )
                 continue
-            numbers = self._client.call(requests.Usage(device))
-            size, used, available, inodes, inodes_used = self._client.decode(
-                partial(wire.numbers, numbers, 5)
-            )
+            space = self._client.call(questions.usage(device))
             rows.append(
                 SpaceUsage(
                     image=self.image,
                     device=device,
                     mountpoint=mountpoints.get(device),
                     type=kind,
-                    size=size,
-                    used=used,
-                    available=available,
-                    inodes=inodes,
-                    inodes_used=inodes_used,
+                    size=space.size,
+                    used=space.used,
+                    available=space.available,
+                    inodes=space.inodes,
+                    inodes_used=space.inodes_used,
                 )
             )
         return tuple(rows)
@@ -481,9 +458,7 @@ class DirectGuest(Guest):
                 self._tell(layout)
                 self._mount(layout.mounts)
             mountpoints = {mount.mountpoint: mount.source for mount in layout.mounts}
-            answer = self._client.call(
-                requests.Inspect(root.source, dict(sorted(mountpoints.items())), packages)
-            )
-            found.append(self._client.decode(partial(wire.operating_system, answer)))
+            asked = questions.inspect(root.source, dict(sorted(mountpoints.items())), packages)
+            found.append(self._client.call(asked))
         self._mounted = False
         return tuple(found)

@@ -12,29 +12,17 @@ import io
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from imgtool.engines.direct.wire import messages as wire
 from imgtool.engines.direct.wire.extents import Extent
-from imgtool.engines.direct.wire.frames import BadMessage
 from imgtool.errors import EngineError, Interrupted
 from imgtool.host import interrupt
 from imgtool.image.qemu.clusters import ByteRange, Clusters
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
 _ZEROS = bytes(1 << 20)
-
-
-def runs(rows: Any, sizes: Sequence[int]) -> list[Extent]:
-    """What the worker says of a file, on disks of these sizes; nonsense raises `BadMessage`."""
-    found: list[Extent] = []
-    least = 0
-    for row in wire.items(rows):
-        start, end, disk, at = wire.numbers(row, 4)
-        if not least <= start < end or disk >= len(sizes) or at + end - start > sizes[disk]:
-            raise BadMessage("a file that lies nowhere")
-        found.append(Extent(start, end, disk, at))
-        least = end
-    return found
 
 
 class PlainStream(io.RawIOBase):
@@ -65,7 +53,7 @@ class PlainStream(io.RawIOBase):
         """It is for reading alone."""
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         """Fill the buffer, but for the end of the file and where the worker takes over; 0 at the
         end. Raises `EngineError` where the host cannot read the image.
         """

@@ -7,37 +7,41 @@ import io
 import itertools
 import re
 import tempfile
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from imgtool.engines.direct.parent.client import Client
+from imgtool.engines.direct.parent.questions import Question
 from imgtool.engines.direct.wire import frames as wire_frames
-from imgtool.engines.direct.wire.messages import problem_below
+from imgtool.engines.direct.wire.messages import Data, Problem
 from imgtool.errors import EngineError
 from imgtool.guest.guest import Guest, OnProblem
+from imgtool.guest.model import Entry
 from imgtool.host.scratch import large_files
 from imgtool.text import printable
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _BUFFER = 2 << 20
 _MOST_ROWS = 8 << 30  # bytes: some fifty million entries
 
 
 class AnswerStream(io.RawIOBase):
-    """Frames of data as a file, of no more than `most` bytes if that is known. Other values among
-    them are told to `on_row`.
+    """Bytes of an answer as a file, no more than `most` if that is known. Problems among them are
+    told to `on_problem`.
     """
 
     def __init__(
         self,
         client: Client,
-        frames: Iterator[Any],
+        parts: Iterator[Data | Problem],
         most: int | None = None,
-        on_row: Callable[[Any], None] | None = None,
+        on_problem: OnProblem | None = None,
     ) -> None:
         self._client = client
-        self._on_row = on_row
-        self._frames = frames
+        self._on_problem = on_problem
+        self._parts = parts
         self._most = most
         self._held = memoryview(b"")
 
@@ -45,24 +49,24 @@ class AnswerStream(io.RawIOBase):
         """It is for reading alone."""
         return True
 
-    def readinto(self, buffer: Any) -> int:
-        """Bytes of the frame at hand, or of the next one; 0 at the end."""
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        """Bytes of the part at hand, or of the next one; 0 at the end."""
         while not self._held:
-            frame = next(self._frames, None)
-            if frame is None:
+            part = next(self._parts, None)
+            if part is None:
                 return 0
-            if not isinstance(frame, (bytes, bytearray, memoryview)):
-                if self._on_row is not None:
-                    self._on_row(frame)
-                    continue
-                raise self._client.failure("no data")
+            if isinstance(part, Problem):
+                if self._on_problem is not None:
+                    self._on_problem(part.path, str(part.reason))
+                continue
             if self._most is not None:
-                self._most -= len(frame)
+                self._most -= len(part)
                 if self._most < 0:
                     raise self._client.failure("more than was asked for")
-            self._held = memoryview(frame)
-        count = min(len(buffer), len(self._held))
-        buffer[:count] = self._held[:count]
+            self._held = memoryview(part)
+        view = memoryview(buffer)
+        count = min(len(view), len(self._held))
+        view[:count] = self._held[:count]
         self._held = self._held[count:]
         return count
 
@@ -99,15 +103,17 @@ class Contents(io.BufferedReader):
 
 
 @contextlib.contextmanager
-def spool_rows(client: Client, frames: Iterator[bytes]) -> Iterator[Iterator[Any]]:
-    """All the rows of an answer, read to its end before the first is given on.
+def spool_rows(
+    client: Client, walk: Question[Iterator[Entry | Problem]]
+) -> Iterator[Iterator[Entry | Problem]]:
+    """All the rows of a walk, which is read to its end before the first is given on.
 
     So a refusal comes before any row, and who looks at a row may ask for more meanwhile.
     """
     with tempfile.SpooledTemporaryFile(
         max_size=8 << 20, prefix="imgtool-", dir=large_files()
     ) as spool:
-        for payload in frames:
+        for payload in client.payloads(walk.request):
             if not payload.startswith(b"[["):
                 raise client.failure("no rows")
             spool.write(len(payload).to_bytes(4, "big") + payload)
@@ -115,23 +121,13 @@ def spool_rows(client: Client, frames: Iterator[bytes]) -> Iterator[Iterator[Any
                 raise client.failure("an answer that does not end")
         spool.seek(0)
 
-        def rows() -> Iterator[Any]:
+        def rows() -> Iterator[Entry | Problem]:
             while head := spool.read(4):
                 payload = spool.read(int.from_bytes(head, "big"))
-                batch = client.decode(partial(wire_frames.parse_json, payload))
-                yield from batch
+                with client.decoding():
+                    yield from walk.decode(wire_frames.parse_json(payload))
 
         yield rows()
-
-
-def problems_below(client: Client, top: str, on_problem: OnProblem) -> Callable[[Any], None]:
-    """What tells `on_problem` of the paths below a directory that the worker says it left out."""
-
-    def tell(row: Any) -> None:
-        path, reason = client.decode(problem_below, wire_frames.name(top), True, row)
-        on_problem(path, str(reason))
-
-    return tell
 
 
 def survey_for_tar(guest: Guest, top: str, xattrs: bool, on_problem: OnProblem | None) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
+from imgtool.engines.direct.parent import questions
 from imgtool.engines.direct.parent.client import Client
-from imgtool.engines.direct.wire import requests
 from imgtool.engines.direct.wire.refusals import Unsupported
 from imgtool.errors import EngineError
 from imgtool.guest.blocks import Block, filesystems_on
@@ -22,18 +22,11 @@ class WorkerVolume:
 
     def read(self, path: str, limit: int = SMALL_FILE) -> bytes | None:
         """The first `limit` bytes of a regular file; None if there is none."""
-        found = self._client.call(requests.Small(path, limit))
-        if found is None:
-            return None
-        if found == "":
-            return b""
-        if not isinstance(found, (bytes, bytearray)) or len(found) > limit:
-            raise self._client.failure("more than was asked for")
-        return bytes(found)
+        return self._client.call(questions.small(path, limit))
 
     def is_dir(self, path: str) -> bool:
         """Whether the path is a directory; any case where the filesystem ignores it."""
-        return self._client.call(requests.IsDir(path, "Windows" in path)) is True
+        return self._client.call(questions.is_dir(path, any_case="Windows" in path))
 
 
 class WorkerVolumes:
@@ -59,7 +52,7 @@ class WorkerVolumes:
         if source in self._without_type:
             raise EngineError("no known filesystem", subject=source)
         try:
-            self._client.call(requests.Look(source))
+            self._client.call(questions.look(source))
         except Unsupported as error:
             self.refused[source] = str(error)
             raise EngineError(str(error), subject=source) from error

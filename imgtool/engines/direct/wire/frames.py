@@ -10,7 +10,7 @@ import base64
 import json
 import os
 import struct
-from typing import Any, BinaryIO
+from typing import BinaryIO, Protocol
 
 from imgtool.formats.xattrs import Xattrs
 
@@ -65,14 +65,21 @@ def send_json(stream: BinaryIO, kind: bytes, value: object) -> None:
     send(stream, kind, json.dumps(value, separators=(",", ":")).encode("ascii"))
 
 
-def _exactly(stream: BinaryIO, length: int) -> bytes:
+class Readable(Protocol):
+    """What frames are read from."""
+
+    def read(self, length: int, /) -> bytes:
+        """So many bytes; fewer at the end."""
+
+
+def _exactly(stream: Readable, length: int) -> bytes:
     data = stream.read(length)
     if len(data) != length:
         raise Ended("the other end went away")
     return data
 
 
-def receive(stream: BinaryIO) -> tuple[bytes, bytes]:
+def receive(stream: Readable) -> tuple[bytes, bytes]:
     """Read one frame: its kind and its payload."""
     kind, length = _HEAD.unpack(_exactly(stream, _HEAD.size))
     if kind not in _KINDS or length > LARGEST:
@@ -83,12 +90,13 @@ def receive(stream: BinaryIO) -> tuple[bytes, bytes]:
     return kind, _exactly(stream, length)
 
 
-def parse_json(payload: bytes) -> Any:
+def parse_json(payload: bytes) -> object:
     """The value in a frame of JSON."""
     try:
-        return json.loads(payload)
+        value: object = json.loads(payload)
     except (ValueError, RecursionError) as error:
         raise BadMessage("not JSON") from error
+    return value
 
 
 def pairs(xattrs: Xattrs) -> list[list[str]]:

@@ -10,10 +10,12 @@ import base64
 import dataclasses
 import re
 import stat
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import NamedTuple, TypeAlias
 
 from imgtool.engines.direct.wire import frames
+from imgtool.engines.direct.wire.extents import Extent
 from imgtool.errors import shorten
 from imgtool.formats.application import Application
 from imgtool.formats.xattrs import Xattrs, order_xattrs
@@ -37,15 +39,37 @@ _LINES_OF_SYSTEM = frozenset(one.name for one in dataclasses.fields(OperatingSys
     "applications",
 }
 
+# Bytes of an answer; a memoryview is good until the next part of it.
+Data: TypeAlias = bytes | memoryview
 
-def items(value: object, count: int | None = None) -> list[Any]:
+
+class Problem(NamedTuple):
+    """A path of which something cannot be given, and why: in words, or how many of its extended
+    attributes are too large.
+    """
+
+    path: bytes
+    reason: str | int
+
+
+class Space(NamedTuple):
+    """What statvfs(3) says of a filesystem, in bytes and inodes."""
+
+    size: int
+    used: int
+    available: int
+    inodes: int
+    inodes_used: int
+
+
+def items(value: object, count: int | None = None) -> list[object]:
     """A list, of so many values where that is known."""
     if not isinstance(value, list) or (count is not None and len(value) != count):
         raise frames.BadMessage("no list, or one of another length")
     return value
 
 
-def mapping(value: object, names: frozenset[str] | None = None) -> dict[str, Any]:
+def mapping(value: object, names: frozenset[str] | None = None) -> dict[str, object]:
     """A mapping, with these names and no others where they are known."""
     if not isinstance(value, dict) or (names is not None and value.keys() != names):
         raise frames.BadMessage("no mapping, or one of other things")
@@ -55,6 +79,44 @@ def mapping(value: object, names: frozenset[str] | None = None) -> dict[str, Any
 def numbers(row: object, count: int) -> list[int]:
     """So many whole numbers."""
     return [whole(number) for number in items(row, count)]
+
+
+def nothing(answer: object) -> None:
+    """No answer."""
+    if answer is not None:
+        raise frames.BadMessage("an answer where there is none")
+
+
+def truth(value: object) -> bool:
+    """Yes or no."""
+    if not isinstance(value, bool):
+        raise frames.BadMessage("neither yes nor no")
+    return value
+
+
+def data(value: object) -> Data:
+    """Bytes that came as such."""
+    if isinstance(value, (bytes, memoryview)):
+        return value
+    if isinstance(value, bytearray):
+        return memoryview(value)
+    raise frames.BadMessage("no data")
+
+
+def small(answer: object, limit: int) -> bytes | None:
+    """Up to `limit` bytes of a file, in one piece that was not lent; None for no file."""
+    if answer is None:
+        return None
+    if answer == "":
+        return b""
+    if not isinstance(answer, (bytes, bytearray)) or len(answer) > limit:
+        raise frames.BadMessage("more than was asked for")
+    return bytes(answer)
+
+
+def space(answer: object) -> Space:
+    """The space of a filesystem."""
+    return Space(*numbers(answer, len(Space._fields)))
 
 
 def binary(value: object) -> bytes:
@@ -88,21 +150,25 @@ def string(value: object) -> str:
     return value.encode("utf-8", "replace").decode()
 
 
-def reasons(rows: Any, count: int) -> list[str | None]:
+def reasons(rows: object, count: int) -> list[str | None]:
     """For each of so many things why it is not there, on one line of usual length; None if it is.
 
     A reason may name what the guest wrote, of any length.
     """
-    if not all(row is None or isinstance(row, str) for row in items(rows, count)):
+    return [None if row is None else _reason(row) for row in items(rows, count)]
+
+
+def _reason(row: object) -> str:
+    if not isinstance(row, str):
         raise frames.BadMessage("no reason")
-    return [None if row is None else shorten(printable(row[:LONGEST_LINE])) for row in rows]
+    return shorten(printable(row[:LONGEST_LINE]))
 
 
 def _optional(value: object) -> str | None:
     return None if value is None else string(value)
 
 
-def block(row: Any) -> Block:
+def block(row: object) -> Block:
     """A block device as the worker tells of it."""
     device, kind, size, *texts, parents = items(row, len(frames.BLOCK))
     type, label, uuid, partuuid, partlabel, parttype, dm_uuid = texts
@@ -131,24 +197,25 @@ def real_path(value: object) -> bytes:
     return raw
 
 
-def entry(row: Any) -> Entry:
+def entry(row: object) -> Entry:
     """An entry as the worker tells of it; one object for rows that are equal, one soon after the
     other, as in two guests that are compared.
     """
-    *values, attributes = row if len(items(row)) > _WITHOUT_XATTRS else (*row, None)
+    told = items(row)
+    *values, attributes = told if len(told) > _WITHOUT_XATTRS else (*told, None)
     if len(values) != _WITHOUT_XATTRS or not _SCALARS.issuperset(map(type, values)):
         raise frames.BadMessage("no entry")
     found = _entry(*values)
     return found if attributes is None else dataclasses.replace(found, xattrs=xattrs(attributes))
 
 
-def xattrs_of_one(answer: Any) -> tuple[Xattrs, int]:
+def xattrs_of_one(answer: object) -> tuple[Xattrs, int]:
     """Extended attributes, and how many others are too large to be given."""
     rows, oversized = items(answer, 2)
     return xattrs(rows), whole(oversized)
 
 
-def xattrs(rows: Any) -> Xattrs:
+def xattrs(rows: object) -> Xattrs:
     """Extended attributes as the worker tells of them."""
     found = []
     for key, value in (items(row, 2) for row in items(rows)):
@@ -169,7 +236,7 @@ def spelling(value: object, typed: str) -> bytes:
     return found
 
 
-def entry_at(path: bytes, row: Any) -> Entry:
+def entry_at(path: bytes, row: object) -> Entry:
     """An entry that is the one at this path: its name may become one of the host's."""
     found = entry(row)
     if found.path != path:
@@ -188,36 +255,49 @@ def _check_below(directory: bytes, deep: bool, path: bytes) -> None:
         raise frames.BadMessage("a name that is elsewhere")
 
 
-def entry_below(directory: bytes, deep: bool, row: Any) -> Entry:
+def entry_below(directory: bytes, deep: bool, row: object) -> Entry:
     """An entry of a directory, or with `deep` of anywhere below it."""
     found = entry(row)
     _check_below(directory, deep, found.path)
     return found
 
 
-def problem_below(directory: bytes, deep: bool, row: Any) -> tuple[bytes, str | int]:
-    """A path that cannot be read, as `entry_below` or the directory itself, and why; or how many
-    attributes of it are too large to be given.
-    """
+def problem_below(directory: bytes, deep: bool, row: object) -> Problem:
+    """A path that cannot be read, as `entry_below` or the directory itself, and why."""
     path, reason = items(row, 2)
     found = real_path(path)
     if found != directory:
         _check_below(directory, deep, found)
-    return found, whole(reason) if isinstance(reason, int) else printable(string(reason))
+    return Problem(found, whole(reason) if isinstance(reason, int) else printable(string(reason)))
+
+
+def rows_below(directory: bytes, deep: bool, batch: object) -> Iterator[Entry | Problem]:
+    """The rows of a part of a walk, each looked at when its turn comes."""
+    for row in items(batch):
+        if isinstance(row, list) and len(row) == 2:
+            yield problem_below(directory, deep, row)
+        else:
+            yield entry_below(directory, deep, row)
+
+
+def data_or_problem(directory: bytes, part: object) -> Data | Problem:
+    """A part of a tar stream: bytes, or what is not in it of what is below the directory."""
+    return problem_below(directory, True, part) if isinstance(part, list) else data(part)
 
 
 @lru_cache(16)
-def _entry(*row: Any) -> Entry:
+def _entry(*row: object) -> Entry:
     path, mount, inode, mode, uid, gid, size, mtime, *others = row
     blocks, nlink, rdev, target, checksum, place = others
-    target = None if target is None else frames.name(target)
-    if target is not None and b"\0" in target:
+    link = None if target is None else frames.name(target)
+    if link is not None and b"\0" in link:
         raise frames.BadMessage("no target")
-    if stat.S_IFMT(whole(mode, most=0o177777)) not in FILE_TYPES:
+    bits = whole(mode, most=0o177777)
+    if stat.S_IFMT(bits) not in FILE_TYPES:
         raise frames.BadMessage("of no known type")
     return Entry(
         path=real_path(path),
-        mode=mode,
+        mode=bits,
         uid=whole(uid, most=0xFFFFFFFF),
         gid=whole(gid, most=0xFFFFFFFF),
         size=whole(size),
@@ -227,13 +307,13 @@ def _entry(*row: Any) -> Entry:
         inode=whole(inode, most=(1 << 64) - 1),
         device=whole(mount),
         rdev=whole(rdev, most=(1 << 64) - 1),
-        target=target,
+        target=link,
         checksum=None if checksum is None else digest(checksum),
         extent_digest=None if place is None else digest(place),
     )
 
 
-def operating_system(answer: Any) -> OperatingSystem:
+def operating_system(answer: object) -> OperatingSystem:
     """An operating system as the worker tells of it."""
     told = mapping(answer, _LINES_OF_SYSTEM | {"mountpoints", "kernels", "applications"})
     rows = told["applications"]
@@ -252,13 +332,36 @@ def _application(row: object) -> Application:
     return Application(string(name), string(version), string(release), whole(epoch), string(arch))
 
 
-def places_of_journal(row: Any) -> tuple[str, list[list[int]]]:
-    """A device, and where the parts of its journal are."""
+def journals(rows: object) -> list[tuple[str, list[tuple[int, int, int]]]]:
+    """Devices, and where the parts of their journals are: disk, offset, length."""
+    return [_places_of_journal(row) for row in items(rows)]
+
+
+def _places_of_journal(row: object) -> tuple[str, list[tuple[int, int, int]]]:
     device, places = items(row, 2)
-    return string(device), [numbers(place, 3) for place in items(places)]
+    found = []
+    for place in items(places):
+        disk, offset, length = numbers(place, 3)
+        found.append((disk, offset, length))
+    return string(device), found
 
 
-def ranges(rows: Any, size: int) -> list[tuple[int, int]]:
+def runs(rows: object, sizes: Sequence[int]) -> list[Extent] | None:
+    """Where a file lies, on disks of these sizes; None where nobody knows."""
+    if rows is None:
+        return None
+    found: list[Extent] = []
+    least = 0
+    for row in items(rows):
+        start, end, disk, at = numbers(row, 4)
+        if not least <= start < end or disk >= len(sizes) or at + end - start > sizes[disk]:
+            raise frames.BadMessage("a file that lies nowhere")
+        found.append(Extent(start, end, disk, at))
+        least = end
+    return found
+
+
+def ranges(rows: object, size: int) -> list[tuple[int, int]]:
     """Where a file of this size has data."""
     found: list[tuple[int, int]] = []
     end = 0
@@ -268,12 +371,12 @@ def ranges(rows: Any, size: int) -> list[tuple[int, int]]:
     return found
 
 
-def stretches(rows: Any, count: int) -> list[list[tuple[int, int]] | None]:
+def stretches(rows: object, count: int) -> list[list[tuple[int, int]] | None]:
     """Of so many disks which stretches are meant; None for all of one."""
     return [None if row is None else _ascending(row) for row in items(rows, count)]
 
 
-def _ascending(row: Any) -> list[tuple[int, int]]:
+def _ascending(row: object) -> list[tuple[int, int]]:
     pairs: list[tuple[int, int]] = []
     for start, end in (numbers(pair, 2) for pair in items(row)):
         pairs.append((whole(start, least=pairs[-1][1] if pairs else 0, most=end), end))

@@ -10,7 +10,7 @@ many, one too few or one of another type raises `BadMessage`, which ends the wor
 import json
 from collections.abc import Mapping, Sequence
 from types import GenericAlias, NoneType, UnionType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from imgtool.engines.direct.wire import frames
 
@@ -231,7 +231,9 @@ def encode(request: Request) -> bytes:
 def decode(body: bytes) -> Request:
     """The request that `encode` made; `BadMessage` for all else."""
     fields = frames.parse_json(body)
-    name = fields.pop("do", None) if isinstance(fields, dict) else None
+    if not isinstance(fields, dict):
+        raise frames.BadMessage("no request")
+    name = fields.pop("do", None)
     kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise frames.BadMessage("a request of no known kind")
@@ -241,7 +243,7 @@ def decode(body: bytes) -> Request:
     return kind._make([_take(fields[name], kinds[name]) for name in kind._fields])
 
 
-def _take(value: Any, kind: Any) -> Any:
+def _take(value: object, kind: object) -> object:
     """A value of JSON that is of this kind, with lists of known length as tuples."""
     if isinstance(kind, UnionType):  # with None
         kind = NoneType if value is None else kind.__args__[0]

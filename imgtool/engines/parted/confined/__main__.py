@@ -36,6 +36,8 @@ def main() -> None:
     seccomp.confine(seccomp.worker_filter())
     _, body = frames.receive(sys.stdin.buffer)
     asked = frames.parse_json(body)
+    if not isinstance(asked, dict):
+        raise frames.BadMessage("no question")
     path = asked["path"] or _write_disk(asked["size"])
     os.environ["PARTED_SECTOR_SIZE"] = str(asked["sector_size"])
     frames.send_json(stream, frames.JSON, _answer(_ped, path))

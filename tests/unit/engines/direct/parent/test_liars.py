@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +25,8 @@ import pytest
 from imgtool import open_guest
 from imgtool.compare.differences import Walk
 from imgtool.engines.direct.parent import client as wire
-from imgtool.engines.direct.parent import devices, host_reader, pipes, sandbox
 from imgtool.engines.direct.parent import guest as direct_guest
+from imgtool.engines.direct.parent import pipes, questions, sandbox
 from imgtool.engines.direct.parent.client import Client, WorkerFailed
 from imgtool.engines.direct.parent.pipes import Pipes, TimeBudget
 from imgtool.engines.direct.parent.volumes import WorkerVolume
@@ -382,28 +381,34 @@ SYSTEM: dict[str, Any] = dict.fromkeys(LINES, "x") | {
     "kernels": ["6.1"],
     "applications": [["bash", "5", "1", 0, "amd64"]],
 }
-# What each answer looks like, and what reads it.
-DECODED: dict[str, tuple[Any, Callable[[Any], Any]]] = {
-    "an entry": (ROW, partial(messages.entry_at, b"/etc/x")),
-    "an entry below": ([*ROW, XATTRS], partial(messages.entry_below, b"/etc", False)),
-    "a problem": (["/etc/x", "damaged"], partial(messages.problem_below, b"/etc", True)),
-    "a count": (["/etc/x", 3], partial(messages.problem_below, b"/etc", True)),
-    "attributes": (XATTRS, messages.xattrs),
-    "attributes of one": ([XATTRS, 1], messages.xattrs_of_one),
-    "a system": (SYSTEM, messages.operating_system),
+Q = questions
+# Each question, and what its answer looks like.
+DECODED: dict[str, tuple[questions.Question[Any], Any]] = {
     "devices": (
+        Q.opening([["x"]], [], [], ring=None, scratch=None),
         {"blocks": [BLOCK, PART], "groups": [GROUP]},
-        lambda answer: devices.devices(answer, 1),
     ),
-    "reasons": (["why", None], lambda answer: messages.reasons(answer, 2)),
-    "a path": ("/etc/x", messages.real_path),
-    "a spelling": ("/ETC", lambda answer: messages.spelling(answer, "/etc")),
-    "a checksum": ("0" * 32, messages.digest),
-    "numbers": ([1, 2, 3], lambda answer: messages.numbers(answer, 3)),
-    "a place of a journal": (["/dev/sda", [[0, 1, 2]]], messages.places_of_journal),
-    "ranges": ([[0, 5], [6, 2]], lambda answer: messages.ranges(answer, 100)),
-    "stretches": ([[[0, 5], [6, 9]], None], lambda answer: messages.stretches(answer, 2)),
-    "runs": ([[0, 5, 0, 7], [5, 6, 0, 99]], lambda answer: host_reader.runs(answer, [100])),
+    "journals": (Q.journals(), [["/dev/sda", [[0, 1, 2]]]]),
+    "stretches": (Q.written([1, None]), [[[0, 5], [6, 9]], None]),
+    "no answer": (Q.look("/dev/sda"), None),
+    "reasons": (Q.mount([("/dev/sda", "/"), ("/dev/sdb", "/x")]), ["why", None]),
+    "space": (Q.usage("/dev/sda"), [1, 2, 3, 4, 5]),
+    "a system": (Q.inspect("/dev/sda", {"/": "/dev/sda"}, True), SYSTEM),
+    "a path": (Q.resolve("/x"), "/etc/x"),
+    "a spelling": (Q.spelling("/etc"), "/ETC"),
+    "an entry": (Q.lstat("/etc/x"), ROW),
+    "yes": (Q.is_dir("/etc", False), True),
+    "attributes": (Q.xattrs("/etc/x"), [XATTRS, 1]),
+    "an entry below": (Q.walk("/etc", False, None, True, None), [[*ROW, XATTRS]]),
+    "a problem": (Q.walk("/etc", True, None, False, None), [["/etc/x", "damaged"]]),
+    "a count": (Q.walk("/etc", True, None, True, None), [["/etc/x", 3]]),
+    "a checksum": (Q.checksum("/etc/x", "md5"), "0" * 32),
+    "bytes": (Q.read("/etc/x", 0, 5), b"bytes"),
+    "a small file": (Q.small("/etc/x", 5), b"small"),
+    "runs": (Q.runs("/etc/x", 0, 6, [100]), [[0, 5, 0, 7], [5, 6, 0, 99]]),
+    "ranges": (Q.ranges("/etc/x", 100), [[0, 5], [6, 2]]),
+    "bytes of a stream": (Q.tar("/etc", [], False, False), b"bytes"),
+    "a problem in a stream": (Q.tar("/etc", [], False, True), ["/etc/x", "damaged"]),
 }
 NONSENSE: tuple[object, ...] = (
     *(None, True, 0, -1, 1.5, float("nan"), 1 << 70, "", "x", "\0", "\ud800", "\udcff", "\u20ac"),
@@ -426,17 +431,104 @@ def distorted(answer: Any) -> Iterator[Any]:
                 yield answer | {name: other}
 
 
+def decoded(question: questions.Question[Any], answer: Any) -> Any:
+    """What is made of an answer, to its end."""
+    made = question.decode(answer)
+    return list(made) if isinstance(made, Iterator) else made
+
+
+def test_every_answer_is_looked_at() -> None:
+    asked = {type(question.request) for question, _ in DECODED.values()}
+    assert asked == set(requests.KINDS.values())
+
+
 @pytest.mark.parametrize("kind", DECODED)
 def test_senseless_answer_is_called_that(kind):
-    answer, decode = DECODED[kind]
-    decode(copy.deepcopy(answer))
+    question, answer = DECODED[kind]
+    decoded(question, copy.deepcopy(answer))
     refused = 0
     for other in distorted(answer):
         try:
-            decode(copy.deepcopy(other))
+            decoded(question, copy.deepcopy(other))
         except BadMessage:
             refused += 1
     assert refused > 10
+
+
+# Of these questions the answer is bytes, or may be.
+IN_BYTES = {requests.Read, requests.Tar, requests.Small}
+
+
+@pytest.mark.parametrize("kind", DECODED)
+@pytest.mark.parametrize("data", [b"x", bytearray(b"/etc/x"), memoryview(b"0" * 32)], ids=repr)
+def test_bytes_are_an_answer_where_they_were_asked_for(kind, data):
+    question, _ = DECODED[kind]
+    if type(question.request) not in IN_BYTES:
+        with pytest.raises(BadMessage):
+            decoded(question, data)
+    elif not isinstance(question.request, requests.Small):
+        assert bytes(decoded(question, data)) == bytes(data)
+
+
+# What no answer to a question is, besides what is nonsense in the place of any.
+NO_ANSWERS: dict[str, list[Any]] = {
+    "no answer": [True, False, 0, "", []],
+    "yes": [None, 0, 1, "true", [True]],
+    "space": [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, -1], [1, 2, 3, 4, 5.0]],
+    "bytes": [None, "bytes", ["/etc/x", "damaged"]],
+    # What is lent is good until the next part, and longer than that is no small file kept.
+    "a small file": [b"longer", bytearray(b"longer"), memoryview(b"small"), "small", 0, False],
+    "bytes of a stream": [None, "bytes", ["/etc/x", "damaged"]],
+    "a problem in a stream": [["/etc2/x", "damaged"], ["/etc/x/../y", "damaged"], ["/etc/x"], ROW],
+    "journals": [[["/dev/sda", [[0, 1]]]], [["/dev/sda", [[0, 1, -2]]]], [[5, []]]],
+    "runs": [[[0, 5, 1, 7]], [[0, 5, 0, 96]], [[0, 5, 0, 7], [4, 6, 0, 90]]],
+}
+
+
+@pytest.mark.parametrize("kind", NO_ANSWERS)
+def test_what_is_no_answer_is_refused(kind):
+    question, _ = DECODED[kind]
+    for answer in NO_ANSWERS[kind]:
+        with pytest.raises(BadMessage):
+            decoded(question, answer)
+
+
+SILENT: dict[str, tuple[str, Callable[[Any], object]]] = {
+    "a filesystem that answers": ("do_look = lambda self, r: 5", lambda g: g.lstat("/small")),
+    "a directory that is 1": ("do_is_dir = lambda self, r: 1", lambda g: g.lstat("/small")),
+    "no path": ("do_resolve = lambda self, r: None", lambda g: g.resolve("/small")),
+    "no entry": ("do_lstat = lambda self, r: None", lambda g: g.lstat("/small")),
+    "no sum": ("do_checksum = lambda self, r: None", lambda g: g.checksum("md5", "/small")),
+    "no attributes": ("do_xattrs = lambda self, r: None", lambda g: g.xattrs("/small")),
+    "no space": ("do_usage = lambda self, r: None", lambda g: g.usage()),
+    "no stretches": ("do_written = lambda self, r: None", lambda g: g.written_stretches([1])),
+    "words for bytes": ("do_read = lambda self, r: 'small'", lambda g: g.read_bytes("/small")),
+    "a problem for bytes": (
+        "do_read = lambda self, r: ['/small', 'x']",
+        lambda g: g.read_bytes("/small"),
+    ),
+    "a problem that was not asked for": (
+        "do_tar = lambda self, r: ['/etc/x', 'damaged']",
+        lambda g: g.tar("/etc").__enter__(),
+    ),
+}
+
+
+@pytest.mark.parametrize("way", SILENT)
+def test_no_answer_and_another_answer_fail_the_worker(lying, way):
+    lie, ask = SILENT[way]
+    with lying(f"Worker.{lie}") as guest, pytest.raises(ImageError, match="makes no sense"):
+        ask(guest)
+
+
+def test_an_answer_has_one_part(lying):
+    lies = """
+def resolve(self, request):
+    for _ in range(2): self._json("/small")
+Worker.do_resolve = resolve
+"""
+    with lying(lies) as guest, pytest.raises(ImageError, match="several parts"):
+        guest.resolve("/small")
 
 
 @pytest.mark.parametrize("defect", [AttributeError, TypeError, KeyError, ValueError])
@@ -508,7 +600,7 @@ def test_nobody_waits_for_ever(monkeypatch, way):
     with Liar(program) as process:
         client = Client(process, image="disk", silence=1.5)
         with pytest.raises(WorkerFailed, match=reason):
-            for _ in client.request(requests.Walk("/", True, None, False, None)):
+            for _ in client.payloads(requests.Walk("/", True, None, False, None)):
                 pass
     assert time.monotonic() - started < 10
 
@@ -518,7 +610,7 @@ def test_a_sum_does_not_take_for_ever(monkeypatch):
     with Liar("while True: put(b'~\\0\\0\\0\\0'); flush(); time.sleep(0.02)") as process:
         client = Client(process, image="disk", silence=5.0)
         with pytest.raises(WorkerFailed, match="does not come to an end"):
-            client.call(requests.Checksum("/small", "md5"))
+            client.call(questions.checksum("/small", "md5"))
 
 
 @pytest.mark.parametrize("more", ["~\\0\\0\\0\\0", "D\\0\\0\\0\\1x"])
@@ -527,7 +619,7 @@ def test_what_is_told_to_stop_stops_in_time(more):
     started = time.monotonic()
     with Liar(program) as process:
         client = Client(process, image="disk", silence=1.0)
-        answer = client.request(requests.Read("/small", 0, 5))
+        answer = client.stream(questions.read("/small", 0, 5))
         assert next(answer) == b"x"
         with pytest.raises(WorkerFailed, match="does not answer"):
             answer.close()
@@ -539,7 +631,7 @@ def test_who_does_not_listen_is_not_spoken_to_for_ever():
     with Liar("time.sleep(60)") as process:
         client = Client(process, image="disk", silence=1.0)
         with pytest.raises(WorkerFailed, match="does not answer"):
-            client.call(requests.Tar("/", ["x" * (1 << 20)], False, False))
+            client.call(questions.tar("/", ["x" * (1 << 20)], False, False))
     assert time.monotonic() - started < 10
 
 
@@ -548,7 +640,7 @@ def test_ctrl_c_is_heard_however_much_the_worker_says(monkeypatch):
     with Liar("while True: put(b'J\\0\\0\\0\\2[]')") as process:
         client = Client(process, image="disk")
         with pytest.raises(Interrupted):
-            for _ in client.request(requests.Walk("/", True, None, False, None)):
+            for _ in client.payloads(requests.Walk("/", True, None, False, None)):
                 pass
         process.wait(10)  # nothing more is heard of it
 
@@ -559,10 +651,10 @@ def test_a_conversation_may_have_any_descriptor():
     taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
     try:
         with Liar(
-            "put(b'J\\0\\0\\0\\1' + b'5' + b'.\\0\\0\\0\\0'); flush(); time.sleep(60)"
+            "put(b'J\\0\\0\\0\\4' + b'true' + b'.\\0\\0\\0\\0'); flush(); time.sleep(60)"
         ) as process:
             assert process.stdout is not None and process.stdout.fileno() > 1024
-            assert Client(process, image="disk").call(requests.Lstat("/small")) == 5
+            assert Client(process, image="disk").call(questions.is_dir("/small", False)) is True
     finally:
         for descriptor in taken:
             os.close(descriptor)

@@ -19,11 +19,12 @@ from typing import Any
 
 import pytest
 
-from imgtool.engines.direct.parent import identity, sandbox, session
+from imgtool.engines.direct.parent import identity, questions, sandbox, session
 from imgtool.engines.direct.parent.client import Client, WorkerFailed
+from imgtool.engines.direct.parent.devices import Devices
 from imgtool.engines.direct.parent.sandbox import Kind
 from imgtool.engines.direct.parent.scratch import Scratch, scratch_memory
-from imgtool.engines.direct.wire import landlock, requests
+from imgtool.engines.direct.wire import landlock
 from imgtool.engines.direct.worker import confinement, limits
 from imgtool.errors import HostError, ImageError
 from imgtool.image.chain.chain import open_chain
@@ -194,8 +195,8 @@ else:
 """
 
 
-def opening(*disks: list[str], scratch: int | None = None) -> requests.Open:
-    return requests.Open(disks, [], [], ring=None, scratch=scratch)
+def opening(*disks: list[str], scratch: int | None = None) -> questions.Question[Devices]:
+    return questions.opening(disks, [], [], ring=None, scratch=scratch)
 
 
 @pytest.fixture
@@ -633,8 +634,8 @@ def test_root_reads_files_of_several_users_that_only_they_may(tmp_path, kind, ne
     ):
         client = Client(process, image=str(overlay), scratch=scratch)
         argv = sandbox.server(chain, images, kind=kind)
-        (disk,) = client.call(opening(argv, scratch=client.scratch))["blocks"]
-        assert disk[2] == 64 << 20
+        devices = client.call(opening(argv, scratch=client.scratch))
+        assert devices.disk_sizes == [64 << 20]
     images.close()
 
 
@@ -681,7 +682,7 @@ def test_the_worker_dies_with_its_conversation(image):
         chain = open_chain(image)
         argv = sandbox.server(chain, images, snapshot=None, force_share=False)
         assert str(image) not in " ".join(argv)
-        assert client.call(opening(argv))["groups"] == []
+        assert client.call(opening(argv)).groups == ()
         pid = process.pid
     images.close()
     assert not Path(f"/proc/{pid}").exists()
