@@ -12,7 +12,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from imgtool.engines.direct.wire.refusals import Unsupported
 from imgtool.engines.direct.worker.fs.base import ReadFailed, Source
@@ -58,6 +58,12 @@ class LogicalVolume(NamedTuple):
     extents: tuple[Extent, ...]
 
 
+# What stands in LVM's text: words, lists of them, and sections of such.
+Word: TypeAlias = str | int | float
+Section: TypeAlias = dict[str, "Value"]
+Value: TypeAlias = Word | list[Word] | Section
+
+
 class PhysicalVolume(NamedTuple):
     """A physical volume; `device` is the guest's name of what it is on."""
 
@@ -97,7 +103,7 @@ def _tokens(text: str) -> Iterator[tuple[str, str]]:
             yield matched.lastgroup, matched.group()
 
 
-def _value(kind: str, word: str) -> str | int | float:
+def _value(kind: str, word: str) -> Word:
     if kind == "string":
         return re.sub(r"\\(.)", r"\1", word[1:-1], flags=re.DOTALL)
     if kind == "number":
@@ -107,8 +113,8 @@ def _value(kind: str, word: str) -> str | int | float:
     raise ReadFailed("LVM metadata that cannot be parsed")
 
 
-def _array(tokens: Iterator[tuple[str, str]]) -> list[Any]:
-    values: list[Any] = []
+def _array(tokens: Iterator[tuple[str, str]]) -> list[Word]:
+    values: list[Word] = []
     for kind, word in tokens:
         if word == "]" and kind == "mark":
             return values
@@ -117,10 +123,10 @@ def _array(tokens: Iterator[tuple[str, str]]) -> list[Any]:
     raise ReadFailed("LVM metadata that ends too early")
 
 
-def parse_text(text: str) -> dict[str, Any]:
+def parse_text(text: str) -> Section:
     """The sections and values of a text in LVM's configuration format."""
     tokens = _tokens(text.rstrip("\0"))
-    root: dict[str, Any] = {}
+    root: Section = {}
     stack = [root]
     for kind, word in tokens:
         if kind == "mark" and word == "}" and len(stack) > 1:
@@ -132,7 +138,7 @@ def parse_text(text: str) -> dict[str, Any]:
         if then == ("mark", "{"):
             if len(stack) == _MOST_NESTED:
                 raise ReadFailed("LVM metadata nested too deeply")
-            section: dict[str, Any] = {}
+            section: Section = {}
             stack[-1][word] = section
             stack.append(section)
         elif then == ("mark", "="):
@@ -198,34 +204,41 @@ def _texts(source: Source, areas: Sequence[tuple[int, int]]) -> Iterator[str]:
 # Volume groups
 
 
-def _whole(section: dict[str, Any], key: str) -> int:
+def _whole(section: Section, key: str) -> int:
     value = section.get(key)
     if not isinstance(value, int) or value < 0:
         raise ReadFailed(f"LVM metadata without {key}")
     return value
 
 
-def _section(section: dict[str, Any], key: str) -> dict[str, Any]:
+def _section(section: Section, key: str) -> Section:
     value = section.get(key, {})
     if not isinstance(value, dict):
         raise ReadFailed(f"LVM metadata without {key}")
     return value
 
 
-def _text(section: dict[str, Any], key: str) -> str:
+def _sections(section: Section, key: str) -> Iterator[tuple[str, Section]]:
+    """The sections in a section; there may be nothing else in it."""
+    found = _section(section, key)
+    for name in found:
+        yield name, _section(found, name)
+
+
+def _text(section: Section, key: str) -> str:
     value = section.get(key)
     if not isinstance(value, str):
         raise ReadFailed(f"LVM metadata without {key}")
     return value
 
 
-def _flags(section: dict[str, Any], key: str = "status") -> list[Any]:
+def _flags(section: Section, key: str = "status") -> Sequence[Value]:
     value = section.get(key, [])
     return value if isinstance(value, list) else [value]
 
 
 def _extents(
-    name: str, volume: dict[str, Any], unit: int, places: dict[str, tuple[str, int, int]]
+    name: str, volume: Section, unit: int, places: dict[str, tuple[str, int, int]]
 ) -> tuple[Extent, ...]:
     found = []
     expected = 0
@@ -238,7 +251,7 @@ def _extents(
         start, count = _whole(segment, "start_extent"), _whole(segment, "extent_count")
         if len(stripes) != 2 or stripes[0] not in places or not isinstance(stripes[1], int):
             raise ReadFailed(f"the logical volume {name} lies on no known physical volume")
-        device, first, most = places[stripes[0]]
+        device, first, most = places[str(stripes[0])]
         if max(first, (expected + count) * unit, most * unit) > _LARGEST:
             raise ReadFailed(f"the logical volume {name} is of absurd size")
         if start != expected or not count or stripes[1] < 0 or stripes[1] + count > most:
@@ -248,7 +261,7 @@ def _extents(
     return tuple(found)
 
 
-def _group(name: str, group: dict[str, Any], devices: dict[str, str]) -> VolumeGroup:
+def _group(name: str, group: Section, devices: dict[str, str]) -> VolumeGroup:
     if "EXPORTED" in _flags(group):
         raise Unsupported(f"the volume group {name} is exported")
     if not all(_NAME.match(each) for each in (name, *_section(group, "logical_volumes"))):
@@ -260,7 +273,7 @@ def _group(name: str, group: dict[str, Any], devices: dict[str, str]) -> VolumeG
         raise ReadFailed("LVM metadata without extent_size")
     places: dict[str, tuple[str, int, int]] = {}
     physical = []
-    for key, section in _section(group, "physical_volumes").items():
+    for key, section in _sections(group, "physical_volumes"):
         uuid = _text(section, "id")
         device = devices.get(uuid.replace("-", ""))
         if device is None or "MISSING" in _flags(section, "flags"):
@@ -271,7 +284,7 @@ def _group(name: str, group: dict[str, Any], devices: dict[str, str]) -> VolumeG
         places[key] = (device, _whole(section, "pe_start") * _SECTOR, count)
         physical.append(PhysicalVolume(with_dashes(uuid), device, count * unit))
     logical = []
-    for key, section in sorted(_section(group, "logical_volumes").items()):
+    for key, section in sorted(_sections(group, "logical_volumes")):
         status = list(_flags(section))
         status += _flags(section, "flags")
         if "VISIBLE" not in status or "ACTIVATION_SKIP" in status:
@@ -294,7 +307,7 @@ def volume_groups(volumes: Sequence[tuple[str, Source]]) -> tuple[VolumeGroup, .
     Raises `ReadFailed` for damaged metadata, `Unsupported` for what is not linear and complete.
     """
     devices: dict[str, str] = {}
-    newest: dict[str, tuple[int, str, dict[str, Any]]] = {}
+    newest: dict[str, tuple[int, str, Section]] = {}
     used = set()
     for device, source in volumes:
         uuid, areas = _label(source)

@@ -181,6 +181,10 @@ def test_groups_of_one_name_and_disks_of_one_uuid_are_refused() -> None:
     ("old", "new"),
     [
         ("extent_count = 4", "extent_count = 40"),
+        # A word where a section belongs
+        ("physical_volumes {", 'physical_volumes {\npv2 = "x"'),
+        ("logical_volumes {", "logical_volumes {\nhome = 5"),
+        ("logical_volumes {", 'logical_volumes {\nhome = ["x"]'),
         ("start_extent = 4", "start_extent = 3"),
         ("extent_size = 8192", "extent_size = 0"),
         ('"pv1", 0', '"pv9", 0'),
