@@ -13,7 +13,7 @@ import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from imgtool.formats import lineage, qcow2, vhd, vmdk
 from imgtool.formats.protocols import protocol_of
@@ -86,7 +86,7 @@ def format_of(start: bytes) -> str | None:
     return "vmdk" if vmdk.looks_like_descriptor(start) else None
 
 
-def _told(file: BinaryIO, start: bytes, format: str) -> dict[str, Any]:
+def _told(file: BinaryIO, start: bytes, format: str) -> dict[str, object]:
     if format == "qcow2" and (header := qcow2.read_header(file)) is not None:
         named = header.backing_format
         return {

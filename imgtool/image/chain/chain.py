@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from imgtool.errors import (
     ImageError,
@@ -23,7 +23,8 @@ from imgtool.errors import (
 )
 from imgtool.host import program_messages
 from imgtool.host.process import ProgramFailed, TimedOut, run
-from imgtool.image.chain.info import PROBE_LIMITS, ImageInfo, Snapshot, ask_qemu, probe
+from imgtool.image.chain.info import ImageInfo, Snapshot, probe
+from imgtool.image.chain.qemu_info import PROBE_LIMITS, ask_qemu
 from imgtool.image.intent.intent_state import refuse_other_format, unfinished_commit
 from imgtool.image.locking.host_file import file_node, node_driver, open_host_file
 from imgtool.image.policy import AllowedDirs
@@ -136,19 +137,19 @@ class Chain:
         read_only: bool = True,
         force_share: bool = False,
         names: Mapping[Path, str] | None = None,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """The chain as QEMU's `-blockdev` takes it: a driver and absolute names at every level.
 
         `force_share` reads past the locks of a running QEMU and is for readers only. `names` are
         other names of the chain's files, for a QEMU that sees them elsewhere.
         """
 
-        def file(path: Path, driver: str) -> dict[str, Any]:
+        def file(path: Path, driver: str) -> dict[str, object]:
             return file_node(path, driver, names[path] if names else self.names.get(path))
 
-        node: dict[str, Any] | None = None
+        node: dict[str, object] | None = None
         for number, link in reversed([*enumerate(self.links)]):
-            above: dict[str, Any] = {"driver": link.format, "file": file(link.path, link.driver)}
+            above: dict[str, object] = {"driver": link.format, "file": file(link.path, link.driver)}
             if self.header is not None and not number:
                 below = {"driver": "raw", "file": above["file"]}
                 over = {"driver": "qcow2", "file": file(self.header, "file"), "backing": below}

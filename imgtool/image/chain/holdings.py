@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from imgtool.formats import qcow2
 from imgtool.formats.qcow2_bitmaps import Bitmap, read_bitmaps
@@ -200,7 +200,7 @@ def _names_of(what: str, names: Sequence[bytes]) -> list[str]:
     return [f"{what}{'s' if len(names) > 1 else ''} {shown}{more}"]
 
 
-def note_holdings(before: Holdings | None, after: Holdings | None) -> dict[str, Any]:
+def note_holdings(before: Holdings | None, after: Holdings | None) -> dict[str, object]:
     """For a record: what has to be there in the middle of the work too, before and after it.
 
     Of a bitmap, whether it was of no use already. Empty where there is nothing to lose.

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from imgtool.errors import ImageError, RefusedError
 from imgtool.formats import lineage, qcow2, vhd, vmdk
@@ -23,9 +23,9 @@ from imgtool.formats.packed import packed_as, step_for_format, words_for
 from imgtool.formats.qcow2_bitmaps import count_bitmaps
 from imgtool.formats.qcow2_snapshots import read_snapshots
 from imgtool.host import program_messages
-from imgtool.host.process import Limits, ProgramFailed, TimedOut, run
 from imgtool.image import headers
 from imgtool.image.chain.ends import Short, Truncated, Unseen, cut_off, other_size, short_files
+from imgtool.image.chain.qemu_info import Answer, ask_qemu, details_of
 from imgtool.image.intent.intent_log import read_facts
 from imgtool.image.locking.host_file import (
     Identity,
@@ -42,7 +42,6 @@ FORMATS = ("raw", "qcow2", "qcow", "qed", "vmdk", "vdi", "vpc", "vhdx")
 _LARGEST_FILE = 1 << 47  # twice that of the largest VHDX
 _READ_IN_PART = ("qcow2", "vdi", "vmdk")  # QEMU opens them without their end
 _OF_OTHERS = ("vpc", "vhdx", "vdi", "vmdk")
-PROBE_LIMITS = Limits(memory=1 << 30, cpu=8, wall=8)
 
 _MAX_SNAPSHOTS = 8192
 _MAX_BITMAPS = 8192
@@ -126,32 +125,7 @@ def _vmdk_extents(file: BinaryIO, path: Path, places: AllowedDirs) -> tuple[Path
     return tuple(extents)
 
 
-def ask_qemu(path: Path, description: str, format: str | None) -> dict[str, Any]:
-    """What `qemu-img info` says of the image at `path`, which is described to it as `description`.
-
-    Raises `ImageError` where it cannot open it.
-    """
-    argv = ["qemu-img", "info", "--force-share", "--output=json"]
-    if format is not None:
-        argv += ["-f", format]
-    try:
-        done = run([*argv, description], limits=PROBE_LIMITS)
-    except TimedOut as error:
-        raise ImageError(
-            f"QEMU could not make sense of its header in {PROBE_LIMITS.wall:g} s",
-            subject=printable(path),
-        ) from error
-    except ProgramFailed as error:
-        if error.returncode < 0:
-            reason = f"QEMU died of its header (signal {-error.returncode})"
-            raise ImageError(reason, subject=printable(path)) from error
-        told = program_messages.by_qemu(error.stderr, typed(path))
-        raise ImageError(told.means, subject=printable(path), hint=told.step) from error
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
-
-
-def _snapshots(answer: dict[str, Any]) -> tuple[Snapshot, ...]:
+def _snapshots(answer: Answer) -> tuple[Snapshot, ...]:
     return tuple(
         Snapshot(
             id=row["id"],
@@ -343,7 +317,7 @@ def _refuse_unreadable(
     return footer
 
 
-def _answer(file: BinaryIO, path: Path, description: str, format: str | None) -> dict[str, Any]:
+def _answer(file: BinaryIO, path: Path, description: str, format: str | None) -> Answer:
     """`ask_qemu`, with the reason where QEMU has none that helps."""
     try:
         return ask_qemu(path, description, format)
@@ -423,7 +397,7 @@ def _probe_open_file(
         )
     if answer["virtual-size"] <= 0:
         raise ImageError("an image of a disk of no size", subject=printable(path))
-    specific: dict[str, Any] = answer.get("format-specific", {}).get("data", {})
+    specific = details_of(answer)
     corrupt = bool(specific.get("corrupt", False))
     problems += _problems(path, corrupt=corrupt, dirty=bool(answer.get("dirty-flag")))
     if found == "qcow2" and header is not None and whole:

@@ -23,7 +23,7 @@ from imgtool.formats.qcow2_snapshots import SnapshotRow, read_snapshots
 from imgtool.host.process import run
 from imgtool.host.scratch import scratch_folder
 from imgtool.image.chain.chain import Chain
-from imgtool.image.chain.info import PROBE_LIMITS
+from imgtool.image.chain.qemu_info import PROBE_LIMITS
 from imgtool.text import printable
 
 _CLUSTER = 64 << 10  # of the overlay: the header, which ends before

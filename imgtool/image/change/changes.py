@@ -20,6 +20,7 @@ from imgtool.image.intent.intent_log import Record, last_write_time
 from imgtool.image.intent.intent_state import to_keep
 from imgtool.image.intent.marks import (
     Mark,
+    Noted,
     is_as_noted,
     is_same_file,
     mark_of,
@@ -76,7 +77,7 @@ def _use_since(record: Record, path: Path, which: str) -> str | None:
     if before.get("snapshots") != snapshots_of(path):
         return f"the internal snapshots of {name} were changed"
     now = mark_of(path)
-    then_parts, now_parts = parts_of(before), parts_of(now)
+    then_parts, now_parts = parts_of(before), now.get("parts", [])
     if len(then_parts) != len(now_parts):
         return f"a file that holds the data of {name} was replaced"
     for then, there in zip([before, *then_parts], [now, *now_parts], strict=True):
@@ -86,7 +87,7 @@ def _use_since(record: Record, path: Path, which: str) -> str | None:
     return None
 
 
-def _what_became(record: Record, then: Mark, now: Mark) -> str | None:
+def _what_became(record: Record, then: Noted, now: Mark) -> str | None:
     """What somebody did to one file, by its mark from before and the one of now."""
     if not same_identity(then.get("identity"), now["identity"]):
         return "was replaced"

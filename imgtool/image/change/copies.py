@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from imgtool.image.chain.chain import Chain
-from imgtool.image.chain.info import ImageInfo, ask_qemu
+from imgtool.image.chain.info import ImageInfo
+from imgtool.image.chain.qemu_info import ask_qemu, details_of
 from imgtool.image.locking.host_file import qemu_name
 from imgtool.image.qemu.qemu_img import size_needed
 
@@ -23,8 +24,11 @@ def options_like(link: ImageInfo) -> str:
     """
     if link.format != "qcow2":
         return ""
-    details = _details(link)
-    options = {"compat": details.get("compat"), "cluster_size": link.cluster_size}
+    details = details_of(ask_qemu(link.path, qemu_name(link.path), "qcow2"))
+    options: dict[str, object] = {
+        "compat": details.get("compat"),
+        "cluster_size": link.cluster_size,
+    }
     if options["compat"] != "0.10":  # which knows none of these
         options["refcount_bits"] = details.get("refcount-bits")
         options["lazy_refcounts"] = _switch(details.get("lazy-refcounts"))
@@ -32,12 +36,6 @@ def options_like(link: ImageInfo) -> str:
         if details.get("extended-l2"):
             options["extended_l2"] = "on"
     return ",".join(f"{name}={value}" for name, value in options.items() if value is not None)
-
-
-def _details(link: ImageInfo) -> dict[str, Any]:
-    said = ask_qemu(link.path, qemu_name(link.path), "qcow2")
-    details: dict[str, Any] = said.get("format-specific", {}).get("data", {})
-    return details
 
 
 def _switch(value: object) -> str | None:

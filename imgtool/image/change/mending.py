@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from imgtool.errors import ImgtoolError
 from imgtool.formats import qcow2, vdi
@@ -83,6 +82,6 @@ def on_snapshots(image: Path, option: str, name: str) -> None:
     qemu_img(["snapshot", option, name, alone], image=image)
 
 
-def try_on_snapshots(node: dict[str, Any], image: Path, option: str, name: str) -> None:
+def try_on_snapshots(node: dict[str, object], image: Path, option: str, name: str) -> None:
     """The same on an image that a node of QEMU describes, in the place of `image`."""
     qemu_img(["snapshot", option, name, json_name(node)], image=image)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from imgtool.errors import NO_ROOM, Force, HostError, ImgtoolError, RefusedError
 from imgtool.host import interrupt
@@ -197,7 +197,7 @@ class Plan:
     do: Callable[[Work], None]
     format: str | None = None
     space: int = 0
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, object] = field(default_factory=dict)
     seen: Seen = field(default_factory=Seen)
     in_place: tuple[ImageInfo, ...] = ()
     writes_to: tuple[Path, ...] = ()
@@ -207,7 +207,7 @@ class Plan:
     force: Force = ()
     doubts: tuple[str, ...] = ()
     after: Callable[[Holdings], Holdings] = as_before
-    rehearsal: Callable[[dict[str, Any]], None] | None = None
+    rehearsal: Callable[[dict[str, object]], None] | None = None
 
     def run(self, on_step: OnStep | None = None, notice: Notice | None = None) -> Work:
         """Do it: whole, or as if it had not been begun, or to be finished by repeating it."""
@@ -285,9 +285,9 @@ class Plan:
         with record.at_work(), kept_as_noted(record, self.same_in, self.backing_dirs):
             yield
 
-    def _known(self, before: Holdings | None) -> dict[str, Any]:
+    def _known(self, before: Holdings | None) -> dict[str, object]:
         """What a record says of an image that is there already."""
-        known: dict[str, Any] = {} if self.format is None else {"format": self.format}
+        known: dict[str, object] = {} if self.format is None else {"format": self.format}
         if way_to(self.image).exists():
             known |= {"identity": identity_of(self.image), "noted": marks(self.image)}
         if self.same_in is not None:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from imgtool.errors import HostError
 from imgtool.host.scratch import large_files, scratch_folder
@@ -24,7 +24,7 @@ from imgtool.image.qemu.disk_reader import open_contents
 from imgtool.image.qemu.qemu_img import qemu_img
 
 # Work on the image that is described by these nodes: that of the image, and that of its file.
-Way = Callable[[dict[str, Any], dict[str, Any]], None]
+Way = Callable[[dict[str, object], dict[str, object]], None]
 
 # What work may need beyond the end of the file: new refcounts of all of it.
 _GROWS_BY, _GROWS_BY_PART = 64 << 20, 32
@@ -49,7 +49,7 @@ def rehearse(link: ImageInfo, way: Way, expected: Holdings) -> list[str]:
         return lost(expected, now)
 
 
-def json_name(node: dict[str, Any]) -> str:
+def json_name(node: dict[str, object]) -> str:
     """The name by which QEMU's programs take an image that is described by a node."""
     return "json:" + json.dumps(node)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from imgtool.errors import Force
 from imgtool.image import headers
@@ -34,6 +33,6 @@ def name_anew(record: Record, overlay: Path, backing_dirs: Dirs, force: Force) -
     record.note(noted={**_all_noted(record), "overlay": mark_of(overlay)})
 
 
-def _all_noted(record: Record) -> dict[str, Any]:
+def _all_noted(record: Record) -> dict[str, object]:
     files = record.facts.get("noted")
     return files if isinstance(files, dict) else {}

@@ -9,7 +9,7 @@ rehearsed first, over the image, on a throw-away file, and done in the way that 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from imgtool.errors import ImageError, ImgtoolError, RefusedError
 from imgtool.host.process import Limits, ProgramFailed, run
@@ -109,7 +109,7 @@ def _would_lose(link: ImageInfo, what: What, lost: str, found: CheckResult) -> W
 
 
 def _ways(link: ImageInfo, what: What, found: CheckResult) -> list[Way]:
-    def by_check(node: dict[str, Any], file: dict[str, Any]) -> None:
+    def by_check(node: dict[str, object], file: dict[str, object]) -> None:
         run(_check(node, what), limits=_LIMITS, ok=_COMPLETED, pass_fds=descriptors())
 
     ways: list[Way] = [by_check]
@@ -125,11 +125,11 @@ _LIMITS = Limits(memory=CHECK_MEMORY)  # no limit of time: a repair is never sto
 _COMPLETED = (0, 2, 3)
 
 
-def _check(node: dict[str, Any], what: What) -> list[str]:
+def _check(node: dict[str, object], what: What) -> list[str]:
     return ["qemu-img", "check", "-r", what, json_name(node)]
 
 
-def _by_opening(node: dict[str, Any], file: dict[str, Any]) -> None:
+def _by_opening(node: dict[str, object], file: dict[str, object]) -> None:
     """Mark the image as dirty, and have it opened.
 
     One that is marked as corrupt is not opened. If it ends here, whoever opens it next repairs it.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from imgtool.errors import (
     Force,
@@ -222,7 +222,7 @@ def plan_resize(
             words.extend((chain.filename(read_only=False), str(wanted)))
             work.qemu_img("resize", words, path)
 
-    def rehearsal(node: dict[str, Any]) -> None:
+    def rehearsal(node: dict[str, object]) -> None:
         if wanted > active.virtual_size:
             qemu_img([*words, json_name(node), str(wanted)], image=path)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from imgtool.errors import Force, ImageError, NotInGuestError, Reason, RefusedError, UsageError
 from imgtool.formats import qcow2
@@ -228,7 +227,7 @@ def plan_revert(
         reverted = holdings.after_revert(snapshot.id)
         return reverted if save_as is None else reverted.with_snapshot(save_as)
 
-    def rehearsal(node: dict[str, Any]) -> None:
+    def rehearsal(node: dict[str, object]) -> None:
         try_on_snapshots(node, path, "-c", saved)
         try_on_snapshots(node, path, "-a", argument)
         if save_as is None:

@@ -115,9 +115,9 @@ def _noted_as_younger(record: Record, image: Path) -> list[tuple[Path, Identity]
     names, found = record.facts.get("younger"), []
     with contextlib.suppress(OSError):
         changed = way_to(image).stat().st_mtime_ns
-        if not isinstance(names, list) or changed > last_write_time(record):
+        if changed > last_write_time(record):
             return []
-    for name in filter(is_name, names or ()):
+    for name in filter(is_name, names if isinstance(names, list) else ()):
         overlay = real_path(image).parent / name
         with contextlib.suppress(OSError, ValueError):
             header = headers.read(overlay)

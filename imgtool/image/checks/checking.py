@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from imgtool.errors import ImageError, ImgtoolError, RefusedError
 from imgtool.host import program_messages
@@ -90,11 +90,11 @@ def check_metadata(
 
 
 def check_node(
-    link: ImageInfo, file: dict[str, Any], data: dict[str, Any] | None = None
-) -> dict[str, Any]:
+    link: ImageInfo, file: dict[str, object], data: dict[str, object] | None = None
+) -> dict[str, object]:
     """A description of one image for QEMU, without its base, by the nodes of its file and of its
     data file: without `data` the one that it names."""
-    node: dict[str, Any] = {"driver": link.format, "file": file}
+    node: dict[str, object] = {"driver": link.format, "file": file}
     if link.data_path is not None:
         node["data-file"] = data or file_node(link.data_path, node_driver(link.data_path))
     if link.format in ("qcow2", "qed", "vmdk"):

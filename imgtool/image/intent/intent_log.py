@@ -20,12 +20,12 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from imgtool.errors import NO_ROOM, HostError, RefusedError
 from imgtool.host import interrupt
 from imgtool.image.intent import devices
-from imgtool.image.intent.marks import mark_of, parts_of
+from imgtool.image.intent.marks import mark_of
 from imgtool.image.intent.proof import proof_of, proves
 from imgtool.image.intent.witness import is_marked, witness
 from imgtool.image.locking.held import real_path, remove_file, way_to
@@ -194,10 +194,10 @@ class Record:
         """Of a device that work failed on, how much was written to it: it has no time to tell."""
         with contextlib.suppress(HostError, OSError):
             mark = mark_of(self.image)
-            if any("written" in file for file in (mark, *parts_of(mark))):
+            if any("written" in file for file in (mark, *mark.get("parts", []))):
                 self.note(left=mark)
 
-    def note(self, **facts: Any) -> None:
+    def note(self, **facts: object) -> None:
         """Write down more, before it is done; raises `HostError` where there is no room for it."""
         proof = proof_of(json.dumps(facts), self._proof, create=True)
         line = (json.dumps({**facts, _PROOF: proof} if proof else facts) + "\n").encode()
@@ -250,7 +250,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def operation_of(facts: dict[str, Any]) -> str | None:
+def operation_of(facts: dict[str, object]) -> str | None:
     """What a record says is being done, fit to be shown; None where it says nothing."""
     value = facts.get("operation")
     return None if value is None else printable(str(value))[:_LONGEST_WORD]
@@ -271,14 +271,14 @@ class _Lines:
     """What the lines say, how many bytes of them were written whole, the proof of the last one,
     and whether all of them are proved."""
 
-    facts: dict[str, Any]
+    facts: dict[str, object]
     length: int
     proof: str
     proved: bool
 
 
 def _lines(content: bytes) -> _Lines:
-    facts: dict[str, Any] = {}
+    facts: dict[str, object] = {}
     length, proof, proved = 0, "", True
     for line in content.split(b"\n")[:-1]:
         try:
@@ -317,7 +317,7 @@ class Written:
     """What is written down about an image, and by which user; `believed` where that one may do to
     the image what it says, `proved` where it was this user's imgtool."""
 
-    facts: dict[str, Any]
+    facts: dict[str, object]
     owner: int
     believed: bool
     proved: bool
@@ -364,7 +364,7 @@ def worker_on(image: Path) -> int | None:
     return None
 
 
-def read_facts(image: Path) -> dict[str, Any]:
+def read_facts(image: Path) -> dict[str, object]:
     """What is written down about an image by somebody who is believed; empty where nothing is."""
     written = load_intent(image)
     return written.facts if written is not None and written.believed else {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import Any
 
 from imgtool.errors import Force, ImageError, Reason, RefusedError
 from imgtool.image import headers
@@ -43,7 +42,7 @@ def stands_on(overlay: Path, base: Path) -> bool:
         return False
 
 
-def overlay_of(image: Path, facts: dict[str, Any]) -> Path | None:
+def overlay_of(image: Path, facts: dict[str, object]) -> Path | None:
     """The overlay that a record of work on an image names; None where it names none.
 
     A name that is not absolute starts in the image's folder, which can be moved as a whole.
@@ -54,7 +53,7 @@ def overlay_of(image: Path, facts: dict[str, Any]) -> Path | None:
     return real_path(image).parent / name
 
 
-def has_another_name(image: Path, facts: dict[str, Any], overlay: Path) -> bool:
+def has_another_name(image: Path, facts: dict[str, object], overlay: Path) -> bool:
     """Whether an overlay is the one that a record was written of, and only the name in it of the
     device that it stands on is no longer that one's."""
     if not way_to(image).is_block_device() or not os.path.lexists(overlay):
@@ -74,7 +73,7 @@ def has_another_name(image: Path, facts: dict[str, Any], overlay: Path) -> bool:
     return there.st_rdev != way_to(image).stat().st_rdev
 
 
-def refuse_strange_overlay(image: Path, facts: dict[str, Any], owner: int) -> None:
+def refuse_strange_overlay(image: Path, facts: dict[str, object], owner: int) -> None:
     """Raise `RefusedError` if a record names an overlay of which its owner has no say.
 
     Such a record would have a file of another user read, written into the image, and removed.
@@ -101,7 +100,7 @@ def refuse_strange_overlay(image: Path, facts: dict[str, Any], owner: int) -> No
         )
 
 
-def is_noted_overlay(overlay: Path, facts: dict[str, Any]) -> bool:
+def is_noted_overlay(overlay: Path, facts: dict[str, object]) -> bool:
     """Whether a file is the overlay that a record was written of, whatever is in it by now."""
     noted = facts.get("noted")
     mark = noted.get("overlay") if isinstance(noted, dict) else None
@@ -110,7 +109,7 @@ def is_noted_overlay(overlay: Path, facts: dict[str, Any]) -> bool:
 
 
 def refuse_another_file(
-    image: Path, facts: dict[str, Any], overlay: Path | None = None, *, force: Force = ()
+    image: Path, facts: dict[str, object], overlay: Path | None = None, *, force: Force = ()
 ) -> None:
     """Raise `RefusedError` if the record was written of another file that had the same name, or
     with another overlay."""
@@ -150,7 +149,7 @@ def to_keep(image: Path) -> str:
     return f"to end it and keep all that is there: imgtool recover {typed(image)} --keep"
 
 
-def would_do(image: Path, facts: dict[str, Any]) -> str:
+def would_do(image: Path, facts: dict[str, object]) -> str:
     """What `recover` does where a record says this, for a user who has to decide."""
     shown, operation = printable(image), facts.get("operation")
     overlay = _shown(overlay_of(image, facts) or facts.get("overlay"))
@@ -170,7 +169,7 @@ def would_do(image: Path, facts: dict[str, Any]) -> str:
     return f"have QEMU repair the tables of {shown}"
 
 
-def unproved_record(image: Path, facts: dict[str, Any], owner: int) -> RefusedError:
+def unproved_record(image: Path, facts: dict[str, object], owner: int) -> RefusedError:
     """The error for a record of which it cannot be known that this user's imgtool wrote it."""
     shown = printable(image)
     whose = "this user's imgtool did not write, or before its secret was lost"
@@ -284,7 +283,7 @@ def _holding_all(image: Path, written: Written) -> Path | None:
     return overlay
 
 
-def lost(image: Path, facts: dict[str, Any]) -> ImageError:
+def lost(image: Path, facts: dict[str, object]) -> ImageError:
     """The error for an image of which nothing has all."""
     named = _shown(facts.get("overlay"))
     return ImageError(
@@ -305,19 +304,19 @@ def stands_no_longer(base: Path, overlay: Path) -> RefusedError:
     )
 
 
-def is_unfinished(image: Path, facts: dict[str, Any]) -> bool:
+def is_unfinished(image: Path, facts: dict[str, object]) -> bool:
     """Whether an image may hold a part of what an overlay has all of."""
     if facts.get("operation") == "commit":
         return facts.get("step") != "proved"
     return is_committed(image, facts) and facts.get("step") != "written"
 
 
-def _is_untouched(image: Path, facts: dict[str, Any]) -> bool:
+def _is_untouched(image: Path, facts: dict[str, object]) -> bool:
     noted = facts.get("noted")
     return isinstance(noted, dict) and is_as_noted(noted.get("image"), image)
 
 
-def may_be_torn(image: Path, facts: dict[str, Any]) -> bool:
+def may_be_torn(image: Path, facts: dict[str, object]) -> bool:
     """`is_unfinished`, also where the record that would know is not there."""
     try:
         return is_unfinished(image, facts)
@@ -325,7 +324,7 @@ def may_be_torn(image: Path, facts: dict[str, Any]) -> bool:
         return True
 
 
-def is_committed(image: Path, facts: dict[str, Any], *, proved: bool = True) -> bool:
+def is_committed(image: Path, facts: dict[str, object], *, proved: bool = True) -> bool:
     """Whether a write is to be kept: the record of the first of its images says so for all.
 
     That record goes last. Raises `RefusedError` where it should be there and is not, or where it
@@ -353,7 +352,7 @@ def is_committed(image: Path, facts: dict[str, Any], *, proved: bool = True) -> 
     return of_first.facts.get("step") == "commit"
 
 
-def _record_of_first(image: Path, first: Path, facts: dict[str, Any]) -> Written | None:
+def _record_of_first(image: Path, first: Path, facts: dict[str, object]) -> Written | None:
     """The record of the first of the images that a write is to. Of devices that have exchanged
     their names it is not the one at the first one's name."""
     of_first = load_intent(first)

@@ -6,8 +6,9 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, NotRequired, TypedDict
 
 from imgtool.errors import ImgtoolError
 from imgtool.formats import qcow2, vmdk
@@ -16,7 +17,23 @@ from imgtool.image.intent import devices
 from imgtool.image.locking.held import real_path, way_to
 from imgtool.image.locking.host_file import open_host_file
 
-Mark = dict[str, Any]
+
+class Mark(TypedDict):
+    """What a file looks like: `size` in bytes and `mtime` in nanoseconds, or, of a block device,
+    what was `written` to it. An image has its `snapshots`, and as `parts` the other files that hold
+    its data.
+    """
+
+    identity: list[int | str]
+    size: NotRequired[int]
+    mtime: NotRequired[int]
+    written: NotRequired[list[str] | None]
+    snapshots: NotRequired[str | None]
+    parts: NotRequired[list[Mark]]
+
+
+# A mark as a record has it, which anybody may have written.
+Noted = Mapping[str, object]
 
 
 def identity_of(image: Path) -> list[int | str]:
@@ -51,17 +68,19 @@ def mark_of(image: Path, *, but_for: str | None = None) -> Mark:
     the ids and names of its internal snapshots, without the one that is called `but_for`. Of a
     block device, which has neither size nor mtime, how much was written to it since it was
     attached. `parts` are the same of the other files that hold its data, where there are any."""
-    mark = _mark_of_file(image) | {"snapshots": snapshots_of(image, but_for=but_for)}
-    parts = [_mark_of_file(path) for path in _other_files(image)]
-    return mark | {"parts": parts} if parts else mark
+    mark = _mark_of_file(image)
+    mark["snapshots"] = snapshots_of(image, but_for=but_for)
+    if parts := [_mark_of_file(path) for path in _other_files(image)]:
+        mark["parts"] = parts
+    return mark
 
 
 def _mark_of_file(path: Path) -> Mark:
     status = way_to(path).stat()
-    mark: Mark = {"identity": identity_of(path)}
+    identity = identity_of(path)
     if stat.S_ISBLK(status.st_mode):
-        return mark | {"written": _written_to(path)}
-    return mark | {"size": status.st_size, "mtime": status.st_mtime_ns}
+        return {"identity": identity, "written": _written_to(path)}
+    return {"identity": identity, "size": status.st_size, "mtime": status.st_mtime_ns}
 
 
 def _other_files(image: Path) -> list[Path]:
@@ -134,7 +153,7 @@ def is_as_noted(noted: object, image: Path) -> bool:
     if not isinstance(noted, dict) or not is_same_file(noted.get("identity"), image):
         return False
     now = mark_of(image)
-    parts, now_parts = parts_of(noted), parts_of(now)
+    parts, now_parts = parts_of(noted), now.get("parts", [])
     return (
         noted.get("snapshots") == now.get("snapshots")
         and len(parts) == len(now_parts)
@@ -142,16 +161,16 @@ def is_as_noted(noted: object, image: Path) -> bool:
     )
 
 
-def parts_of(mark: Mark) -> list[Mark]:
-    """The marks of the other files that hold an image's data."""
+def parts_of(mark: Noted) -> list[Noted]:
+    """The marks that were noted of the other files that hold an image's data."""
     found = mark.get("parts")
     return [part for part in found if isinstance(part, dict)] if isinstance(found, list) else []
 
 
-def _is_the_same(then: Mark, now: Mark) -> bool:
+def _is_the_same(then: Noted, now: Mark) -> bool:
     """Whether a file is the same and was not written to between two marks."""
     if not same_identity(then.get("identity"), now["identity"]):
         return False
     if "written" in now:  # what is not counted can have been written to
         return now["written"] is not None and then.get("written") == now["written"]
-    return all(then.get(fact) == now[fact] for fact in ("size", "mtime"))
+    return then.get("size") == now["size"] and then.get("mtime") == now["mtime"]

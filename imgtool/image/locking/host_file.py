@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from imgtool.errors import ImageError, ImagePermissionError, RefusedError
 from imgtool.image.locking.held import is_held, way_to
@@ -22,7 +22,7 @@ def qemu_name(path: Path) -> str:
     return str(path.resolve() if way == path else way)
 
 
-def file_node(path: Path, driver: str, name: str | None = None) -> dict[str, Any]:
+def file_node(path: Path, driver: str, name: str | None = None) -> dict[str, object]:
     """The lowest level of a description for QEMU: this very file and nothing else; `name` is what
     QEMU sees it as, if that is not its own."""
     name = qemu_name(path) if name is None else name
@@ -34,7 +34,7 @@ def file_node(path: Path, driver: str, name: str | None = None) -> dict[str, Any
             subject=printable(path),
             hint="rename it, or make a symlink to it with a plain name and folder",
         ) from error
-    node = {"driver": driver, "filename": name}
+    node: dict[str, object] = {"driver": driver, "filename": name}
     return {**node, "locking": "off"} if is_held(path) else node
 
 
