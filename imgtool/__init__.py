@@ -9,7 +9,7 @@ with open_guest("disk.qcow2") as guest:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from imgtool.guest.guest import Guest as Guest
@@ -19,7 +19,7 @@ __version__ = "0.2.0"
 __all__ = ["Guest", "open_guest"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # Loaded at the first use: the command line's help needs neither.
     if name == "open_guest":
         from imgtool.opening import open_guest

@@ -8,7 +8,7 @@ import importlib.abc
 import importlib.util
 from collections.abc import Callable
 from types import CodeType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -75,9 +75,12 @@ GROUPS = {
 }
 
 
-def _load(name: str) -> Any:
+def _load(name: str) -> Callable[..., object]:
     module, _, function = name.partition(".")
-    return getattr(importlib.import_module(f"imgtool.cli.commands.{module}"), function)
+    command: Callable[..., object] = getattr(
+        importlib.import_module(f"imgtool.cli.commands.{module}"), function
+    )
+    return command
 
 
 def _version(wanted: bool) -> None:
@@ -126,7 +129,7 @@ def overview() -> typer.Typer:
     return _app(None, _stand_in)
 
 
-def _app(one: str | None, function_of: Callable[[str], Any]) -> typer.Typer:
+def _app(one: str | None, function_of: Callable[[str], Callable[..., object]]) -> typer.Typer:
     app = typer.Typer(
         name="imgtool",
         cls=Root,

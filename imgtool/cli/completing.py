@@ -83,9 +83,9 @@ def _found(given: dict[str, Any], incomplete: str) -> Iterator[str]:
     if not all(_plain(os.fsencode(part)) for part in directory.split("/") if part):
         return
     # Keys are for the appliance, which is not asked.
-    asked = {**GuestOptions().keywords(), "engine": "direct"}
-    asked |= {name: given[name] for name in asked.keys() - {"engine", "keys"} if given.get(name)}
-    with open_guest(image, **asked, notice=lambda line: None) as guest:
+    names = GuestOptions().keywords().keys() - {"engine", "keys"}
+    typed = {name: given[name] for name in names if given.get(name)}
+    with open_guest(image, **typed, engine="direct", notice=lambda line: None) as guest:
         found = _names(guest, directory, begun)
         if len(found) == 1 and found[0].endswith("/"):
             # A shell puts a space after the only choice: what is in the directory is offered too.

@@ -19,7 +19,7 @@ from imgtool.cli.session import Common, Request, set_up_logging
 
 # Each option, called as the field of `Request` or `Common` that has it: its annotation, and its
 # default. What may be given several times is None where it is not given.
-OPTIONS: dict[str, tuple[Any, Any]] = {
+OPTIONS: dict[str, tuple[object, object]] = {
     "add": (options.Add, None),
     "format": (options.Format, None),
     "snapshot": (options.Snapshot, None),
@@ -43,7 +43,7 @@ WRITE = (
 _LAST = ("verbose", "debug")
 _IMAGE = "image"
 _KIND = inspect.Parameter.POSITIONAL_OR_KEYWORD
-_Command = Callable[..., Any]
+_Command = Callable[..., object]
 
 
 def guest_command(*names: str, image: bool = True) -> Callable[[_Command], _Command]:
@@ -96,7 +96,7 @@ def _build(
     names = (*names, *_LAST)
     taken = [name for name in names if name not in own]
 
-    def command(**given: Any) -> Any:
+    def command(**given: Any) -> object:
         fields = {name: given[name] for name in taken if given[name] is not None}
         set_up_logging(verbose=fields.pop("verbose"), debug=fields["debug"])
         return function(make(given, fields), **{name: given[name] for name in own})

@@ -9,14 +9,14 @@ import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from imgtool.cli.output import Output
 
 if TYPE_CHECKING:
     from imgtool.formats.xattrs import Xattrs
 
-Row = Mapping[str, Any]
+Row = Mapping[str, object]
 
 _LONGEST_LINE = 4000  # characters, of messages
 
@@ -95,7 +95,7 @@ def name_fields(key: str, name: bytes) -> dict[str, str]:
         }
 
 
-def attributes(xattrs: Xattrs | None, output: Output) -> list[Any] | None:
+def attributes(xattrs: Xattrs | None, output: Output) -> list[object] | None:
     """Extended attributes in a row: for JSON of each the `name` and the `value`, or its
     `value_bytes` in base64 if it is no text; for CSV as `attribute` shows them.
     """

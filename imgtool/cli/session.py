@@ -7,14 +7,14 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from imgtool.cli import differences, render
 from imgtool.errors import ExitStatus, Force, ImgtoolError
-from imgtool.guest.guest_options import GuestOptions
+from imgtool.guest.guest_options import GuestKeywords, GuestOptions
 from imgtool.host import interrupt
 
 if TYPE_CHECKING:
@@ -108,6 +108,17 @@ class Common:
     debug: bool = False
 
 
+class _WriteKeywords(GuestKeywords):
+    """What opens a guest to be changed takes by name."""
+
+    clone: Path | None
+    tmp_dir: Path | None
+    force: Force
+    review: Callable[[Sequence[Chain]], None] | None
+    notice: Callable[[str], None]
+    debug: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request(GuestOptions):
     """The guest that a command was given, and what is to be done with it."""
@@ -148,7 +159,7 @@ class Request(GuestOptions):
 
         refuse_doubtful_guest(self.image, WriteOptions(**self._keywords_to_write()))
 
-    def _keywords_to_write(self) -> dict[str, Any]:
+    def _keywords_to_write(self) -> _WriteKeywords:
         return {
             "clone": self.clone,
             "tmp_dir": self.tmp_dir,

@@ -2,7 +2,7 @@
 
     @guest_command(...)
     @step_options(after="var")
-    def inject(request: Request, asked: Mapping[str, Any], var: ..., spec: ...) -> None:
+    def inject(request: Request, asked: Asked, var: ..., spec: ...) -> None:
 
 gives `inject` the options of all steps after its parameter `var`, and passes their values as
 `asked`.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -20,12 +20,13 @@ from imgtool.inject.registry import OPTIONS
 from imgtool.inject.steps.step import Option
 
 _ASKED = "asked"
+_Command = Callable[..., object]
 
 
 def _parameter(option: Option) -> inspect.Parameter:
     """The option as Typer takes it: a flag, a text, or several."""
     declared = typer.Option(option.name, metavar=option.metavar, help=option.help)
-    kind: Any = list[str] | None
+    kind: object = list[str] | None
     if option.metavar is None:
         kind = bool
     elif option.once:
@@ -38,12 +39,12 @@ def _parameter(option: Option) -> inspect.Parameter:
     )
 
 
-def step_options(*, after: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def step_options(*, after: str) -> Callable[[_Command], _Command]:
     """Build a function with the options of the steps, after the parameter `after`, of one that has
     their values in `asked`: by the option's name as that of a variable, as `steps_of` takes them.
     """
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(function: _Command) -> _Command:
         parameters = []
         for parameter in inspect.signature(function, eval_str=True).parameters.values():
             if parameter.name != _ASKED:
@@ -51,7 +52,7 @@ def step_options(*, after: str) -> Callable[[Callable[..., Any]], Callable[..., 
             if parameter.name == after:
                 parameters += [_parameter(option) for option, _ in OPTIONS]
 
-        def command(request: Any, **given: Any) -> Any:
+        def command(request: object, **given: object) -> object:
             asked = {option.parameter: given.pop(option.parameter) for option, _ in OPTIONS}
             return function(request, asked=asked, **given)
 

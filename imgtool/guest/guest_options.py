@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from imgtool.errors import UsageError
 
 if TYPE_CHECKING:
     from imgtool.guest.keys import Key
     from imgtool.guest.model import Mount
+
+
+class GuestKeywords(TypedDict):
+    """The fields of `GuestOptions`, as what opens a guest takes them by name."""
+
+    add: Sequence[str | Path]
+    format: str | None
+    snapshot: str | None
+    mounts: Sequence[Mount | str]
+    root: str | None
+    keys: Sequence[Key | str]
+    engine: str
+    backing_dirs: Sequence[str | Path]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +48,18 @@ class GuestOptions:
     engine: str = "auto"
     backing_dirs: Sequence[str | Path] = ()
 
-    def keywords(self) -> dict[str, Any]:
+    def keywords(self) -> GuestKeywords:
         """These options alone, whatever a class below adds: what opens a guest takes them so."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(GuestOptions)}
+        return {
+            "add": self.add,
+            "format": self.format,
+            "snapshot": self.snapshot,
+            "mounts": self.mounts,
+            "root": self.root,
+            "keys": self.keys,
+            "engine": self.engine,
+            "backing_dirs": self.backing_dirs,
+        }
 
     def parsed_mounts(self) -> list[Mount]:
         """The layout that is asked for; `UsageError` for a mount that is none."""

@@ -18,7 +18,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from imgtool.errors import HostError
 from imgtool.host import interrupt
@@ -135,7 +135,7 @@ def run(
     options = _options(limits, pass_fds, env, preexec)
     options["process_group"] = 0 if new_group else None
     stdin = subprocess.DEVNULL if input is None else PIPE
-    with _start(words, stdin=stdin, stdout=PIPE, stderr=PIPE, **options) as process:
+    with _start(words, stdin=stdin, stdout=PIPE, stderr=PIPE, options=options) as process:
         try:
             out, said = process.communicate(input, timeout=limits.wall)
         except subprocess.TimeoutExpired as error:
@@ -168,9 +168,20 @@ def spawn(
     log.debug("spawn: %s", shlex.join(words))
     options = _options(limits or Limits(), pass_fds, env)
     if outlives:
-        options |= {"preexec_fn": None, "start_new_session": True}
-    with _start(words, stdin=stdin, stdout=stdout, stderr=stderr, **options) as process:
+        options["preexec_fn"] = None
+        options["start_new_session"] = True
+    with _start(words, stdin=stdin, stdout=stdout, stderr=stderr, options=options) as process:
         yield process
+
+
+class _Options(TypedDict):
+    """What `Popen` takes besides the words and the streams."""
+
+    env: dict[str, str]
+    pass_fds: Sequence[int]
+    preexec_fn: Callable[[], None] | None
+    process_group: NotRequired[int | None]
+    start_new_session: NotRequired[bool]
 
 
 def _options(
@@ -178,7 +189,7 @@ def _options(
     pass_fds: Sequence[int],
     env: dict[str, str] | None,
     preexec: Callable[[], None] | None = None,
-) -> dict[str, Any]:
+) -> _Options:
     if limits.memory is not None:
         # Else each thread sets 64 MiB of addresses aside, which count: QEMU starts up to 64.
         env = {"MALLOC_ARENA_MAX": "1", **(env or {})}
@@ -190,7 +201,9 @@ def _options(
 
 
 @contextlib.contextmanager
-def _start(words: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+def _start(
+    words: list[str], *, stdin: int, stdout: int, stderr: int, options: _Options
+) -> Iterator[subprocess.Popen[bytes]]:
     """A program that has ended, and was waited for, when the block ends: also after Ctrl-C, when
     what it had locked would else be locked for a moment more."""
     process = None
@@ -199,7 +212,9 @@ def _start(words: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]
             interrupt.defer_interrupts()
         ):  # a process that Popen has not returned yet would be nobody's
             try:
-                process = subprocess.Popen(words, **options)
+                process = subprocess.Popen(
+                    words, stdin=stdin, stdout=stdout, stderr=stderr, **options
+                )
             except FileNotFoundError as error:
                 raise _missing(words[0]) from error
         yield process

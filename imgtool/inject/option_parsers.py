@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from imgtool.errors import UsageError
 from imgtool.inject.planner import LocatedStep
 from imgtool.inject.registry import OPTIONS
+from imgtool.inject.steps.step import Asked
 
 
-def steps_of(given: Mapping[str, Any]) -> list[LocatedStep]:
-    """The steps that options ask for, in the options' turns; `given` has a value by an option's
-    name as that of a variable: texts, one text where the option is not repeated, or a bool where it
-    takes no value. Raises `UsageError` for a text that is not of the option's form.
+def steps_of(given: Asked) -> list[LocatedStep]:
+    """The steps that options ask for, in the options' turns. Raises `UsageError` for a text
+    that is not of the option's form.
     """
     found: list[LocatedStep] = []
     for option, step in OPTIONS:
         value = given.get(option.parameter) or ()
-        texts: Sequence[str] = (
-            [""] if value is True else [value] if isinstance(value, str) else value
-        )
+        texts = [""] if value is True else [value] if isinstance(value, str) else value
         found += [LocatedStep(step.from_option(text), option.name) for text in texts]
     return found
 

@@ -42,7 +42,7 @@ class Lines:
             place = place[:-1]
         return f"{self.path}:{self._lines.get(place, 1)}"
 
-    def _value(self, node: yaml.Node, place: YamlPath) -> Any:
+    def _value(self, node: yaml.Node, place: YamlPath) -> object:
         self._lines.setdefault(place, node.start_mark.line + 1)
         if len(self._lines) > _MOST_VALUES:
             raise UsageError("the spec has too many values", subject=self.path)
@@ -56,8 +56,8 @@ class Lines:
             return int(node.value) if node.value == "0" else node.value
         return self._loader.construct_object(node, deep=True)
 
-    def _mapping(self, node: yaml.MappingNode, place: YamlPath) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def _mapping(self, node: yaml.MappingNode, place: YamlPath) -> dict[str, object]:
+        found: dict[str, object] = {}
         for key_node, value_node in node.value:
             # Network configurations have keys such as 1; they are names here.
             key = str(key_node.value)
@@ -77,7 +77,7 @@ def _explain(path: Path, error: yaml.YAMLError) -> UsageError:
     return UsageError(f"{path}:{line}: not YAML: {said}")
 
 
-def mapping_of(raw: bytes) -> Mapping[str, Any] | None:
+def mapping_of(raw: bytes) -> Mapping[str, object] | None:
     """The mapping that some YAML text is; None if it is something else.
 
     Raises `UsageError`, with the line, for what is no YAML.

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from imgtool.errors import (
     EngineError,
@@ -229,7 +228,7 @@ def _absolute(path: str | Path) -> str:
     return str(Path(path).absolute())
 
 
-def _request(wanted: MountRequest, target: Path) -> dict[str, Any]:
+def _request(wanted: MountRequest, target: Path) -> appliance.Request:
     mounts = wanted.parsed_mounts()
     if wanted.partition is not None:
         mounts = [Mount(f"/dev/sda{wanted.partition}", "/")]
@@ -240,7 +239,15 @@ def _request(wanted: MountRequest, target: Path) -> dict[str, Any]:
         "add": [_absolute(path) for path in wanted.add],
         "format": wanted.format,
         "snapshot": wanted.snapshot,
-        "mounts": [dataclasses.asdict(mount) for mount in mounts],
+        "mounts": [
+            {
+                "source": mount.source,
+                "mountpoint": mount.mountpoint,
+                "options": mount.options,
+                "fstype": mount.fstype,
+            }
+            for mount in mounts
+        ],
         "root": wanted.root,
         # Their files may be named from here, or be gone when the appliance starts.
         "keys": [str(key) for key in wanted.parsed_keys()],

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -135,7 +135,10 @@ def show(
                 links.append(link)
         except (ImageError, RefusedError):
             pass  # the same again
-    rows: list[dict[str, Any]] = [
+    problems_of = [
+        _problems(link, below) for link, below in zip(links, [*links, None][1:], strict=True)
+    ]
+    rows: list[dict[str, object]] = [
         {
             **name("path", link.path),
             "format": link.format,
@@ -145,13 +148,13 @@ def show(
             **name("backing", link.backing),
             "backing_format": link.backing_format,
             "in_use": _held(link.path),
-            "problems": _problems(link, below),
+            "problems": told,
         }
-        for link, below in zip(links, [*links, None][1:], strict=True)
+        for link, told in zip(links, problems_of, strict=True)
     ]
-    problems = [problem for row in rows for problem in row["problems"]]
-    if failure is not None and rows:
-        rows[-1]["problems"].append(_text(str(failure)))
+    problems = [problem for told in problems_of for problem in told]
+    if failure is not None and problems_of:
+        problems_of[-1].append(_text(str(failure)))
     shown = [
         {
             **row,
@@ -169,7 +172,7 @@ def show(
         raise failure
 
 
-def _tree_row(depth: int, tree: Tree, users: Sequence[str]) -> dict[str, Any]:
+def _tree_row(depth: int, tree: Tree, users: Sequence[str]) -> dict[str, object]:
     header = tree.header
     return {
         **name("path", tree.path),
@@ -243,8 +246,8 @@ def tree(
                     {
                         **row,
                         "path": _indent(depth, "<-", found.path),
-                        "virtual_size": _size(row["virtual_size"], human),
-                        "actual_size": _size(row["actual_size"], human),
+                        "virtual_size": _size(found.header.virtual_size, human),
+                        "actual_size": _size(found.header.actual_size, human),
                         "snapshots": row["snapshots"] or None,
                     }
                 )

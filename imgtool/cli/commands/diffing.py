@@ -7,10 +7,10 @@ import dataclasses
 import itertools
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -31,7 +31,7 @@ XATTRS = ("xattrs_a", "xattrs_b")
 FIELDS = ("change", "path", "fields", *(f"{name}_{side}" for name in _OF_EACH for side in "ab"))
 
 
-def _side(entry: Entry | None, side: str) -> dict[str, Any]:
+def _side(entry: Entry | None, side: str) -> dict[str, object]:
     """One side of a row; every field None where the path is not there."""
     if entry is None:
         return {f"{name}_{side}": None for name in _OF_EACH}
@@ -51,7 +51,7 @@ def _side(entry: Entry | None, side: str) -> dict[str, Any]:
     return row if entry.target is None else {**row, **render.name_fields(target, entry.target)}
 
 
-def row(difference: Difference, output: Output, *, xattrs: bool = False) -> dict[str, Any]:
+def row(difference: Difference, output: Output, *, xattrs: bool = False) -> dict[str, object]:
     """The row of a difference for JSON and CSV: `_a` is what was before, `_b` what is after."""
     sides = {**_side(difference.before, "a"), **_side(difference.after, "b")}
     return {
@@ -64,7 +64,7 @@ def row(difference: Difference, output: Output, *, xattrs: bool = False) -> dict
     }
 
 
-def _attributes(difference: Difference, output: Output) -> dict[str, Any]:
+def _attributes(difference: Difference, output: Output) -> dict[str, object]:
     sides = zip(XATTRS, (difference.before, difference.after), strict=True)
     return {name: entry and render.attributes(entry.xattrs, output) for name, entry in sides}
 
@@ -155,7 +155,15 @@ def diff(
     """
     if text and output is not Output.table:
         raise UsageError("--text is a form of its own", hint="leave -o out")
-    before, after = _points(request, locals())
+    before, after = _points(
+        request,
+        image,
+        other,
+        snapshots=(snapshot, snapshot_b),
+        add=(add, add_b),
+        formats=(format, format_b),
+        base=base,
+    )
     from imgtool.compare.comparing import compare_trees, open_pair
     from imgtool.compare.points import links_apart
 
@@ -197,18 +205,24 @@ def diff(
     return ExitStatus.FAILED if exit_code and first is not None else ExitStatus.DONE
 
 
-def _points(request: Request, given: dict[str, Any]) -> tuple[Point, Point]:
+def _points(
+    request: Request,
+    image: Path,
+    other: Path | None,
+    *,
+    snapshots: tuple[str | None, str | None],
+    add: tuple[Sequence[Path] | None, Sequence[Path] | None],
+    formats: tuple[str | None, str | None],
+    base: bool,
+) -> tuple[Point, Point]:
+    """What is compared; of each pair the first is that of A, the second that of B."""
     from imgtool.compare.points import Point, against_base, two_points
 
-    other = given["other"]
-    snapshots = given["snapshot"], given["snapshot_b"]
-    either = Point(given["image"], **request.keywords())
-    before = dataclasses.replace(
-        either, add=given["add"] or (), format=given["format"], snapshot=snapshots[0]
-    )
-    if other is None and (given["add_b"] or given["format_b"]):
+    either = Point(image, **request.keywords())
+    before = dataclasses.replace(either, add=add[0] or (), format=formats[0], snapshot=snapshots[0])
+    if other is None and (add[1] or formats[1]):
         raise UsageError("--add-b and --format-b belong to a second image, and there is none")
-    if given["base"]:
+    if base:
         if other is not None or any(name is not None for name in snapshots):
             raise UsageError(
                 "--against-base compares one image as it is now with its backing image",
@@ -217,9 +231,7 @@ def _points(request: Request, given: dict[str, Any]) -> tuple[Point, Point]:
         return against_base(before)
     after = None
     if other is not None:
-        after = dataclasses.replace(
-            either, image=other, add=given["add_b"] or (), format=given["format_b"]
-        )
+        after = dataclasses.replace(either, image=other, add=add[1] or (), format=formats[1])
     return two_points(before, after, snapshot_after=snapshots[1])
 
 

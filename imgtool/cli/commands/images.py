@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from imgtool.cli import options, render
 from imgtool.cli.guest_command import guest_command
@@ -12,6 +12,7 @@ from imgtool.errors import ImgtoolError
 
 if TYPE_CHECKING:
     from imgtool.image.chain.chain import Chain
+    from imgtool.image.chain.info import ImageInfo
 
 FIELDS = (
     "path",
@@ -53,13 +54,27 @@ def info(
         _show(chain, output, human=human)
 
 
+def _snapshots(link: ImageInfo) -> list[dict[str, object]]:
+    return [
+        {
+            "id": snapshot.id,
+            "name": snapshot.name,
+            "time": render.timestamp(snapshot.time),
+            "vm_state_size": snapshot.vm_state_size,
+        }
+        for snapshot in link.snapshots
+    ]
+
+
 def _show(chain: Chain, output: Output, *, human: bool) -> None:
     from imgtool.guest.partitions import partitions_of
     from imgtool.image.checks.doubts import doubts_of
     from imgtool.image.locking.locks import holders
 
-    rows: list[dict[str, Any]] = []
+    held = {link.path: [str(holder) for holder in holders(link.path)] for link in chain.links}
+    rows: list[dict[str, object]] = []
     for link in chain.links:
+        names = [snapshot.name for snapshot in link.snapshots]
         rows.append(
             {
                 "path": str(link.path),
@@ -72,23 +87,12 @@ def _show(chain: Chain, output: Output, *, human: bool) -> None:
                 "encrypted": link.encrypted,
                 "dirty": link.dirty,
                 "corrupt": link.corrupt,
-                "snapshots": [
-                    {
-                        "id": snapshot.id,
-                        "name": snapshot.name,
-                        "time": render.timestamp(snapshot.time),
-                        "vm_state_size": snapshot.vm_state_size,
-                    }
-                    for snapshot in link.snapshots
-                ],
-                "holders": [str(holder) for holder in holders(link.path)],
+                "snapshots": names if output is Output.csv else _snapshots(link),
+                "holders": held[link.path],
                 "problems": list(link.problems),
             }
         )
     if output is not Output.table:
-        if output is Output.csv:
-            for row in rows:
-                row["snapshots"] = [snapshot["name"] for snapshot in row["snapshots"]]
         render.emit(rows, FIELDS, output)
         for doubt in doubts_of(chain):
             render.message("warning", doubt)
@@ -100,24 +104,24 @@ def _show(chain: Chain, output: Output, *, human: bool) -> None:
     links = [
         {
             **row,
-            "path": ("" if number == 0 else "  " * (number - 1) + "-> ") + row["path"],
-            "virtual_size": size(row["virtual_size"]),
-            "actual_size": size(row["actual_size"]),
+            "path": ("" if number == 0 else "  " * (number - 1) + "-> ") + str(link.path),
+            "virtual_size": size(link.virtual_size),
+            "actual_size": size(link.actual_size),
             "state": ",".join(s for s in ("encrypted", "dirty", "corrupt") if row[s]) or None,
         }
-        for number, row in enumerate(rows)
+        for number, (row, link) in enumerate(zip(rows, chain.links, strict=True))
     ]
     columns = ["path", "format", "virtual_size", "actual_size", "state"]
     render.emit([], (), output, columns=columns, shown=links)
-    snapshots = [{"image": row["path"], **s} for row in rows for s in row["snapshots"]]
+    snapshots = [{"image": str(link.path), **s} for link in chain.links for s in _snapshots(link)]
     if snapshots:
         print()
         columns = ["image", "id", "name", "time", "vm_state_size"]
         render.emit([], (), output, columns=columns, shown=snapshots)
-    held = [{"image": row["path"], "held by": h} for row in rows for h in row["holders"]]
-    if held:
+    users = [{"image": str(path), "held by": user} for path in held for user in held[path]]
+    if users:
         print()
-        render.emit([], (), output, columns=("image", "held by"), shown=held)
+        render.emit([], (), output, columns=("image", "held by"), shown=users)
     for problem in dict.fromkeys((*chain.problems, *doubts_of(chain))):
         render.message("warning", problem)
     print()

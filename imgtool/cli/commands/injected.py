@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from imgtool.cli import render
 from imgtool.errors import ImgtoolError
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 FIELDS = ("image", "step", "where", "kind", "subject", "status", "committed", "error")
 
 
-def row(image: Path, number: int, outcome: Outcome, committed: bool) -> dict[str, Any]:
+def row(image: Path, number: int, outcome: Outcome, committed: bool) -> dict[str, object]:
     """The row of a step."""
     return {
         "image": str(image),
@@ -29,7 +29,7 @@ def row(image: Path, number: int, outcome: Outcome, committed: bool) -> dict[str
     }
 
 
-def unopened_row(image: Path, error: ImgtoolError) -> dict[str, Any]:
+def unopened_row(image: Path, error: ImgtoolError) -> dict[str, object]:
     """The row of an image in which no step could be tried."""
     known = {"image": str(image), "status": "failed", "committed": False, "error": str(error)}
     return {name: known.get(name) for name in FIELDS}

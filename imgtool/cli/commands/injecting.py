@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -20,6 +20,7 @@ from imgtool.cli.session import Failures, Request
 from imgtool.cli.step_options import step_options
 from imgtool.errors import ExitStatus, ImgtoolError, Interrupted, UsageError
 from imgtool.host import interrupt
+from imgtool.inject.steps.step import Asked
 
 if TYPE_CHECKING:
     from imgtool.image.chain.chain import Chain
@@ -37,10 +38,19 @@ class _Request(Request):
     title: str | None = None
 
     @classmethod
-    def for_image(cls, request: Request, image: Path, **more: Any) -> _Request:
+    def for_image(
+        cls,
+        request: Request,
+        image: Path,
+        *,
+        clone: Path | None,
+        shows_changes: bool,
+        title: str | None,
+    ) -> _Request:
         """The same options for one of the images."""
         same = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
-        return cls(**{**same, "image": image, **more})
+        same |= {"image": image, "clone": clone}
+        return cls(**same, shows_changes=shows_changes, title=title)
 
     @property
     def written(self) -> Path:
@@ -86,7 +96,7 @@ def _show_schema(wanted: bool) -> None:
 @step_options(after="var")
 def inject(
     request: Request,
-    asked: Mapping[str, Any],
+    asked: Asked,
     paths: Annotated[
         list[Path],
         typer.Argument(metavar="IMAGE... [SPEC.yaml]", help="The disk images, and the steps."),

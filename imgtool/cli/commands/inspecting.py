@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -91,7 +91,7 @@ def inspect(
         ]
         render.emit(rows, APPLICATION_FIELDS, output)
         return
-    documents: list[dict[str, Any]] = []
+    documents: list[dict[str, object]] = []
     for system in systems:
         document = dataclasses.asdict(system)
         if output is Output.csv:

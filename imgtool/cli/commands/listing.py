@@ -6,7 +6,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -34,7 +34,7 @@ FIELDS = (
 )
 
 
-def row(entry: Entry, owners: Owners) -> dict[str, Any]:
+def row(entry: Entry, owners: Owners) -> dict[str, object]:
     """The row of an entry for JSON and CSV."""
     target = (
         {"target": None} if entry.target is None else render.name_fields("target", entry.target)

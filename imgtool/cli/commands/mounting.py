@@ -6,7 +6,7 @@ import os
 import pwd
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -137,11 +137,10 @@ def _user(number: int) -> str:
         return str(number)
 
 
-def _row(journal: Journal) -> dict[str, Any]:
+def _row(journal: Journal, broken: list[str]) -> dict[str, object]:
     from imgtool.mount.steps.steps import Filesystem
 
     devices = [step.source for step in journal.steps if isinstance(step, Filesystem)]
-    broken = journal.faults()
     if journal.state != "mounted" and not journal.busy:
         state = "left behind"
     elif journal.state != "mounted":
@@ -176,15 +175,19 @@ def mounts(
     """
     from imgtool.mount.journal import journals
 
-    rows = [_row(journal) for journal in journals()]
-    shown = [{**row, "since": row["since"][:19] + "Z"} for row in rows]
+    found = [(journal, journal.faults()) for journal in journals()]
+    rows = [_row(journal, broken) for journal, broken in found]
+    shown = [
+        {**row, "since": render.timestamp(journal.created)[:19] + "Z"}
+        for row, (journal, _) in zip(rows, found, strict=True)
+    ]
     columns = ["mountpoint", "image", "mechanism", "mode", "devices", "since", "user", "state"]
     if any(row["snapshot"] is not None for row in rows):
         columns.insert(2, "snapshot")
     render.emit(rows, FIELDS, output, columns=columns, shown=shown)
-    for row in rows:
+    for row, (_, broken) in zip(rows, found, strict=True):
         if row["state"] in ("broken", "left behind"):
-            reason = "; ".join(row["problems"]) or "it was not finished"
+            reason = "; ".join(broken) or "it was not finished"
             render.message("warning", f"{reason} ({row['mountpoint']})")
             render.hint("imgtool cleanup undoes what is left of it")
 

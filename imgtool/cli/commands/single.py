@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -82,7 +82,8 @@ def check(
         )
     working.say_of_records([image])
     link = probe(image, format=common.format, backing_dirs=common.backing_dirs)
-    row: dict[str, Any] = {**render.name_fields("path", bytes(link.path)), "format": link.format}
+    sound: bool | None = None
+    row: dict[str, object] = {**render.name_fields("path", bytes(link.path)), "format": link.format}
     row.update(sound=None, corruptions=None, leaks=None, errors=None, supported=True)
     row["not_looked_at"] = None
     writer = writer_of(link.path)
@@ -91,8 +92,8 @@ def check(
             row["not_looked_at"] = f"its tables: it is being written by {writer}"
         else:
             result = check_metadata(link)
+            sound = result.sound
             row.update(
-                sound=result.sound,
                 corruptions=result.corruptions,
                 leaks=result.leaks,
                 errors=result.errors,
@@ -101,9 +102,10 @@ def check(
         row["supported"] = False
         row["not_looked_at"] = f"its tables: {link.format} has none that could be checked"
     if link.unseen is not None:
-        row["sound"] = False
+        sound = False
         render.message("warning", link.unseen.line(link.path))
         render.message("note", link.unseen.do)
+    row["sound"] = sound
     words = {True: "yes", False: "NO", None: "not looked at"}
     columns = ["path", "format", "sound", "corruptions", "leaks", "errors"]
     render.emit(
@@ -111,12 +113,12 @@ def check(
         CHECK_FIELDS,
         output,
         columns=columns,
-        shown=[{**row, "sound": words[row["sound"]]}],
+        shown=[{**row, "sound": words[sound]}],
         titles={"path": "image"},
     )
     if row["not_looked_at"] is not None:
         render.message("note", f"not looked at: {row['not_looked_at']}")
-    if row["sound"] is False:
+    if sound is False:
         raise SystemExit(int(ExitStatus.IMAGE_UNREADABLE))
     if writer is not None:
         raise SystemExit(int(ExitStatus.FAILED))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -47,29 +47,35 @@ PARTITION_FIELDS = (
 )
 
 
-def _df_row(usage: SpaceUsage) -> dict[str, Any]:
+def _df_row(usage: SpaceUsage) -> dict[str, object]:
     return {
         name: getattr(usage, name) if name != "device" else usage.device or None
         for name in DF_FIELDS
     }
 
 
-def _df_shown(row: dict[str, Any], human: bool, inodes: bool) -> dict[str, Any]:
+def _df_shown(usage: SpaceUsage, human: bool, inodes: bool) -> dict[str, object]:
     def size(value: int | None) -> str | int | None:
         if value is None:
             return None
         return render.human(value) if human else -(-value // 1024)
 
-    percent = row["use_percent"]
+    percent = usage.use_percent
+    values: dict[str, object]
     if inodes:
-        total, used = row["inodes"], row["inodes_used"]
-        free = None if total is None else total - used
-        percent = None if not total else -(-100 * used // total)
+        total, used = usage.inodes, usage.inodes_used
+        free = percent = None
+        if total is not None and used is not None:
+            free = total - used
+            percent = -(-100 * used // total) if total else None
         values = {"inodes": total, "iused": used, "ifree": free}
     else:
-        values = {"size": size(row["size"]), "used": size(row["used"])}
-        values["available"] = size(row["available"])
-    shown = {**row, **values}
+        values = {
+            "size": size(usage.size),
+            "used": size(usage.used),
+            "available": size(usage.available),
+        }
+    shown = {**_df_row(usage), **values}
     shown["use%"] = None if percent is None else f"{percent}%"
     return shown
 
@@ -104,9 +110,9 @@ def df(
 
     with ThreadPoolExecutor(parallel) as pool:
         results = list(pool.map(measured, image))
-    rows = []
+    found: list[SpaceUsage] = []
     for usages, error in results:
-        rows += [_df_row(usage) for usage in usages]
+        found += usages
         if error is not None:
             failures.add(error)
             continue
@@ -117,14 +123,14 @@ def df(
     columns = ["device", "type", *numbers, "use%", "mountpoint"]
     if len(image) > 1:
         columns.insert(0, "image")
-    if any(row["error"] for row in rows):
+    if any(usage.error for usage in found):
         columns.append("error")
     render.emit(
-        rows,
+        [_df_row(usage) for usage in found],
         DF_FIELDS,
         output,
         columns=columns,
-        shown=[_df_shown(row, human, inodes) for row in rows],
+        shown=[_df_shown(usage, human, inodes) for usage in found],
         titles={"size": "size" if human else "1K-blocks"},
     )
     failures.finish()

@@ -6,9 +6,9 @@ import re
 import stat
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, NotRequired, TypedDict
 
 from imgtool.errors import ImgtoolError, NotInGuestError, UsageError
 from imgtool.guest.changes import Owner
@@ -33,6 +33,19 @@ from imgtool.inject.steps.step import Option, Step, StepContext
 # useradd(8), of Debian and others.
 _NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 _SUDOERS = "/etc/sudoers.d"
+
+
+class _User(TypedDict):
+    """A user in a spec, as the schema has it."""
+
+    name: str
+    uid: NotRequired[int]
+    comment: NotRequired[str]
+    home: NotRequired[str]
+    shell: NotRequired[str]
+    groups: NotRequired[str | list[str]]
+    system: NotRequired[bool]
+    sudo: NotRequired[bool | str]
 
 
 @dataclass(frozen=True)
@@ -77,12 +90,13 @@ class User(Step):
     sudo: bool | str = False
 
     @classmethod
-    def from_spec(cls, value: Any, folder: Path) -> Sequence[Step]:
+    def from_spec(cls, value: str | _User, folder: Path) -> Sequence[Step]:
         """A name, or all that is said of the user."""
-        fields = {"name": value} if isinstance(value, str) else dict(value)
-        groups = fields.get("groups", ())
-        fields["groups"] = (groups,) if isinstance(groups, str) else tuple(groups)
-        return [cls(**fields)]
+        if isinstance(value, str):
+            return [cls(value)]
+        groups = value.get("groups", ())
+        several = (groups,) if isinstance(groups, str) else tuple(groups)
+        return [replace(cls(**value), groups=several)]
 
     @classmethod
     def from_option(cls, text: str) -> Step:

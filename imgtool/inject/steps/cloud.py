@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from imgtool.errors import ImgtoolError, NotInGuestError, UsageError
 from imgtool.inject.guest_overlay import GuestOverlay
@@ -38,10 +37,12 @@ class CloudInit(Step):
         description="A NoCloud seed; each part is a file of the host, or what would be in it.",
         required=("meta-data",),
     )
-    parts: Mapping[str, Path | Mapping[str, Any]]
+    parts: Mapping[str, Path | Mapping[str, object]]
 
     @classmethod
-    def from_spec(cls, value: Any, folder: Path) -> Sequence[Step]:
+    def from_spec(
+        cls, value: Mapping[str, str | Mapping[str, object]], folder: Path
+    ) -> Sequence[Step]:
         """A text is the name of a file."""
         return [cls({key: folder / v if isinstance(v, str) else v for key, v in value.items()})]
 
@@ -96,7 +97,7 @@ def _has_cloud_init(view: GuestOverlay) -> bool:
     return any(view.kind(path) == "file" for path in programs)
 
 
-def _mapping(raw: bytes, what: str) -> Mapping[str, Any]:
+def _mapping(raw: bytes, what: str) -> Mapping[str, object]:
     from imgtool.inject.yaml_lines import mapping_of
 
     found = mapping_of(raw)

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from imgtool.errors import ImgtoolError, NotInGuestError, UsageError
 from imgtool.inject.guest_files.passwd import owner_in
@@ -51,7 +51,7 @@ class _OnPath(Step):
         guest_path(self.path)
 
     @classmethod
-    def from_spec(cls, value: Any, folder: Path) -> Sequence[Step]:
+    def from_spec(cls, value: object, folder: Path) -> Sequence[Step]:
         """A source is a file of the host, an owner may be a number."""
         if isinstance(value, dict):
             value = dict(value)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from imgtool.errors import UsageError
 from imgtool.inject.guest_files.units import ADMIN, require_systemd
@@ -96,9 +96,9 @@ class FirstBoot(Step):
     content: str | None = None
 
     @classmethod
-    def from_spec(cls, value: Any, folder: Path) -> Sequence[Step]:
+    def from_spec(cls, value: str | Mapping[str, str], folder: Path) -> Sequence[Step]:
         """A file of the host, or a name with what is to be in it."""
-        return [cls(folder / value) if isinstance(value, str) else cls(**value)]
+        return [cls(folder / value) if isinstance(value, str) else cls(None, **value)]
 
     @classmethod
     def from_option(cls, text: str) -> Step:

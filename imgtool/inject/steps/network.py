@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, NotRequired, TypedDict, TypeVar
 
 from imgtool.errors import ImgtoolError, NotInGuestError, UsageError
 from imgtool.inject.guest_files import resolver
@@ -28,6 +28,7 @@ KEYFILES = "/etc/NetworkManager/system-connections"
 NETWORKD = "/etc/systemd/network"
 INTERFACES = "/etc/network/interfaces"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,14}")
+_Address = TypeVar("_Address")
 _TEXTS: Schema = {"type": "array", "items": TEXT}
 _ETHERNET = mapping(
     {
@@ -50,6 +51,23 @@ _ETHERNET = mapping(
 _DOMAIN = re.compile(r"[A-Za-z0-9~._-]{1,253}")
 
 
+class _Servers(TypedDict, total=False):
+    addresses: list[str]
+    search: list[str]
+
+
+class _Ethernet(TypedDict, total=False):
+    """An interface in a spec, as the schema has it."""
+
+    dhcp4: bool
+    dhcp6: bool
+    addresses: list[str]
+    routes: list[dict[str, str]]
+    nameservers: _Servers
+    macaddress: str
+    mtu: int
+
+
 @dataclass(frozen=True)
 class Ethernet:
     """One interface."""
@@ -65,9 +83,9 @@ class Ethernet:
     mtu: int | None = None
 
     @classmethod
-    def of(cls, name: str, given: Mapping[str, Any]) -> Ethernet:
+    def of(cls, name: str, given: _Ethernet) -> Ethernet:
         """An interface as a spec says it."""
-        servers = given.get("nameservers", {})
+        servers: _Servers = given.get("nameservers", {})
         return cls(
             name,
             bool(given.get("dhcp4")),
@@ -116,11 +134,16 @@ class Ethernet:
         return [s for s in self.servers if ipaddress.ip_address(s).version == version]
 
 
-def _parse(parse: Callable[[str], Any], text: str) -> Any:
+def _parse(parse: Callable[[str], _Address], text: str) -> _Address:
     try:
         return parse(text)
     except ValueError as error:
         raise UsageError(f"not an address: {error}", subject=text) from error
+
+
+class _Network(TypedDict):
+    ethernets: dict[str, _Ethernet]
+    renderer: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -146,7 +169,7 @@ class Network(Step):
     renderer: str | None = None
 
     @classmethod
-    def from_spec(cls, value: Any, folder: Path) -> Sequence[Step]:
+    def from_spec(cls, value: _Network, folder: Path) -> Sequence[Step]:
         """All interfaces at once."""
         ethernets = [Ethernet.of(name, one) for name, one in value["ethernets"].items()]
         return [cls(tuple(ethernets), value.get("renderer"))]
@@ -209,9 +232,9 @@ def renderer_of(view: GuestOverlay) -> str:
 def _netplan(view: GuestOverlay, ethernets: tuple[Ethernet, ...]) -> bool:
     import yaml
 
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for one in ethernets:
-        entry: dict[str, Any] = {"dhcp4": one.dhcp4, "dhcp6": one.dhcp6}
+        entry: dict[str, object] = {"dhcp4": one.dhcp4, "dhcp6": one.dhcp6}
         if one.mac:
             entry["match"] = {"macaddress": one.mac}
         if one.addresses:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from imgtool.errors import UsageError
 from imgtool.inject.guest_files.login_defs import login_defs
@@ -93,7 +92,7 @@ class Password(Step):
     secret: Secret = field(repr=False)
 
     @classmethod
-    def from_spec(cls, value: Any, folder: Path) -> Sequence[Step]:
+    def from_spec(cls, value: Mapping[str, str], folder: Path) -> Sequence[Step]:
         """From a file, a variable, or as a hash."""
         source = next(name for name in ("file", "env", "hash") if name in value)
         name = str(folder / value[source]) if source == "file" else value[source]

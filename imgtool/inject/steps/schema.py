@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-Schema = Mapping[str, Any]
+Schema = Mapping[str, object]
 
 # What several steps have, as `$defs` of the whole schema.
 DEFINITIONS: Schema = {
@@ -48,7 +47,7 @@ def mapping(
     one_of: Sequence[str] = (),
 ) -> Schema:
     """A mapping of these keys and no others; it needs all of `required`, and one of `one_of`."""
-    found: dict[str, Any] = {} if description is None else {"description": description}
+    found: dict[str, object] = {} if description is None else {"description": description}
     found["type"] = "object"
     if required:
         found["required"] = list(required)

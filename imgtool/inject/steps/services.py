@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from imgtool.errors import ImgtoolError, UsageError
 from imgtool.inject.guest_files.units import (
@@ -49,7 +49,7 @@ class Service(Step):
     unit: str
 
     @classmethod
-    def from_spec(cls, value: Any, folder: Path) -> Sequence[Step]:
+    def from_spec(cls, value: Mapping[str, str | list[str]], folder: Path) -> Sequence[Step]:
         """A step for each unit."""
         ((action, units),) = value.items()
         return [cls(action, unit) for unit in ([units] if isinstance(units, str) else units)]

@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from imgtool.errors import NotInGuestError, RefusedError, UsageError
 from imgtool.inject.guest_files.passwd import Account, account
@@ -37,7 +36,7 @@ class SshKey(Step):
     key: str | None = None
 
     @classmethod
-    def from_spec(cls, value: Any, folder: Path) -> Sequence[Step]:
+    def from_spec(cls, value: Mapping[str, str], folder: Path) -> Sequence[Step]:
         """The key itself, or a file."""
         file = folder / value["file"] if "file" in value else None
         return [cls(value["user"], file, value.get("key"))]

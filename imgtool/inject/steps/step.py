@@ -19,6 +19,11 @@ _VARIABLE = re.compile(r"\{\{\s*([A-Za-z_][A-Za-z0-9_-]*)\s*\}\}")
 _MODE = re.compile(r"[0-7]{1,4}")
 
 
+# What is given to options of steps, by the option's name as that of a variable: texts, one text
+# where the option is not repeated, a bool where it takes no value, None where it is not given.
+Asked = Mapping[str, bool | str | Sequence[str] | None]
+
+
 @dataclass(frozen=True)
 class StepContext:
     """The guest that steps are taken in, and what is said of it."""
@@ -128,7 +133,7 @@ class WordStep(Step):
         return self.word
 
     @classmethod
-    def from_spec(cls, value: Any, folder: Path) -> Sequence[Step]:
+    def from_spec(cls, value: object, folder: Path) -> Sequence[Step]:
         """The step."""
         return [cls()]
 

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from imgtool.errors import ExitStatus, HostError, ImgtoolError, Reason, RefusedError, join_names
 from imgtool.host import interrupt
@@ -29,15 +29,47 @@ _NOTICE = "notice: "
 _WRITING = 600.0  # seconds that an emulated appliance may take to write what it holds
 
 
+class MountFields(TypedDict):
+    """The fields of a `Mount`."""
+
+    source: str
+    mountpoint: str
+    options: str
+    fstype: str | None
+
+
+class Request(TypedDict):
+    """What the serving process is asked for; all paths are absolute."""
+
+    image: str
+    add: list[str]
+    format: str | None
+    snapshot: str | None
+    mounts: list[MountFields]
+    root: str | None
+    keys: list[str]
+    backing_dirs: list[str]
+    target: str
+    writable: bool
+    force: list[str]
+    executable: bool
+
+
+class _Failure(TypedDict):
+    message: str
+    hint: str | None
+    status: int
+
+
 class ApplianceFailed(ImgtoolError):
     """The serving process gave up; the error is the one that it met."""
 
-    def __init__(self, known: dict[str, Any]) -> None:
+    def __init__(self, known: _Failure) -> None:
         super().__init__(known["message"], hint=known["hint"])
         self.status = ExitStatus(known["status"])
 
 
-def start(folder: Path, request: dict[str, Any]) -> None:
+def start(folder: Path, request: Request) -> None:
     """Start the process that serves `request`, and wait until the mount is there."""
     argv = [sys.executable, "-m", "imgtool.mount.mechanisms.appliance", str(folder)]
     # Keys may be in it: it has no name, and is gone with the processes that have it open.
@@ -148,43 +180,48 @@ def unmount(target: str) -> None:
 # In the process
 
 
-def _serve(request: dict[str, Any], ready: Path) -> None:
+def _serve(request: Request, ready: Path) -> None:
+    from imgtool.guest.guest_options import GuestOptions
     from imgtool.guest.hidden import refuse_hidden
     from imgtool.guest.model import Mount
     from imgtool.opening import open_guest, open_guest_in_place
 
-    common: dict[str, Any] = {
-        "add": request["add"],
-        "format": request["format"],
-        "mounts": [Mount(**mount) for mount in request["mounts"]],
-        "root": request["root"],
-        "keys": request["keys"],
-        "backing_dirs": request["backing_dirs"],
-        "notice": lambda line: print(f"{_NOTICE}{line}", flush=True),
-    }
+    options = GuestOptions(
+        add=request["add"],
+        format=request["format"],
+        snapshot=request["snapshot"],
+        mounts=[Mount(**mount) for mount in request["mounts"]],
+        root=request["root"],
+        keys=request["keys"],
+        engine="libguestfs",
+        backing_dirs=request["backing_dirs"],
+    )
+
+    def notice(line: str) -> None:
+        print(f"{_NOTICE}{line}", flush=True)
 
     def serve(guest: LibguestfsGuest) -> None:
         guest.mount_layout()
         if request["writable"] and Reason.HIDDEN_MOUNT not in request["force"]:
-            refuse_hidden(guest.unshown(), guest.layout.optional, common["notice"])
-        options = [
+            refuse_hidden(guest.unshown(), guest.layout.optional, notice)
+        words = [
             *([] if request["writable"] else ["ro"]),
             *([] if request["executable"] else ["noexec"]),
         ]
         guest.handle.mount_local(
-            request["target"], readonly=not request["writable"], options=",".join(options)
+            request["target"], readonly=not request["writable"], options=",".join(words)
         )
         _say_ready(ready)
         guest.handle.mount_local_run()
 
     if request["writable"]:
         force = [Reason(name) for name in request["force"]]
-        with open_guest_in_place(request["image"], force=force, **common) as guest:
+        with open_guest_in_place(
+            request["image"], **options.keywords(), force=force, notice=notice
+        ) as guest:
             serve(guest)
     else:
-        with open_guest(
-            request["image"], engine="libguestfs", snapshot=request["snapshot"], **common
-        ) as opened:
+        with open_guest(request["image"], **options.keywords(), notice=notice) as opened:
             serve(cast("LibguestfsGuest", opened))
 
 
@@ -203,7 +240,7 @@ def main() -> None:
     """Serve the request on standard input, with this folder, until somebody unmounts it; SIGTERM
     ends a launch."""
     folder = Path(sys.argv[1])
-    request = json.load(sys.stdin)
+    request: Request = json.load(sys.stdin)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, sys.stdin.fileno())  # nobody else gets to see the keys
     os.close(nothing)

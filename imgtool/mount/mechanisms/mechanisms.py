@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from imgtool.errors import HostError
 from imgtool.image.chain.chain import Chain
@@ -25,7 +25,7 @@ from imgtool.mount.plan import Disk, DiskRange
 from imgtool.mount.steps import mapper, qemu, steps
 
 
-def _on_overlay(below: dict[str, Any], name: str, overlay: Path | None) -> dict[str, Any]:
+def _on_overlay(below: dict[str, object], name: str, overlay: Path | None) -> dict[str, object]:
     """A disk as QEMU's -blockdev takes it, on an overlay if one is given."""
     if overlay is None:
         return {**below, "node-name": name}
@@ -156,7 +156,7 @@ class DeviceMechanism(Mechanism):
             paths.append(path)
         return paths
 
-    def _below(self, number: int, chain: Chain) -> dict[str, Any]:
+    def _below(self, number: int, chain: Chain) -> dict[str, object]:
         """What a disk's overlay stands on, or the disk itself where there is none."""
         shared = not self.writable and passes_locks(chain)
         if self.snapshot is None or chain.header is not None:

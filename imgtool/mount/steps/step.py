@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import ClassVar
 
 Save = Callable[[], None]
 
@@ -20,7 +20,7 @@ class Step(ABC):
 
     kind: ClassVar[str]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The step as the journal holds it."""
         known = {row.name: getattr(self, row.name) for row in fields(self)}  # type: ignore[arg-type]
         return {"kind": self.kind, **known}

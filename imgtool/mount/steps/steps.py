@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from imgtool.errors import EngineError, HostError, ImgtoolError, RefusedError, join_names
 from imgtool.host import program_messages
@@ -19,6 +19,9 @@ from imgtool.mount.steps import loop, udev
 from imgtool.mount.steps.mapper import Mapping, VolumeGroupActivation
 from imgtool.mount.steps.qemu import Export, Nbd, Overlay, Snapshot
 from imgtool.mount.steps.step import Save, Step
+
+if TYPE_CHECKING:
+    from imgtool.mount.mechanisms.appliance import Request
 
 _SANDBOX_ENDS = 10.0  # seconds for a sandbox that copied the host's mounts, such as imgtool's own
 
@@ -234,9 +237,9 @@ class Appliance(Step):
     kind: ClassVar[str] = "appliance"
     folder: str
     target: str
-    request: dict[str, Any]
+    request: Request
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Without the keys of encrypted devices, which nothing needs later."""
         return {**super().to_json(), "request": {**self.request, "keys": []}}
 
@@ -291,10 +294,11 @@ _KINDS: dict[str, type[Step]] = {
 }
 
 
-def from_json(known: dict[str, Any]) -> Step:
+def from_json(known: dict[str, object]) -> Step:
     """A step as the journal holds it. Raises `ImgtoolError` for a kind that is not known."""
-    kind = _KINDS.get(known["kind"])
+    kind = _KINDS.get(str(known["kind"]))
     if kind is None:
         raise ImgtoolError(f"the journal has a step of an unknown kind: {known['kind']}")
     names = {row.name for row in fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: value for name, value in known.items() if name in names})
+    make: Callable[..., Step] = kind
+    return make(**{name: value for name, value in known.items() if name in names})

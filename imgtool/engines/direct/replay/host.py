@@ -18,7 +18,6 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from imgtool.engines.direct.parent import sandbox
 from imgtool.engines.direct.wire.refusals import Unsupported
@@ -41,7 +40,7 @@ _PROGRAMS = ("qemu-img", "qemu-storage-daemon", "e2fsck")
 DiskRange = tuple[int, int, int]
 
 
-def overlay_node(name: str, chain: Chain, images: sandbox.Images) -> dict[str, Any]:
+def overlay_node(name: str, chain: Chain, images: sandbox.Images) -> dict[str, object]:
     """The overlay `name` on a chain, as QEMU's -blockdev takes it, without a look at its header."""
     return {
         "driver": "qcow2",

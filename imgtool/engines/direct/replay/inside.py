@@ -13,7 +13,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from imgtool.engines.direct.wire import seccomp
 from imgtool.engines.direct.wire.libc import libc
@@ -72,7 +71,7 @@ def _lines(descriptor: int) -> list[str]:
     return os.pread(descriptor, _SAID, 0).decode("utf-8", "replace").strip().splitlines()
 
 
-def _replay(overlay: dict[str, Any], place: DiskRange, at: str, connection: int) -> bool:
+def _replay(overlay: dict[str, object], place: DiskRange, at: str, connection: int) -> bool:
     _, offset, size = place
     volume = {"driver": "raw", "node-name": "volume", "offset": offset, "size": size}
     Path(f"/tmp/{connection}").touch()  # what QEMU sees as /dev/fd

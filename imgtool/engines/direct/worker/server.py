@@ -13,7 +13,7 @@ import stat
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from imgtool.engines.direct.wire import frames, requests, seccomp
 from imgtool.engines.direct.wire.extents import Extent
@@ -152,7 +152,7 @@ class Worker:
 
     # Disks and volumes
 
-    def do_open(self, request: requests.Open) -> dict[str, Any]:
+    def do_open(self, request: requests.Open) -> dict[str, object]:
         """Wait for the disks, give up all rights but those to read, find the volumes."""
         disks, self._unopened = self._unopened, None
         if disks is None:
@@ -186,11 +186,11 @@ class Worker:
     def _filesystem(self, device: str) -> Filesystem:
         return self._open_volumes.filesystem(device)
 
-    def do_journals(self, request: requests.Journals) -> list[Any]:
+    def do_journals(self, request: requests.Journals) -> Sequence[object]:
         """Where the journals are that have to be replayed: device, and its stretches of disks."""
         return self._open_volumes.journals()
 
-    def do_written(self, request: requests.Written) -> list[Any]:
+    def do_written(self, request: requests.Written) -> Sequence[object]:
         """Which stretches of the disks come from the topmost links of their chains."""
         return self._open_volumes.written_stretches(request.links)
 
@@ -249,7 +249,7 @@ class Worker:
         """The path in the case of the names on disk."""
         return frames.text(self._mounted_tree.spelling(frames.name(request.path)))
 
-    def do_lstat(self, request: requests.Lstat) -> list[Any]:
+    def do_lstat(self, request: requests.Lstat) -> list[object]:
         """What lstat says of a path."""
         return _row(self._mounted_tree.lstat(frames.name(request.path)))
 
@@ -262,7 +262,7 @@ class Worker:
             raise ReadFailed("not a directory")
         if request.deep and (reason := tree.touches_refused(real)):
             raise Unsupported(reason)
-        batch: list[list[Any]] = []
+        batch: list[list[object]] = []
         names = 0  # bytes: far down, a few paths fill a frame
         sent = time.monotonic()
 
@@ -274,7 +274,7 @@ class Worker:
             batch.clear()
             names, sent = 0, time.monotonic()
 
-        def give(row: list[Any], length: int) -> None:
+        def give(row: list[object], length: int) -> None:
             nonlocal names
             batch.append(row)
             names += length
@@ -301,14 +301,15 @@ class Worker:
             row = _row(child, summed, at)
             length = len(child.path) + len(child.target or b"")
             if request.xattrs:
-                row.append(None)
+                pairs: list[list[str]] | None = None
                 try:
-                    row[-1] = frames.pairs(self._xattrs(child))
+                    pairs = frames.pairs(self._xattrs(child))
                     if left_out := self._oversized_xattrs(child):
                         give([frames.text(child.path), left_out], len(child.path))
                 except ReadFailed as error:
                     problem(child.path, str(error))
-                length += sum(len(name) + len(value) for name, value in row[-1] or ())
+                row.append(pairs)
+                length += sum(len(name) + len(value) for name, value in pairs or ())
             give(row, length)
         if batch:
             self._json(batch)
@@ -319,7 +320,7 @@ class Worker:
     def _oversized_xattrs(self, found: Found) -> int:
         return self._mounted_tree.filesystem(found.place).oversized_xattrs(found.place.inode)
 
-    def do_xattrs(self, request: requests.Xattrs) -> list[Any]:
+    def do_xattrs(self, request: requests.Xattrs) -> list[object]:
         """The extended attributes of a path, and how many others are too large to be given; a
         symbolic link is not followed."""
         found = self._mounted_tree.lstat(frames.name(request.path))
@@ -404,7 +405,7 @@ class Worker:
 
     # What is installed
 
-    def do_inspect(self, request: requests.Inspect) -> dict[str, Any]:
+    def do_inspect(self, request: requests.Inspect) -> dict[str, object]:
         """What the operating system in the mounted tree is, and its packages if asked for."""
         from imgtool.formats.files import Undetermined
         from imgtool.guest.operating_system import identify
@@ -449,6 +450,6 @@ class Worker:
         tar_stream.write(tree, raw, left_out, attributes, problem, self._data, contents)
 
 
-def _row(found: Found, checksum: str | None = None, at: str | None = None) -> list[Any]:
+def _row(found: Found, checksum: str | None = None, at: str | None = None) -> list[object]:
     target = None if found.target is None else frames.text(found.target)
     return [frames.text(found.path), found.place.mount, *found.node, target, checksum, at]

@@ -7,11 +7,14 @@ import io
 import os
 import stat
 from collections.abc import Iterator
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from imgtool.engines.direct.worker.fs.base import Filesystem, PathNotFound, ReadFailed
 from imgtool.engines.direct.worker.tree import Found, InodeRef, Tree
 from imgtool.formats.files import Undetermined
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _PIECE = 1 << 20
 _LEAST = 512  # what a disk gives, or not
@@ -46,10 +49,11 @@ class _Reader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         self._held = self._held or next(self._parts, b"")
-        count = min(len(buffer), len(self._held))
-        buffer[:count] = self._held[:count]
+        view = memoryview(buffer)
+        count = min(len(view), len(self._held))
+        view[:count] = self._held[:count]
         self._held = self._held[count:]
         return count
 

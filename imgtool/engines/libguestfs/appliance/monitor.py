@@ -33,7 +33,7 @@ class Monitor:
         self.message()  # the greeting
         self.do("qmp_capabilities")
 
-    def do(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+    def do(self, command: str, arguments: dict[str, object] | None = None) -> Any:
         """What QEMU answers. Raises `HostError` for an error, `EOFError` when QEMU is gone."""
         words = json.dumps({"execute": command, "arguments": arguments or {}})
         with contextlib.suppress(BrokenPipeError):  # there is no answer either
@@ -41,15 +41,20 @@ class Monitor:
             self._to.flush()
         while "return" not in (answer := self.message()):
             if "error" in answer:
-                raise HostError(f"QEMU refuses {command}: {answer['error'].get('desc')}")
+                reason = _mapping(answer["error"]).get("desc")
+                raise HostError(f"QEMU refuses {command}: {reason}")
         return answer["return"]
 
-    def message(self) -> dict[str, Any]:
+    def message(self) -> dict[str, object]:
         """The next answer or event. Raises `EOFError` when QEMU is gone."""
         line = self._from.readline()
         if not line:
             raise EOFError
         return dict(json.loads(line))
+
+
+def _mapping(value: object) -> dict[str, object]:
+    return value if isinstance(value, dict) else {}
 
 
 class Watch:
@@ -99,8 +104,8 @@ class Watch:
             while True:
                 self._event(monitor.message())
 
-    def _event(self, event: dict[str, Any]) -> None:
-        data = event.get("data", {})
+    def _event(self, event: dict[str, object]) -> None:
+        data = _mapping(event.get("data"))
         if event.get("event") == "BLOCK_IO_ERROR" and data.get("operation") == "write":
             if self.failed is None:
                 self.failed = str(data.get("reason") or "input/output error")

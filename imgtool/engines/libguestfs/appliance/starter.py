@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 
 def shape(argv: list[str]) -> list[str]:
@@ -53,10 +52,13 @@ def identity(path: str, *, time: bool = True) -> list[object]:
     return [path, facts.st_size, facts.st_ino, *([facts.st_mtime_ns] if time else ())]
 
 
-def stands(saved: dict[str, Any]) -> bool:
+def stands(saved: dict[str, object]) -> bool:
     """Whether QEMU and the appliance are still those that were saved."""
     try:
-        return all(identity(facts[0], time=len(facts) > 3) == facts for facts in saved["files"])
+        files = saved["files"]
+        return isinstance(files, list) and all(
+            identity(facts[0], time=len(facts) > 3) == facts for facts in files
+        )
     except (OSError, TypeError, KeyError, IndexError):
         return False
 

@@ -15,7 +15,7 @@ import select
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from imgtool.engines.direct.parent import sandbox
 from imgtool.engines.direct.wire import frames
@@ -199,7 +199,7 @@ def _word(value: object) -> str:
     return word
 
 
-def _row(row: Any, sectors: int, sector_size: int) -> Row:
+def _row(row: object, sectors: int, sector_size: int) -> Row:
     number, kind, start, count, name, flags = items(row, 6)
     if kind not in _KINDS:
         raise BadMessage("no kind of a partition")
