@@ -325,6 +325,53 @@ def test_programs_are_started_in_one_place() -> None:
     assert elsewhere + calls == []
 
 
+# Where a value may be of any type: what libraries without types give, and what they call. A folder
+# stands for all in it.
+UNTYPED = {
+    "engines/libguestfs": "handles of libguestfs",
+    "opening.py": "handles of libguestfs",
+    "engines/direct/worker/sources.py": "handles of libnbd",
+    "image/qemu/nbd.py": "handles of libnbd",
+    "engines/direct/worker/signatures.py": "ctypes",
+    "engines/parted/confined/__main__.py": "pyparted",
+    "cli/__init__.py": "parsers of Typer",
+    "cli/help_text.py": "parsers of Typer",
+    "cli/commands/helping.py": "parsers of Typer",
+    "cli/guest_command.py": "values that Typer has parsed by an option's annotation",
+    "cli/completing.py": "values that Typer has parsed by an option's annotation",
+    "inject/yaml_lines.py": "values of YAML",
+    "inject/spec.py": "errors of jsonschema",
+    "inject/steps/step.py": "values of YAML that fit a step's schema",
+    "transfer/copy_out.py": "values of marshal",
+}
+
+
+def uses_any(source: str) -> bool:
+    return any(
+        (isinstance(node, ast.Name) and node.id == "Any")
+        or (isinstance(node, ast.Attribute) and node.attr == "Any")
+        for node in ast.walk(ast.parse(source))
+    )
+
+
+def test_values_of_any_type_are_at_the_edges_alone() -> None:
+    using = [
+        str(path.relative_to(ROOT / "imgtool")) for path in MODULES if uses_any(path.read_text())
+    ]
+    places = {
+        at: [name for name in using if name == at or name.startswith(f"{at}/")] for at in UNTYPED
+    }
+    assert sorted(set(using).difference(*places.values())) == []
+    assert [at for at in UNTYPED if not places[at]] == []
+
+
+def test_the_check_of_any_sees_it_in_every_spelling() -> None:
+    for use in ("x: Any = 5", "def f(x: list[Any]): pass", "import typing as t\nx: t.Any = 5"):
+        assert uses_any(use), use
+    for other in ("Anybody = 5", '"""Any value."""', "x: object = any([])"):
+        assert not uses_any(other), other
+
+
 def test_no_module_grows_past_500_lines() -> None:
     lengths = {module_name(path): len(path.read_text().splitlines()) for path in MODULES}
     assert {name: length for name, length in lengths.items() if length > 500} == {}
