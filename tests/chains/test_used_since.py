@@ -579,7 +579,8 @@ def test_device_writes_are_seen_by_the_kernels_count(tmp_path, imgtool_cli):
             snapshots.plan_revert(device, "one", save_as="saved").run()
 
         assert in_child(cut) == KILLED
-        noted = intent_log.read_facts(device)["noted"]["image"]
+        facts: Any = intent_log.read_facts(device)
+        noted = facts["noted"]["image"]
         assert is_as_noted(noted, device)
         write(device, f"write -P {SINCE} 0 1M")
         assert not is_as_noted(noted, device)

@@ -113,7 +113,7 @@ def test_impossible_names_of_lvm_are_refused(name: str) -> None:
 
 
 def test_more_volumes_than_can_be_looked_at_are_refused() -> None:
-    volumes: dict[str, dict[str, object]] = {f"volume{number}": {} for number in range(40_000)}
+    volumes: lvm.Section = {f"volume{number}": {} for number in range(40_000)}
     with pytest.raises(Unsupported):
         lvm._group("group", {"extent_size": 1, "logical_volumes": volumes}, {})
 

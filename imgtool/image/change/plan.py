@@ -6,7 +6,7 @@ import contextlib
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -197,7 +197,7 @@ class Plan:
     do: Callable[[Work], None]
     format: str | None = None
     space: int = 0
-    facts: dict[str, object] = field(default_factory=dict)
+    facts: Mapping[str, object] = field(default_factory=dict)
     seen: Seen = field(default_factory=Seen)
     in_place: tuple[ImageInfo, ...] = ()
     writes_to: tuple[Path, ...] = ()

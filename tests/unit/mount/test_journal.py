@@ -25,7 +25,20 @@ from imgtool.mount.steps.step import Save, Step
 from imgtool.mount.steps.steps import Appliance, Filesystem, Loop, NtfsProgram, UdevRule, from_json
 
 ODD = os.fsdecode(b"/a\n b/\xff\xfe")
-REQUEST: dict[str, Any] = {"image": ODD, "add": [], "keys": ["all:key:secret"], "writable": True}
+REQUEST: appliance.Request = {
+    "image": ODD,
+    "add": [],
+    "format": None,
+    "snapshot": None,
+    "mounts": [{"source": "/dev/sda1", "mountpoint": "/", "options": "", "fstype": None}],
+    "root": None,
+    "keys": ["all:key:secret"],
+    "backing_dirs": [],
+    "target": ODD,
+    "writable": True,
+    "force": [],
+    "executable": False,
+}
 STEPS = (
     UdevRule("abc"),
     Overlay(ODD, 1 << 40),

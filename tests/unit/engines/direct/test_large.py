@@ -203,7 +203,10 @@ def test_where_clusters_are_compressed_the_worker_takes_over(large, monkeypatch,
 def test_a_file_that_lies_nowhere_is_nonsense(rows):
     with pytest.raises(BadMessage):
         runs(rows, [100])
-    assert runs([[0, 10, 0, 90], [10, 20, 0, 0]], [100])[1].at == 0
+    assert runs([[0, 10, 0, 90], [10, 20, 0, 0]], [100]) == [
+        Extent(0, 10, 0, 90),
+        Extent(10, 20, 0, 0),
+    ]
 
 
 def test_image_that_becomes_shorter_or_unreadable_is_an_error(tmp_path):

@@ -229,7 +229,7 @@ def drivers(node: dict[str, Any]) -> list[str]:
 def test_the_description_leaves_qemu_nothing_to_guess(base: Path) -> None:
     overlay(base.parent / "middle", "base.raw", format=None)
     chain = open_chain(overlay(base.parent / "active", "middle", format=None))
-    node = chain.blockdev()
+    node: Any = chain.blockdev()
     assert drivers(node) == ["qcow2", "file", "qcow2", "file", "raw", "file"]
     assert node["backing"]["backing"]["file"]["filename"] == str(base)
     base_of_its_own = base.parent / "alone"

@@ -233,13 +233,8 @@ def test_a_bitmap_that_a_killed_writer_has_spoilt_is_said(image, imgtool_cli):
 
 
 def test_bitmaps_being_written_at_a_kill_are_said(image, imgtool_cli):
-    left(
-        image,
-        operation="resize",
-        format="qcow2",
-        noted={},
-        **note_holdings(held(image), held(image)),
-    )
+    holdings: Any = note_holdings(held(image), held(image))
+    left(image, operation="resize", format="qcow2", noted={}, **holdings)
     patch(image, AUTOCLEAR, b"\0")  # as QEMU does before it writes them
     done = imgtool_cli("recover", image)
     assert done.status == 0 and "its bitmap 'since' has to begin anew" in done.err
