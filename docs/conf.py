@@ -17,10 +17,12 @@ project_copyright = ""
 today_fmt = "%Y-%m-%d"
 version = release = imgtool.__version__
 
-extensions = ["myst_parser", "reference_pages"]
+extensions = ["myst_parser", "reference_pages", "plain_text"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
+if tags.has("package"):  # noqa: F821 - Sphinx gives it
+    exclude_patterns.append("development")
 nitpicky = True
 smartquotes = False  # what is typed is what is shown: --help is two signs
 highlight_language = "none"

@@ -6,6 +6,7 @@ A page has a comment where it goes:
     <!-- generated: commands -->      every command with its one line
     <!-- generated: fields df -->     the fields of its rows, as the schema describes them
     <!-- generated: reasons -->       the reasons of --force
+    <!-- generated: tasks -->         the ten tasks of the README
     <!-- generated: spec -->          the steps of a spec of inject
     <!-- generated: schemas -->       the schemas of what commands write with -o json
 
@@ -221,6 +222,14 @@ def reason_list() -> str:
     return "\n\n".join(f"`{reason}`\n: {escaped(reason.without)}." for reason in Reason)
 
 
+def task_list() -> str:
+    """The tasks of the README, each with what to type and its page. `README.md` is beside docs."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    table = readme.split("## Ten tasks\n", 1)[1].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| (.+) \| (.+) \(\[more\]\(docs/(.+)\)\) \|$", table, re.MULTILINE)
+    return "\n\n".join(f"{task}\n: {typed}; [more](/{page})" for task, typed, page in rows)
+
+
 def generated(source: str) -> str:
     """A page with its comments replaced."""
 
@@ -232,6 +241,8 @@ def generated(source: str) -> str:
             return spec_steps()
         if kind == "reasons":
             return reason_list()
+        if kind == "tasks":
+            return task_list()
         if kind == "schemas":
             return schema_list()
         if kind == "fields" and (SCHEMAS / f"{name}.json").is_file():

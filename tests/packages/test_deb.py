@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -100,6 +101,49 @@ def test_the_manual_and_completion_are_there(installed):
     assert "imgtool ls" in done.stdout, done.stderr
     done = run(installed, "bash", "-c", _TAB, user=True)
     assert {"copy-in", "copy-out"} <= set(done.stdout.split()), done.stderr
+
+
+def documentation(root: Path) -> dict[Path, str]:
+    """The pages of the package."""
+    every = (root / "usr/share/doc/imgtool").rglob("*.txt")
+    return {page: page.read_text() for page in every}
+
+
+def test_no_page_leads_to_what_is_not_there(installed):
+    pages = documentation(installed)
+    links = 0
+    for page, text in pages.items():
+        for file in re.findall(r"\((?!/)([\w./-]+\.txt)\)", text):
+            links += 1
+            assert (page.parent / file).is_file(), f"{page}: {file}"
+        assert "](" not in text, page
+        assert not re.search(r"[\w/]+\.md\b(?!`)", text), page
+    assert links > 100
+
+
+def test_pages_have_what_is_generated(installed):
+    pages = documentation(installed)
+    assert [page for page, text in pages.items() if "generated:" in text] == []
+    commands = installed / "usr/share/doc/imgtool/reference/commands"
+    assert "--preserve-owner" in pages[commands / "copy-in.txt"]
+    assert "use_percent" in pages[commands / "df.txt"]
+    assert "`append-line`" in pages[commands.parent / "spec.txt"]
+    assert "`imgtool chain tree`" in pages[commands.parent / "json.txt"]
+    assert not (installed / "usr/share/doc/imgtool/development").exists()
+
+
+def test_the_readme_is_for_who_has_the_package(installed):
+    readme = (installed / "usr/share/doc/imgtool/README.txt").read_text()
+    for words in ("Ten tasks", "--password root:prompt", "man imgtool", "howto/index.txt"):
+        assert words in readme
+    assert "scripts/" not in readme
+
+
+def test_each_command_of_a_group_has_its_page(installed):
+    done = run(installed, "man", "imgtool-overlay-commit", user=True)
+    assert "imgtool overlay commit" in done.stdout, done.stderr
+    page = installed / "usr/share/man/man1/imgtool-overlay-commit.1.gz"
+    assert os.readlink(page) == "imgtool-overlay.1.gz"
 
 
 def test_purge_leaves_nothing(installed):

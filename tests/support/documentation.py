@@ -32,13 +32,18 @@ def pages() -> list[Path]:
 
 
 @functools.cache
-def reference_pages() -> ModuleType:
-    """What writes the generated parts of pages, which Sphinx loads by its path."""
-    spec = importlib.util.spec_from_file_location("reference_pages", DOCS / "reference_pages.py")
+def extension(name: str) -> ModuleType:
+    """An extension of docs, which Sphinx loads by its path."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def reference_pages() -> ModuleType:
+    """What writes the generated parts of pages."""
+    return extension("reference_pages")
 
 
 @functools.cache

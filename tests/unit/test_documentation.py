@@ -12,6 +12,7 @@ from tests.support.documentation import (
     DOCS,
     Block,
     blocks,
+    extension,
     invocations,
     mistakes,
     name_of,
@@ -46,6 +47,40 @@ def test_the_page_of_a_command_is_made_of_the_program(name):
 def test_a_page_of_no_command_stops_the_build():
     with pytest.raises(ValueError, match="nothing is generated for this"):
         reference_pages().generated("<!-- generated: command nonsense -->")
+
+
+@pytest.mark.parametrize("page", pages(), ids=name_of)
+def test_packages_leave_out_what_leads_to_developers(page: Path):
+    """Packages leave these lines out, and the pages."""
+    if DOCS in page.parents and DOCS / "development" not in page.parents:
+        assert "development/" not in extension("plain_text").without_developers(page.read_text())
+
+
+@pytest.mark.parametrize(
+    ("text", "address", "shown"),
+    [
+        ("overlays", "../howto/overlays.txt#moved", " (../howto/overlays.txt)"),
+        ("semantic", "https://semver.org/", " <https://semver.org/>"),
+        ("https://semver.org/", "https://semver.org/", ""),
+        ("imgtool-ls(1)", "ls.txt", ""),
+        ("further down", "#below", ""),
+    ],
+)
+def test_a_link_in_plain_text_has_the_file_beside_it(text, address, shown):
+    assert extension("plain_text").shown_address(text, address) == shown
+
+
+def test_a_table_in_plain_text_fits_a_terminal():
+    widths = extension("plain_text").column_widths
+    assert widths([10, 20], [5, 5], most=80) == [10, 20]
+    assert widths([10, 200], [5, 30], most=80) == [10, 63]
+    assert widths([90, 90], [70, 70], most=80) == [70, 70]
+
+
+def test_the_ten_tasks_are_on_the_first_page():
+    page = reference_pages().generated((DOCS / "index.md").read_text())
+    tasks = page.split("## Ten tasks")[1].split("\n## ")[0]
+    assert len(re.findall(r"^: `imgtool .*; \[more\]\(/howto/[\w-]+\.md\)$", tasks, re.M)) == 10
 
 
 @pytest.mark.parametrize("page", pages(), ids=name_of)
