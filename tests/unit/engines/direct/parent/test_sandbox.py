@@ -639,13 +639,15 @@ def test_root_reads_files_of_several_users_that_only_they_may(tmp_path, kind, ne
     images.close()
 
 
-def conversation(image: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> WorkerFailed:
+def conversation(
+    image: Path, monkeypatch: pytest.MonkeyPatch, program: str, *, silence: float = 4.0
+) -> WorkerFailed:
     closed = "import sys; sys.stdout.buffer.write(b'!' + bytes(4)); sys.stdout.flush(); "
     asked = "sys.stdin.buffer.read(1); "  # else it may be gone before
     monkeypatch.setattr(sandbox, "_START", closed + asked + program)
     images = sandbox.Images([open_chain(image)])
     with sandbox.start_worker(images) as process:
-        client = Client(process, image=str(image), silence=4.0)
+        client = Client(process, image=str(image), silence=silence)
         with pytest.raises(WorkerFailed) as failed:
             client.call(opening())
         with pytest.raises(WorkerFailed, match="not ready"):
@@ -669,7 +671,8 @@ def conversation(image: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> 
 )
 def test_a_worker_that_fails_is_an_error_in_time(image, monkeypatch, program, reason):
     started = time.monotonic()
-    error = conversation(image, monkeypatch, program + " # {paths!r}")
+    silence = 0.5 if reason == "does not answer" else 4.0
+    error = conversation(image, monkeypatch, program + " # {paths!r}", silence=silence)
     assert reason in error.message
     assert "--engine libguestfs" in (error.hint or "")
     assert time.monotonic() - started < 20
