@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from imgtool import __version__
-from imgtool.cli.help_text import Command, Group, Root
+from imgtool.cli.help_text import Command, Group, Root, WordsCommand
 
 # `help_text` has the headings that they stand below.
 COMMANDS = {
@@ -21,7 +21,12 @@ COMMANDS = {
     "filesystems": "space.filesystems",
     "partitions": "space.partitions",
     "ls": "listing.ls",
+    "find": "finding.find",
+    "du": "measuring.du",
+    "stat": "looking.stat",
     "cat": "listing.cat",
+    "head": "looking.head",
+    "tail": "looking.tail",
     "copy-out": "copying.copy_out",
     "copy-in": "copying.copy_in",
     "edit": "editing.edit",
@@ -43,6 +48,8 @@ COMMANDS = {
     "help": "helping.show_help",
     "schema": "schemas.schema",
 }
+# Those whose options end at the first argument: what follows are words of another language.
+WITH_WORDS = ("find",)
 # Commands of commands, each with its help.
 GROUPS = {
     "chain": (
@@ -141,7 +148,8 @@ def _app(one: str | None, function_of: Callable[[str], Callable[..., object]]) -
     app.callback()(_root)
     for name, function in COMMANDS.items():
         if one in (None, name):
-            app.command(name, cls=Command)(function_of(function))
+            cls = WordsCommand if name in WITH_WORDS else Command
+            app.command(name, cls=cls)(function_of(function))
     for name, (text, members) in GROUPS.items():
         if one in (None, name):
             group = typer.Typer(cls=Group, help=text, rich_markup_mode=None)

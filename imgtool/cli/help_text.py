@@ -10,7 +10,20 @@ import typer.core
 
 # The commands of `imgtool --help`; each is below one heading.
 HEADINGS = {
-    "Look": ("df", "filesystems", "partitions", "inspect", "ls", "cat", "diff"),
+    "Look": (
+        "df",
+        "filesystems",
+        "partitions",
+        "inspect",
+        "ls",
+        "find",
+        "du",
+        "stat",
+        "cat",
+        "head",
+        "tail",
+        "diff",
+    ),
     "Copy and change": ("copy-out", "copy-in", "edit", "inject"),
     "Mount": ("mount", "umount", "mounts", "cleanup"),
     "Images and chains": (
@@ -53,6 +66,16 @@ OTHER_NAMES = {
     **{("chain", name): f"overlay {name}" for name in ("commit", "rebase", "flatten")},
     **{("snapshot", name): "snapshot revert" for name in ("apply", "restore", "rollback")},
 }
+
+
+class WordsCommand(Command):
+    """A command whose options end at its first argument."""
+
+    allow_interspersed_args = False
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Help is asked for wherever its option stands."""
+        return super().parse_args(ctx, ["--help"] if "--help" in args else args)
 
 
 class Group(typer.core.TyperGroup):

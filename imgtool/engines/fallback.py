@@ -21,7 +21,7 @@ from imgtool.errors import (
 )
 from imgtool.formats.xattrs import Xattrs
 from imgtool.guest.guest import Guest, OnProblem, Stretches
-from imgtool.guest.model import Device, Entry, Layout, OperatingSystem, SpaceUsage
+from imgtool.guest.model import Device, DiskExtent, Entry, Layout, OperatingSystem, SpaceUsage
 from imgtool.host import interrupt
 
 log = logging.getLogger(__name__)
@@ -238,6 +238,10 @@ class ChosenGuest(Guest):
     def data_ranges(self, path: str | bytes) -> Sequence[tuple[int, int]]:
         """Where a sparse file has data: (offset, length) in bytes, ascending."""
         return self._ask(lambda guest: guest.data_ranges(path))
+
+    def extents(self, path: str | bytes) -> Sequence[DiskExtent] | None:
+        """Where on the guest's disks a regular file lies; None where the engine cannot tell."""
+        return self._ask(lambda guest: guest.extents(path))
 
     def open_range(
         self, path: str | bytes, offset: int, length: int

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from imgtool.errors import EngineError, NotInGuestError
 from imgtool.formats.numbers import whole_number
 from imgtool.formats.xattrs import Xattrs
-from imgtool.guest.model import Device, Entry, Layout, OperatingSystem, SpaceUsage
+from imgtool.guest.model import Device, DiskExtent, Entry, Layout, OperatingSystem, SpaceUsage
 from imgtool.guest.paths import guest_path
 from imgtool.text import typed
 
@@ -192,6 +192,11 @@ class Guest(ABC):
     @abstractmethod
     def data_ranges(self, path: str | bytes) -> Sequence[tuple[int, int]]:
         """Where a sparse file has data: (offset, length) in bytes, ascending."""
+
+    def extents(self, path: str | bytes) -> Sequence[DiskExtent] | None:
+        """Where on the guest's disks a regular file lies, ascending in the file; None where the
+        engine cannot tell, as of what is compressed."""
+        return None
 
     @abstractmethod
     def open_range(

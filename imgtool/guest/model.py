@@ -59,6 +59,17 @@ class Entry:
         return self.path.rsplit(b"/", 1)[-1]
 
 
+@dataclass(frozen=True, slots=True)
+class DiskExtent:
+    """`length` bytes of a file, from `offset` on, which lie on a disk of the guest (0 for the
+    first one) from `position` on."""
+
+    offset: int
+    length: int
+    disk: int
+    position: int
+
+
 @dataclass(frozen=True)
 class Device:
     """A row of `filesystems`: a filesystem, or with `--all` something that it stands on.

@@ -32,7 +32,7 @@ ROOMS = (
     *("engines.parted.confined", "engines.direct.parent", "engines.parted.parent"),
     *("engines.libguestfs.appliance", "engines.libguestfs.guest"),
     *("engines.libguestfs.write", "engines.fallback", "opening"),
-    *("transfer", "compare", "mount", "inject", "doctor", "cli"),
+    *("search", "transfer", "compare", "mount", "inject", "doctor", "cli"),
 )
 # What starts the replay is the host's side, and in its room.
 SAME_ROOM = {"engines.direct.replay.host": "engines.direct.parent"}

@@ -54,7 +54,10 @@ def row(entry: Entry, owners: Owners) -> dict[str, object]:
     }
 
 
-def _line(entry: Entry, owners: Owners, name: bytes, human: bool, checksum: bool) -> str:
+def long_line(
+    entry: Entry, owners: Owners, name: bytes, human: bool = False, checksum: bool = False
+) -> str:
+    """A line of `ls -l`."""
     user = render.plain(owners.users.get(entry.uid, str(entry.uid)))
     group = render.plain(owners.groups.get(entry.gid, str(entry.gid)))
     if entry.type in ("char", "block"):
@@ -124,7 +127,7 @@ def ls(
                 for entry in listed(path, f"{render.plain(path)}:" if titles else None):
                     name = entry.path if recursive else entry.name or b"/"
                     if owners is not None:
-                        print(_line(entry, owners, name, human, checksum is not None))
+                        print(long_line(entry, owners, name, human, checksum is not None))
                     elif checksum is not None:
                         print(f"{entry.checksum or '-'}  {render.escape(name)}")
                     else:

@@ -37,7 +37,15 @@ from imgtool.formats.xattrs import Xattrs
 from imgtool.guest.blocks import BIOS_BOOT, UNKNOWN, unmeasured_rows
 from imgtool.guest.guest import Guest, OnProblem, Stretches
 from imgtool.guest.layout import discover, holds_files, survey, there_is
-from imgtool.guest.model import Device, Entry, Layout, Mount, OperatingSystem, SpaceUsage
+from imgtool.guest.model import (
+    Device,
+    DiskExtent,
+    Entry,
+    Layout,
+    Mount,
+    OperatingSystem,
+    SpaceUsage,
+)
 from imgtool.text import printable
 
 if TYPE_CHECKING:
@@ -371,6 +379,19 @@ class DirectGuest(Guest):
         at = wire_frames.text(file.path)
         with self._about(at):
             return self._client.call(questions.ranges(at, file.size))
+
+    def extents(self, path: str | bytes) -> Sequence[DiskExtent] | None:
+        """Where on the guest's disks a regular file lies; None where the worker cannot tell."""
+        from imgtool.engines.direct.parent.host_reader import runs  # most commands do without
+
+        file = self._regular(path)
+        at = wire_frames.text(file.path)
+        with self._about(at):
+            rows = self._client.call(requests.Runs(at, 0, max(file.size, 1)))
+        if rows is None:
+            return None
+        found = self._client.decode(runs, rows, self.disk_sizes)
+        return [DiskExtent(run.start, run.end - run.start, run.disk, run.at) for run in found]
 
     # Whole guests
 
