@@ -29,6 +29,7 @@ COMMANDS = {
     "tail": "looking.tail",
     "copy-out": "copying.copy_out",
     "copy-in": "copying.copy_in",
+    "rm": "removing.rm",
     "edit": "editing.edit",
     "inject": "injecting.inject",
     "mount": "mounting.mount",

@@ -24,7 +24,7 @@ HEADINGS = {
         "tail",
         "diff",
     ),
-    "Copy and change": ("copy-out", "copy-in", "edit", "inject"),
+    "Copy and change": ("copy-out", "copy-in", "edit", "rm", "inject"),
     "Mount": ("mount", "umount", "mounts", "cleanup"),
     "Images and chains": (
         *("info", "check", "create", "convert", "resize", "compact", "recover"),

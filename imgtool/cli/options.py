@@ -42,7 +42,17 @@ Image = Annotated[Path, typer.Argument(metavar="IMAGE", help="The disk image.")]
 GuestPaths = Annotated[
     list[str],
     typer.Argument(
-        metavar="PATH...", help="Absolute guest paths.", autocompletion=completing.guest_paths
+        metavar="PATH...",
+        help="Absolute guest paths; * ? [a-z] are expanded in the guest.",
+        autocompletion=completing.guest_paths,
+    ),
+]
+GuestPathsOrRoot = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[PATH]...",
+        help="Absolute guest paths; / if none is given.",
+        autocompletion=completing.guest_paths,
     ),
 ]
 OutwardPaths = Annotated[

@@ -29,10 +29,7 @@ _BAR = 20  # columns
 @guest_command(*READ)
 def du(
     request: Request,
-    paths: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[PATH]...", help="Absolute guest paths; / if none is given."),
-    ] = None,
+    paths: options.GuestPathsOrRoot = None,
     depth: Annotated[
         int | None,
         typer.Option("--depth", metavar="N", min=0, help="Directories so deep, no deeper. [1]"),
