@@ -8,6 +8,9 @@ from typing import Any
 
 import typer.core
 
+from imgtool.cli.other_names import meant
+from imgtool.errors import UsageError
+
 # The commands of `imgtool --help`; each is below one heading.
 HEADINGS = {
     "Look": (
@@ -105,6 +108,15 @@ class Group(typer.core.TyperGroup):
 
 class Root(Group):
     """All commands, below their headings."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """What is no command, but one of another tool's, leads to what does it."""
+        other = None if args[0] in self.commands else meant(args[0], frozenset(self.commands))
+        if other is not None:
+            raise UsageError(
+                f"imgtool has no command '{args[0]}'", hint=f"{other}; 'imgtool --help' has all"
+            )
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         for heading, names in HEADINGS.items():
