@@ -10,10 +10,10 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from imgtool.cli import differences, render
-from imgtool.errors import ExitStatus, Force, ImgtoolError
+from imgtool.errors import ExitStatus, Force, ImgtoolError, NotReadDirectly
 from imgtool.guest.guest_options import GuestKeywords, GuestOptions
 from imgtool.host import interrupt
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from imgtool.image.chain.chain import Chain
 
 log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 
 class _PlainFormatter(logging.Formatter):
@@ -152,6 +154,17 @@ class Request(GuestOptions):
         ):
             log.info("engine: libguestfs, since the direct engine does not write")
             yield guest
+
+    def ask_directly(self, question: Callable[[Guest], Answer]) -> Answer | None:
+        """What the direct engine answers, before an appliance is started; None where it does not
+        read this. Raises what the question raises.
+        """
+        try:
+            with replace(self, engine="direct").opened() as guest:
+                return question(guest)
+        except NotReadDirectly as error:
+            log.info("not looked at before: %s", error)
+            return None
 
     def refuse_doubtful_guest(self) -> None:
         """Raise what `opened_to_write` would raise of doubtful images, before one is read."""

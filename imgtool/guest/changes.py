@@ -15,6 +15,16 @@ Owner = tuple[int, int]
 Content = bytes | Path
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a file keeps of the one that it replaces. Its mode never has the set-user-ID and
+    set-group-ID bits, as after any other write."""
+
+    user: bool = False
+    group: bool = False
+    mode: bool = False
+
+
 @dataclass
 class Changes:
     """What is to be written: paths without links, in the order to do it.

@@ -40,6 +40,34 @@ class Owners:
     users: dict[int, str]
     groups: dict[int, str]
 
+    def user_number(self, name: str) -> int:
+        """The number of a user that is named, or is a number. Raises `NotInGuestError`."""
+        return _number_of(name, self.users, "user")
+
+    def group_number(self, name: str) -> int:
+        """The number of a group that is named, or is a number. Raises `NotInGuestError`."""
+        return _number_of(name, self.groups, "group")
+
+
+_NO_ID = 0xFFFFFFFF  # chown(2): the owner stays
+
+
+def _number_of(name: str, names: Mapping[int, str], what: str) -> int:
+    for number, known in names.items():
+        if known == name:
+            return number
+    wanted = whole_number(name)
+    if wanted is not None and wanted < _NO_ID:
+        return wanted
+    import difflib  # most commands name nobody
+
+    near = difflib.get_close_matches(name, names.values(), 3)
+    raise NotInGuestError(
+        f"the guest has no {what} of this name",
+        subject=name,
+        hint=f"did you mean {' or '.join(near)}?" if near else f"a number will do: a {what}'s id",
+    )
+
 
 def user_names(content: bytes | None) -> dict[int, str]:
     """The names of a passwd or group by their numbers."""

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import BinaryIO
 
-from imgtool.guest.changes import Changes
+from imgtool.guest.changes import Changes, Kept
 from imgtool.guest.guest import Guest
 
 
@@ -18,21 +18,19 @@ class WritableGuest(Guest):
     """A guest that is open for writing. Paths are absolute, as the guest has them."""
 
     @abstractmethod
-    def destination(self, typed: str, *, single: bool) -> tuple[bytes, bytes | None]:
-        """The directory to copy into and, for a single source, the new name that it gets there.
-
-        A destination that does not exist is the new name of a single source if its parent exists.
-        Raises `NotInGuestError` where it leads nowhere, `RefusedError` if it is no directory.
-        """
-
-    @abstractmethod
     def put(
-        self, directory: bytes, produce: Callable[[BinaryIO], None], *, rename: bytes | None = None
+        self,
+        directory: bytes,
+        produce: Callable[[BinaryIO], None],
+        *,
+        rename: bytes | None = None,
+        kept: Kept = Kept(),
     ) -> None:
         """Unpack the tar stream that `produce` writes into a directory, all or nothing.
 
         With `rename` the one top-level name of the stream gets that name. Files that exist are
-        replaced and keep their extended attributes; directories that exist are merged into.
+        replaced and keep their extended attributes, but for capabilities, and what `kept` says;
+        directories that exist are merged into.
         Raises `RefusedError` where a directory and something else have the same name,
         `ImgtoolError` where the filesystem is full.
         """

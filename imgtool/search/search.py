@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from functools import cached_property
 
-from imgtool.errors import NotInGuestError
 from imgtool.guest.guest import Guest, OnProblem, Owners
 from imgtool.search.visiting import Visit, Visited
 
@@ -36,19 +35,9 @@ class Search(ABC):
     def number_of(self, name: str, *, group: bool) -> int:
         """The number of a user or group that is named, or is a number. Raises `NotInGuestError`."""
         if (name, group) not in self._numbers:
-            self._numbers[name, group] = self._look_up(name, group)
+            look_up = self.owners.group_number if group else self.owners.user_number
+            self._numbers[name, group] = look_up(name)
         return self._numbers[name, group]
-
-    def _look_up(self, name: str, group: bool) -> int:
-        names = self.owners.groups if group else self.owners.users
-        for number, known in names.items():
-            if known == name:
-                return number
-        if name.isascii() and name.isdigit():
-            return int(name)
-        raise NotInGuestError(
-            f"the guest has no {'group' if group else 'user'} of this name", subject=name
-        )
 
     def prune(self, visited: Visited) -> None:
         """Do not go into this directory."""

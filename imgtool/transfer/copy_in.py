@@ -12,8 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from imgtool.errors import HostError, ImgtoolError, UsageError, host_file_error
-from imgtool.guest.guest import OnProblem, OnProgress
+from imgtool.errors import (
+    HostError,
+    ImgtoolError,
+    NotInGuestError,
+    RefusedError,
+    UsageError,
+    host_file_error,
+)
+from imgtool.guest.changes import Kept
+from imgtool.guest.guest import Guest, OnProblem, OnProgress
+from imgtool.text import printable
 from imgtool.transfer.archive import members
 from imgtool.transfer.keeping import LeftBehind
 from imgtool.transfer.staging import BadName, split
@@ -21,9 +30,69 @@ from imgtool.transfer.staging import BadName, split
 if TYPE_CHECKING:
     from imgtool.guest.writable import WritableGuest
 
-# A numeric owner, or None for the one that the file has on the host.
-Owner = tuple[int, int] | None
 _TIME = re.compile(r"-?\d{1,18}(\.\d{1,18})?")
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """Who owns what is copied: numbers, or None for the owner of what is replaced, and of a new
+    file root; with `of_source` the numbers that the source has, in place of both."""
+
+    user: int | None = None
+    group: int | None = None
+    of_source: bool = False
+
+    def kept(self, mode: int | None) -> Kept:
+        """What a file keeps of the one that it replaces, where its mode may be given."""
+        if self.of_source:
+            return Kept()
+        return Kept(user=self.user is None, group=self.group is None, mode=mode is None)
+
+    def give(self, member: tarfile.TarInfo) -> None:
+        """Give it to a member of a stream."""
+        if not self.of_source:
+            member.uid, member.gid = self.user or 0, self.group or 0
+
+
+def parse_ownership(guest: Guest, owner: str | None, group: str | None) -> Ownership:
+    """The owner in `USER`, `USER:GROUP` or `:GROUP`, and in the name of a group, each a name that
+    the guest has or a number. Raises `UsageError`, or `NotInGuestError` for an unknown name.
+    """
+    user, colon, of_owner = (owner or "").partition(":")
+    if owner is not None and not (user or of_owner):
+        raise UsageError("--owner takes USER, USER:GROUP or :GROUP", subject=owner)
+    if group is not None and of_owner:
+        raise UsageError("the group is given twice", subject=f"{owner} and {group}")
+    if owner is not None and colon and user and not of_owner:
+        raise UsageError("a group is missing after the colon", subject=owner)
+    named = group if group is not None else of_owner
+    owners = guest.owners()
+    return Ownership(
+        user=owners.user_number(user) if user else None,
+        group=owners.group_number(named) if named else None,
+    )
+
+
+def destination(guest: Guest, typed: str, *, single: bool) -> tuple[bytes, bytes | None]:
+    """The directory to copy into and, for a single source, the new name that it gets there.
+
+    A destination that does not exist is the new name of a single source if its parent exists.
+    Raises `NotInGuestError` where it leads nowhere, `RefusedError` if it is no directory.
+    """
+    try:
+        found = guest.resolve(typed)
+    except NotInGuestError:
+        parent, _, name = guest.path(typed).rpartition(b"/")
+        if not single or typed.endswith("/") or not name:
+            raise
+        return guest.resolve(parent or b"/"), name
+    kind = guest.lstat(found).type
+    if kind == "directory":
+        return found, None
+    if not single:
+        raise RefusedError("the destination is not a directory", subject=printable(found))
+    parent, _, name = found.rpartition(b"/")
+    return parent or b"/", name
 
 
 @dataclass(frozen=True)
@@ -85,7 +154,7 @@ class _Packer:
     written in the GNU format, where names are bytes, and its time is in seconds.
     """
 
-    def __init__(self, out: BinaryIO, owner: Owner, mode: int | None) -> None:
+    def __init__(self, out: BinaryIO, owner: Ownership, mode: int | None) -> None:
         self._tar = tarfile.open(  # noqa: SIM115 - closed by __exit__()
             fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, errors="surrogateescape"
         )
@@ -94,8 +163,7 @@ class _Packer:
         self._links: dict[tuple[int, int], str] = {}
 
     def add(self, member: tarfile.TarInfo, content: BinaryIO | None) -> None:
-        if self._owner is not None:
-            member.uid, member.gid = self._owner
+        self._owner.give(member)
         member.uname = member.gname = ""
         if self._mode is not None and member.isreg():
             member.mode = self._mode
@@ -168,17 +236,18 @@ def copy_in(
     plan: Plan,
     dest: str,
     *,
-    owner: Owner,
+    owner: Ownership,
     mode: int | None,
     on_skipped: OnProblem,
     on_progress: OnProgress | None = None,
 ) -> None:
     """Copy the sources into the directory `dest` of the guest, all of them or nothing.
 
-    Modes, times, symbolic and hard links are kept. A single source may be given a new name by a
-    `dest` that does not exist.
+    Modes, times, symbolic and hard links are kept; a file that replaces another has its owner and
+    mode, unless they are given. A single source may be given a new name by a `dest` that does not
+    exist.
     """
-    directory, rename = guest.destination(dest, single=len(plan.sources) == 1)
+    directory, rename = destination(guest, dest, single=len(plan.sources) == 1)
     left = LeftBehind()
     done = 0
 
@@ -222,7 +291,7 @@ def copy_in(
                         raise
                     raise _unreadable(error, source) from error
 
-    guest.put(directory, produce, rename=rename)
+    guest.put(directory, produce, rename=rename, kept=owner.kept(mode))
     if line := left.line():
         on_skipped(os.fsencode(dest), line)
 
@@ -232,16 +301,16 @@ def tar_in(
     stream: BinaryIO,
     dest: str,
     *,
-    owner: Owner,
+    owner: Ownership,
     mode: int | None,
     on_skipped: OnProblem,
 ) -> None:
     """Unpack a tar stream of the user's into a directory of the guest, all of it or nothing.
 
-    `owner` None keeps the owners of the stream. Raises `ImgtoolError` for a stream that is no tar
+    Raises `ImgtoolError` for a stream that is no tar
     or has names that lead elsewhere.
     """
-    directory, _ = guest.destination(dest, single=False)
+    directory, _ = destination(guest, dest, single=False)
     left = LeftBehind()
 
     def produce(out: BinaryIO) -> None:
@@ -259,7 +328,7 @@ def tar_in(
         except (tarfile.TarError, EOFError) as error:
             raise ImgtoolError(f"not a whole tar stream: {error}", subject="-") from error
 
-    guest.put(directory, produce)
+    guest.put(directory, produce, kept=owner.kept(mode))
     if line := left.line():
         on_skipped(os.fsencode(dest), line)
 

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from imgtool.cli.guest_command import READ, WRITE, guest_command
 from imgtool.cli.progress import progress
 from imgtool.cli.session import Failures, Request
 from imgtool.errors import UsageError
+
+if TYPE_CHECKING:
+    from imgtool.guest.guest import Guest
 
 
 def _split(paths: list[str]) -> tuple[list[str], str]:
@@ -51,8 +54,10 @@ def copy_out(
     Examples:
       imgtool copy-out guest.qcow2 /etc/ssh ./ssh-of-guest
       imgtool copy-out --overwrite guest.qcow2 /etc/fstab /etc/hostname .
+      imgtool copy-out guest.qcow2 '/var/log/*.log' ./logs
       imgtool copy-out guest.qcow2 /etc - | tar -t
     """
+    from imgtool.guest.globbing import expand_all, is_pattern
     from imgtool.transfer import copy_out as outward
     from imgtool.transfer.keeping import Keeping
 
@@ -69,6 +74,9 @@ def copy_out(
         return
     outward.check_destination(sources, dest, overwrite=overwrite)
     with request.opened() as guest, progress("copy-out") as bar:
+        if any(map(is_pattern, sources)):
+            sources = expand_all(guest, sources)
+            outward.check_destination(sources, dest, overwrite=overwrite)
         outward.refuse_guest_files(guest, sources, dest)
         keeping = Keeping(everything=xattrs is options.Kept.all)
         report = outward.Report(failures.problem, _left_out, bar, keeping)
@@ -87,15 +95,6 @@ def copy_out(
     failures.finish()
 
 
-def _owner(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+):(\d+)", text)
-    if not found or int(found[1]) > 0xFFFFFFFE or int(found[2]) > 0xFFFFFFFE:
-        raise UsageError("--owner takes two numbers, UID:GID", subject=text)
-    return int(found[1]), int(found[2])
-
-
 def _mode(text: str | None) -> int | None:
     if text is None:
         return None
@@ -110,7 +109,12 @@ def copy_in(
     paths: options.InwardPaths,
     owner: Annotated[
         str | None,
-        typer.Option("--owner", metavar="UID:GID", help="Owner of what is copied. [0:0]"),
+        typer.Option(
+            "--owner", metavar="USER[:GROUP]", help="Owner: a name that the guest has, or a number."
+        ),
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option("--group", metavar="GROUP", help="Group, likewise.")
     ] = None,
     preserve_owner: Annotated[
         bool, typer.Option("--preserve-owner", help="Keep the host's numeric owners.")
@@ -121,33 +125,47 @@ def copy_in(
 ) -> None:
     """Copy host files and directories into a guest.
 
-    All of it or nothing: until everything is written, the image is as it was. SRC `-` unpacks a tar
-    stream from stdin.
+    All of it or nothing: until everything is written, the image is as it was. A file that replaces
+    another has its owner and mode, a new one belongs to root. SRC `-` unpacks a tar stream from
+    stdin, whose owners are kept.
 
     \b
     Examples:
       imgtool copy-in guest.qcow2 motd /etc/motd
       imgtool copy-in -n guest.qcow2 site /srv
-      tar -c site | imgtool copy-in --owner 1000:1000 guest.qcow2 - /srv
+      tar -c site | imgtool copy-in --owner www-data:www-data guest.qcow2 - /srv
     """
     from imgtool.transfer import copy_in as inward
 
     request.refuse_direct()
     sources, dest = _split(paths)
-    if owner is not None and preserve_owner:
-        raise UsageError("--owner and --preserve-owner exclude each other")
-    numbers = None if preserve_owner else _owner(owner) or (0, 0)
+    named = owner is not None or group is not None
+    if named and preserve_owner:
+        raise UsageError("--owner and --group exclude --preserve-owner")
     bits = _mode(mode)
-    if "-" in sources:
-        if len(sources) != 1:
-            raise UsageError("a tar stream is the only source")
+    stream = "-" in sources
+    if stream and len(sources) != 1:
+        raise UsageError("a tar stream is the only source")
+    plan = None if stream else inward.plan_sources([Path(os.fsdecode(one)) for one in sources])
+    request.refuse_doubtful_guest()
+
+    def look(guest: Guest) -> inward.Ownership:
+        inward.destination(guest, dest, single=len(sources) == 1 and not stream)
+        if named:
+            return inward.parse_ownership(guest, owner, group)
+        return inward.Ownership(of_source=preserve_owner or stream)
+
+    # What is wrong is said before an appliance is started, where that can be.
+    numbers = request.ask_directly(look)
+    if plan is None:
         with request.opened_to_write() as guest:
+            numbers = numbers or look(guest)
             inward.tar_in(
                 guest, sys.stdin.buffer, dest, owner=numbers, mode=bits, on_skipped=_left_out
             )
         return
-    plan = inward.plan_sources([Path(os.fsdecode(source)) for source in sources])
     with request.opened_to_write() as guest, progress("copy-in") as bar:
+        numbers = numbers or look(guest)
         inward.copy_in(
             guest,
             plan,

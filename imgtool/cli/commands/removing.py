@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from imgtool.cli import options, render
 from imgtool.cli.guest_command import WRITE, guest_command
 from imgtool.cli.session import Failures, Request
+
+if TYPE_CHECKING:
+    from imgtool.guest.changes import Changes
+    from imgtool.guest.guest import Guest
 
 
 @guest_command(*WRITE)
@@ -37,15 +41,19 @@ def rm(
     request.refuse_direct()
     request.refuse_doubtful_guest()
     failures = Failures(request.debug)
-    # Read without an appliance where that can be: what is wrong is said at once.
-    with request.opened() as guest:
-        changes = plan_removal(guest, paths, recursive=recursive, missing_ok=missing_ok)
-        count = count_entries(guest, changes, failures.problem)
-    failures.finish()
-    if not changes:
+
+    def plan(guest: Guest) -> Changes:
+        return plan_removal(guest, paths, recursive=recursive, missing_ok=missing_ok)
+
+    # What is wrong is said before an appliance is started, where that can be.
+    changes = request.ask_directly(plan)
+    if changes is not None and not changes:
         render.message("note", "nothing of it is there, nothing was written")
         return
-    with request.opened_to_write() as writable:
-        writable.apply(changes)
+    with request.opened_to_write() as guest:
+        changes = plan(guest) if changes is None else changes
+        count = count_entries(guest, changes, failures.problem)
+        failures.finish()
+        guest.apply(changes)
     if not request.dry_run:
         render.message("note", f"removed: {count} {'file' if count == 1 else 'files'}")

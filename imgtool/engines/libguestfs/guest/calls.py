@@ -138,6 +138,7 @@ def _load() -> ctypes.CDLL:
         ("checksum", c_void_p, [c_char_p, c_char_p]),
         ("getxattr", c_void_p, [c_char_p, c_char_p, POINTER(ctypes.c_size_t)]),
         ("lgetxattr", c_void_p, [c_char_p, c_char_p, POINTER(ctypes.c_size_t)]),
+        ("lremovexattr", c_int, [c_char_p, c_char_p]),
         ("lgetxattrs", POINTER(_XattrList), [c_char_p]),
         ("lxattrlist", POINTER(_XattrList), [c_char_p, strings]),
         ("lstatns", POINTER(_Statns), [c_char_p]),
@@ -417,6 +418,14 @@ class Calls:
         """Give a file the extended attributes of another one."""
         options = _CopyAttributes(bitmask=_XATTRIBUTES, xattributes=1)
         self._change("copy_attributes_argv", target, source, target, ctypes.byref(options))
+
+    def remove_xattr(self, path: bytes, name: bytes) -> None:
+        """Take an extended attribute away from what is at the path, if it has it."""
+        try:
+            self._change("lremovexattr", path, name, path)
+        except CallFailed as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
 
     def rename(self, source: bytes, target: bytes) -> None:
         """Rename within one filesystem, replacing what is there."""

@@ -7,20 +7,22 @@ from typing import BinaryIO
 
 from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest
 from imgtool.engines.libguestfs.write import apply, changing, writing
-from imgtool.guest.changes import Changes
+from imgtool.guest.changes import Changes, Kept
 from imgtool.guest.writable import WritableGuest
 
 
 class LibguestfsWritableGuest(LibguestfsGuest, WritableGuest):
     """A guest on overlays that the appliance writes to."""
 
-    def destination(self, typed: str, *, single: bool) -> tuple[bytes, bytes | None]:
-        return writing.destination(self, typed, single=single)
-
     def put(
-        self, directory: bytes, produce: Callable[[BinaryIO], None], *, rename: bytes | None = None
+        self,
+        directory: bytes,
+        produce: Callable[[BinaryIO], None],
+        *,
+        rename: bytes | None = None,
+        kept: Kept = Kept(),
     ) -> None:
-        writing.put(self, directory, produce, rename=rename)
+        writing.put(self, directory, produce, rename=rename, kept=kept)
 
     def rewrite(self, path: bytes, content: bytes) -> None:
         changing.rewrite(self, path, content)

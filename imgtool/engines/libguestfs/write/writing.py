@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -17,12 +18,14 @@ from imgtool.engines.libguestfs.guest.calls import CallFailed
 from imgtool.engines.libguestfs.guest.stream import upload
 from imgtool.engines.libguestfs.guest.walk import join
 from imgtool.errors import EngineError, HostError, ImgtoolError, NotInGuestError, RefusedError
+from imgtool.guest.changes import Kept
 from imgtool.guest.model import Entry
 from imgtool.text import printable
 
 if TYPE_CHECKING:
     from imgtool.engines.libguestfs.guest.guest import LibguestfsGuest
 
+_SET_ID = stat.S_ISUID | stat.S_ISGID
 _SELINUX_CONFIG = "/etc/selinux/config"
 
 
@@ -104,41 +107,28 @@ def _conflicts(guest: LibguestfsGuest, staged: bytes, final: bytes) -> Iterator[
             yield from _conflicts(guest, child.path, join(final, child.name))
 
 
-def _place(guest: LibguestfsGuest, staged: bytes, final: bytes, labels: Labels) -> None:
+def _place(guest: LibguestfsGuest, staged: bytes, final: bytes, labels: Labels, kept: Kept) -> None:
     there = _lstat(guest, final)
     if there is not None and there.type == "directory":
         # The directory stays as it is, with its owner, mode and label; what is in it is placed.
         for child in list(guest.entries(staged)):
-            _place(guest, child.path, join(final, child.name), labels)
+            _place(guest, child.path, join(final, child.name), labels, kept)
         return
     ours = guest.calls.lstat(staged)
-    keeps_attributes = there is not None and there.type == "file" and ours.type == "file"
-    if keeps_attributes:
-        guest.calls.copy_xattrs(final, staged)
-    guest.calls.rename(staged, final)
-    if not keeps_attributes:
+    if there is None or there.type != "file" or ours.type != "file":
+        guest.calls.rename(staged, final)
         labels.apply(final)
-
-
-def destination(guest: LibguestfsGuest, typed: str, *, single: bool) -> tuple[bytes, bytes | None]:
-    """The directory to copy into and, for a single source, the new name that it gets there.
-
-    A destination that does not exist is the new name of a single source if its parent exists.
-    """
-    try:
-        found = guest.resolve(typed)
-    except NotInGuestError:
-        parent, _, name = guest.at(typed).rpartition(b"/")
-        if not single or typed.endswith("/") or not name:
-            raise
-        return guest.resolve(parent or b"/"), name
-    kind = guest.calls.lstat(found).type
-    if kind == "directory":
-        return found, None
-    if not single:
-        raise RefusedError("the destination is not a directory", subject=printable(found))
-    parent, _, name = found.rpartition(b"/")
-    return parent or b"/", name
+        return
+    guest.calls.copy_xattrs(final, staged)
+    if there.mode & 0o111:  # only programs have any, and the kernel takes them from what is written
+        guest.calls.remove_xattr(staged, b"security.capability")
+    owner = there.uid if kept.user else ours.uid, there.gid if kept.group else ours.gid
+    if owner != (ours.uid, ours.gid):
+        guest.calls.chown(staged, *owner)
+    mode = stat.S_IMODE(there.mode) & ~_SET_ID if kept.mode else stat.S_IMODE(ours.mode)
+    if owner != (ours.uid, ours.gid) or mode != stat.S_IMODE(ours.mode):
+        guest.calls.chmod(staged, mode)
+    guest.calls.rename(staged, final)
 
 
 def put(
@@ -147,11 +137,13 @@ def put(
     produce: Callable[[BinaryIO], None],
     *,
     rename: bytes | None = None,
+    kept: Kept = Kept(),
 ) -> None:
     """Unpack the tar stream that `produce` writes into a directory of the guest, all or nothing.
 
     With `rename` the one top-level name of the stream gets that name. Files that exist are
-    replaced and keep their extended attributes; directories that exist are merged into.
+    replaced and keep their extended attributes, but for capabilities, and what `kept` says;
+    directories that exist are merged into.
     """
     labels = Labels(guest)
     with guest.cancellable(), _staging(guest, directory) as staging:
@@ -170,7 +162,7 @@ def put(
                 subject=printable(conflicts[0]),
             )
         for staged, final in placed:
-            _place(guest, staged, final, labels)
+            _place(guest, staged, final, labels, kept)
 
 
 def _is_utf8(path: bytes) -> bool:
