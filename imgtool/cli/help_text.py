@@ -9,7 +9,6 @@ from typing import Any
 import typer.core
 
 from imgtool.cli.other_names import meant
-from imgtool.errors import UsageError
 
 # The commands of `imgtool --help`; each is below one heading.
 HEADINGS = {
@@ -63,14 +62,6 @@ class Command(typer.core.TyperCommand):
         _write_page(ctx, formatter)
 
 
-# What hands and memories call a command of a group, and what it is called here.
-OTHER_NAMES = {
-    **{("overlay", "merge"): "overlay commit", ("chain", "merge"): "overlay commit"},
-    **{("chain", name): f"overlay {name}" for name in ("commit", "rebase", "flatten")},
-    **{("snapshot", name): "snapshot revert" for name in ("apply", "restore", "rollback")},
-}
-
-
 class WordsCommand(Command):
     """A command whose options end at its first argument."""
 
@@ -85,10 +76,11 @@ class Group(typer.core.TyperGroup):
     """Commands with a whole line for each."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command of a group that is named first; what is called otherwise here, is said."""
-        meant = OTHER_NAMES.get((ctx.info_name, args[0])) if args else None
-        if meant is not None:
-            ctx.fail(f"No such command {args[0]!r}. Did you mean 'imgtool {meant}'?")
+        """The command that is named first; one of another tool leads to what does it here."""
+        if args and args[0] not in self.commands:
+            other = meant(ctx.command_path.split()[1:], args[0], self.commands)
+            if other is not None:
+                ctx.fail(f"No such command {args[0]!r}. Did you mean {other}?")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -108,15 +100,6 @@ class Group(typer.core.TyperGroup):
 
 class Root(Group):
     """All commands, below their headings."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """What is no command, but one of another tool's, leads to what does it."""
-        other = None if args[0] in self.commands else meant(args[0], frozenset(self.commands))
-        if other is not None:
-            raise UsageError(
-                f"imgtool has no command '{args[0]}'", hint=f"{other}; 'imgtool --help' has all"
-            )
-        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         for heading, names in HEADINGS.items():

@@ -2,66 +2,114 @@
 
 from __future__ import annotations
 
-_MEANT = {
-    "cp": "imgtool copy-out (from the guest), imgtool copy-in (into it)",
-    "get": "imgtool copy-out",
-    "put": "imgtool copy-in",
-    "mv": "imgtool copy-out, imgtool copy-in, imgtool rm",
-    "download": "imgtool copy-out",
-    "upload": "imgtool copy-in",
-    "tar-out": "imgtool copy-out IMAGE SRC -",
-    "tar-in": "imgtool copy-in IMAGE - DEST",
-    "commit": "imgtool overlay commit",
-    "blockcommit": "imgtool overlay commit",
-    "rebase": "imgtool overlay rebase",
-    "flatten": "imgtool overlay flatten",
-    "blockpull": "imgtool overlay flatten",
-    "clone": "imgtool overlay create",
-    "branch": "imgtool overlay create",
-    "tree": "imgtool chain tree, imgtool ls -R",
-    "snapshots": "imgtool snapshot list",
-    "revert": "imgtool snapshot revert",
-    "fsck": "imgtool check (the image itself)",
-    "repair": "imgtool check --repair",
-    "list": "imgtool ls, imgtool filesystems",
-    "ll": "imgtool ls -l",
-    "dir": "imgtool ls",
-    "grep": "imgtool find --grep PATTERN",
-    "less": "imgtool cat ... | less",
-    "more": "imgtool cat ... | less",
-    "delete": "imgtool rm",
-    "unlink": "imgtool rm",
-    "unmount": "imgtool umount",
-    "guestunmount": "imgtool umount",
-    "guestmount": "imgtool mount",
-    "passwd": "imgtool inject --password USER:prompt",
-    "fdisk": "imgtool partitions",
-    "parted": "imgtool partitions",
-    "kpartx": "imgtool partitions, imgtool mount",
-    "nbd": "imgtool mount --via nbd",
-    "lsblk": "imgtool filesystems --all",
-    "blkid": "imgtool filesystems",
-    "mounted": "imgtool mounts",
-    "sparsify": "imgtool compact",
-    "shrink": "imgtool resize --shrink, imgtool compact",
-    "packages": "imgtool inspect --packages",
-    "customize": "imgtool inject",
-    "sysprep": "imgtool inject",
-    "builder": "imgtool create, imgtool inject",
-    "ls-lr": "imgtool ls -lR",
-    "inspector": "imgtool inspect",
-    "get-kernel": "imgtool copy-out IMAGE '/boot/vmlinuz*' DEST",
-    "make-fs": "imgtool create",
-    "rescue": "imgtool mount, imgtool edit",
-    "version": "imgtool --version",
+from collections.abc import Container, Sequence
+
+OTHER_NAMES = {
+    "cp": (
+        "copy-out",
+        "copy-in",
+    ),
+    "get": ("copy-out",),
+    "put": ("copy-in",),
+    "mv": (
+        "copy-out",
+        "copy-in",
+        "rm",
+    ),
+    "download": ("copy-out",),
+    "upload": ("copy-in",),
+    "tar-out": ("copy-out IMAGE SRC -",),
+    "tar-in": ("copy-in IMAGE - DEST",),
+    "commit": ("overlay commit",),
+    "blockcommit": ("overlay commit",),
+    "rebase": ("overlay rebase",),
+    "flatten": ("overlay flatten",),
+    "blockpull": ("overlay flatten",),
+    "clone": ("overlay create",),
+    "branch": ("overlay create",),
+    "tree": (
+        "chain tree",
+        "ls -R",
+    ),
+    "snapshots": ("snapshot list",),
+    "revert": ("snapshot revert",),
+    "fsck": ("check",),
+    "repair": ("check --repair",),
+    "list": (
+        "ls",
+        "filesystems",
+    ),
+    "ll": ("ls -l",),
+    "dir": ("ls",),
+    "grep": ("find --grep PATTERN",),
+    "less": ("cat",),
+    "more": ("cat",),
+    "delete": ("rm",),
+    "unlink": ("rm",),
+    "unmount": ("umount",),
+    "guestunmount": ("umount",),
+    "guestmount": ("mount",),
+    "passwd": ("inject --password USER:prompt",),
+    "fdisk": ("partitions",),
+    "parted": ("partitions",),
+    "kpartx": (
+        "partitions",
+        "mount",
+    ),
+    "nbd": ("mount --via nbd",),
+    "lsblk": ("filesystems --all",),
+    "blkid": ("filesystems",),
+    "mounted": ("mounts",),
+    "sparsify": ("compact",),
+    "shrink": (
+        "resize --shrink",
+        "compact",
+    ),
+    "packages": ("inspect --packages",),
+    "customize": ("inject",),
+    "sysprep": ("inject",),
+    "builder": (
+        "create",
+        "inject",
+    ),
+    "ls-lr": ("ls -lR",),
+    "inspector": ("inspect",),
+    "get-kernel": ("copy-out IMAGE /boot/... DEST",),
+    "make-fs": ("create",),
+    "rescue": (
+        "mount",
+        "edit",
+    ),
+    "version": ("--version",),
+    "password": ("inject --password USER:prompt",),
+    "overlay merge": ("overlay commit",),
+    "chain merge": ("overlay commit",),
+    "chain commit": ("overlay commit",),
+    "chain rebase": ("overlay rebase",),
+    "chain flatten": ("overlay flatten",),
+    "snapshot apply": ("snapshot revert",),
+    "snapshot restore": ("snapshot revert",),
+    "snapshot rollback": ("snapshot revert",),
+    "snapshot make": ("snapshot create",),
+    "snapshot add": ("snapshot create",),
+    "snapshot take": ("snapshot create",),
+    "snapshot create-as": ("snapshot create",),
+    "snapshot remove": ("snapshot delete",),
+    "snapshot rm": ("snapshot delete",),
+    "overlay add": ("overlay create",),
+    "overlay new": ("overlay create",),
 }
 
 
-def meant(name: str, commands: frozenset[str]) -> str | None:
-    """What does what a command of another tool does, for a hint; None where nothing is known.
+def meant(above: Sequence[str], name: str, commands: Container[str]) -> str | None:
+    """What does what a command of another tool does, for a sentence; None where nothing is known.
 
-    The virt tools are known by their names, `virt-df` as `df`.
+    `above` is the group in which it was looked for, if it was one, and `commands` are what is
+    there. The virt tools are known by their names, `virt-df` as `df`.
     """
-    for prefix in ("virt-", "guestfish-"):
-        name = name.removeprefix(prefix)
-    return _MEANT.get(name) or (f"imgtool {name}" if name in commands else None)
+    if not above:
+        name = name.removeprefix("virt-")
+    found = OTHER_NAMES.get(" ".join([*above, name]))
+    if found is None and not above and name in commands:
+        found = (name,)
+    return None if found is None else " or ".join(f"'imgtool {one}'" for one in found)

@@ -15,7 +15,8 @@ import typer
 
 from imgtool.cli import _run
 from imgtool.cli.command_table import COMMANDS, GROUPS, app_with, overview
-from imgtool.cli.help_text import HEADINGS, OTHER_NAMES, Root, paragraphs, summary
+from imgtool.cli.help_text import HEADINGS, Root, paragraphs, summary
+from imgtool.cli.other_names import OTHER_NAMES
 from tests.support.documentation import commands_of, invocations
 
 ROOT = typer.main.get_command(app_with(None))
@@ -131,13 +132,24 @@ def test_help_of_an_unknown_command_leads_to_the_list(words, listing, capfd):
     assert capfd.readouterr().err.endswith(f"hint: '{listing} --help' lists the commands\n")
 
 
-@pytest.mark.parametrize(("called", "name"), OTHER_NAMES.items())
-def test_another_name_of_a_command_leads_to_it(called, name, capfd):
-    assert name in EVERY
-    assert " ".join(called) not in EVERY
-    for words in ([*called, "x"], ["help", *called]):
+def _begins_with_a_command(words: str) -> bool:
+    return " ".join(words.split()[:2]) in EVERY or words.split()[0] in EVERY
+
+
+@pytest.mark.parametrize(("called", "names"), OTHER_NAMES.items())
+def test_another_name_of_a_command_leads_to_it(called, names, capfd):
+    assert all(name.startswith("--") or _begins_with_a_command(name) for name in names)
+    assert called not in EVERY
+    for words in ([*called.split(), "x"], ["help", *called.split()]):
         assert _run(words) == 2
-        assert f"Did you mean 'imgtool {name}'?" in capfd.readouterr().err
+        found = " or ".join(f"'imgtool {name}'" for name in names)
+        assert f"Did you mean {found}?" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["df", "copy-out", "filesystems", "ls"])
+def test_virt_tools_are_known_by_their_names(command, capfd):
+    assert _run([f"virt-{command}", "disk.qcow2"]) == 2
+    assert f"Did you mean 'imgtool {command}'?" in capfd.readouterr().err
 
 
 def test_what_most_come_for_is_found_in_the_help():
