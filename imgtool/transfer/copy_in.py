@@ -8,7 +8,7 @@ import re
 import stat
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -328,7 +328,7 @@ def tar_in(
         except (tarfile.TarError, EOFError) as error:
             raise ImgtoolError(f"not a whole tar stream: {error}", subject="-") from error
 
-    guest.put(directory, produce, kept=owner.kept(mode))
+    guest.put(directory, produce, kept=replace(owner.kept(mode), mode=False))
     if line := left.line():
         on_skipped(os.fsencode(dest), line)
 

@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from imgtool.cli.command_table import app_with
+from imgtool.search.expression import KNOWN
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -150,6 +151,7 @@ def options() -> dict[str, set[str]]:
         found[name] = of(command)
         for member, one in getattr(command, "commands", {}).items():
             found[f"{name} {member}"] = of(one)
+    found["find"] |= set(KNOWN)  # its expression
     return found
 
 

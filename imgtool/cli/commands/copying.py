@@ -52,7 +52,6 @@ def copy_out(
 
     \b
     Examples:
-      imgtool copy-out guest.qcow2 /etc/ssh ./ssh-of-guest
       imgtool copy-out --overwrite guest.qcow2 /etc/fstab /etc/hostname .
       imgtool copy-out guest.qcow2 '/var/log/*.log' ./logs
       imgtool copy-out guest.qcow2 /etc - | tar -t

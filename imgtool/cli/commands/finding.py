@@ -79,7 +79,7 @@ def find(
     ] = None,
     output: options.OutputOption = Output.table,
 ) -> None:
-    """Find files of a guest by name, size, time, owner, or what is in them.
+    """Find files of a guest by name, size, time, owner or content.
 
     Options stand before IMAGE; from the first word of the expression on, all words are those of
     find(1): -name -iname -path -regex -type -size -mtime -mmin -newer -newermt -user -group -perm

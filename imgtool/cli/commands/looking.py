@@ -95,7 +95,7 @@ def _stat_lines(entry: Entry, found: dict[str, Any]) -> Iterator[str]:
 def stat(
     request: Request, paths: options.GuestPaths, output: options.OutputOption = Output.table
 ) -> None:
-    """Show all that is known of files: owner, times, attributes, where they lie on the disk.
+    """Show all that is known of a file, and where on disk it lies.
 
     A link is shown itself, not what it leads to.
 
@@ -163,9 +163,9 @@ def tail(
     size: Bytes = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write the end of files of a guest to stdout, and read no more of them.
+    """Write the end of files of a guest to stdout.
 
-    -n +N and -c +N write from line or byte N on.
+    No more of them is read than that. -n +N and -c +N write from line or byte N on.
 
     \b
     Examples:

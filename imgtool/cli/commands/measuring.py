@@ -62,7 +62,6 @@ def du(
 
     \b
     Examples:
-      imgtool du -h guest.qcow2 /var
       imgtool du -h --top 20 -a guest.qcow2
       imgtool du -sh guest.qcow2 '/home/*'
       imgtool du --ncdu usage.json guest.qcow2
