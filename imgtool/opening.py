@@ -300,6 +300,23 @@ def refuse_doubtful_guest(image: str | Path, options: WriteOptions) -> None:
             refuse_doubtful(chain, force=options.force)
 
 
+def refuse_unwritable_guest(image: str | Path, options: WriteOptions) -> None:
+    """Raise what `open_guest_to_write` would raise before it starts an appliance, of the images
+    alone: for who reads the guest first, and writes to it in any case. What was interrupted is
+    finished, as there.
+    """
+    from imgtool.image.chain.writable import refuse_without_key
+    from imgtool.image.change.guards import refuse_to_write
+
+    _refuse_clone_of_several(options)
+    options = _parse_to_write(options)
+    for chain in _chains_to_write_as_a_whole(image, options):
+        if options.clone is None:
+            refuse_to_write(chain, options.backing_dirs, force=options.force)
+        else:
+            refuse_without_key(chain.links)
+
+
 def _refuse_clone_of_several(options: WriteOptions) -> None:
     if options.clone is None:
         return

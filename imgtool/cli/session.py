@@ -172,6 +172,12 @@ class Request(GuestOptions):
 
         refuse_doubtful_guest(self.image, WriteOptions(**self._keywords_to_write()))
 
+    def refuse_unwritable_guest(self) -> None:
+        """Raise what `opened_to_write` would raise of the images, before one is read."""
+        from imgtool.opening import WriteOptions, refuse_unwritable_guest
+
+        refuse_unwritable_guest(self.image, WriteOptions(**self._keywords_to_write()))
+
     def _keywords_to_write(self) -> _WriteKeywords:
         return {
             "clone": self.clone,

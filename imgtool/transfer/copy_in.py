@@ -54,22 +54,31 @@ class Ownership:
             member.uid, member.gid = self.user or 0, self.group or 0
 
 
-def parse_ownership(guest: Guest, owner: str | None, group: str | None) -> Ownership:
-    """The owner in `USER`, `USER:GROUP` or `:GROUP`, and in the name of a group, each a name that
-    the guest has or a number. Raises `UsageError`, or `NotInGuestError` for an unknown name.
+def split_owner(owner: str | None, group: str | None) -> tuple[str, str]:
+    """The user and the group in `USER`, `USER:GROUP` or `:GROUP`, and in the name of a group; empty
+    where none is given. Raises `UsageError`.
     """
     user, colon, of_owner = (owner or "").partition(":")
     if owner is not None and not (user or of_owner):
         raise UsageError("--owner takes USER, USER:GROUP or :GROUP", subject=owner)
+    if owner is not None and colon and not of_owner:
+        raise UsageError("a group is missing after the colon", subject=owner)
     if group is not None and of_owner:
         raise UsageError("the group is given twice", subject=f"{owner} and {group}")
-    if owner is not None and colon and user and not of_owner:
-        raise UsageError("a group is missing after the colon", subject=owner)
-    named = group if group is not None else of_owner
+    if group == "":
+        raise UsageError("--group takes GROUP", subject=group)
+    return user, group or of_owner
+
+
+def find_ownership(guest: Guest, user: str, group: str) -> Ownership:
+    """The owner that is named, by names that the guest has or by numbers; empty for nobody.
+
+    Raises `NotInGuestError` for an unknown name.
+    """
     owners = guest.owners()
     return Ownership(
         user=owners.user_number(user) if user else None,
-        group=owners.group_number(named) if named else None,
+        group=owners.group_number(group) if group else None,
     )
 
 

@@ -34,8 +34,8 @@ def overlay(tmp_path, monkeypatch):
     return made
 
 
-def listed(imgtool_cli, image, path) -> dict[str, dict[str, Any]]:
-    result = imgtool_cli("ls", image, "-R", path, "-o", "jsonl")
+def listed(imgtool_cli, image, path, engine="auto") -> dict[str, dict[str, Any]]:
+    result = imgtool_cli("ls", image, "-R", path, "-o", "jsonl", "--engine", engine)
     rows = [json.loads(line) for line in result.text.splitlines()]
     return {row["path"]: row for row in rows}
 
@@ -210,6 +210,54 @@ def test_copy_in_of_a_tar_stream_with_an_owner(imgtool_cli, overlay):
     assert result.status == 0, result.err
     row = listed(imgtool_cli, image, "/etc")["/etc/motd"]
     assert (row["uid"], row["gid"]) == (5, 6)
+
+
+def test_a_replaced_file_leaves_its_owner_and_mode(imgtool_cli, overlay, tmp_path):
+    """As a write to it would: set-user-ID and capabilities go."""
+    image = overlay("data")
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, mode in (("tool", 0o4755), ("table", 0o640)):
+            member = tarfile.TarInfo(name)
+            member.size, member.uid, member.gid, member.mode = 3, 77, 78, mode
+            archive.addfile(member, io.BytesIO(b"old"))
+    # The owners and modes of a stream are its own.
+    assert imgtool_cli("copy-in", image, "-", "/", stdin=buffer.getvalue()).status == 0
+    rows = listed(imgtool_cli, image, "/", engine="direct")
+    assert [(rows[f"/{name}"]["uid"], rows[f"/{name}"]["mode"]) for name in ("tool", "table")] == [
+        (77, "4755"),
+        (77, "0640"),
+    ]
+    for name in ("tool", "table", "other"):
+        (tmp_path / name).write_text("new")
+        (tmp_path / name).chmod(0o604)
+    files = [tmp_path / name for name in ("tool", "table", "other")]
+    result = imgtool_cli("copy-in", image, *files, "/")
+    assert result.status == 0, result.err
+    rows = listed(imgtool_cli, image, "/", engine="direct")
+    found = {name: (rows[name]["uid"], rows[name]["gid"], rows[name]["mode"]) for name in rows}
+    assert (found["/tool"], found["/table"]) == ((77, 78, "0755"), (77, 78, "0640"))
+    assert found["/other"] == (0, 0, "0604")
+    result = imgtool_cli("copy-in", image, files[1], "/", "--group", "9", "--mode", "600")
+    assert result.status == 0, result.err
+    row = listed(imgtool_cli, image, "/", engine="direct")["/table"]
+    assert (row["uid"], row["gid"], row["mode"]) == (77, 9, "0600")
+
+
+def test_rm_removes_all_or_nothing(imgtool_cli, overlay):
+    image = overlay("data")
+    assert imgtool_cli("copy-in", image, __file__, "/photos").status == 0
+    there = set(listed(imgtool_cli, image, "/photos", engine="direct"))
+    assert len(there) == 2
+    assert imgtool_cli("rm", image, "/photos").status == 4
+    assert imgtool_cli("rm", image, "/photos/*.raw", "/photos/nothing").status == 5
+    assert set(listed(imgtool_cli, image, "/photos", engine="direct")) == there
+    result = imgtool_cli("rm", image, "/photos/*.raw")
+    assert result.status == 0, result.err
+    left = {path for path in there if not path.endswith(".raw")}
+    assert set(listed(imgtool_cli, image, "/photos", engine="direct")) == left
+    assert imgtool_cli("rm", "-rf", image, "/photos", "/nothing").status == 0
+    assert "/photos" not in listed(imgtool_cli, image, "/", engine="direct")
 
 
 def test_a_tar_stream_that_leads_elsewhere_changes_nothing(imgtool_cli, overlay):

@@ -61,7 +61,18 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def guest(tree: Path) -> Iterator[Guest]:
     image = tree.parent / "disk.img"
-    words = ["mke2fs", "-q", "-t", "ext4", "-O", "^resize_inode", "-d", tree, image, "16M"]
+    words: list[str | Path] = [
+        "mke2fs",
+        "-q",
+        "-t",
+        "ext4",
+        "-O",
+        "^resize_inode",
+        "-d",
+        tree,
+        image,
+        "16M",
+    ]
     subprocess.run(words, check=True)
     with open_guest(image, engine="direct") as opened:
         moment = opened.lstat("/").mtime_ns  # mke2fs has written to it

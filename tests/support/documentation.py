@@ -151,7 +151,6 @@ def options() -> dict[str, set[str]]:
         found[name] = of(command)
         for member, one in getattr(command, "commands", {}).items():
             found[f"{name} {member}"] = of(one)
-    found["find"] |= set(KNOWN)  # its expression
     return found
 
 
@@ -172,6 +171,8 @@ def mistakes(words: list[str]) -> Iterator[str]:
         if word == "--":
             return
         option = word.split("=")[0]
+        if name == "find" and word in KNOWN:  # its expression
+            continue
         if not re.match(r"--?[A-Za-z]", option) or option in known[name]:
             continue
         letters = option[1:] if re.fullmatch(r"-[A-Za-z]+", option) else ""

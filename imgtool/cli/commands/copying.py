@@ -138,20 +138,20 @@ def copy_in(
 
     request.refuse_direct()
     sources, dest = _split(paths)
-    named = owner is not None or group is not None
-    if named and preserve_owner:
+    named = inward.split_owner(owner, group)
+    if any(named) and preserve_owner:
         raise UsageError("--owner and --group exclude --preserve-owner")
     bits = _mode(mode)
     stream = "-" in sources
     if stream and len(sources) != 1:
         raise UsageError("a tar stream is the only source")
     plan = None if stream else inward.plan_sources([Path(os.fsdecode(one)) for one in sources])
-    request.refuse_doubtful_guest()
+    request.refuse_unwritable_guest()
 
     def look(guest: Guest) -> inward.Ownership:
         inward.destination(guest, dest, single=len(sources) == 1 and not stream)
-        if named:
-            return inward.parse_ownership(guest, owner, group)
+        if any(named):
+            return inward.find_ownership(guest, *named)
         return inward.Ownership(of_source=preserve_owner or stream)
 
     # What is wrong is said before an appliance is started, where that can be.

@@ -39,7 +39,7 @@ def rm(
     from imgtool.transfer.removing import count_entries, plan_removal
 
     request.refuse_direct()
-    request.refuse_doubtful_guest()
+    request.refuse_unwritable_guest()
     failures = Failures(request.debug)
 
     def plan(guest: Guest) -> Changes:

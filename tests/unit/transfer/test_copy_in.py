@@ -1,4 +1,4 @@
-"""copy-in: what is packed for the guest, parse_fsck by tar(1) of the host."""
+"""copy-in: what is packed for the guest, judged by tar(1) of the host."""
 
 from __future__ import annotations
 
@@ -11,13 +11,25 @@ import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from imgtool.engines.libguestfs.guest.stream import upload
-from imgtool.errors import ImgtoolError, UsageError
-from imgtool.transfer.copy_in import Owner, copy_in, plan_sources, tar_in
+from imgtool.errors import ImgtoolError, NotInGuestError, UsageError
+from imgtool.guest.changes import Kept
+from imgtool.guest.guest import Guest, Owners
+from imgtool.guest.model import Entry
+from imgtool.transfer.copy_in import (
+    Ownership,
+    copy_in,
+    find_ownership,
+    plan_sources,
+    split_owner,
+    tar_in,
+)
+
+_OF_SOURCE = Ownership(of_source=True)
 
 
 class Put:
@@ -28,10 +40,19 @@ class Put:
         self.skipped: list[tuple[bytes, str]] = []
         self.progress: list[tuple[int, int]] = []
 
-    def destination(self, typed: str, *, single: bool) -> tuple[bytes, bytes | None]:
-        return os.fsencode(typed), None
+    def resolve(self, path: str) -> bytes:
+        return os.fsencode(path)
 
-    def put(self, directory: bytes, produce: Any, *, rename: Any = None) -> None:
+    def lstat(self, path: bytes) -> Entry:
+        return Entry(path, stat.S_IFDIR | 0o755, 0, 0, 0, 0)
+
+    def owners(self) -> Owners:
+        return Owners({0: "root", 1000: "alice"}, {0: "root", 42: "shadow"})
+
+    def put(
+        self, directory: bytes, produce: Any, *, rename: Any = None, kept: Kept = Kept()
+    ) -> None:
+        self.kept = kept
         received = bytearray()
 
         def call(name: str) -> None:
@@ -42,7 +63,9 @@ class Put:
         upload(call, produce)
         self.stream = bytes(received)
 
-    def copy(self, *sources: Path, owner: Owner = (0, 0), mode: int | None = None) -> bytes:
+    def copy(
+        self, *sources: Path, owner: Ownership = Ownership(), mode: int | None = None
+    ) -> bytes:
         copy_in(
             self,  # type: ignore[arg-type]
             plan_sources(sources),
@@ -54,7 +77,7 @@ class Put:
         )
         return self.stream
 
-    def tar(self, stream: bytes, owner: Owner = None, mode: int | None = None) -> bytes:
+    def tar(self, stream: bytes, owner: Ownership = _OF_SOURCE, mode: int | None = None) -> bytes:
         self.stream = b""
         reading = io.BytesIO(stream)
         tar_in(
@@ -157,9 +180,9 @@ def test_the_owner_is_the_given_one_or_that_of_the_host(guest: Put, tmp_path: Pa
     (source / "file").write_bytes(b"x")
     os.chown(source / "file", 3_000_000_000, 77)
     assert {line.split()[1] for line in listed(guest.copy(source))} == {"0/0"}
-    given = listed(guest.copy(source, owner=(4_000_000_000, 5)))
+    given = listed(guest.copy(source, owner=Ownership(4_000_000_000, 5)))
     assert {line.split()[1] for line in given} == {"4000000000/5"}
-    assert listed(guest.copy(source, owner=None))[1].split()[1] == "3000000000/77"
+    assert listed(guest.copy(source, owner=_OF_SOURCE))[1].split()[1] == "3000000000/77"
 
 
 def test_the_mode_is_given_to_files_only(guest: Put, tmp_path: Path) -> None:
@@ -314,7 +337,7 @@ def test_extended_headers_cannot_undo_checks_or_requests(guest: Put) -> None:
             member("d", mtime="inf"),
             member("e", mtime="1700000000.123456789"),
         ),
-        owner=(7, 8),
+        owner=Ownership(7, 8),
         mode=0o640,
     )
     lines = listed(stream)
@@ -397,3 +420,63 @@ def test_extended_attributes_not_copied_are_counted_once(guest: Put, tmp_path: P
     guest.skipped.clear()
     guest.tar(subprocess.run([*words[:3], *words[5:]], check=True, capture_output=True).stdout)
     assert guest.skipped == []
+
+
+def test_a_file_keeps_the_owner_and_mode_of_what_it_replaces(guest: Put, tmp_path: Path) -> None:
+    source = tmp_path / "file"
+    source.touch()
+    guest.copy(source)
+    assert guest.kept == Kept(user=True, group=True, mode=True)
+    guest.copy(source, mode=0o600)
+    assert guest.kept == Kept(user=True, group=True)
+    guest.copy(source, owner=Ownership(user=7))
+    assert guest.kept == Kept(group=True, mode=True)
+    guest.copy(source, owner=_OF_SOURCE)
+    assert guest.kept == Kept()
+
+
+def test_a_stream_brings_its_owners_and_modes(guest: Put) -> None:
+    stream = archive(member("file", uid="5"))
+    guest.tar(stream)
+    assert guest.kept == Kept()
+    guest.tar(stream, owner=Ownership(user=7))
+    assert guest.kept == Kept(group=True)
+
+
+@pytest.mark.parametrize(
+    ("owner", "group", "meant"),
+    [
+        (None, None, (None, None)),
+        ("alice", None, (1000, None)),
+        ("alice:shadow", None, (1000, 42)),
+        (":shadow", None, (None, 42)),
+        ("7:8", None, (7, 8)),
+        ("0", "0", (0, 0)),
+        ("alice", "shadow", (1000, 42)),
+        (None, "4294967294", (None, 4294967294)),
+    ],
+)
+def test_owners_are_names_or_numbers(guest: Put, owner, group, meant) -> None:
+    found = find_ownership(cast(Guest, guest), *split_owner(owner, group))
+    assert (found.user, found.group) == meant
+
+
+@pytest.mark.parametrize(
+    ("owner", "group", "error", "said"),
+    [
+        ("", None, UsageError, "--owner takes"),
+        (":", None, UsageError, "--owner takes"),
+        (None, "", UsageError, "--group takes"),
+        ("alice:", None, UsageError, "a group is missing"),
+        ("alice:shadow", "root", UsageError, "given twice"),
+        ("alcie", None, NotInGuestError, "no user of this name"),
+        ("alice:shadwo", None, NotInGuestError, "no group of this name"),
+        ("4294967295", None, NotInGuestError, "no user of this name"),
+        ("-1", None, NotInGuestError, "no user of this name"),
+    ],
+)
+def test_owners_that_are_none_are_refused(guest: Put, owner, group, error, said) -> None:
+    with pytest.raises(error, match=said) as caught:
+        find_ownership(cast(Guest, guest), *split_owner(owner, group))
+    if owner == "alcie":
+        assert caught.value.hint == "did you mean alice?"

@@ -110,10 +110,10 @@ def test_usage_errors_are_status_2(capfd, tmp_path):
     for arguments in (
         ["frob"],
         ["ls"],
-        ["ls", "x"],
         ["ls", "x", "/", "--engine", "none"],
         ["copy-in", "x", "y"],
-        ["copy-in", "x", "y", "/", "--owner", "alice"],
+        ["copy-in", "x", "y", "/", "--owner", "alice:"],
+        ["copy-in", "x", "y", "/", "--owner", "alice:root", "--group", "root"],
         ["copy-in", "x", "y", "/", "--mode", "rw"],
         ["df", "a", "b", "-A", "c"],
         ["df", "a", "-a", "b"],
