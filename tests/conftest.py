@@ -36,7 +36,10 @@ os.environ[FATAL_VARIABLE] = "1"
 
 # Commands on whose images a guest may stay open for the next one
 READING = frozenset(
-    ("cat", "copy-out", "df", "diff", "filesystems", "inspect", "ls", "partitions", "info")
+    (
+        *("cat", "copy-out", "df", "diff", "du", "filesystems", "find", "head", "info"),
+        *("inspect", "ls", "partitions", "stat", "tail"),
+    )
 )
 
 

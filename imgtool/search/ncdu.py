@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from imgtool.guest.model import Entry
 
@@ -40,8 +39,8 @@ def export(
     yield "]" * len(above) + "]\n"
 
 
-def _item(entry: Entry, name: bytes, parent: Entry | None) -> dict[str, Any]:
-    item: dict[str, Any] = {"name": name.decode("utf-8", "replace")}
+def _item(entry: Entry, name: bytes, parent: Entry | None) -> dict[str, object]:
+    item: dict[str, object] = {"name": name.decode("utf-8", "replace")}
     # A device number is told where it differs from that of the directory.
     if parent is None or entry.device != parent.device:
         item["dev"] = entry.device

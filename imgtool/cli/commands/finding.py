@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,7 @@ from imgtool.search.search import Search
 
 if TYPE_CHECKING:
     from imgtool.guest.guest import Guest
+    from imgtool.search.contents import Match
     from imgtool.search.visiting import Visited
 
 MATCH_FIELDS = (*FIELDS, "line_number", "line")
@@ -150,7 +151,7 @@ def find(
     failures.finish()
 
 
-def _row(search: Search, visited: Visited, match: Any) -> dict[str, Any]:
+def _row(search: Search, visited: Visited, match: Match | None) -> dict[str, object]:
     found = row(visited.entry, search.owners)
     if match is not None:
         line = {"line": None} if match.line is None else render.name_fields("line", match.line)
@@ -158,7 +159,7 @@ def _row(search: Search, visited: Visited, match: Any) -> dict[str, Any]:
     return found
 
 
-def _line(visited: Visited, match: Any, checksum: bool, names_only: bool) -> str:
+def _line(visited: Visited, match: Match | None, checksum: bool, names_only: bool) -> str:
     path = render.escape(visited.entry.path)
     if checksum:
         path = f"{visited.entry.checksum or '-'}  {path}"

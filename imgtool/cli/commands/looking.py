@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import stat as modes
 import sys
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,11 +29,10 @@ STAT_FIELDS = (
 _SHOWN_EXTENTS = 8
 
 
-def _stat_row(guest: Guest, entry: Entry, output: Output) -> dict[str, Any]:
-    extents: list[DiskExtent] | None = None
-    if entry.type == "file":
-        found = guest.extents(entry.path)
-        extents = None if found is None else list(found)
+Extents = Sequence["DiskExtent"] | None
+
+
+def _stat_row(guest: Guest, entry: Entry, extents: Extents, output: Output) -> dict[str, object]:
     place = max(
         (
             mount
@@ -47,12 +47,13 @@ def _stat_row(guest: Guest, entry: Entry, output: Output) -> dict[str, Any]:
         "inode": entry.inode,
         "links": entry.nlink,
         "allocated": entry.blocks * 512,
-        "rdev": f"{entry.rdev >> 8}:{entry.rdev & 0xFF}" if entry.rdev else None,
+        "rdev": f"{os.major(entry.rdev)}:{os.minor(entry.rdev)}" if entry.rdev else None,
         "filesystem": place and place.source,
         "mountpoint": place and place.mountpoint,
         "xattrs": render.attributes(entry.xattrs, output),
-        "extents": extents
-        and [
+        "extents": None
+        if extents is None
+        else [
             {
                 "offset": extent.offset,
                 "length": extent.length,
@@ -64,28 +65,28 @@ def _stat_row(guest: Guest, entry: Entry, output: Output) -> dict[str, Any]:
     }
 
 
-def _stat_lines(entry: Entry, found: dict[str, Any]) -> Iterator[str]:
+def _stat_lines(entry: Entry, found: dict[str, object], extents: Extents) -> Iterator[str]:
     target = "" if entry.target is None else f" -> {render.escape(entry.target)}"
     yield f"path        {render.escape(entry.path)}{target}"
     yield f"type        {found['type']}"
     yield f"mode        {found['mode']} ({modes.filemode(entry.mode)})"
     for name, number in (("user", entry.uid), ("group", entry.gid)):
-        yield f"{name:<12}{render.plain(found[name] or '-')} ({number})"
+        yield f"{name:<12}{render.plain(str(found[name] or '-'))} ({number})"
     yield f"size        {entry.size} bytes, {found['allocated']} allocated"
     yield f"mtime       {found['mtime']}"
     yield f"links       {entry.nlink}"
     yield f"inode       {entry.inode}"
     if found["rdev"]:
         yield f"rdev        {found['rdev']}"
-    yield f"filesystem  {found['filesystem'] or '-'} at {found['mountpoint'] or '-'}"
+    place = f"{found['filesystem'] or '-'} at {found['mountpoint'] or '-'}"
+    yield f"filesystem  {render.plain(place)}"
     for pair in entry.xattrs or ():
         yield f"xattr       {render.attribute(*pair)}"
-    extents = found["extents"] or ()
+    extents = extents or ()
     for extent in extents[:_SHOWN_EXTENTS]:
-        disk = f"disk {extent['disk'] + 1}"
         yield (
-            f"extent      {extent['length']} bytes at {extent['offset']} of the file:"
-            f" {disk}, byte {extent['position']}"
+            f"extent      {extent.length} bytes at {extent.offset} of the file:"
+            f" disk {extent.disk + 1}, byte {extent.position}"
         )
     if len(extents) > _SHOWN_EXTENTS:
         yield f"extent      {len(extents) - _SHOWN_EXTENTS} more: -o json"
@@ -109,19 +110,21 @@ def stat(
     failures = Failures(request.debug)
     with request.opened() as guest:
 
-        def found() -> Iterator[tuple[Entry, dict[str, Any]]]:
+        def found() -> Iterator[tuple[Entry, dict[str, object], Extents]]:
             for typed in paths:
                 with failures.caught():
                     for path in expand(guest, typed):
                         with failures.caught():
                             entry = guest.with_xattrs(guest.lstat(path), failures.problem)
-                            yield entry, _stat_row(guest, entry, output)
+                            file = entry.type == "file"
+                            extents = guest.extents(entry.path) if file else None
+                            yield entry, _stat_row(guest, entry, extents, output), extents
 
         if output is Output.table:
-            for number, (entry, fields) in enumerate(found()):
-                render.text("\n" * bool(number) + "\n".join(_stat_lines(entry, fields)) + "\n")
+            for number, known in enumerate(found()):
+                render.text("\n" * bool(number) + "\n".join(_stat_lines(*known)) + "\n")
         else:
-            render.emit((fields for _, fields in found()), STAT_FIELDS, output)
+            render.emit((fields for _, fields, _ in found()), STAT_FIELDS, output)
     sys.stdout.flush()
     failures.finish()
 

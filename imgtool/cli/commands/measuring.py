@@ -5,9 +5,9 @@ from __future__ import annotations
 import heapq
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,7 @@ from imgtool.errors import HostError, UsageError
 
 if TYPE_CHECKING:
     from imgtool.guest.guest import Guest
+    from imgtool.guest.model import Entry
     from imgtool.search.disk_usage import Usage
 
 FIELDS = ("path", "type", "allocated", "apparent", "files", "depth")
@@ -118,12 +119,12 @@ def du(
     failures.finish()
 
 
-def _start(guest: Guest, path: str) -> Any:
+def _start(guest: Guest, path: str) -> Entry:
     """What a path names; of a link, what it leads to."""
     return guest.lstat(guest.resolve(path))
 
 
-def _row(usage: Usage) -> dict[str, Any]:
+def _row(usage: Usage) -> dict[str, object]:
     return {
         **render.name_fields("path", usage.entry.path),
         "type": usage.entry.type,
@@ -134,7 +135,7 @@ def _row(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _lines(usages: list[Usage], size: Any, human: bool) -> Iterator[str]:
+def _lines(usages: list[Usage], size: Callable[[Usage], int], human: bool) -> Iterator[str]:
     most = max((size(usage) for usage in usages), default=0)
     bars = sys.stdout.isatty()
     for usage in usages:
@@ -147,7 +148,7 @@ def _lines(usages: list[Usage], size: Any, human: bool) -> Iterator[str]:
         yield f"{number:>10}  {bar}{render.escape(usage.entry.path)}"
 
 
-def _export(guest: Guest, top: Any, file: Path, failures: Failures) -> None:
+def _export(guest: Guest, top: Entry, file: Path, failures: Failures) -> None:
     from imgtool.search.ncdu import export
 
     pieces: Iterable[str] = export(

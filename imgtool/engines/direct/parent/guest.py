@@ -382,15 +382,12 @@ class DirectGuest(Guest):
 
     def extents(self, path: str | bytes) -> Sequence[DiskExtent] | None:
         """Where on the guest's disks a regular file lies; None where the worker cannot tell."""
-        from imgtool.engines.direct.parent.host_reader import runs  # most commands do without
-
         file = self._regular(path)
         at = wire_frames.text(file.path)
         with self._about(at):
-            rows = self._client.call(requests.Runs(at, 0, max(file.size, 1)))
-        if rows is None:
+            found = self._client.call(questions.runs(at, 0, max(file.size, 1), self.disk_sizes))
+        if found is None:
             return None
-        found = self._client.decode(runs, rows, self.disk_sizes)
         return [DiskExtent(run.start, run.end - run.start, run.disk, run.at) for run in found]
 
     # Whole guests
