@@ -451,7 +451,7 @@ def test_a_stream_of_ntfs_that_is_no_attribute_costs_no_other(tmp_path):
         assert done.status == 0, done.err
         assert "more than 64 KiB are left out: 1\n" in done.err
         if command[0] == "ls":
-            assert done.out == b'file\n    user.short="xxxxxxxxxx"\n'
+            assert done.out == b'/file\n    user.short="xxxxxxxxxx"\n'
 
 
 def test_tar_stream_is_not_begun_where_the_appliance_is_needed(guest, monkeypatch):
