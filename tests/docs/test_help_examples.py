@@ -23,6 +23,7 @@ _ASKS = {"imgtool inject guest.qcow2 --password root:prompt"}
 _SNAPSHOT = "imgtool snapshot create guest.qcow2 before-update"
 # What is there before the examples of a command.
 _BEFORE = {
+    "copy-out": "mkdir rescued",
     "copy-in": "echo hello > motd; mkdir site; echo hello > site/index.html",
     "inject": "mkdir clones; printf 'steps:\\n- hostname: web1\\n' > spec.yaml",
     "resize": "imgtool create disk.qcow2 10G",
@@ -31,7 +32,7 @@ _BEFORE = {
     "snapshot delete": _SNAPSHOT,
     "overlay rebase": "cp guest.qcow2 other.qcow2; mkdir moved; cp guest.qcow2 moved",
 }
-_WITH_APPLIANCE = {"copy-in", "inject"}
+_WITH_APPLIANCE = {"copy-in", "inject", "rm"}
 
 
 def _marked(name: str):

@@ -53,7 +53,7 @@ def copy_out(
     \b
     Examples:
       imgtool copy-out --overwrite guest.qcow2 /etc/fstab /etc/hostname .
-      imgtool copy-out guest.qcow2 '/var/log/*.log' ./logs
+      imgtool copy-out guest.qcow2 '/boot/vmlinuz*' '/etc/*.conf' rescued
       imgtool copy-out guest.qcow2 /etc - | tar -t
     """
     from imgtool.guest.globbing import expand_all, is_pattern

@@ -110,7 +110,7 @@ def ls(
     \b
     Examples:
       imgtool ls guest.qcow2 /etc
-      imgtool ls -lht guest.qcow2 '/var/log/*.log'
+      imgtool ls -lht guest.qcow2 '/etc/*.conf'
       imgtool ls -R --checksum sha256 -o jsonl guest.qcow2 /etc
     """
     if by_time and by_size:

@@ -150,8 +150,8 @@ def head(
 
     \b
     Examples:
-      imgtool head guest.qcow2 /var/log/dpkg.log
-      imgtool head -c 512 guest.qcow2 /boot/vmlinuz
+      imgtool head guest.qcow2 /etc/passwd
+      imgtool head -c 512 guest.qcow2 '/boot/vmlinuz*'
     """
     from imgtool.search import ends
 
@@ -172,8 +172,8 @@ def tail(
 
     \b
     Examples:
-      imgtool tail -n 100 guest.qcow2 /var/log/syslog
-      imgtool tail guest.qcow2 '/var/log/*.log'
+      imgtool tail -n 100 guest.qcow2 /etc/services
+      imgtool tail guest.qcow2 '/etc/*.conf'
     """
     from imgtool.search import ends
 

@@ -33,7 +33,7 @@ def rm(
 
     \b
     Examples:
-      imgtool rm guest.qcow2 /etc/nologin
+      imgtool rm -f guest.qcow2 /etc/nologin
       imgtool rm -n -r guest.qcow2 '/var/cache/apt/archives/*'
     """
     from imgtool.transfer.removing import count_entries, plan_removal
