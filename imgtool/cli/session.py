@@ -157,11 +157,14 @@ class Request(GuestOptions):
 
     def ask_directly(self, question: Callable[[Guest], Answer]) -> Answer | None:
         """What the direct engine answers, before an appliance is started; None where it does not
-        read this. Raises what the question raises.
+        read this, or not all of it. Raises what the question raises.
         """
+        if self.keys:  # it opens nothing that is encrypted
+            return None
         try:
             with replace(self, engine="direct").opened() as guest:
-                return question(guest)
+                _ = guest.layout
+                return None if guest.unshown() else question(guest)
         except NotReadDirectly as error:
             log.info("not looked at before: %s", error)
             return None

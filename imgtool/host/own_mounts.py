@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import stat
 from pathlib import Path
 
+from imgtool.host.mountinfo import mounts
 from imgtool.host.process import command_of, parent_of
 
 JOURNAL = "journal.json"
@@ -37,8 +40,19 @@ def _mountpoint(path: Path) -> str | None:
     if "imgtool" not in str(path):
         return None
     for folder in (path, path.parent):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            with (folder / JOURNAL).open() as file:
-                found = json.loads(file.read(_LONGEST))["mountpoint"]
-            return found if isinstance(found, str) else None
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            found = json.loads(_read(folder / JOURNAL))["mountpoint"]
+            # Anybody can write one; where nothing is mounted there is nothing to unmount.
+            there = isinstance(found, str) and any(one.target == found for one in mounts())
+            return found if there else None
     return None
+
+
+def _read(path: Path) -> bytes:
+    """A regular file of this user's or root's. Raises `OSError`."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:  # noqa: PTH123
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, os.geteuid()):
+            raise PermissionError(f"{path} is somebody else's")
+        return file.read(_LONGEST)

@@ -7,7 +7,7 @@ import re
 import stat
 from collections.abc import Callable
 
-from imgtool.errors import EngineError, UsageError
+from imgtool.errors import EngineError, NotInGuestError, UsageError
 from imgtool.guest.globbing import matcher
 from imgtool.search.modes import parse_mode
 from imgtool.search.moments import parse_moment
@@ -171,7 +171,7 @@ def _empty(search: Search, visited: Visited) -> bool:
         return False
     try:
         return next(iter(search.guest.entries(entry.path)), None) is None
-    except EngineError as error:
+    except (EngineError, NotInGuestError) as error:
         search.on_problem(entry.path, error.message)
         return False
 

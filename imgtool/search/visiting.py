@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from imgtool.errors import NotInGuestError
 from imgtool.guest.guest import Guest, OnProblem
 from imgtool.guest.model import Entry
+
+_MOST_DEPTH = 250  # directories in one another; what is deeper is not searched by levels
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +69,20 @@ class Visit:
         if self._deepest is None:
             yield from self._guest.walk(self._start.path, on_problem=self._on_problem)
         elif self._deepest > 0:
-            yield from self._level(self._start.path, self._deepest)
+            yield from self._level(self._start, min(self._deepest, _MOST_DEPTH), ())
 
-    def _level(self, directory: bytes, depth: int) -> Iterator[Entry]:
-        for entry in self._guest.entries(directory, on_problem=self._on_problem):
-            yield entry
-            left_out = self._left_out is not None and (entry.path + b"/") == self._left_out
-            if entry.type == "directory" and depth > 1 and not left_out:
-                yield from self._level(entry.path, depth - 1)
+    def _level(
+        self, directory: Entry, depth: int, above: tuple[tuple[int, int], ...]
+    ) -> Iterator[Entry]:
+        if directory.inode and (directory.device, directory.inode) in above:
+            self._on_problem(directory.path, "a directory that contains itself")
+            return
+        above = (*above, (directory.device, directory.inode))
+        try:
+            for entry in self._guest.entries(directory.path, on_problem=self._on_problem):
+                yield entry
+                left_out = self._left_out is not None and (entry.path + b"/") == self._left_out
+                if entry.type == "directory" and depth > 1 and not left_out:
+                    yield from self._level(entry, depth - 1, above)
+        except NotInGuestError as error:  # what is mounted there is not shown
+            self._on_problem(directory.path, error.message)

@@ -23,9 +23,18 @@ def plan_removal(
     the root.
     """
     changes = Changes(seen={})
+    _ = guest.layout  # it tells what is not shown
+    missing = (NotInGuestError,) if missing_ok else ()
     for one in typed:
-        with contextlib.suppress(*[NotInGuestError] * missing_ok):
-            for path in expand(guest, one):
+        if ".." in one.replace("\\", "/").split("/") or one.rstrip("/").endswith("/."):
+            raise UsageError("rm takes no '.' and '..'", subject=one)
+        paths: list[str] = []
+        _refuse_unshown(guest, guest.path(one))
+        with contextlib.suppress(*missing):
+            paths = expand(guest, one)
+        for path in paths:
+            _refuse_unshown(guest, guest.path(path))
+            with contextlib.suppress(*missing):
                 _add(guest, changes, path, recursive)
     # What is in a directory that goes needs no mention of its own.
     gone = set(changes.removed)
@@ -67,6 +76,19 @@ def _add(guest: Guest, changes: Changes, typed: str, recursive: bool) -> None:
     changes.seen[text] = entry
     if text not in changes.removed:
         changes.removed.append(text)
+
+
+def _refuse_unshown(guest: Guest, path: bytes) -> None:
+    """Raise `RefusedError` where something that is not shown belongs at, above or below a path."""
+    for mountpoint, why in guest.unshown().items():
+        place = mountpoint.encode().rstrip(b"/") + b"/"
+        if (path + b"/").startswith(place) or place.startswith(path.rstrip(b"/") + b"/"):
+            raise RefusedError(
+                f"the filesystem of {mountpoint} is not shown: {why}",
+                subject=printable(path),
+                hint="nothing is removed there; 'imgtool filesystems --all IMAGE' shows what"
+                " there is",
+            )
 
 
 def _is_below(path: str, others: Iterable[str]) -> bool:

@@ -257,6 +257,9 @@ def test_patterns_mean_what_they_mean_to_a_shell(pattern: str, guest: Guest, tre
 def test_a_pattern_may_be_a_name(guest: Guest) -> None:
     assert expand(guest, "/[x]") == ["/[x]"]
     assert expand(guest, r"/\[x]/*") == ["/[x]/file"]
+    assert expand(guest, "/v*/") == ["/var"]
+    with pytest.raises(NotInGuestError, match="nothing in the guest matches"):
+        expand(guest, "/var/log/*.log/")
     with pytest.raises(NotInGuestError, match="nothing in the guest matches"):
         expand(guest, "/[x]/*")
     with pytest.raises(UsageError, match="absolute"):

@@ -16,7 +16,7 @@ from imgtool.cli import options, render
 from imgtool.cli.guest_command import READ, guest_command
 from imgtool.cli.output import Output
 from imgtool.cli.session import Failures, Request
-from imgtool.errors import NotInGuestError, UsageError
+from imgtool.errors import EngineError, NotInGuestError, UsageError
 from imgtool.guest.globbing import expand
 from imgtool.guest.model import Entry
 
@@ -231,7 +231,7 @@ class _Lister:
         """What the path names; of a link to a directory, the directory."""
         entry = self.guest.lstat(path)
         if entry.type == "symlink" and not self.directory:
-            with contextlib.suppress(NotInGuestError):
+            with contextlib.suppress(NotInGuestError, EngineError):
                 resolved = self.guest.lstat(self.guest.resolve(path))
                 if resolved.type == "directory":
                     return resolved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import sys
 import time
@@ -16,7 +17,7 @@ from imgtool.cli import options, render
 from imgtool.cli.guest_command import READ, guest_command
 from imgtool.cli.output import Output
 from imgtool.cli.session import Failures, Request
-from imgtool.errors import HostError, UsageError
+from imgtool.errors import EngineError, HostError, NotInGuestError, UsageError
 
 if TYPE_CHECKING:
     from imgtool.guest.guest import Guest
@@ -67,7 +68,7 @@ def du(
       imgtool du -sh guest.qcow2 '/home/*'
       imgtool du --ncdu usage.json guest.qcow2
     """
-    from imgtool.guest.globbing import expand_all
+    from imgtool.guest.globbing import expand
     from imgtool.search.disk_usage import measure
 
     if ncdu is not None and (top or depth is not None or everything or summarize):
@@ -77,8 +78,12 @@ def du(
     deepest = 0 if summarize else depth if depth is not None else None if top else 1
     failures = Failures(request.debug)
     with request.opened() as guest:
-        starts = [_start(guest, path) for path in expand_all(guest, paths or ["/"])]
+        starts = []
+        for typed in paths or ["/"]:
+            with failures.caught():
+                starts += [_start(guest, path) for path in expand(guest, typed)]
         if ncdu is not None:
+            failures.finish()
             if len(starts) != 1:
                 raise UsageError("--ncdu takes one path")
             _export(guest, starts[0], ncdu, failures)
@@ -120,8 +125,13 @@ def du(
 
 
 def _start(guest: Guest, path: str) -> Entry:
-    """What a path names; of a link, what it leads to."""
-    return guest.lstat(guest.resolve(path))
+    """What a path names; of a link to a directory, the directory."""
+    entry = guest.lstat(path)
+    if entry.type == "symlink":
+        with contextlib.suppress(NotInGuestError, EngineError):
+            real = guest.lstat(guest.resolve(path))
+            return real if real.type == "directory" else entry
+    return entry
 
 
 def _row(usage: Usage) -> dict[str, object]:

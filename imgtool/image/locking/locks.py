@@ -53,7 +53,8 @@ class Holder:
 
     def __str__(self) -> str:
         if self.mountpoint is not None:
-            return f"imgtool's own mount at {printable(self.mountpoint)}"
+            at = printable(self.mountpoint)
+            return f"imgtool's own mount at {at} ({self.program}, process {self.pid})"
         if self.pid is None:
             return self.program or "a process that cannot be seen from here"
         return f"{self.program or 'a process'}, process {self.pid}"

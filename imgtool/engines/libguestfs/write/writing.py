@@ -120,14 +120,13 @@ def _place(guest: LibguestfsGuest, staged: bytes, final: bytes, labels: Labels, 
         labels.apply(final)
         return
     guest.calls.copy_xattrs(final, staged)
-    if there.mode & 0o111:  # only programs have any, and the kernel takes them from what is written
+    if (there.mode | ours.mode) & 0o111:  # the kernel takes them from a program that is written to
         guest.calls.remove_xattr(staged, b"security.capability")
     owner = there.uid if kept.user else ours.uid, there.gid if kept.group else ours.gid
     if owner != (ours.uid, ours.gid):
         guest.calls.chown(staged, *owner)
     mode = stat.S_IMODE(there.mode) & ~_SET_ID if kept.mode else stat.S_IMODE(ours.mode)
-    if owner != (ours.uid, ours.gid) or mode != stat.S_IMODE(ours.mode):
-        guest.calls.chmod(staged, mode)
+    guest.calls.chmod(staged, mode)  # an ACL that was copied has changed it
     guest.calls.rename(staged, final)
 
 
