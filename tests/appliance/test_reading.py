@@ -75,7 +75,11 @@ def test_sizes_are_those_of_virt_df(lvm, imgtool_cli):
 def test_devices_are_those_of_virt_filesystems(lvm, imgtool_cli):
     result = imgtool_cli("filesystems", lvm, "--all", "-o", "json")
     ours = {(row["kind"], row["device"]): row for row in json.loads(result.text)}
-    answer = peer("virt-filesystems", "--all", "--long", "--uuid", "--csv", "-a", lvm)
+    for _ in range(3):
+        answer = peer("virt-filesystems", "--all", "--long", "--uuid", "--csv", "-a", lvm)
+        # Once in a while the kernel of the peer's appliance finds its own disk first.
+        if b"/dev/sdb" not in answer:
+            break
     for row in csv.DictReader(io.StringIO(answer.decode())):
         mine = ours.pop((row["Type"], row["Name"]))
         assert mine["label"] == (row["Label"] or None)

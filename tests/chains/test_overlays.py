@@ -125,11 +125,12 @@ def test_a_base_of_other_overlays_is_not_written_to(folder, imgtool_cli):
         assert "second.qcow2" in refused.err and "hint:" in refused.err
     assert content(top) == before
     assert imgtool_cli("overlay", "commit", top, "--force", "is-base").status == 0
-    assert imgtool_cli("overlay", "commit", folder / "second.qcow2", "--remove").status == 4
-    forced = ("--remove", "--force", "is-base")
-    refused = imgtool_cli("overlay", "commit", folder / "second.qcow2", *forced)
+    again = ("overlay", "commit", folder / "second.qcow2", "--remove")
+    assert imgtool_cli(*again).status == 4
+    forced = (*again, "--force", "is-base")
+    refused = imgtool_cli(*forced)
     assert refused.status == 4 and "--force base-newer" in refused.err
-    assert imgtool_cli(*words, "--force", "base-newer").status == 0
+    assert imgtool_cli(*forced, "--force", "base-newer").status == 0
 
 
 def test_an_overlay_with_overlays_is_not_removed(folder, imgtool_cli):
