@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from imgtool.errors import Reason, RefusedError
 from imgtool.guest.blocks import Block
-from imgtool.guest.layout import SMALL_FILE
+from imgtool.guest.layout import LAYOUT_FILE_LIMIT
 from imgtool.guest.model import Device
 
 SLEEPS = "swsuspend"
@@ -54,7 +54,7 @@ def refuse_sleeping_devices(devices: Iterable[Block] | Iterable[Device]) -> None
 def refuse_sleeping_files(read: Callable[[str, int], bytes | None]) -> None:
     """The same for swap in a file. `read` gives the first so many bytes of a file of the guest, of
     which the layout is mounted; None where there is none."""
-    listed = list(swap_files(read("/etc/fstab", SMALL_FILE) or b""))[:_MOST]
+    listed = list(swap_files(read("/etc/fstab", LAYOUT_FILE_LIMIT) or b""))[:_MOST]
     for path in dict.fromkeys((*_USUAL, *listed)):
         start = read(path, max(_PAGES))
         if start is not None and is_asleep(start):

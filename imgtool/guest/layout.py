@@ -27,7 +27,7 @@ from imgtool.guest.device_names import DeviceNames, parse_crypttab
 from imgtool.guest.model import Device, Layout, Mount, Unshown
 from imgtool.text import typed
 
-SMALL_FILE = 256 * 1024
+LAYOUT_FILE_LIMIT = 256 * 1024
 
 # What holds other things rather than files: these, and parts of firmware RAID and the like.
 _CONTAINERS = frozenset(("swap", "swsuspend", "ldm")) | LOCKED
@@ -64,7 +64,7 @@ class Locked(NotInGuestError):
 class Volume(Protocol):
     """One filesystem, opened to be looked into."""
 
-    def read(self, path: str, limit: int = SMALL_FILE) -> bytes | None:
+    def read(self, path: str, limit: int = LAYOUT_FILE_LIMIT) -> bytes | None:
         """The first `limit` bytes of a regular file, links followed; None if there is none."""
 
     def is_dir(self, path: str) -> bool:

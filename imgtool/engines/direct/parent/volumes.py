@@ -10,7 +10,7 @@ from imgtool.engines.direct.parent.client import Client
 from imgtool.engines.direct.wire.refusals import Unsupported
 from imgtool.errors import EngineError
 from imgtool.guest.blocks import Block, filesystems_on
-from imgtool.guest.layout import SMALL_FILE
+from imgtool.guest.layout import LAYOUT_FILE_LIMIT
 from imgtool.guest.model import Device
 
 
@@ -20,7 +20,7 @@ class WorkerVolume:
     def __init__(self, client: Client) -> None:
         self._client = client
 
-    def read(self, path: str, limit: int = SMALL_FILE) -> bytes | None:
+    def read(self, path: str, limit: int = LAYOUT_FILE_LIMIT) -> bytes | None:
         """The first `limit` bytes of a regular file; None if there is none."""
         return self._client.call(questions.small(path, limit))
 

@@ -15,7 +15,7 @@ from imgtool.engines.libguestfs.guest.sets import Sets, look_at
 from imgtool.errors import EngineError, HostError
 from imgtool.guest.blocks import LOCKED, Block, filesystems_on, locked_devices
 from imgtool.guest.keys import Key, keys_told
-from imgtool.guest.layout import BTRFS_VOLUME, SMALL_FILE
+from imgtool.guest.layout import BTRFS_VOLUME, LAYOUT_FILE_LIMIT
 from imgtool.guest.model import Device
 from imgtool.host import program_messages
 
@@ -58,7 +58,7 @@ class ApplianceVolume:
         self._handle = handle
         self._calls = calls
 
-    def read(self, path: str, limit: int = SMALL_FILE) -> bytes | None:
+    def read(self, path: str, limit: int = LAYOUT_FILE_LIMIT) -> bytes | None:
         """The first `limit` bytes of a regular file; None if there is none."""
         try:
             if not self._handle.is_file(path, followsymlinks=True):
