@@ -160,7 +160,7 @@ def test_nobody_writes_to_the_image_meanwhile(image, place, tmp_path):
     here("umount", place)
     assert refused.status == 4
     assert f"in use by imgtool's own mount at {place} (qemu-nbd, process " in refused.err
-    assert f"hint: imgtool umount {place}\n" in refused.err
+    assert f"hint: imgtool umount '{place}'\n" in refused.err
 
 
 def test_a_disk_that_has_grown_since(images, place, tmp_path):
