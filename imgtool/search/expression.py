@@ -86,24 +86,24 @@ class _Parser:
         return self.words[self.at] if self.at < len(self.words) else None
 
     def _alternatives(self) -> Test:
-        tests = [self._together()]
+        tests = [self._conjunction()]
         while self._next() in ("-o", "-or"):
             self.at += 1
-            tests.append(self._together())
+            tests.append(self._conjunction())
         return tests[0] if len(tests) == 1 else lambda s, v: any(test(s, v) for test in tests)
 
-    def _together(self) -> Test:
-        tests = [self._negated()]
+    def _conjunction(self) -> Test:
+        tests = [self._negation()]
         while (word := self._next()) not in (None, "-o", "-or", ")"):
             if word in ("-a", "-and"):
                 self.at += 1
-            tests.append(self._negated())
+            tests.append(self._negation())
         return tests[0] if len(tests) == 1 else lambda s, v: all(test(s, v) for test in tests)
 
-    def _negated(self) -> Test:
+    def _negation(self) -> Test:
         if self._next() in ("!", "-not"):
             self.at += 1
-            test = self._negated()
+            test = self._negation()
             return lambda search, visited: not test(search, visited)
         return self._primary()
 

@@ -126,7 +126,7 @@ def _minutes(text: str, now_ns: int) -> Test:
 
 
 def _newer(path: str, now_ns: int) -> Test:
-    return lambda search, visited: visited.entry.mtime_ns > search.changed(path)
+    return lambda search, visited: visited.entry.mtime_ns > search.time_of_change(path)
 
 
 def _newer_than(text: str, now_ns: int) -> Test:

@@ -25,7 +25,7 @@ class Search(ABC):
         """The guest's own names of users and groups."""
         return self.guest.owners()
 
-    def changed(self, path: str) -> int:
+    def time_of_change(self, path: str) -> int:
         """When the content of a file of the guest was changed last, in nanoseconds; links are
         followed. Raises `NotInGuestError`."""
         if path not in self._times:

@@ -135,7 +135,7 @@ def _sizes(lines: bytes) -> dict[str, int]:
 def test_du_sums_what_du_sums(words: list[str], start: str, image: Path, guest: Guest) -> None:
     """Of the kernel's own view of the image there is no need: the walk is compared elsewhere."""
     field = "apparent" if words else "allocated"
-    done = run_here("du", "-a", "--depth", "9", *words, "-o", "json", image, start)
+    done = run_here("du", "--all", "--depth", "9", *words, "-o", "json", image, start)
     rows = {row["path"]: row for row in json.loads(done.text)}
     entries = [guest.lstat(start), *guest.walk(start)]
     assert len(entries) - len(rows) == 1 * (start == "/")  # the second name of one file
@@ -161,13 +161,13 @@ def test_du_sums_what_du_sums(words: list[str], start: str, image: Path, guest: 
 
 
 def test_du_shows_the_largest(image: Path) -> None:
-    lines = run_here("du", "--top", "2", "-a", image, "/var").text.splitlines()
+    lines = run_here("du", "--top", "2", "--all", image, "/var").text.splitlines()
     assert [line.split()[-1] for line in lines] == ["/var", "/var/log"]
     assert run_here("du", "-s", image, "/var", "/home").text.count("\n") == 2
     lines = run_here("du", image).text.splitlines()
     assert {line.split(None, 1)[1] for line in lines} >= {"/", "/var", "/home", "/.hidden"}
     assert run_here("du", "-h", "-s", image, "/home/a b/file").text.split()[0] == "5.0K"
-    for words in (["-s", "--top", "1"], ["--ncdu", "x", "-a"]):
+    for words in (["-s", "--top", "1"], ["--ncdu", "x", "--all"]):
         assert run_here("du", *words, image).status == 2
     assert run_here("du", image, "/nothing").status == 5
 

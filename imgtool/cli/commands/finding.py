@@ -131,21 +131,21 @@ def find(
                             if names_only:
                                 break
 
-        def summed(visited: Visited) -> Visited:
+        def with_checksum(visited: Visited) -> Visited:
             if checksum is None or visited.entry.type != "file":
                 return visited
             entry = guest.with_checksum(visited.entry, checksum.value, failures.problem)
             return type(visited)(entry, visited.depth, visited.start)
 
         if output is not Output.table:
-            rows = (_row(search, summed(visited), match) for visited, match in matches())
+            rows = (_row(search, with_checksum(visited), match) for visited, match in matches())
             fields = FIELDS if pattern is None else MATCH_FIELDS
             render.emit(rows, fields, output)
         else:
             for visited, match in matches():
                 if not parsed.acts:
                     search.write_line(
-                        _line(summed(visited), match, checksum is not None, names_only)
+                        _line(with_checksum(visited), match, checksum is not None, names_only)
                     )
     sys.stdout.flush()
     failures.finish()

@@ -39,7 +39,7 @@ def du(
     summarize: Annotated[
         bool, typer.Option("-s", "--summarize", help="Each path in one line, as --depth 0.")
     ] = False,
-    everything: Annotated[bool, typer.Option("-a", "--all", help="Files too.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Files too.")] = False,
     top: Annotated[
         int | None, typer.Option("--top", metavar="N", min=1, help="The N largest, however deep.")
     ] = None,
@@ -64,7 +64,7 @@ def du(
 
     \b
     Examples:
-      imgtool du -h --top 20 -a guest.qcow2
+      imgtool du -h --top 20 --all guest.qcow2
       imgtool du -sh guest.qcow2 '/home/*'
       imgtool du --ncdu usage.json guest.qcow2
     """
@@ -72,9 +72,9 @@ def du(
     from imgtool.search.disk_usage import measure
 
     if ncdu is not None and (top or depth is not None or everything or summarize):
-        raise UsageError("--ncdu writes all: --depth, --top and -a are not for it")
+        raise UsageError("--ncdu writes all: --depth, --top and --all are not for it")
     if summarize and (depth or top or everything):
-        raise UsageError("-s is one line for each path: --depth, --top and -a are not for it")
+        raise UsageError("-s is one line for each path: --depth, --top and --all are not for it")
     deepest = 0 if summarize else depth if depth is not None else None if top else 1
     failures = Failures(request.debug)
     with request.opened() as guest:
